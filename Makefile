@@ -1,0 +1,39 @@
+# make demo      the main job: a real model, tensor-parallel, every format
+# make test      CPU tests
+# make test-gpu  GPU tests, on whatever GPUs there are
+# make check     lint + test
+#
+# PYTHON=python3.12 chooses the Python; its torch is used if it has one. The rest is in scripts/setup.sh.
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints-cpu.txt
+PYTEST_ARGS ?=
+DEMO_ARGS ?= --json build/demo.json --plot build/demo.png
+BIN = .venv/bin
+export PYTHON CONSTRAINTS
+
+.PHONY: demo test test-gpu check lint setup clean
+
+demo: setup
+	$(BIN)/collogue demo $(DEMO_ARGS)
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cpu -n 2 $(PYTEST_ARGS)
+
+test-gpu: setup
+	$(BIN)/python -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
+
+check: lint test
+
+lint:
+	EXTRAS=test,demo-tools,dev scripts/setup.sh
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/check_source.py
+
+setup:
+	@scripts/setup.sh
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,167 @@
+"""One rank's part of a check: make the inputs, call, work out the answer, compare.
+
+Inputs are functions of the case and the rank, so every rank can make the partials of all ranks and nothing has to be gathered.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from collogue.check.case import Case, CaseResult
+from collogue.communicator import Communicator
+from collogue.errors import CollectiveError, CollectiveTimeout, CollogueError, FormatError, MismatchedCall
+from collogue.formats import scale_storage
+from collogue.spec import Output, RMSNorm
+from collogue.testing.compare import Difference, compare
+from collogue.testing.inputs import make_inputs, make_partials
+from collogue.testing.oracle import by_reference, by_scalar
+
+Answer: TypeAlias = Callable[[Case, torch.device], Output]
+
+#: The byte that fills outputs before a call.
+_POISON = 0xA5
+#: Errors after which a group cannot go on.
+_FATAL = (CollectiveError.__name__, CollectiveTimeout.__name__, MismatchedCall.__name__)
+
+
+class Answers:
+    """The right output of a case: by the scalar version on the CPU, once for all threads; by the reference elsewhere."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: tuple[Case, Output] | None = None
+
+    def __call__(self, case: Case, device: torch.device) -> Output:
+        if device.type != "cpu":
+            return self._work_out(case, device)
+        with self._lock:
+            if self._last is None or self._last[0] != case:
+                self._last = (case, self._work_out(case, device))
+            return self._last[1]
+
+    @staticmethod
+    def _work_out(case: Case, device: torch.device) -> Output:
+        partials = make_partials(
+            case.inputs,
+            case.world_size,
+            tokens=case.tokens,
+            hidden_size=case.hidden_size,
+            dtype=_dtype(case.dtype),
+            seed=case.seed,
+            device=device,
+        )
+        _, residual, norm = _arguments(case, 0, device)
+        answer = by_scalar if device.type == "cpu" else by_reference
+        return answer(partials, residual, norm, case.quant(device), case.keep_norm and case.norm)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _arguments(case: Case, rank: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None, RMSNorm | None]:
+    made = make_inputs(
+        case.inputs,
+        rank=rank,
+        tokens=case.tokens,
+        hidden_size=case.hidden_size,
+        dtype=_dtype(case.dtype),
+        weight_dtype=None if case.weight_dtype is None else _dtype(case.weight_dtype),
+        seed=case.seed,
+        device=device,
+    )
+    norm = RMSNorm(made.weight, eps=case.eps, weight_offset=case.weight_offset) if case.norm else None
+    return made.partial, made.residual if case.residual else None, norm
+
+
+def run_case(comm: Communicator, case: Case, answers: Answer) -> CaseResult:
+    """Call the communicator twice and compare: once with outputs of its own, once with poisoned ``out=`` and the residual in place.
+
+    Collective: every rank of ``comm``, with the same case.
+    """
+    start = time.perf_counter()
+    zero = dict.fromkeys(case.outputs, 0)
+    expected_error = None if case.possible else FormatError.__name__
+    try:
+        partial, residual, norm = _arguments(case, comm.rank, comm.device)
+        kwargs: dict[str, Any] = {
+            "norm": norm,
+            "quant": case.quant(comm.device),
+            "keep_norm": case.keep_norm and case.norm and case.format != "none",
+        }
+        fresh = comm.all_reduce(partial, residual=residual, **kwargs)
+        expected = answers(case, comm.device)
+        out = _poisoned(expected)
+        if residual is not None:
+            out.residual = residual
+        given = comm.all_reduce(partial, residual=residual, out=out, **kwargs)
+        found = [compare(fresh, expected), compare(given, expected)]
+        comm.check()
+    except Exception as error:  # a case must not end the sweep; the error is its result
+        return CaseResult(case, zero, _text(error), expected_error, None, time.perf_counter() - start)
+    names = dict.fromkeys([*case.outputs, *(name for f in found for name in f)])
+    differing = {name: sum(_count(f, name) for f in found) for name in names}
+    first = next((d.first for f in found for d in f.values() if d.count), None)
+    return CaseResult(case, differing, None, expected_error, first, time.perf_counter() - start)
+
+
+def _count(found: dict[str, Difference], name: str) -> int:
+    return found[name].count if name in found else 1
+
+
+def _poisoned(like: Output) -> Output:
+    """Outputs of the same form, every byte (padding too) set to something that no call should leave."""
+    result = Output()
+    for name, tensor in like.items():
+        elements = scale_storage(tensor).numel() // tensor.element_size() if name == "scales" else tensor.numel()
+        memory = torch.empty(elements, dtype=tensor.dtype, device=tensor.device)
+        memory.view(torch.uint8).fill_(_POISON)
+        setattr(result, name, memory.as_strided(tensor.shape, tensor.stride()))
+    return result
+
+
+def check_rank(group: Any, cases: Sequence[Case], answers: Answer, tell: Callable[[str], None]) -> list[CaseResult]:
+    """Run all cases on this rank of ``group``. One communicator per dtype serves them all. ``tell`` hears of each case that starts.
+
+    After a failed collective the remaining cases are not run, and say so.
+    """
+    comms: dict[str, Communicator] = {}
+    results: list[CaseResult] = []
+    broken: str | None = None
+    for case in cases:
+        tell(str(case))
+        if broken is not None:
+            results.append(CaseResult(case, dict.fromkeys(case.outputs, 0), broken))
+            continue
+        try:
+            if case.dtype not in comms:
+                comms[case.dtype] = _communicator(group, [c for c in cases if c.dtype == case.dtype])
+            result = run_case(comms[case.dtype], case, answers)
+        except CollogueError as error:
+            result = CaseResult(case, dict.fromkeys(case.outputs, 0), _text(error))
+            broken = f"{result.error}; not run after {case}"
+        if result.error is not None and result.error.startswith(_FATAL):
+            broken = f"not run after {case}"
+        results.append(result)
+    if broken is None:
+        for comm in comms.values():
+            comm.close()
+    return results
+
+
+def _communicator(group: Any, cases: Sequence[Case]) -> Communicator:
+    """One that holds the largest of ``cases``, which share a dtype."""
+    tokens, width = max(1, *(c.tokens for c in cases)), max(c.hidden_size for c in cases)
+    return Communicator(group, max_tokens=tokens, hidden_size=width, dtype=_dtype(cases[0].dtype))
+
+
+def _text(error: Exception) -> str:
+    """An error in one line: its class and what it says, without the hint."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,101 @@
+"""Run cases: ranks are threads on the CPU, processes where every rank has a GPU, virtual ranks where they share GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from collogue.check.case import Case, CaseResult
+from collogue.check.rank import Answers, check_rank
+from collogue.errors import PlatformError
+from collogue.testing.processes import RanksFailed, run_processes
+from collogue.testing.virtual import run_virtual
+
+#: Seconds that a rank may be silent (a first case compiles its kernels), and virtual ranks may wait for each other.
+SILENCE = 180.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """All results of one run, with what they were taken on."""
+
+    results: list[CaseResult]
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether there was a case, and every case passed."""
+        return bool(self.results) and all(r.passed for r in self.results)
+
+    @property
+    def impossible(self) -> str | None:
+        """What the machine cannot do, if that is why a case failed."""
+        return next((r.error for r in self.results if r.error and r.error.startswith(PlatformError.__name__)), None)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"passed": self.passed, "cases": [r.as_json() for r in self.results], **self.machine}
+
+
+def run_cases(device: str, cases: Sequence[Case], *, started: Callable[[Case], None] = lambda case: None) -> list[CaseResult]:
+    """Run ``cases`` on ``"cpu"`` or ``"cuda"``, one set of ranks for each world size among them. ``started`` hears of each case.
+
+    Raises :class:`PlatformError` where ``device`` is ``"cuda"`` and there is no GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PlatformError("there is no CUDA GPU that PyTorch can use", hint="run `collogue doctor`, or use --device cpu")
+    results: dict[Case, CaseResult] = {}
+    for world_size in dict.fromkeys(case.world_size for case in cases):
+        mine = [case for case in cases if case.world_size == world_size]
+        kind = "threads" if device == "cpu" else "processes" if world_size <= torch.cuda.device_count() else "virtual"
+        for result in _run_world(kind, world_size, mine, started):
+            results[result.case] = replace(result, device=device, ranks=kind)
+    return [results[case] for case in cases]
+
+
+def _run_world(kind: str, world_size: int, cases: list[Case], started: Callable[[Case], None]) -> list[CaseResult]:
+    queue = iter(cases)
+
+    def heard(rank: int, stage: str) -> None:
+        if rank == 0 and stage != "joining the group":
+            started(next(queue))
+
+    try:
+        if kind == "processes":
+            by_rank = run_processes(world_size, _process, cases, device="cuda", silence=SILENCE, heard=heard)
+        else:
+            answers = Answers()
+            by_rank = run_virtual(
+                world_size,
+                lambda group: check_rank(group, cases, answers, lambda text: heard(group.rank, text)),
+                device="cpu" if kind == "threads" else "cuda",
+                timeout=SILENCE,
+            )
+    except RanksFailed as error:
+        return [CaseResult(case, dict.fromkeys(case.outputs, 0), f"RanksFailed: {error.message}") for case in cases]
+    return merge(by_rank)
+
+
+def _process(group: Any, tell: Callable[[str], None], cases: list[Case]) -> list[CaseResult]:
+    return check_rank(group, cases, Answers(), tell)
+
+
+def merge(by_rank: Sequence[Sequence[CaseResult]]) -> list[CaseResult]:
+    """One result a case from those of all ranks: counts are added, the first error and the first difference name their rank."""
+    merged = []
+    for ranks in zip(*by_rank, strict=True):
+        wrong = next((i for i, r in enumerate(ranks) if not r.passed), None)
+        shown = ranks[wrong or 0]
+        names = dict.fromkeys(name for r in ranks for name in r.differing)
+        merged.append(
+            replace(
+                shown,
+                differing={name: sum(r.differing.get(name, 0) for r in ranks) for name in names},
+                error=shown.error if wrong is None or shown.error is None else f"{shown.error} (rank {wrong})",
+                first=None if shown.first is None else f"rank {wrong}: {shown.first}",
+                seconds=max(r.seconds for r in ranks),
+            )
+        )
+    return merged

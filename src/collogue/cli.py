@@ -1,0 +1,346 @@
+"""The command line: ``collogue demo | check | bench | explain | doctor``.
+
+Data goes to stdout, progress and logs go to stderr. Exit codes: 0 all is well; 1 a check failed; 2 wrong usage; 3 this machine
+cannot do it. torch is imported by the commands that need it, so ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collogue.check import Case, Report
+    from collogue.doctor import Examination
+
+OK, FAILED, USAGE, IMPOSSIBLE = 0, 1, 2, 3
+EXIT_CODES = "Exit codes: 0 all is well; 1 a check failed; 2 wrong usage; 3 this machine cannot do it."
+
+app = typer.Typer(
+    name="collogue",
+    help="Collectives that finish the layer: all-reduce + residual + RMSNorm + quantisation in one kernel.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Many = list[str] | None
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON to FILE; - is stdout.")]
+
+
+def _many(flag: str, what: str) -> Any:
+    return typer.Option(flag, help=f"{what} May be repeated, or comma-separated.", show_default=False)
+
+
+Devices = Annotated[Many, _many("--device", "cpu, cuda.")]
+WorldSizes = Annotated[Many, _many("--world-size", "Ranks, 1 to 8.")]
+Tokens = Annotated[Many, _many("--tokens", "Rows T.")]
+HiddenSizes = Annotated[Many, _many("--hidden-size", "Row length H, a multiple of 8.")]
+DTypes = Annotated[Many, _many("--dtype", "bfloat16, float16, float32.")]
+FORMAT_NAMES = (
+    "none, nvfp4, mxfp4, mxfp8, fp8_static, fp8_per_token, fp8_group; options follow, as in nvfp4/8x4 or fp8_group64/ue8m0/column."
+)
+Formats = Annotated[Many, _many("--format", FORMAT_NAMES)]
+
+
+def _words(values: Many) -> list[str]:
+    """Repeated and comma-separated values as one list."""
+    return [word.strip() for value in values or [] for word in value.split(",") if word.strip()]
+
+
+def _numbers(flag: str, values: Many, *, low: int, high: int | None = None, step: int = 1) -> list[int]:
+    numbers = []
+    for word in _words(values):
+        if not word.isdigit() or int(word) < low or (high is not None and int(word) > high) or int(word) % step:
+            bounds = f"from {low}" + (f" to {high}" if high is not None else "") + (f", a multiple of {step}" if step > 1 else "")
+            raise typer.BadParameter(f"{word!r} is not a number {bounds}", param_hint=flag)
+        numbers.append(int(word))
+    return numbers
+
+
+def _devices(values: Many) -> list[str]:
+    for word in _words(values):
+        if word not in ("cpu", "cuda"):
+            raise typer.BadParameter(f"{word!r} is neither cpu nor cuda", param_hint="--device")
+    return _words(values)
+
+
+def _lists(world_size: Many, tokens: Many, hidden_size: Many, dtype: Many, format: Many) -> dict[str, list[Any]]:
+    """The lists that were given, checked, by the name of :func:`collogue.check.sweep`'s arguments."""
+    lists: dict[str, list[Any]] = {
+        "world_size": _numbers("--world-size", world_size, low=1, high=8),
+        "tokens": _numbers("--tokens", tokens, low=0),
+        "hidden_size": _numbers("--hidden-size", hidden_size, low=8, step=8),
+        "dtype": _words(dtype),
+        "format": _words(format),
+    }
+    return {name: values for name, values in lists.items() if values}
+
+
+@contextmanager
+def _exit_codes(extra: str | None = None) -> Iterator[None]:
+    """Turn Collogue's errors, and packages of ``extra`` that are not installed, into a message on stderr and an exit code."""
+    from collogue.errors import ArgumentError, CollogueError, PlatformError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if extra is None:
+            raise
+        typer.echo(f"error: this needs {error.name}, which is not installed\nhint: pip install 'collogue[{extra}]'", err=True)
+        raise typer.Exit(IMPOSSIBLE) from error
+    except CollogueError as error:
+        typer.echo(f"error: {error}", err=True)
+        code = USAGE if isinstance(error, ArgumentError) else IMPOSSIBLE if isinstance(error, PlatformError) else FAILED
+        raise typer.Exit(code) from error
+
+
+@contextmanager
+def _progress(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr. The function it yields says what starts next; the bar then counts what came before as done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total, now="")
+        begun = 0
+
+        def start(name: str) -> None:
+            nonlocal begun
+            progress.update(task, completed=begun, now=name[:40])
+            begun += 1
+
+        yield start
+        progress.update(task, completed=begun)
+
+
+def _check_target(target: str | None) -> None:
+    if target not in (None, "-") and not Path(str(target)).resolve().parent.is_dir():
+        raise typer.BadParameter(f"there is no directory {Path(str(target)).parent}", param_hint="--json")
+
+
+def _write_json(data: dict[str, Any], target: str | None) -> None:
+    if target is None:
+        return
+    text = json_module.dumps(data, indent=2, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        Path(target).write_text(text)
+
+
+def _console(json: str | None) -> Console:
+    """For people: stdout, unless that carries the JSON."""
+    return Console(stderr=json == "-")
+
+
+@app.command(epilog=EXIT_CODES)
+def demo(
+    device: Annotated[str, typer.Option(help="cpu, cuda (a GPU for each rank), or auto.")] = "auto",
+    world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks.")] = 3,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text that the perplexity is of.")] = 1024,
+    format: Formats = None,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Save the plot here (needs matplotlib).")] = None,
+) -> None:
+    """Run a real language model tensor-parallel and compare the formats."""
+    _check_target(json)
+    chosen: dict[str, Any] = {"formats": tuple(_words(format))} if format else {}
+    with _exit_codes(extra="demo"):
+        from collogue.demo.main import run
+
+        result = run(device, world_size, tokens, json=json, plot=plot, **chosen)
+        raise typer.Exit(OK if result.passed else FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
+def check(
+    device: Devices = None,
+    world_size: WorldSizes = None,
+    tokens: Tokens = None,
+    hidden_size: HiddenSizes = None,
+    dtype: DTypes = None,
+    format: Formats = None,
+    json: Json = None,
+) -> None:
+    """Compare every output of calls bit for bit with an independent answer.
+
+    With no list given: a sweep over every dtype, format and layout, odd shapes and special values, on every device there is.
+    With any list given: the product of the lists; the others are world size 2, 7 tokens, hidden size 2880, all dtypes, all formats.
+    A bare format name stands for all its layouts and options.
+
+    CPU: the communicator runs the reference; the answer is a separate version in scalar numpy. CUDA: kernels against the reference;
+    a process for each GPU, or virtual ranks where the world is larger than the machine.
+    """
+    _check_target(json)
+    devices, lists = _devices(device), _lists(world_size, tokens, hidden_size, dtype, format)
+    with _exit_codes():
+        report = _run_checks(devices, lists)
+        _write_json(report.as_json(), json)
+        _show_report(_console(json), report)
+        if report.impossible:
+            raise typer.Exit(IMPOSSIBLE)
+        raise typer.Exit(OK if report.passed else FAILED)
+
+
+def _run_checks(devices: list[str], lists: dict[str, list[Any]]) -> Report:
+    import torch
+
+    from collogue import check as checks
+    from collogue.doctor import machine
+
+    devices = devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    cases: dict[str, list[Case]] = {d: checks.sweep(**lists) if lists else checks.default_sweep(d) for d in devices}
+    results = []
+    with _progress(sum(map(len, cases.values())), "check") as start:
+        for name, mine in cases.items():
+            results += checks.run_cases(name, mine, started=lambda case: start(str(case)))
+    return checks.Report(results, machine())
+
+
+def _show_report(console: Console, report: Report, shown: int = 20) -> None:
+    table = Table("device", "ranks", "format", "cases", "failed", box=None, header_style="bold")
+    groups: dict[tuple[str, str, str], list[bool]] = {}
+    for r in report.results:
+        groups.setdefault((r.device, r.ranks, r.case.family), []).append(r.passed)
+    for key, passed in groups.items():
+        table.add_row(*key, str(len(passed)), str(passed.count(False) or "-"))
+    console.print(table)
+    failures = [r for r in report.results if not r.passed]
+    for r in failures[:shown]:
+        console.print(
+            f"FAILED {r.case}\n  {r.error or r.first or 'no error, where there must be one'}", highlight=False, markup=False, soft_wrap=True
+        )
+    if len(failures) > shown:
+        console.print(f"and {len(failures) - shown} more; --json FILE has all")
+    expected = sum(r.passed and r.expected_error is not None for r in report.results)
+    refused = f" ({expected} of them calls that must be refused, and were)" if expected else ""
+    console.print(f"{len(report.results) - len(failures)} of {len(report.results)} cases passed{refused}")
+
+
+@app.command(epilog=EXIT_CODES)
+def bench(
+    world_size: WorldSizes = None,
+    tokens: Tokens = None,
+    hidden_size: HiddenSizes = None,
+    dtype: DTypes = None,
+    format: Formats = None,
+    json: Json = None,
+) -> None:
+    """Measure latency on this machine's GPUs, floors and NCCL in the same run. A number is shown only if its output is right."""
+    _check_target(json)
+    lists = _lists(world_size, tokens, hidden_size, dtype, format)
+    with _exit_codes(extra="bench"):
+        from collogue.bench.latency import run
+
+        passed = run(**lists, json=json)
+        raise typer.Exit(OK if passed else FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
+def explain(
+    tokens: Annotated[int, typer.Option(min=1, help="Rows T of the call.")] = 1,
+    hidden_size: Annotated[int, typer.Option(min=8, help="Row length H, a multiple of 8.")] = 7168,
+    world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks.")] = 2,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    format: Annotated[str, typer.Option(help=FORMAT_NAMES)] = "none",
+    residual: Annotated[bool, typer.Option(help="Whether the call adds a residual.")] = True,
+    norm: Annotated[bool, typer.Option(help="Whether the call has an RMSNorm.")] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    json: Json = None,
+) -> None:
+    """Show the plan of a call on this machine: algorithm, launch shape, why, bytes sent, predicted time."""
+    _check_target(json)
+    with _exit_codes():
+        plan = _plan(tokens, hidden_size, world_size, dtype, format, residual, norm, device)
+        _write_json(plan, json)
+        console = _console(json)
+        width = max(map(len, plan))
+        for name, value in plan.items():
+            console.print(f"{name:{width}}  {value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _plan(
+    tokens: int, hidden_size: int, world_size: int, dtype: str, format: str, residual: bool, norm: bool, device: str
+) -> dict[str, Any]:
+    import torch
+
+    from collogue.communicator import Communicator
+    from collogue.errors import DTypeError, PlatformError
+    from collogue.spec import parse
+    from collogue.testing import VirtualGroup, run_virtual
+
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if kind not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{device!r} is none of auto, cpu, cuda", param_hint="--device")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise PlatformError("there is no CUDA GPU that PyTorch can use", hint="run `collogue doctor`, or use --device cpu")
+    value_dtype = getattr(torch, dtype, None)
+    if not isinstance(value_dtype, torch.dtype):
+        raise DTypeError(f"there is no dtype {dtype!r}", hint="use bfloat16, float16 or float32")
+    quant = parse(format)
+
+    def ask(group: VirtualGroup) -> dict[str, Any]:
+        with Communicator(group, max_tokens=tokens, hidden_size=hidden_size, dtype=value_dtype) as comm:
+            plan = comm.explain(tokens, residual=residual, norm=norm, quant=quant)
+            return {"device": str(group.device.type), "tokens": tokens, "hidden_size": hidden_size, **_plain(plan)}
+
+    return run_virtual(world_size, ask, device=kind)[0]
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """A plan as JSON can hold it."""
+    from dataclasses import asdict
+
+    return {k: v if isinstance(v, int | float | str | bool | list | tuple | dict | None) else str(v) for k, v in asdict(value).items()}
+
+
+@app.command(epilog=EXIT_CODES)
+def doctor(json: Json = None) -> None:
+    """Say what this machine has, what Collogue will use, and what to do about what is missing.
+
+    Ends with 3 if something is missing that Collogue needs on this machine; a machine without GPUs is not that.
+    """
+    from collogue.doctor import PROBES, examine
+
+    _check_target(json)
+    with _progress(len(PROBES), "doctor") as start:
+        report = examine(started=start)
+    _write_json(report.as_json(), json)
+    _show_findings(_console(json), report)
+    raise typer.Exit(OK if report.usable else IMPOSSIBLE)
+
+
+def _show_findings(console: Console, report: Examination) -> None:
+    style: dict[str, Sequence[str]] = {"ok": ("green", "ok"), "warn": ("yellow", "warn"), "missing": ("red", "missing")}
+    table = Table.grid(padding=(0, 1))
+    for _ in range(3):
+        table.add_column(overflow="fold")
+    for f in report.findings:
+        color, word = style[f.status]
+        table.add_row(f"[{color}]{word}[/]", f.name, _escape(f.detail) + (f"\n[dim]hint: {_escape(f.hint)}[/]" if f.hint else ""))
+    console.print(table, highlight=False)
+    console.print("Collogue can work here." if report.usable else "Collogue cannot work here before what is missing is there.")
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

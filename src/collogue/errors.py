@@ -1,0 +1,107 @@
+"""Everything Collogue raises on purpose, one class per mistake.
+
+CollogueError
+├── ArgumentError (ValueError)      a call that cannot be right; nothing was launched
+│   ├── ShapeError                  sizes that do not fit together
+│   ├── DTypeError                  a dtype the communicator or the format does not take
+│   ├── DeviceError                 a tensor on another device than the communicator
+│   ├── LayoutError                 not row-contiguous, or not aligned to 16 bytes
+│   ├── OverlapError                an output that shares memory with something it may not
+│   ├── ScaleError                  a scale of the wrong kind, or not positive and finite
+│   ├── FormatError                 a format this hidden size or option set does not have
+│   ├── CapacityError               more tokens than the communicator was made for
+│   ├── GradError                   a tensor that requires grad, in grad mode
+│   └── GroupError                  a group that cannot be used (rank not in it, too large, not given)
+├── ClosedError                     the communicator was closed
+├── NotPrepared                     a kernel was needed under graph capture before it was loaded
+├── PlatformError                   this machine cannot do it (no peer access, several hosts, no symmetric memory)
+├── CompileError                    NVRTC refused a kernel
+└── CollectiveError                 a collective failed; ``comm.reset()`` makes the communicator usable again
+    ├── CollectiveTimeout           a rank waited longer than the communicator's timeout
+    └── MismatchedCall              ranks called with different arguments
+
+Every error carries a ``hint``: one line that says what to do, shown as the last line of the message.
+"""
+
+from __future__ import annotations
+
+
+class CollogueError(Exception):
+    """Base of all errors. ``hint`` is one line: what to do about it."""
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(f"{message}\nhint: {hint}")
+        self.message = message
+        self.hint = hint
+
+
+class ArgumentError(CollogueError, ValueError):
+    """The arguments of a call cannot be right. Nothing was launched; the communicator still works."""
+
+
+class ShapeError(ArgumentError):
+    """A tensor has another shape than the call needs."""
+
+
+class DTypeError(ArgumentError):
+    """A tensor has another dtype than the call needs."""
+
+
+class DeviceError(ArgumentError):
+    """A tensor lies on another device than the communicator."""
+
+
+class LayoutError(ArgumentError):
+    """A tensor is not row-contiguous or not aligned to 16 bytes."""
+
+
+class OverlapError(ArgumentError):
+    """Two tensors share memory that must not."""
+
+
+class ScaleError(ArgumentError):
+    """A scale is of the wrong kind, or not a positive finite number."""
+
+
+class FormatError(ArgumentError):
+    """A quantisation format or option that does not exist, or that this hidden size does not allow."""
+
+
+class CapacityError(ArgumentError):
+    """The call is larger than the communicator was made for."""
+
+
+class GradError(ArgumentError):
+    """A tensor requires grad while grad mode is on; Collogue is for inference."""
+
+
+class GroupError(ArgumentError):
+    """The process group cannot carry a communicator."""
+
+
+class ClosedError(CollogueError):
+    """The communicator was closed."""
+
+
+class NotPrepared(CollogueError):
+    """A kernel that is not loaded was needed while a CUDA graph was being captured."""
+
+
+class PlatformError(CollogueError):
+    """This machine, or this set of ranks, cannot do what was asked."""
+
+
+class CompileError(CollogueError):
+    """NVRTC refused a kernel."""
+
+
+class CollectiveError(CollogueError):
+    """A collective failed on this rank. ``comm.reset()`` makes the communicator usable again."""
+
+
+class CollectiveTimeout(CollectiveError):
+    """A rank waited longer than the communicator's timeout for a peer."""
+
+
+class MismatchedCall(CollectiveError):
+    """Ranks called the same collective with different arguments."""

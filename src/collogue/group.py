@@ -1,0 +1,144 @@
+"""A group of ranks, as Collogue sees it: who takes part, and how bytes move between them without arithmetic.
+
+Two implementations: :class:`TorchGroup` over a ``torch.distributed`` process group, and
+:class:`collogue.testing.VirtualGroup`, whose ranks are threads of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+
+from collogue.errors import GroupError, PlatformError
+
+MAX_WORLD_SIZE = 8
+
+
+@dataclass(frozen=True)
+class SymmetricBuffer:
+    """The same number of bytes on every rank, each mapped into this process.
+
+    ``local`` is this rank's memory (``uint8``); ``pointers[r]`` is rank r's, as an address valid on this rank's device.
+    ``keep`` holds whatever must stay alive as long as the mapping.
+    """
+
+    local: torch.Tensor
+    pointers: tuple[int, ...]
+    keep: Any = None
+
+
+@runtime_checkable
+class Group(Protocol):
+    """What a communicator needs of a group. Every method is collective except the attributes."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, by rank."""
+
+    def barrier(self) -> None:
+        """Return when every rank has called."""
+
+    def all_gather(self, output: torch.Tensor, block: torch.Tensor) -> None:
+        """``output[r] = block`` of rank r, bytes only. ``output`` is ``[N, *block.shape]``, contiguous."""
+
+    def exchange_rows(self, output: torch.Tensor, rows: torch.Tensor, counts: Sequence[int]) -> None:
+        """``rows`` of this rank, cut into ``counts`` for rank 0, 1, ..; ``output[r, :counts[rank]]`` is what rank r cut for this one."""
+
+    def symmetric(self, nbytes: int) -> SymmetricBuffer:
+        """Allocate ``nbytes`` on every rank and map them everywhere. Zeroed."""
+
+    def stream(self) -> torch.cuda.Stream:
+        """The stream that kernels of this rank run on now (CUDA groups only)."""
+
+
+def as_group(group: Any, device: torch.device | str | None = None) -> Group:
+    """``group`` itself if it already is a :class:`Group`, else a :class:`TorchGroup` around the process group.
+
+    Raises :class:`GroupError` where ``group`` is missing, is no group, or does not contain this rank.
+    """
+    if group is None:
+        raise GroupError(
+            "group is required: there is no default to WORLD",
+            hint="pass the tensor-parallel group, e.g. dist.new_group(ranks) or dist.group.WORLD",
+        )
+    if isinstance(group, dist.ProcessGroup):
+        return TorchGroup(group, device)
+    if isinstance(group, Group):
+        return group
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise GroupError("this rank is not in the group", hint="make the communicator only on the ranks of the group")
+    raise GroupError(f"not a process group: {type(group).__name__}", hint="pass a torch.distributed.ProcessGroup")
+
+
+class TorchGroup:
+    """A ``torch.distributed`` process group. CPU tensors travel by gloo, CUDA tensors by NCCL."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device | str | None = None) -> None:
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise GroupError("this rank is not in the group", hint="make the communicator only on the ranks of the group")
+        self.process_group = group
+        self.rank = rank
+        self.size = dist.get_world_size(group)
+        if self.size > MAX_WORLD_SIZE:
+            raise GroupError(
+                f"the group has {self.size} ranks; Collogue supports 1 to {MAX_WORLD_SIZE}",
+                hint="use a tensor-parallel group within one host",
+            )
+        self.device = torch.device(device) if device is not None else self._default_device(group)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+
+    @staticmethod
+    def _default_device(group: dist.ProcessGroup) -> torch.device:
+        return torch.device("cuda" if "nccl" in dist.get_backend_config(group) else "cpu")
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.process_group)
+        return values
+
+    def barrier(self) -> None:
+        self.all_gather_object(None)
+
+    def all_gather(self, output: torch.Tensor, block: torch.Tensor) -> None:
+        out, inp = _as_bytes(output), _as_bytes(block)
+        if self.device.type == "cuda":
+            dist.all_gather_into_tensor(out, inp, group=self.process_group)
+        else:
+            dist.all_gather(list(out.view(self.size, -1).unbind(0)), inp, group=self.process_group)
+
+    def exchange_rows(self, output: torch.Tensor, rows: torch.Tensor, counts: Sequence[int]) -> None:
+        width = rows.shape[1] * rows.element_size()
+        mine = counts[self.rank]
+        received = [b[:mine].reshape(-1).view(torch.uint8) for b in output.unbind(0)]
+        sent = [b.view(torch.uint8) for b in _as_bytes(rows).split([c * width for c in counts])]
+        dist.all_to_all(received, sent, group=self.process_group)
+
+    def symmetric(self, nbytes: int) -> SymmetricBuffer:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        try:
+            local = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self.device)
+            local.zero_()
+            handle = symmetric_memory.rendezvous(local, self.process_group.group_name)
+        except RuntimeError as error:
+            raise PlatformError(
+                f"symmetric memory was refused: {error}",
+                hint="run `collogue doctor`: it says which permission a container lacks",
+            ) from error
+        return SymmetricBuffer(local, tuple(int(p) for p in handle.buffer_ptrs), handle)
+
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

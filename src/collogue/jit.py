@@ -1,0 +1,147 @@
+"""From a :class:`Variant` to machine code: NVRTC through ``cuda.core``, and a cache of cubins on disk.
+
+The cache key is a hash of every kernel source, the generated translation unit, the options, NVRTC's version and the
+architecture; the kernels include no header but their own. Files appear by atomic rename, one process per key compiles,
+and a home directory that cannot be written sends the cache to the temporary directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from collogue.errors import CompileError, PlatformError
+from collogue.variant import Variant
+
+KERNELS = Path(__file__).parent / "kernels"
+#: Architectures that kernels are compiled for. sm_80: one CTA per row, no PDL, E4M3 by integers.
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_103a", "sm_120a")
+_OPTIONS = {"std": "c++17", "fma": False, "ftz": False, "prec_div": True, "prec_sqrt": True}
+
+
+def architecture_of(capability: tuple[int, int]) -> str:
+    """The compile target of a compute capability: ``(9, 0)`` -> ``"sm_90a"``. Raises :class:`PlatformError` below 8.0."""
+    major, minor = capability
+    if major < 8:
+        raise PlatformError(f"compute capability {major}.{minor} is too old", hint="Collogue needs sm_80 or later")
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def cubin(variant: Variant, architecture: str) -> bytes:
+    """Machine code of ``variant``, from the cache if it is there."""
+    source = variant.source()
+    path = _cache_directory() / f"{_key(source, architecture)}.cubin"
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    with _one_compiler(path):
+        with contextlib.suppress(OSError):
+            return path.read_bytes()
+        code, _ = compile_source(source, architecture, variant.name)
+        _write(path, code)
+    return code
+
+
+def compile_source(source: str, architecture: str, name: str, *, verbose: bool = False) -> tuple[bytes, str]:
+    """Compile one translation unit; returns the cubin and the compiler's log (the resource report with ``verbose``)."""
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        name=name,
+        arch=architecture,
+        include_path=str(KERNELS),
+        ptxas_options=["-v"] if verbose else None,
+        **_OPTIONS,  # type: ignore[arg-type]
+    )
+    log = io.StringIO()
+    try:
+        code = Program(source, "c++", options).compile("cubin", logs=log)
+    except Exception as error:
+        raise CompileError(
+            f"NVRTC refused {name} for {architecture}: {error}\n{log.getvalue()}",
+            hint="run `collogue doctor`; if NVRTC is 13.0 or later, please report this with the text above",
+        ) from error
+    return bytes(code.code), log.getvalue()
+
+
+def load(code: bytes, name: str) -> Any:
+    """The kernel ``name`` of a cubin, loaded on the current device (a ``cuda.core`` kernel)."""
+    from cuda.core import ObjectCode
+
+    return ObjectCode.from_cubin(code).get_kernel(name)
+
+
+@functools.cache
+def nvrtc_version() -> tuple[int, int]:
+    """NVRTC's version. Raises :class:`PlatformError` where it cannot be loaded."""
+    try:
+        from cuda.bindings import nvrtc
+
+        error, major, minor = nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError, OSError) as cause:
+        raise PlatformError(f"NVRTC could not be loaded: {cause}", hint="pip install nvidia-cuda-nvrtc") from cause
+    if int(error) != 0:
+        raise PlatformError(f"NVRTC does not answer: {error}", hint="pip install nvidia-cuda-nvrtc")
+    return int(major), int(minor)
+
+
+@functools.cache
+def _sources_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(KERNELS.glob("*.cuh")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _key(source: str, architecture: str) -> str:
+    parts = (_sources_hash(), source, repr(sorted(_OPTIONS.items())), repr(nvrtc_version()), architecture)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
+
+
+@functools.cache
+def _cache_directory() -> Path:
+    """``$COLLOGUE_CACHE_DIR``, else the user's cache directory, else a directory of this user in the temporary directory."""
+    candidates = []
+    if "COLLOGUE_CACHE_DIR" in os.environ:
+        candidates.append(Path(os.environ["COLLOGUE_CACHE_DIR"]))
+    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    with contextlib.suppress(RuntimeError):
+        candidates.append((Path(base) if base else Path.home() / ".cache") / "collogue")
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+    candidates.append(Path(tempfile.gettempdir()) / f"collogue-{user}")
+    for directory in candidates:
+        with contextlib.suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryFile(dir=directory):
+                return directory
+    raise PlatformError("no directory for compiled kernels can be written", hint="set COLLOGUE_CACHE_DIR to a writable directory")
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept."""
+    return _cache_directory()
+
+
+def _write(path: Path, code: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(code)
+    os.replace(file.name, path)
+
+
+@contextlib.contextmanager
+def _one_compiler(path: Path) -> Iterator[None]:
+    """Hold this key's lock: the processes of one host compile a kernel once."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: compiling twice is harmless, the rename is atomic
+        yield
+        return
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

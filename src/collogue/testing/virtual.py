@@ -1,0 +1,133 @@
+"""Virtual ranks: N ranks of one process, a thread each, on the CPU or on whatever GPUs there are.
+
+On GPUs each rank has a stream of its own and plain device memory as its workspace; kernels, plans and workspace code are
+the ones that real ranks use. Timings of virtual ranks mean nothing: they share a GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from collogue.group import SymmetricBuffer
+
+T = TypeVar("T")
+
+
+class _Meeting:
+    """Where the threads of one virtual world meet: a barrier and a place for each rank's value."""
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self.values: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size, timeout=timeout)
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self.values[rank] = value
+        self.barrier.wait()
+        values = list(self.values)
+        self.barrier.wait()
+        return values
+
+
+class VirtualGroup:
+    """One rank of a virtual world; a :class:`collogue.group.Group`."""
+
+    def __init__(self, rank: int, size: int, device: torch.device, meeting: _Meeting, subgroups: dict[Any, _Meeting]) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self._meeting = meeting
+        self._subgroups = subgroups
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def subgroup(self, ranks: Sequence[int]) -> VirtualGroup | None:
+        """The group of ``ranks`` of this one, or ``None`` on a rank that is not in it. Collective over this group."""
+        key = tuple(ranks)
+        if self.rank == 0:
+            self._subgroups[key] = _Meeting(len(key), self._meeting.barrier._timeout)  # type: ignore[attr-defined]
+        self.barrier()
+        if self.rank not in key:
+            return None
+        return VirtualGroup(key.index(self.rank), len(key), self.device, self._subgroups[key], {})
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return self._meeting.exchange(self.rank, value)
+
+    def barrier(self) -> None:
+        self._meeting.exchange(self.rank, None)
+
+    def all_gather(self, output: torch.Tensor, block: torch.Tensor) -> None:
+        self._move(block, lambda blocks: [output[r].copy_(b) for r, b in enumerate(blocks)])
+
+    def exchange_rows(self, output: torch.Tensor, rows: torch.Tensor, counts: Sequence[int]) -> None:
+        mine, first = counts[self.rank], sum(counts[: self.rank])
+        self._move(rows, lambda all_rows: [output[r, :mine].copy_(x[first : first + mine]) for r, x in enumerate(all_rows)])
+
+    def _move(self, tensor: torch.Tensor, copy: Callable[[list[torch.Tensor]], object]) -> None:
+        """Give every rank sight of every rank's ``tensor`` while it copies; on return all copies are done."""
+        self._finish()
+        tensors = self._meeting.exchange(self.rank, tensor)
+        copy(tensors)
+        self._finish()
+        self.barrier()
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            self.stream().synchronize()
+
+    def symmetric(self, nbytes: int) -> SymmetricBuffer:
+        local = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        self._finish()
+        buffers = self.all_gather_object(local)
+        return SymmetricBuffer(local, tuple(b.data_ptr() for b in buffers), buffers)
+
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+
+def run_virtual(
+    world_size: int, fn: Callable[[VirtualGroup], T], *, device: str | torch.device = "cpu", timeout: float = 60.0
+) -> list[T]:
+    """Call ``fn(group)`` in one thread per rank and return the results by rank.
+
+    ``device="cuda"`` spreads the ranks over the GPUs there are. The first exception of a rank is raised here; the others
+    are released from whatever meeting they wait in.
+    """
+    kind = torch.device(device)
+    meeting = _Meeting(world_size, timeout)
+    subgroups: dict[Any, _Meeting] = {}
+    results: list[Any] = [None] * world_size
+    errors: list[tuple[int, BaseException]] = []
+
+    def work(rank: int) -> None:
+        where = kind
+        if kind.type == "cuda" and kind.index is None:
+            where = torch.device("cuda", rank % torch.cuda.device_count())
+        try:
+            if where.type == "cuda":
+                torch.cuda.set_device(where)
+            group = VirtualGroup(rank, world_size, where, meeting, subgroups)
+            if where.type == "cuda":
+                with torch.cuda.stream(group._stream):
+                    results[rank] = fn(group)
+                    torch.cuda.current_stream(where).synchronize()
+            else:
+                results[rank] = fn(group)
+        except BaseException as error:  # noqa: BLE001 - handed to the caller below
+            errors.append((rank, error))
+            meeting.barrier.abort()
+            for other in subgroups.values():
+                other.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,), name=f"rank{rank}", daemon=True) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        first = next((e for _, e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0][1])
+        raise first
+    return results

@@ -1,0 +1,184 @@
+"""The demo on a small random Llama of its own: everything but the reading of SmolLM2-135M."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from collogue import Communicator  # noqa: E402
+from collogue.demo import formats, main, table, worker  # noqa: E402
+from collogue.demo.model import Cache, ShardedLlama  # noqa: E402
+from collogue.demo.weights import ModelShape, Weights, attach, share  # noqa: E402
+from collogue.errors import FormatError, ShapeError  # noqa: E402
+from collogue.group import Group  # noqa: E402
+from collogue.testing.virtual import run_virtual  # noqa: E402
+
+WORLD = 3
+#: Sums in another order than transformers': a few units in the last place of logits below 4.
+BOUND = 2e-5
+CONFIG = {"hidden_size": 192, "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**CONFIG, num_hidden_layers=2, vocab_size=96, tie_word_embeddings=True, initializer_range=0.2)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.fixture
+def task(model: Any) -> worker.Task:
+    draw = torch.Generator().manual_seed(1)
+    tokens, other = torch.randint(0, 96, (2, 17), generator=draw)
+    shape = ModelShape.of(model.config)
+    return worker.Task(shape, ("none", "fp8_static", "nvfp4"), prompt=tokens[:3], new_tokens=4, tokens=tokens, calibration=other[:9])
+
+
+@pytest.fixture
+def weights(model: Any) -> Weights:
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def sharded(group: Group, task: worker.Task, weights: Weights) -> ShardedLlama:
+    comm = Communicator(group, max_tokens=task.max_tokens, hidden_size=task.shape.hidden_size, dtype=torch.float32)
+    return ShardedLlama(task.shape, weights, comm)
+
+
+@pytest.mark.parametrize("steps", [[17], [5, 1, 1, 10]], ids=["at-once", "from-the-cache"])
+def test_logits_are_those_of_the_unsharded_model(model: Any, task: worker.Task, weights: Weights, steps: list[int]) -> None:
+    def rank(group: Group) -> torch.Tensor:
+        llama = sharded(group, task, weights)
+        cache = Cache(llama, len(task.tokens))
+        quants = formats.quants_for("none", [1.0] * task.shape.fused_calls)
+        return torch.cat([llama.forward(tokens, cache, quants) for tokens in task.tokens.split(steps)])
+
+    logits = torch.cat(run_virtual(WORLD, rank), dim=1)
+    with torch.inference_mode():
+        expected = model(task.tokens[None]).logits[0]
+    assert float(expected.abs().max()) > 1.0
+    assert float((logits - expected).abs().max()) < BOUND
+
+
+def test_perplexity_of_shards_is_that_of_the_whole(task: worker.Task) -> None:
+    logits = torch.randn(17, 96, generator=torch.Generator().manual_seed(2)) * 30
+    losses = torch.log_softmax(logits[:-1].double(), dim=-1).gather(1, task.tokens[1:, None])
+
+    def rank(group: Group) -> float:
+        shard = logits.chunk(WORLD, dim=1)[group.rank]
+        return worker.perplexity(shard, task.tokens, group, group.rank * shard.shape[1])
+
+    for found in run_virtual(WORLD, rank):
+        assert math.isclose(found, math.exp(-float(losses.mean())), rel_tol=1e-5)
+
+
+def test_calibration_finds_the_largest_norm_of_every_call(task: worker.Task, weights: Weights) -> None:
+    def rank(group: Group) -> tuple[list[float], list[float]]:
+        llama = sharded(group, task, weights)
+        seen = [0.0] * task.shape.fused_calls
+        quants = formats.quants_for("none", seen)
+        for tokens in task.calibration.split(1):  # The first call sees no context: the same in steps and at once.
+            llama.forward(tokens, Cache(llama, 1), quants, lambda call, n: seen.__setitem__(call, max(seen[call], float(n.abs().max()))))
+        return formats.calibrate(llama, task.calibration), seen
+
+    results = run_virtual(WORLD, rank)
+    assert all(amax == results[0][0] for amax, _ in results)
+    amax, seen = results[0]
+    assert len(amax) == 5
+    assert amax[0] == seen[0]
+    assert amax[1] != seen[1]  # Attention saw the context.
+    assert formats.quants_for("fp8_static", amax)[1].scale == amax[1] / 448  # type: ignore[union-attr]
+    assert formats.quants_for("nvfp4", amax)[-1] is None
+
+
+def run_worker(task: worker.Task, weights: Weights, logits: torch.Tensor) -> list[tuple[str, Any]]:
+    reports: list[tuple[str, Any]] = []
+    run_virtual(WORLD, lambda group: worker.work(group, task, weights, logits, lambda kind, value: reports.append((kind, value))))
+    return reports
+
+
+def test_a_row_shows_its_error_and_the_others_still_run(model: Any, task: worker.Task, weights: Weights) -> None:
+    task = dataclasses.replace(task, formats=("none", "fp8_group80", "nvfp4"))
+    unsharded = main.run_unsharded(model, task)
+    rows = [value for kind, value in run_worker(task, weights, unsharded.logits) if kind == "row"]
+    assert [row.format for row in rows] == ["none", "fp8_group80", "nvfp4"]
+    assert "FormatError" in rows[1].error
+    assert rows[1].perplexity is None
+    assert rows[0].error is None
+    assert rows[2].error is None
+    assert abs(rows[0].perplexity - unsharded.perplexity) < 1e-3
+    assert abs(rows[2].perplexity - unsharded.perplexity) > 1e-2
+
+
+def result_of(unsharded: main.Unsharded) -> main.Result:
+    return main.Result("cpu", WORLD, 17, "float32", {}, unsharded.perplexity, "prompt")
+
+
+def test_three_processes_end_to_end(model: Any, task: worker.Task, weights: Weights, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    unsharded = main.run_unsharded(model, task)
+    result = result_of(unsharded)
+    assert main.measure(result, task, weights, unsharded, lambda step: None) == unsharded.generated
+    assert result.passed, result
+    table.save_json(result, tmp_path / "new" / "demo.json")
+    saved = json.loads((tmp_path / "new" / "demo.json").read_text())
+    assert saved["passed"] is True
+    assert [row["format"] for row in saved["rows"]] == list(task.formats)
+    for row in saved["rows"]:
+        assert row["error"] is None
+        assert row["bytes_one_token"] > 0
+        assert row["bytes_all_tokens"] > row["bytes_one_token"]
+        assert row["us_one_token"] > 0
+        assert row["difference"] == row["perplexity"] - saved["unsharded_perplexity"]
+    table.save_plot(result, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranks_that_end_early_leave_an_error_in_every_row(model: Any, task: worker.Task, weights: Weights) -> None:
+    unsharded = main.run_unsharded(model, task)
+    result = result_of(unsharded)
+    broken = dataclasses.replace(task, prompt=torch.empty(0, dtype=torch.long))  # No token, so no logits to choose from.
+    assert main.measure(result, broken, weights, unsharded, lambda step: None) == []
+    assert [row.format for row in result.rows] == list(task.formats)
+    assert all(row.error is not None and row.error.startswith("rank ") for row in result.rows)
+    assert not result.passed
+
+
+def test_logits_off_the_unsharded_models_fail_the_run(model: Any, task: worker.Task, weights: Weights) -> None:
+    unsharded = main.run_unsharded(model, task)
+    result = result_of(unsharded)
+    [difference] = [value for kind, value in run_worker(task, weights, unsharded.logits) if kind == "logits"]
+    result.logits_difference = difference
+    assert result.passed
+    [difference] = [value for kind, value in run_worker(task, weights, unsharded.logits + 0.01) if kind == "logits"]
+    result.logits_difference = difference
+    assert not result.passed
+
+
+def test_world_sizes_that_do_not_divide_the_model_are_refused(task: worker.Task) -> None:
+    task.shape.check_world_size(3)
+    with pytest.raises(ShapeError, match=r"3 key-value heads do not divide among 2 ranks\nhint: "):
+        task.shape.check_world_size(2)
+
+
+def test_the_shared_weights_are_mapped_unchanged(weights: Weights, tmp_path: Path) -> None:
+    share(weights, tmp_path)
+    mapped = attach(tmp_path)
+    assert mapped.keys() == weights.keys()
+    assert all(torch.equal(mapped[name].view(torch.int32), weights[name].view(torch.int32)) for name in weights)
+
+
+def test_an_unknown_format_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(FormatError, match="'fp7'"):
+        main.run(formats=("none", "fp7"))

@@ -1,0 +1,602 @@
+"""The numerical contract: order, rounding and special values, against scalar loops, exact fractions and hand-made numbers."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import Oracle, without_negative_zero
+from torch import Tensor
+
+from collogue import formats, reference
+from collogue.errors import ArgumentError, FormatError
+from collogue.spec import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, RMSNorm, describe
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+NAN = {torch.bfloat16: 0x7FFF, torch.float16: 0x7FFF, torch.float32: 0x7FFFFFFF}
+F32 = np.float32
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return Oracle(tmp_path_factory.mktemp("oracle"))
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def every_bfloat16() -> Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+def wild(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16, spread: float = 4.0) -> Tensor:
+    """Values over many binades, so that the order of additions is visible in nearly every row."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * torch.exp2(torch.randn(shape, generator=generator) * spread)).to(dtype)
+
+
+def every_format(group: int = 32) -> list[Quant]:
+    return [
+        NVFP4(3.0),
+        NVFP4(torch.tensor([0.7]), "8x4"),
+        MXFP4("floor", "linear"),
+        MXFP4("ceil"),
+        MXFP8("floor"),
+        MXFP8("ceil", "8x4"),
+        FP8Static(0.37),
+        FP8PerToken(),
+        FP8Group(group),
+        FP8Group(group, layout="column"),
+        FP8Group(group, "ue8m0"),
+        FP8Group(group, "ue8m0", "column"),
+    ]
+
+
+formats_by_label = pytest.mark.parametrize("quant", [pytest.param(q, id=describe(q)) for q in every_format()])
+
+
+# Sum and prenorm
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_partials_are_added_in_rank_order(dtype: torch.dtype) -> None:
+    big = 2.0**24
+    seen = set()
+    for order in permutations((big, 1.0, -big)):
+        partials = [torch.full((1, 8), v, dtype=dtype) for v in order]
+        expected = F32(0)
+        for v in order:
+            expected = expected + F32(v)
+        got = reference.all_reduce(partials).reduced
+        assert same(got, torch.full((1, 8), float(expected), dtype=dtype))
+        seen.add(float(expected))
+    assert seen == {0.0, 1.0}  # the order is visible
+
+
+def test_the_residual_comes_last_and_is_rounded_once() -> None:
+    def row(v: float, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.full((1, 8), v, dtype=dtype)
+
+    # 1 + 2**-8 is a tie in bfloat16; the residual's 2**-12 breaks it. Rounding the sum first gives 1.
+    out = reference.all_reduce([row(1.0), row(2.0**-8)], residual=row(2.0**-12))
+    assert out.reduced is None
+    assert same(out.residual, row(1 + 2.0**-7))
+    # In float32 the order of sum and residual shows: (2**24 + 1) - 2**24 = 0.
+    out = reference.all_reduce([row(2.0**24, torch.float32), row(1.0, torch.float32)], residual=row(-(2.0**24), torch.float32))
+    assert same(out.residual, row(0.0, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_negative_zero_and_subnormals_of_the_sum(dtype: torch.dtype) -> None:
+    zero = torch.zeros(1, 8, dtype=dtype)
+    assert same(reference.all_reduce([-zero, -zero], residual=-zero).residual, zero)
+    # -tiny rounds to -0 in a 16-bit dtype: half of the smallest subnormal, from two ranks.
+    smallest = torch.ones(1, 8, dtype=INTEGER[dtype]).view(dtype)
+    assert same(reference.all_reduce([smallest, smallest]).reduced, (2 * torch.ones(1, 8, dtype=INTEGER[dtype])).view(dtype))
+    assert same(reference.all_reduce([-smallest]).reduced, -smallest)
+    assert same(formats.round_value(-smallest.float() / 2, dtype), zero)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinity_and_nan_of_the_sum(dtype: torch.dtype) -> None:
+    inf, nan = torch.inf, torch.nan
+    partials = [
+        torch.tensor([[inf, inf, -inf, nan, -nan, 1.0, 0.0, -0.0]], dtype=dtype),
+        torch.tensor([[1.0, -inf, 1.0, 1.0, 1.0, nan, 0, 0]], dtype=dtype),
+    ]
+    y = reference.all_reduce(partials).reduced
+    assert y is not None
+    code = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}[dtype]
+    lowest = torch.iinfo(INTEGER[dtype]).min
+    assert bits(y).tolist() == [[code, NAN[dtype], code + lowest, NAN[dtype], NAN[dtype], NAN[dtype], 0, 0]]
+
+
+def test_float16_overflows_to_infinity() -> None:
+    big = torch.full((1, 8), 65504.0, dtype=torch.float16)
+    assert same(reference.all_reduce([big, big]).reduced, torch.full((1, 8), torch.inf, dtype=torch.float16))
+    assert same(reference.all_reduce([big, big, -big]).reduced, big)  # the sum itself does not overflow
+
+
+# Mean square and norm
+
+
+def scalar_mean_square(row: Tensor) -> Any:
+    """DESIGN's words, one float32 operation at a time."""
+    y = [F32(v) for v in row.float().tolist()]
+    y += [F32(0)] * (-len(y) % 256)
+    total = F32(0)
+    for start in range(0, len(y), 256):
+        v = []
+        for lane in range(32):
+            e = y[start + 8 * lane : start + 8 * lane + 8]
+            lane_sum = e[0] * e[0]
+            for x in e[1:]:
+                lane_sum = lane_sum + x * x
+            v.append(lane_sum)
+        for half in (16, 8, 4, 2, 1):
+            for i in range(half):
+                v[i] = v[i] + v[i + half]
+        total = total + v[0]
+    return total / F32(len(row))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_size", [8, 24, 256, 264, 576, 2880])
+def test_mean_square_in_the_fixed_order(hidden_size: int, dtype: torch.dtype) -> None:
+    y = wild(4, hidden_size, seed=hidden_size, dtype=dtype, spread=1.0)
+    expected = torch.tensor([float(scalar_mean_square(row)) for row in y])
+    assert same(reference.mean_square(y), expected)
+
+
+def test_the_order_of_the_mean_square_is_visible() -> None:
+    """Other orders give other bits for the inputs above: the test before can fail."""
+    y = wild(64, 2880, seed=7, spread=1.0)
+    squares = y.float().square()
+    exact = reference.mean_square(y)
+    for other in (
+        squares.sum(1) / 2880,
+        squares.flip(1).cumsum(1)[:, -1] / 2880,
+        reference.mean_square(y.roll(8, 1)),
+        reference.mean_square(y.flip(1)),
+    ):
+        assert (bits(exact) != bits(other)).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("offset", "weight_dtype"), [(0.0, None), (1.0, None), (1.0, torch.float32), (0.1, torch.float32)])
+def test_rms_norm_against_a_scalar_loop(dtype: torch.dtype, offset: float, weight_dtype: torch.dtype | None) -> None:
+    y, weight = wild(5, 264, seed=1, dtype=dtype, spread=1.0), wild(264, seed=2, dtype=weight_dtype or dtype, spread=1.0)
+    expected = torch.empty_like(y)
+    for t, row in enumerate(y):
+        rstd = F32(1) / np.sqrt(scalar_mean_square(row) + F32(1e-5))
+        products = [(F32(a) * rstd) * (F32(w) + F32(offset)) for a, w in zip(row.float().tolist(), weight.float().tolist(), strict=True)]
+        expected[t] = torch.tensor(products).to(dtype) + 0.0
+    assert same(reference.rms_norm(y, RMSNorm(weight, eps=1e-5, weight_offset=offset)), expected)
+
+
+def test_norm_of_special_rows() -> None:
+    weight = torch.full((8,), -1.0)
+    y = torch.zeros(4, 8, dtype=torch.bfloat16)
+    y[1, 3], y[2, 3], y[3, 3] = torch.nan, torch.inf, 2.0**100
+    y[2:, 0] = 1.0
+    n = bits(reference.rms_norm(y, RMSNorm(weight)))
+    assert n[0].eq(0).all()  # 0 * -1 is -0, stored as +0
+    assert n[1].eq(0x7FFF).all()
+    assert n[2].tolist() == [0, 0, 0, 0x7FFF, 0, 0, 0, 0]  # rstd is 0
+    assert n[3].eq(0).all()  # the mean square overflows
+
+
+def test_norm_without_eps_of_a_zero_row_is_nan() -> None:
+    n = reference.rms_norm(torch.zeros(1, 8), RMSNorm(torch.ones(8), eps=0.0))
+    assert bits(n).eq(0x7FFFFFFF).all()
+
+
+# Quantisation
+
+
+def expected_quantised(n: Tensor, quant: Quant, oracle: Oracle) -> tuple[Tensor, Tensor | None]:
+    """(codes, one a byte; scales [T, K]) with numpy's float32 and NVIDIA's conversions, from finite rows."""
+    e4m3 = lambda x: without_negative_zero(oracle.e4m3_encode(torch.from_numpy(np.ascontiguousarray(x))), 0x80)  # noqa: E731
+    e2m1 = lambda x: without_negative_zero(oracle.e2m1_encode(torch.from_numpy(np.ascontiguousarray(x))), 8)  # noqa: E731
+    encode = e2m1 if quant.element == "e2m1" else e4m3
+    if isinstance(quant, FP8Static):
+        return encode(n.float().numpy() * (F32(1) / F32(float(quant.scale)))), None
+    x = n.float().numpy().reshape(n.shape[0], -1, quant.block or n.shape[1])
+    amax = np.abs(x).max(axis=2)
+    scale: Any
+    if isinstance(quant, NVFP4):
+        g = F32(float(quant.global_scale))
+        scale = e4m3(g * (amax * (F32(1) / F32(6))))
+        with np.errstate(all="ignore"):
+            codes = encode(x * (g / oracle.e4m3_decode(scale).numpy())[..., None])
+        codes[scale == 0] = 0
+    else:
+        if isinstance(quant, MXFP4 | MXFP8):
+            scale = torch.tensor([[mx_code(Fraction(float(a)), quant) for a in row] for row in amax], dtype=torch.uint8)
+            divisor = oracle.e8m0_decode(scale).numpy()
+        else:
+            divisor = np.maximum(amax / F32(448), F32(quant.smallest))  # type: ignore[attr-defined]
+            scale = torch.from_numpy(divisor)
+            if getattr(quant, "scale_format", "") == "ue8m0":
+                scale = torch.tensor([[power_not_below(Fraction(float(a))) + 127 for a in row] for row in divisor], dtype=torch.uint8)
+                divisor = oracle.e8m0_decode(scale).numpy()
+        codes = encode(x / divisor[..., None])
+    return codes.view(n.shape), scale
+
+
+def power_not_below(x: Fraction) -> int:
+    """The smallest k with ``2**k >= x``."""
+    k = math.frexp(float(x))[1] + 1
+    while Fraction(2) ** (k - 1) >= x:
+        k -= 1
+    return k
+
+
+def mx_code(amax: Fraction, quant: MXFP4 | MXFP8) -> int:
+    """The E8M0 code, from the definition of each rounding."""
+    if amax == 0:
+        return 0
+    largest, emax = (448, 8) if quant.element == "e4m3" else (6, 2)
+    if quant.rounding == "ceil":
+        k = power_not_below(amax / largest)
+    else:
+        k = power_not_below(amax)
+        k -= Fraction(2) ** k > amax  # floor(log2 amax)
+        k -= emax
+    return max(k, -127) + 127
+
+
+@formats_by_label
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_against_numpy_and_cuda(oracle: Oracle, quant: Quant, dtype: torch.dtype) -> None:
+    n = wild(37, 192, seed=3, dtype=dtype).nan_to_num(posinf=1.0, neginf=-1.0)
+    n[5], n[6, :64] = 0, -0.0
+    n[7] *= 2.0**-12
+    codes, scales = reference.quantize(n, quant)
+    expected_codes, expected_scales = expected_quantised(n, quant, oracle)
+    shape, dtype_of_codes = formats.code_spec(quant, 37, 192)
+    assert (codes.shape, codes.dtype) == (shape, dtype_of_codes)
+    raw = codes.view(torch.uint8)
+    assert torch.equal(formats.unpack_nibbles(raw) if quant.element == "e2m1" else raw, expected_codes)
+    if expected_scales is None:
+        assert scales is None
+    else:
+        assert scales is not None
+        assert same(formats.read_scales(scales, quant, 37, 192), expected_scales)
+
+
+@pytest.mark.parametrize("rounding", ["floor", "ceil"])
+@pytest.mark.parametrize("kind", [MXFP4, MXFP8])
+def test_mx_scale_of_every_bfloat16_amax(kind: Any, rounding: Any) -> None:
+    """All 32,640 finite magnitudes against exact fractions, subnormals included; the sign does not matter."""
+    quant = kind(rounding, "linear")
+    amax = every_bfloat16()
+    amax = amax[amax.isfinite()]
+    n = torch.zeros(len(amax), 32, dtype=torch.bfloat16)
+    n[:, 17] = amax
+    _, scales = reference.quantize(n, quant)
+    assert scales is not None
+    expected = {a: mx_code(Fraction(a), quant) for a in set(amax.float().abs().tolist())}
+    assert scales.view(torch.uint8).view(-1).tolist() == [expected[abs(a)] for a in amax.float().tolist()]
+    assert 0xFE not in expected.values()
+
+
+@pytest.mark.parametrize("smallest", [2.0**-126, 1e-3, 1.0])
+def test_ue8m0_scale_of_every_bfloat16_amax(smallest: float) -> None:
+    quant = FP8Group(16, "ue8m0", smallest=smallest)
+    amax = every_bfloat16()
+    amax = amax[amax.isfinite()].abs().unique()
+    n = torch.zeros(len(amax), 16, dtype=torch.bfloat16)
+    n[:, 3] = -amax
+    _, scales = reference.quantize(n, quant)
+    assert scales is not None
+    divisor = np.maximum(amax.float().numpy() / F32(448), F32(smallest)).tolist()
+    got = scales.view(torch.uint8).view(-1).tolist()
+    assert got == [power_not_below(Fraction(d)) + 127 for d in divisor]
+    assert max(got) <= 247  # far from the byte 0xFE that is never produced
+
+
+def test_amax_just_above_a_boundary_rounds_the_scale_up() -> None:
+    """ceil: 448 * 2**k and 6 * 2**k need no larger scale, their successors do; float32 sees one unit in the last place."""
+    for kind, largest in ((MXFP8, 448.0), (MXFP4, 6.0)):
+        for k in (-100, -3, 0, 5, 100):
+            at = torch.zeros(2, 32)
+            at[:, 0] = largest * 2.0**k
+            at[1, 0] = torch.nextafter(at[1, 0], torch.tensor(torch.inf))
+            scales = reference.quantize(at, kind("ceil", "linear"))[1]
+            assert scales is not None
+            assert scales.view(torch.uint8).view(-1).tolist() == [127 + k, 128 + k]
+
+
+def test_golden_vectors() -> None:
+    """Dyadic cases worked out by hand."""
+    ladder = torch.tensor([[0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]])
+    packed = [0x10, 0x32, 0x54, 0x76, 0x90, 0xBA, 0xDC, 0xFE]
+    # amax 6: sf = e4m3(g * 1) = 1 for g = 1.
+    codes, scales = reference.quantize(ladder, NVFP4(1.0, "linear"))
+    assert (codes.tolist(), bits(scales).tolist()) == ([packed], [[0x38]])  # type: ignore[arg-type]
+    # g = 448, x / 448: the scale is 448 * (amax / 6) = 1 again.
+    codes, scales = reference.quantize(ladder * 2, NVFP4(2.0, "linear"))
+    assert (codes.tolist(), bits(scales).tolist()) == ([packed], [[0x48]])  # type: ignore[arg-type]
+    both = torch.cat([ladder, ladder / 2], 1)
+    codes, scales = reference.quantize(both, MXFP4("ceil", "linear"))
+    assert codes[0, :8].tolist() == packed
+    assert bits(scales).tolist() == [[127]]  # type: ignore[arg-type]
+    # 7 saturates under "floor" (scale 1) and does not under "ceil" (scale 2: 3.5 is a tie, to 4).
+    seven = torch.full((1, 32), 7.0)
+    assert reference.quantize(seven, MXFP4("floor"))[0].view(-1)[0] == 0x77
+    assert reference.quantize(seven, MXFP4("ceil"))[0].view(-1)[0] == 0x66
+    # FP8: amax 448 has scale 1; codes are the numbers themselves.
+    x = torch.tensor([[448.0, -1.0, 0.5, 2.0**-9] + [0.0] * 12])
+    expected = [[0x7E, 0xB8, 0x30, 0x01] + [0] * 12]
+    for quant in (FP8Static(1.0), FP8PerToken(), FP8Group(16), FP8Group(16, "ue8m0")):
+        assert bits(reference.quantize(x, quant)[0]).tolist() == expected
+
+
+def test_smallest_bounds_the_scale() -> None:
+    x = torch.zeros(1, 32)
+    x[0, 0] = 1e-9
+    default = 1.0 / (448 * 512)
+    for quant, scale in ((FP8PerToken(), default), (FP8PerToken(smallest=0.5), 0.5), (FP8Group(32, smallest=1.0), 1.0)):
+        assert same(reference.quantize(x, quant)[1], torch.tensor([[scale]]))
+    scales = reference.quantize(x, FP8Group(32, "ue8m0", smallest=0.75))[1]
+    assert scales is not None
+    assert scales.float().tolist() == [[1.0]]
+
+
+@formats_by_label
+def test_nan_is_stored_but_does_not_reach_a_scale(quant: Quant) -> None:
+    n = wild(3, 64, seed=5)
+    clean = n.clone()
+    clean[0, 1] = 0.0
+    n[0, 1] = torch.nan
+    codes, scales = reference.quantize(n, quant)
+    expected, expected_scales = reference.quantize(clean, quant)
+    raw = codes.view(torch.uint8).clone()
+    if quant.element == "e2m1":
+        assert raw[0, 0] >> 4 == 7
+        raw[0, 0] &= 0xF
+    else:
+        assert raw[0, 1] == 0x7F
+        raw[0, 1] = 0
+    assert torch.equal(raw, expected.view(torch.uint8))
+    assert (scales is None and expected_scales is None) or same(scales, expected_scales)
+
+
+def test_blocks_that_are_all_nan_or_zero() -> None:
+    for value in (torch.nan, 0.0, -0.0):
+        n = torch.full((2, 32), value, dtype=torch.bfloat16)
+        n[0, 1] = torch.nan
+        for quant in (NVFP4(1.0), MXFP4("ceil"), MXFP4("floor"), MXFP8("floor"), MXFP8("ceil")):
+            codes, scales = reference.quantize(n, quant)
+            assert scales is not None
+            assert not codes.view(torch.uint8).any()
+            assert not formats.scale_storage(scales).any()
+        codes, scales = reference.quantize(n, FP8PerToken())
+        assert same(scales, torch.full((2, 1), 1.0 / (448 * 512)))
+        assert bits(codes)[0, 1] == 0x7F
+
+
+def test_infinity() -> None:
+    n = torch.zeros(1, 32, dtype=torch.bfloat16)
+    n[0, 0], n[0, 1], n[0, 2] = torch.inf, -torch.inf, 2.0**121
+
+    def raw(quant: Quant) -> tuple[list[int], int]:
+        codes, scales = reference.quantize(n, quant)
+        assert scales is not None
+        return codes.view(torch.uint8)[0, :3].tolist(), int(formats.read_scales(scales, quant, 1, 32)[0, 0])
+
+    # The exponent of infinity counts as 128, so the scale is 2**120 (E4M3) or 2**126 (E2M1).
+    for fp8 in (MXFP8("floor"), MXFP8("ceil"), FP8Group(32, "ue8m0")):
+        assert raw(fp8) == ([0x7E, 0xFE, 0x40], 247)
+    for fp4 in (MXFP4("floor"), MXFP4("ceil")):
+        assert raw(fp4) == ([0xF7, 0x00, 0x00], 253)  # 2**121 / 2**126 rounds to 0
+    # NVFP4's scale saturates at 448: 2**121 saturates too.
+    assert raw(NVFP4(1.0)) == ([0xF7, 0x07, 0x00], 0x7E)
+    # A float32 scale is infinite: finite elements become 0, infinities NaN.
+    for quant in (FP8PerToken(), FP8Group(32)):
+        codes, scales = reference.quantize(n, quant)
+        assert same(scales, torch.tensor([[torch.inf]]))
+        assert bits(codes)[0, :4].tolist() == [0x7F, 0x7F, 0, 0]
+    assert bits(reference.quantize(n, FP8Static(1.0))[0])[0, :4].tolist() == [0x7E, 0xFE, 0x7E, 0]
+
+
+def test_nvfp4_with_an_unvalidated_global_scale() -> None:
+    """CUDA tensors are not read, so these values can occur; the formula defines the output."""
+
+    def quantised(g: float) -> tuple[list[int], list[int]]:
+        quant = NVFP4(1.0, "linear")
+        object.__setattr__(quant, "global_scale", torch.tensor(g))  # past the check, as a CUDA tensor goes
+        codes, scales = reference.quantize(torch.tensor([[6.0, -3.0] + [0.0] * 14]), quant)
+        assert scales is not None
+        return codes[0, :2].tolist(), scales.view(torch.uint8)[0].tolist()
+
+    assert quantised(torch.nan) == ([0x77, 0x77], [0x7F])
+    assert quantised(torch.inf) == ([0xF7, 0x77], [0x7E])  # g / sf is infinite, and 0 * inf is NaN
+    assert quantised(0.0) == ([0x00, 0x00], [0x00])
+    assert quantised(-1.0) == ([0xD7, 0x00], [0xB8])  # sf = -1, g / sf = 1
+    assert quantised(-1e-9) == ([0x00, 0x00], [0x00])  # sf would be -0
+
+
+@formats_by_label
+def test_no_output_holds_a_negative_zero_or_a_sentinel(quant: Quant) -> None:
+    """Every bfloat16 as an element, as a block's only element, and beside every other; every word of every output."""
+    values = every_bfloat16().clone()
+    alone = torch.zeros(2**16, 32, dtype=torch.bfloat16)
+    alone[:, 0] = values
+    negative = -torch.exp2(torch.arange(-140, 128).float()).to(torch.bfloat16)[:, None].expand(-1, 32)
+    for n in (values.view(-1, 32), values.view(-1, 2**11).t().contiguous(), alone, negative.contiguous(), -alone.abs()):
+        codes, scales = reference.quantize(n, quant)
+        raw = codes.view(torch.uint8)
+        if quant.element == "e2m1":
+            assert not (((raw & 0xF) == 8) | ((raw >> 4) == 8)).any()
+            assert not (raw.view(torch.int32) == 0x88888888 - 2**32).any()
+        else:
+            assert not (raw == 0x80).any()
+            assert not (raw.view(torch.int32) == 0x80808080 - 2**32).any()
+        if scales is None:
+            continue
+        memory = formats.scale_storage(scales)
+        if scales.dtype == torch.float32:
+            assert not (memory.view(torch.int32) == -(2**31)).any()
+        elif isinstance(quant, NVFP4):
+            assert not (memory == 0x80).any()
+        else:
+            assert not (memory == 0xFE).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_value_is_a_negative_zero(dtype: torch.dtype) -> None:
+    """y and n: the sentinels 0x8000 in both halves of a word, and 0x80000000."""
+    x = every_bfloat16().to(dtype).view(-1, 64)
+    weight = torch.tensor([-1.0, 1e-38] * 32)
+    residual = -torch.zeros_like(x)
+    out = reference.all_reduce([x * 0, -x * 0, x], residual=residual, norm=RMSNorm(weight), keep_norm=True)
+    for name in ("residual", "norm"):
+        found = getattr(out, name)
+        assert found is not None
+        assert not (bits(found) == torch.iinfo(INTEGER[dtype]).min).any()
+        nan = found.isnan()
+        assert nan.any()
+        assert (bits(found)[nan] == NAN[dtype]).all()
+
+
+# Decoding
+
+
+@formats_by_label
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantize_is_code_times_scale(oracle: Oracle, quant: Quant, dtype: torch.dtype) -> None:
+    n = wild(9, 96, seed=8, dtype=dtype, spread=1.0)
+    codes, scales = reference.quantize(n, quant)
+    decoded = reference.dequantize(codes, scales, quant, hidden_size=96)
+    raw = codes.view(torch.uint8)
+    values = (oracle.e2m1_decode(formats.unpack_nibbles(raw)) if quant.element == "e2m1" else oracle.e4m3_decode(raw)).numpy()
+    if isinstance(quant, FP8Static):
+        expected = values * F32(float(quant.scale))
+    else:
+        assert scales is not None
+        stored = formats.read_scales(scales, quant, 9, 96).contiguous()
+        if stored.dtype == torch.uint8:
+            stored = oracle.e4m3_decode(stored) if isinstance(quant, NVFP4) else oracle.e8m0_decode(stored)
+        expected = values * np.repeat(stored.numpy(), quant.block or 96, axis=1)
+        if isinstance(quant, NVFP4):
+            expected = expected / F32(float(quant.global_scale))
+    assert same(decoded, torch.from_numpy(expected))
+    # Not far from the truth either: half a step of the element at the block's largest value.
+    error = (decoded - n.float()).reshape(9, -1, quant.block or 96).abs().amax(2)
+    amax = n.float().reshape(9, -1, quant.block or 96).abs().amax(2)
+    bound = {"e2m1": 1 / 3, "e4m3": 1 / 8}[quant.element]
+    if not isinstance(quant, FP8Static | NVFP4):
+        assert (error <= amax * bound).all()
+
+
+@pytest.mark.parametrize("quant", [MXFP4("floor"), MXFP4("ceil"), MXFP8("floor"), MXFP8("ceil"), FP8Group(32, "ue8m0"), FP8Static(0.25)])
+def test_what_was_decoded_quantises_to_itself(quant: Quant) -> None:
+    """Power-of-two scales lose nothing, so decode and encode again is the identity on the values."""
+    codes, scales = reference.quantize(wild(33, 96, seed=9, spread=1.0), quant)
+    decoded = reference.dequantize(codes, scales, quant, hidden_size=96)
+    again = reference.dequantize(*reference.quantize(decoded, quant), quant, hidden_size=96)
+    assert same(again + 0.0, decoded + 0.0)
+
+
+def test_dequantize_decodes_nan_to_the_one_nan() -> None:
+    n = torch.ones(1, 32)
+    n[0, 5] = torch.nan
+    for quant in (FP8PerToken(), FP8Static(2.0), MXFP8("ceil")):
+        codes, scales = reference.quantize(n, quant)
+        decoded = reference.dequantize(codes, scales, quant, hidden_size=32)
+        assert bits(decoded)[0, 5] == 0x7FFFFFFF
+        assert decoded.isnan().sum() == 1
+
+
+# The whole call
+
+
+def test_outputs_that_were_asked_for() -> None:
+    x, norm, quant = wild(3, 64), RMSNorm(torch.ones(64)), FP8PerToken()
+
+    def names(**arguments: Any) -> set[str]:
+        return {name for name, _ in reference.all_reduce([x, x], **arguments).items()}
+
+    assert names() == {"reduced"}
+    assert names(residual=x) == {"residual"}
+    assert names(norm=norm) == {"residual", "norm"}
+    assert names(norm=norm, quant=quant) == {"residual", "codes", "scales"}
+    assert names(norm=norm, quant=quant, keep_norm=True) == {"residual", "norm", "codes", "scales"}
+    assert names(quant=quant) == {"reduced", "codes", "scales"}
+    assert names(residual=x, quant=FP8Static(1.0)) == {"residual", "codes"}
+    with pytest.raises(FormatError):
+        names(keep_norm=True)
+
+
+@formats_by_label
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_and_unfused_agree_and_rows_do_not_depend_on_the_batch(quant: Quant, dtype: torch.dtype) -> None:
+    partials = [wild(7, 96, seed=10 + r, dtype=dtype, spread=1.0) for r in range(3)]
+    residual, norm = wild(7, 96, seed=20, dtype=dtype), RMSNorm(wild(96, seed=21, dtype=dtype, spread=0.5), weight_offset=1.0)
+    before = [p.clone() for p in (*partials, residual)]
+    out = reference.all_reduce(partials, residual=residual, norm=norm, quant=quant, keep_norm=True)
+    assert all(same(a, b) for a, b in zip((*partials, residual), before, strict=True))
+
+    y = reference.all_reduce(partials, residual=residual).residual
+    assert y is not None
+    n = reference.rms_norm(y, norm)
+    codes, scales = reference.quantize(n, quant)
+    assert same(out.residual, y)
+    assert same(out.norm, n)
+    assert same(out.codes, codes)
+    for t in (0, 6):
+        row = reference.all_reduce([p[t : t + 1] for p in partials], residual=residual[t : t + 1], norm=norm, quant=quant, keep_norm=True)
+        assert row.norm is not None
+        assert row.codes is not None
+        assert same(row.norm, n[t : t + 1])
+        assert same(row.codes, codes[t : t + 1])
+        if scales is not None:
+            assert row.scales is not None
+            all_rows = formats.read_scales(scales, quant, 7, 96)
+            assert same(formats.read_scales(row.scales, quant, 1, 96), all_rows[t : t + 1])
+
+
+@formats_by_label
+def test_no_tokens(quant: Quant) -> None:
+    x = torch.zeros(0, 96, dtype=torch.bfloat16)
+    out = reference.all_reduce([x, x], residual=x, norm=RMSNorm(torch.ones(96)), quant=quant, keep_norm=True)
+    assert all(t.numel() == 0 for _, t in out.items())
+    assert out.codes is not None
+    assert reference.dequantize(out.codes, out.scales, quant, hidden_size=96).shape == (0, 96)
+
+
+def test_wrong_arguments() -> None:
+    x = wild(3, 64)
+    wrong: list[Any] = [
+        lambda: reference.all_reduce([]),
+        lambda: reference.all_reduce([x[0]]),
+        lambda: reference.all_reduce([x.int()]),
+        lambda: reference.all_reduce([x, x[:2]]),
+        lambda: reference.all_reduce([x, x.float()]),
+        lambda: reference.all_reduce([x], residual=x.float()),
+        lambda: reference.all_reduce([x], norm=RMSNorm(torch.ones(32))),
+        lambda: reference.all_reduce([x], norm=RMSNorm(torch.ones(64, dtype=torch.float16))),
+        lambda: reference.quantize(x[0], FP8PerToken()),
+        lambda: reference.quantize(x, FP8Group(48)),
+        lambda: reference.dequantize(x, None, FP8Static(1.0), hidden_size=64),
+        lambda: reference.dequantize(reference.quantize(x, FP8PerToken())[0], None, FP8PerToken(), hidden_size=64),
+        lambda: reference.dequantize(reference.quantize(x, FP8Static(1.0))[0], None, FP8Static(1.0), hidden_size=32),
+        lambda: FP8Group(16, "ue8m0", smallest=2.0),
+        lambda: FP8Group(16, "ue8m0", smallest=1e-39),
+    ]
+    for call in wrong:
+        with pytest.raises(ArgumentError, match="\nhint: "):
+            call()
