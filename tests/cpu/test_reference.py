@@ -100,6 +100,7 @@ def test_the_residual_comes_last_and_is_rounded_once() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_negative_zero_and_subnormals_of_the_sum(dtype: torch.dtype) -> None:
     zero = torch.zeros(1, 8, dtype=dtype)
+    assert same(reference.sum_partials([-zero, -zero]), torch.zeros(1, 8))
     assert same(reference.all_reduce([-zero, -zero], residual=-zero).residual, zero)
     # -tiny rounds to -0 in a 16-bit dtype: half of the smallest subnormal, from two ranks.
     smallest = torch.ones(1, 8, dtype=INTEGER[dtype]).view(dtype)
@@ -309,14 +310,29 @@ def test_ue8m0_scale_of_every_bfloat16_amax(smallest: float) -> None:
 
 def test_amax_just_above_a_boundary_rounds_the_scale_up() -> None:
     """ceil: 448 * 2**k and 6 * 2**k need no larger scale, their successors do; float32 sees one unit in the last place."""
-    for kind, largest in ((MXFP8, 448.0), (MXFP4, 6.0)):
+    group = FP8Group(32, "ue8m0", smallest=2.0**-126)
+    for quant, largest in ((MXFP8("ceil", "linear"), 448.0), (group, 448.0), (MXFP4("ceil", "linear"), 6.0)):
         for k in (-100, -3, 0, 5, 100):
             at = torch.zeros(2, 32)
             at[:, 0] = largest * 2.0**k
             at[1, 0] = torch.nextafter(at[1, 0], torch.tensor(torch.inf))
-            scales = reference.quantize(at, kind("ceil", "linear"))[1]
+            scales = reference.quantize(at, quant)[1]
             assert scales is not None
             assert scales.view(torch.uint8).view(-1).tolist() == [127 + k, 128 + k]
+
+
+def test_static_multiplies_by_the_rounded_inverse(oracle: Oracle) -> None:
+    """At the midpoints of the codes, where division would give other codes."""
+    values = formats.e4m3_decode(torch.arange(0x7F, dtype=torch.uint8))
+    middles = (values[1:] + values[:-1]) / 2
+    differ = 0
+    for scale in (0.37, 0.7, 1.3, 3.0, 1e-4):
+        n = (middles * scale)[None, :120].contiguous()
+        codes, _ = reference.quantize(n, FP8Static(scale))
+        product = torch.from_numpy(n.numpy() * (F32(1) / F32(scale)))
+        assert torch.equal(codes.view(torch.uint8), oracle.e4m3_encode(product))
+        differ += int((codes.view(torch.uint8) != oracle.e4m3_encode(torch.from_numpy(n.numpy() / F32(scale)))).sum())
+    assert differ > 0
 
 
 def test_golden_vectors() -> None:

@@ -69,7 +69,15 @@ def as_table(result: Result) -> Table:
         + ("host included." if result.device == "cuda" else "of the CPU reference: says nothing about GPUs."),
     )
     table.add_column("format")
-    for name in ("perplexity", "difference", "bytes,\n1 token", f"bytes,\n{result.tokens:,} tokens", "us,\n1 token", "us, all\ntokens"):
+    for name in (
+        "perplexity",
+        "difference",
+        "std.\nerror",
+        "bytes,\n1 token",
+        f"bytes,\n{result.tokens:,} tokens",
+        "us,\n1 token",
+        "us, all\ntokens",
+    ):
         table.add_column(name, justify="right")
     for row in result.rows:
         if row.error is not None:
@@ -79,6 +87,7 @@ def as_table(result: Result) -> Table:
             row.format,
             _number(row.perplexity, "{:.4f}"),
             _number(difference(row, result), "{:+.4f}"),
+            _number(row.standard_error, "{:.4f}"),
             _number(row.bytes_one_token, "{:,}"),
             _number(row.bytes_all_tokens, "{:,}"),
             _number(row.us_one_token, "{:,.0f}"),
@@ -127,17 +136,26 @@ def save_plot(result: Result, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.45 * len(names) + 1.9), sharey=True, layout="constrained")
     costs = [difference(row, result) or 0.0 for row in result.rows]
     times = [(row.us_all_tokens or 0.0) / 1000 for row in result.rows]
-    for axis, values, form, colour in ((left, costs, "{:+.3f}", "#3b6ea5"), (right, times, "{:.1f}", "#8a8a8a")):
-        axis.barh(places, values, color=colour, height=0.65)
-        for place, value, row in zip(places, values, result.rows, strict=True):
-            label = "error" if row.error else form.format(value)
-            axis.annotate(label, (max(value, 0.0), place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+    spread = [row.standard_error or 0.0 for row in result.rows]
+    panels = ((left, costs, spread, "{:+.3f}", "#3b6ea5"), (right, times, None, "{:.1f}", "#8a8a8a"))
+    for axis, values, errors, form, colour in panels:
+        axis.barh(places, values, xerr=errors, color=colour, ecolor="#999999", height=0.65)
+        for place, row in enumerate(result.rows):
+            label = "error" if row.error else form.format(values[place])
+            axis.annotate(
+                label,
+                (max(values[place], 0.0) + (errors[place] if errors else 0.0), place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+            )
         axis.margins(x=0.18)
         axis.spines[["top", "right"]].set_visible(False)
     left.set_yticks(places, names)
     left.invert_yaxis()
     left.axvline(0.0, color="black", linewidth=0.8)
-    left.set_xlabel(f"perplexity above the unsharded model's {result.unsharded_perplexity:.2f} (lower is better)")
+    left.set_xlabel(f"perplexity above the unsharded model's {result.unsharded_perplexity:.2f}, with standard error")
     right.set_xlabel(f"ms a fused call of {result.tokens:,} tokens ({result.device})")
     figure.suptitle(f"SmolLM2-135M, tensor-parallel on {result.world_size} ranks: what the fused call's output format costs", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)

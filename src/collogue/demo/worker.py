@@ -38,10 +38,14 @@ class Task:
 
 @dataclass
 class Row:
-    """One format's result, or its error. Bytes are what one rank sends in one fused call by the plan; times are measured."""
+    """One format's result, or its error. Bytes are what one rank sends in one fused call by the plan; times are measured.
+
+    ``standard_error`` is that of the perplexity's difference to the unsharded model, over the same tokens.
+    """
 
     format: str
     perplexity: float | None = None
+    standard_error: float | None = None
     bytes_one_token: int | None = None
     bytes_all_tokens: int | None = None
     us_one_token: float | None = None
@@ -62,18 +66,20 @@ def work(group: Group, task: Task, weights: Weights, unsharded_logits: torch.Ten
         tell("text", generate(model, group, task.prompt.to(comm.device), task.new_tokens, unquantised))
         amax = calibrate(model, task.calibration.to(comm.device))
         tokens = task.tokens.to(comm.device)
+        expected = unsharded_logits[:, model.vocab_start : model.vocab_start + len(model.head)].to(comm.device)
+        expected_losses = token_losses(expected, tokens, group, model.vocab_start)
         for name in task.formats:
             row = Row(name)
             try:
                 quants = quants_for(name, amax)
                 logits = model.forward(tokens, Cache(model, len(tokens)), quants)
-                row.perplexity = perplexity(logits, tokens, group, model.vocab_start)
+                losses = token_losses(logits, tokens, group, model.vocab_start)
+                row.perplexity = float(losses.mean().exp())
+                row.standard_error = row.perplexity * float((losses - expected_losses).std()) / len(losses) ** 0.5
                 row.bytes_one_token, row.us_one_token = _fused_call(comm, model, quants[1], 1)
                 row.bytes_all_tokens, row.us_all_tokens = _fused_call(comm, model, quants[1], len(tokens))
                 if name == "none":
-                    shard = unsharded_logits[:, model.vocab_start : model.vocab_start + logits.shape[1]]
-                    difference = float((logits.float().cpu() - shard).abs().max())
-                    tell("logits", max(group.all_gather_object(difference)))
+                    tell("logits", max(group.all_gather_object(float((logits.float() - expected).abs().max()))))
             except Exception as error:
                 row.error = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             errors = [error for error in group.all_gather_object(row.error) if error]
@@ -95,8 +101,8 @@ def generate(model: ShardedLlama, group: Group, prompt: torch.Tensor, count: int
     return generated
 
 
-def perplexity(logits: torch.Tensor, tokens: torch.Tensor, group: Group, vocab_start: int) -> float:
-    """``exp`` of the mean loss of token ``t + 1`` under ``logits[t]``, from each rank's ``[T, V / N]``, in float64.
+def token_losses(logits: torch.Tensor, tokens: torch.Tensor, group: Group, vocab_start: int) -> torch.Tensor:
+    """The loss of token ``t + 1`` under ``logits[t]``, from each rank's ``[T, V / N]``: ``[T - 1]``, float64, on the CPU.
 
     Ranks exchange three numbers a token (largest logit, sum of exponentials, the target's logit), never the logits.
     """
@@ -107,9 +113,8 @@ def perplexity(logits: torch.Tensor, tokens: torch.Tensor, group: Group, vocab_s
     target = logits.gather(1, torch.where(mine, local, 0)[:, None])[:, 0].masked_fill(~mine, -torch.inf)
     parts = group.all_gather_object((largest.double().cpu(), total.cpu(), target.double().cpu()))
     top = torch.stack([part[0] for part in parts]).amax(dim=0)
-    log_sum = sum(part[1] * (part[0] - top).exp() for part in parts).log() + top
-    loss = log_sum - torch.stack([part[2] for part in parts]).amax(dim=0)
-    return float(loss.mean().exp())
+    log_sum = torch.stack([part[1] * (part[0] - top).exp() for part in parts]).sum(dim=0).log() + top
+    return log_sum - torch.stack([part[2] for part in parts]).amax(dim=0)
 
 
 def _fused_call(comm: Communicator, model: ShardedLlama, quant: Quant | None, tokens: int, repeats: int = 5) -> tuple[int, float]:

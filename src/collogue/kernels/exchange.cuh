@@ -30,7 +30,7 @@ struct RowExchange {
     const u32 lane = thread_index() & 31u;
 #if COLLOGUE_HAS_CLUSTERS
     if constexpr (kClustered) {
-      if (lane < cluster_size())
+      if (lane < blocks_in_row())
         send_word(address_in_cta(shared_address(&value[turn & 1][block]), lane), bits(x),
                   address_in_cta(shared_address(&barrier[turn & 1]), lane));
       return;

@@ -8,38 +8,56 @@ namespace collogue {
 template <class C>
 COLLOGUE_DEVICE void one_shot(const Params& p) {
   using D = typename C::D;
+  using Vector = Packed<D::kParts>;
   COLLOGUE_SHARED typename Row<C>::Shared shared;
   Row<C> row(p, shared);
   row.init();
-  u32 ctas_per_row = 1;
-#if COLLOGUE_HAS_CLUSTERS
-  if constexpr (C::kClustered) ctas_per_row = cluster_size();
-#endif
-  const u32 rows_at_once = block_count() / ctas_per_row;
-  const u32 thread = block_index() * C::kThreads + thread_index(), threads = block_count() * C::kThreads;
-
-  wait_for_previous_kernel();
   Ranks<C> ranks(p);
-  u32 turn = 0;
-  for (u32 t = block_index() / ctas_per_row; t < p.tokens; t += rows_at_once, turn++) {
-    if (turn) row.next();
-    // A single vector stays in registers; several are read again when their turn comes.
-    Packed<D::kParts> x[C::kVectors], residual{};
-#pragma unroll
-    for (int i = 0; i < C::kVectors; i++) {
-      x[i] = Packed<D::kParts>{};
-      if (row.active(i)) x[i] = load_vector<D>(p.partial + row.offset(t, i));
+
+  u32 t = grid_row();
+  const u32 row_bytes = p.hidden * D::kBytes;
+  u32 slot_offset = static_cast<u32>(row.offset(t, 0));
+  const u8* partial = row.at(p.partial, t);
+  const u8* residual = C::kResidual ? row.at(p.residual, t) : nullptr;
+  compute_now(partial);
+  compute_now(residual);
+  compute_now(slot_offset);
+  ranks.compute_pointers_now();
+
+#ifdef EXP_PREFETCH
+  if (row.active(0)) prefetch(partial);
+  if (C::kResidual && row.active(0)) prefetch(residual);
+  prefetch(ranks.own);
+#endif
+  wait_for_previous_kernel();
+  ranks.ask();
+  for (u32 turn = 0; t < p.tokens; turn++, t += grid_rows()) {
+    if (turn) {
+      row.next();
+      partial += static_cast<u64>(grid_rows()) * row_bytes;
+      residual += static_cast<u64>(grid_rows()) * row_bytes;
+      slot_offset += grid_rows() * row_bytes;
     }
-    if constexpr (C::kResidual && C::kVectors == 1)
-      if (row.active(0)) residual = load_vector<D>(p.residual + row.offset(t, 0));
-    if (turn == 0) launch_next_kernel();
+    // A single vector stays in registers; several are read again when their turn comes.
+    Vector x[C::kVectors], r{};
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++) x[i] = row.load(partial, i);
+    if constexpr (C::kResidual && C::kVectors == 1) r = row.load(residual, 0);
+    if (turn == 0) {
+      launch_next_kernel();
+      ranks.start();
+    }
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++)
-      if (row.active(i)) ranks.send(x[i], row.offset(t, i));
+      if (row.active(i)) ranks.send(x[i], slot_offset + i * row.kVectorStep);
     const u32 sent = clock_cycles();
     if (turn == 0) {
-      ranks.count_warp(block_index(), block_count(), p.tokens * (p.hidden * D::kBytes / 16));
+      const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();
+      const u32 thread = cta * C::kThreads + thread_index(), threads = ctas * C::kThreads;
+      ranks.count_warp(thread, threads / 32, p.tokens * (row_bytes / 16));
+#ifndef EXP_NOWIPE
       ranks.wipe(thread, threads);
+#endif
       if constexpr (C::kFormat != Format::kNone) row.quant.pad(thread, threads);
     }
     // Polling lines that are being written slows their arrival: leave the wire alone until the words can be here.
@@ -48,17 +66,12 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       if constexpr (C::kVectors > 1) {
-        if (row.active(i)) x[i] = load_vector<D>(p.partial + row.offset(t, i));
-        if (C::kResidual && row.active(i)) residual = load_vector<D>(p.residual + row.offset(t, i));
+        x[i] = row.load(partial, i);
+        if constexpr (C::kResidual) r = row.load(residual, i);
       }
       float sum[8];
-      ranks.receive_and_add(x[i], row.offset(t, i), row.active(i), t, sum);
-      if constexpr (C::kResidual) {
-        float r[8];
-        D::widen(residual, r);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum[j] = sum[j] + r[j];
-      }
+      ranks.receive_and_add(x[i], slot_offset + i * row.kVectorStep, row.active(i), t, sum);
+      if constexpr (C::kResidual) add<D>(sum, r);
       x[i] = row.store_stream(t, i, sum);
     }
     row.finish(t, turn, x);

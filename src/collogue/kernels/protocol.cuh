@@ -46,28 +46,40 @@ struct Ranks {
   using D = typename C::D;
 
   const Params& p;
-  u8* own;        // this rank's workspace
-  u32 call;
-  u32 stopped;
-  u32 generation; // byte offset of this call's generation
-  u32 wipe_generation;
-  u32 wipe_units;
+  u8* own;                 // this rank's workspace
+  u8* slot[C::kWorld];     // this rank's slot in generation 0 of its k-th next peer
+  Words head, used;        // the control words, as read
+  u32 call, stopped;
+  u32 generation;          // byte offset of this call's generation
   u64 started_ns;
 
-  // After wait_for_previous_kernel(). Warp-uniform.
-  COLLOGUE_DEVICE explicit Ranks(const Params& params) : p(params), own(params.workspace[params.rank]), started_ns(0) {
-    const Words head = load_control(own), used = load_control(own + 16);
+  // Needs no result of the previous kernel.
+  COLLOGUE_DEVICE explicit Ranks(const Params& params) : p(params), own(params.workspace[params.rank]), call(0), stopped(0), generation(0), started_ns(0) {
+#pragma unroll
+    for (int k = 1; k < C::kWorld; k++) {
+      u32 peer = p.rank + k;
+      if (peer >= C::kWorld) peer -= C::kWorld;
+      slot[k] = p.workspace[peer] + kDataOffset + p.rank * p.slot_bytes;
+    }
+  }
+  COLLOGUE_DEVICE void compute_pointers_now() {
+    compute_now(own);
+#pragma unroll
+    for (int k = 1; k < C::kWorld; k++) compute_now(slot[k]);
+  }
+  // After wait_for_previous_kernel(), before the first load of the call: start() uses what this asks for.
+  COLLOGUE_DEVICE void ask() {
+    head = load_control(own);
+    used = load_control(own + 16);
+  }
+  COLLOGUE_DEVICE void start() {
     call = head.w[1];
     stopped = head.w[2];
-    const u32 stride = p.slot_bytes * C::kWorld, now = call % kGenerations, before = (call - 1) % kGenerations;
-    generation = kDataOffset + now * stride;
-    wipe_generation = kDataOffset + before * stride;
-    if (stopped) record_stop(p, own, call, stopped);
-    wipe_units = before == 0 ? used.w[0] : before == 1 ? used.w[1] : before == 2 ? used.w[2] : used.w[3];
+    generation = call % kGenerations * (p.slot_bytes * C::kWorld);
   }
 
   // One vector of this rank's term, to every peer. A word that looks like the sentinel is sent as zeros: same sum.
-  COLLOGUE_DEVICE void send(const Packed<D::kParts>& x, u64 offset) const {
+  COLLOGUE_DEVICE void send(const Packed<D::kParts>& x, u32 offset) const {
     if (stopped) return;
     Packed<D::kParts> v = x;
 #pragma unroll
@@ -76,38 +88,37 @@ struct Ranks {
       for (int j = 0; j < 4; j++) v.part[i].w[j] = v.part[i].w[j] == D::kSentinel ? 0u : v.part[i].w[j];
 #pragma unroll
     for (int k = 1; k < C::kWorld; k++) {
-      u32 peer = p.rank + k;
-      if (peer >= C::kWorld) peer -= C::kWorld;
-      u8* const slot = p.workspace[peer] + generation + p.rank * p.slot_bytes + offset;
 #pragma unroll
-      for (int i = 0; i < D::kParts; i++) store_to_peer(slot + 16 * i, v.part[i]);
+      for (int i = 0; i < D::kParts; i++) store_to_peer(slot[k] + (generation + offset) + 16 * i, v.part[i]);
     }
   }
 
   // This warp has read the control words and will not again; the last of the grid advances the call number.
-  COLLOGUE_DEVICE void count_warp(u32 cta, u32 ctas, u32 units) const {
-    const u32 warps = ctas * (C::kThreads / 32);
-    if (thread_index() % 32 == 0) {
-      const bool first = cta == 0 && thread_index() == 0;
-      count(reinterpret_cast<u64*>(own), first ? (1ull << 32) - (warps - 1) : 1ull);
-      if (first) reinterpret_cast<Control*>(own)->used[call % kGenerations] = units;
-    }
+  // `thread` of the grid; `units` of 16 bytes go into every slot of this call's generation.
+  COLLOGUE_DEVICE void count_warp(u32 thread, u32 warps, u32 units) const {
+    if (thread % 32) return;
+    count(reinterpret_cast<u64*>(own), thread == 0 ? (1ull << 32) - (warps - 1) : 1ull);
+    if (thread == 0) reinterpret_cast<Control*>(own)->used[call % kGenerations] = units;
   }
 
   // The generation of the call before becomes clean again. All threads of the grid together.
   COLLOGUE_DEVICE void wipe(u32 thread, u32 threads) const {
     const Words clean = {{D::kSentinel, D::kSentinel, D::kSentinel, D::kSentinel}};
-    for (u32 unit = thread; unit < wipe_units; unit += threads) {
+    const u32 before = (call - 1) % kGenerations;
+    const u32 units = before == 0 ? used.w[0] : before == 1 ? used.w[1] : before == 2 ? used.w[2] : used.w[3];
+    u8* const first = own + kDataOffset + before * (p.slot_bytes * C::kWorld);
+    for (u32 unit = thread; unit < units; unit += threads) {
 #pragma unroll
       for (u32 k = 0; k < C::kWorld; k++)
-        if (k != p.rank) store(own + wipe_generation + k * p.slot_bytes + unit * 16, clean);
+        if (k != p.rank) store(first + k * p.slot_bytes + unit * 16, clean);
     }
+    if (stopped) record_stop(p, own, call, stopped);
   }
 
   // Adds every rank's term of one vector in rank order; `mine` is this rank's. All lanes of the warp together.
-  COLLOGUE_DEVICE void receive_and_add(const Packed<D::kParts>& mine, u64 offset, bool active, u32 token, float (&sum)[8]) {
+  COLLOGUE_DEVICE void receive_and_add(const Packed<D::kParts>& mine, u32 offset, bool active, u32 token, float (&sum)[8]) {
     constexpr int kBatch = D::kParts == 1 ? (C::kWorld < 8 ? C::kWorld : 8) : (C::kWorld < 4 ? C::kWorld : 4);
-    const u8* const slots = own + generation + offset;
+    const u8* const slots = own + kDataOffset + (generation + offset);
 #pragma unroll
     for (int j = 0; j < 8; j++) sum[j] = 0.0f;
 #pragma unroll
@@ -138,18 +149,13 @@ struct Ranks {
       } while (missing);
 #pragma unroll
       for (int b = 0; b < kBatch; b++) {
-        if (first + b < C::kWorld) {
-          float f[8];
-          D::widen(term[b], f);
-#pragma unroll
-          for (int j = 0; j < 8; j++) sum[j] = sum[j] + f[j];
-        }
+        if (first + b < C::kWorld) add<D>(sum, term[b]);
       }
     }
   }
 
   // A wait has become long: has a peer stopped the call, is the time over? True, for the whole warp, if the wait is to end.
-  static COLLOGUE_DEVICE u32 look(const Params& p, u8* own, Place place, u64 offset, u64 started_ns) {
+  static COLLOGUE_DEVICE u32 look(const Params& p, u8* own, Place place, u32 offset, u64 started_ns) {
     const u64 waited = time_ns() - started_ns;
     const u32 stop = load_peer_written_word(&reinterpret_cast<Control*>(own)->stop);
     const bool late = waited > p.timeout_ns;
@@ -168,14 +174,14 @@ struct Ranks {
   }
 
   // Writes the failure record, once per communicator, and tells every rank to stop.
-  static COLLOGUE_DEVICE void give_up(const Params& p, u8* own, const Place& place, u64 offset, u64 waited) {
+  static COLLOGUE_DEVICE void give_up(const Params& p, u8* own, const Place& place, u32 offset, u64 waited) {
     Control* const control = reinterpret_cast<Control*>(own);
     u32 late_rank = C::kWorld;
     for (u32 k = place.first_rank; k < place.first_rank + place.ranks && k < C::kWorld; k++) {
       if (k == p.rank) continue;
       bool missing = false;
       for (int i = 0; i < D::kParts; i++) {
-        const Words w = load_peer_written(own + place.generation + k * p.slot_bytes + offset + 16 * i);
+        const Words w = load_peer_written(own + kDataOffset + place.generation + k * p.slot_bytes + offset + 16 * i);
         for (int j = 0; j < 4; j++) missing |= w.w[j] == D::kSentinel;
       }
       if (missing && late_rank == C::kWorld) late_rank = k;

@@ -38,8 +38,11 @@ COLLOGUE_DEVICE float fused_multiply_add(float a, float b, float c) { return __f
 
 COLLOGUE_DEVICE u32 thread_index() { return threadIdx.x; }
 COLLOGUE_DEVICE u32 thread_count() { return blockDim.x; }
-COLLOGUE_DEVICE u32 block_index() { return blockIdx.x; }
-COLLOGUE_DEVICE u32 block_count() { return gridDim.x; }
+// The grid is (CTAs of a row, rows at once): a cluster is one row of the grid.
+COLLOGUE_DEVICE u32 block_in_row() { return blockIdx.x; }
+COLLOGUE_DEVICE u32 blocks_in_row() { return gridDim.x; }
+COLLOGUE_DEVICE u32 grid_row() { return blockIdx.y; }
+COLLOGUE_DEVICE u32 grid_rows() { return gridDim.y; }
 COLLOGUE_DEVICE void sync_block() { __syncthreads(); }
 
 // All 32 lanes call the following together.
@@ -47,6 +50,13 @@ COLLOGUE_DEVICE bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }
 COLLOGUE_DEVICE u32 exchange_lanes(u32 x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 COLLOGUE_DEVICE float exchange_lanes(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 COLLOGUE_DEVICE void sync_warp() { __syncwarp(); }
+
+// The value is computed here and not later: keeps address arithmetic in front of a wait.
+template <class T>
+COLLOGUE_DEVICE void compute_now(T*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+COLLOGUE_DEVICE void compute_now(u32& value) { asm volatile("" : "+r"(value)); }
 
 // ---- time
 
@@ -86,9 +96,18 @@ COLLOGUE_DEVICE Words load(const void* p) {
 COLLOGUE_DEVICE void store(void* p, const Words& v) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
 }
+// A hint; reads nothing.
+COLLOGUE_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory"); }
 // A word at a time is atomic; the four words of one access may be seen in any order.
 COLLOGUE_DEVICE Words load_peer_written(const void* p) {
   Words v;
+#ifdef EXP_GPULOAD
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(p)
+               : "memory");
+  return v;
+#endif
   asm volatile("ld.relaxed.sys.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
                : "l"(p)
@@ -123,16 +142,6 @@ COLLOGUE_DEVICE void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "mem
 // ---- thread-block clusters
 
 #if COLLOGUE_HAS_CLUSTERS
-COLLOGUE_DEVICE u32 cluster_size() {
-  u32 n;
-  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(n));
-  return n;
-}
-COLLOGUE_DEVICE u32 cluster_rank() {
-  u32 r;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-  return r;
-}
 // Split barrier over the cluster. The arrival orders nothing by itself; see publish_barriers.
 COLLOGUE_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 COLLOGUE_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
@@ -165,7 +174,11 @@ COLLOGUE_DEVICE void barrier_wait(u64* barrier, u32 parity) {
   u32 done;
   do {
     asm volatile(
+#ifdef EXP_CTAWAIT
+        "{.reg .pred q; mbarrier.try_wait.parity.shared::cta.b64 q, [%1], %2; selp.u32 %0, 1, 0, q;}"
+#else
         "{.reg .pred q; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 q, [%1], %2; selp.u32 %0, 1, 0, q;}"
+#endif
         : "=r"(done)
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");

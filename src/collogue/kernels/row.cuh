@@ -60,16 +60,21 @@ struct Row {
   float weight[8];  // of the only vector, loaded early; with several vectors, of the current one
 
   COLLOGUE_DEVICE Row(const Params& params, Shared& s) : p(params), shared(s), quant(params, s.quant) {
-    u32 cta = 0;
-#if COLLOGUE_HAS_CLUSTERS
-    if constexpr (C::kClustered) cta = cluster_rank();
-#endif
-    first_block = (cta * (C::kThreads / 32) + thread_index() / 32) * C::kVectors;
+    first_block = (block_in_row() * (C::kThreads / 32) + thread_index() / 32) * C::kVectors;
   }
   // Index of this thread's vector i in the row; vectors of a warp are consecutive.
   COLLOGUE_DEVICE u32 vector(int i) const { return (first_block + i) * 32 + (thread_index() & 31u); }
   COLLOGUE_DEVICE bool active(int i) const { return vector(i) * 8 < p.hidden; }
   COLLOGUE_DEVICE u64 offset(u32 t, int i) const { return (static_cast<u64>(t) * p.hidden + vector(i) * 8) * D::kBytes; }
+  // This thread's first vector of row t of a [T, H] tensor; its vector i lies i * kVectorStep bytes further.
+  static constexpr u32 kVectorStep = 32 * kVector * D::kBytes;
+  COLLOGUE_DEVICE const u8* at(const u8* tensor, u32 t) const { return tensor + offset(t, 0); }
+  // Zeros past the end of the row.
+  COLLOGUE_DEVICE Packed<D::kParts> load(const u8* first, int i) const {
+    Packed<D::kParts> v{};
+    if (active(i)) v = load_vector<D>(first + i * kVectorStep);
+    return v;
+  }
   COLLOGUE_DEVICE u32 blocks() const { return (p.hidden + 255) / 256; }
 
   // What needs no result of the previous kernel: weights, scale tables, barriers.
@@ -119,7 +124,15 @@ struct Row {
       if (first_block + i < blocks()) shared.squares.send(turn, first_block + i, s);
     }
     const float total = add_blocks<C::kBlocks>(shared.squares.wait(turn, blocks()));
+#ifdef EXP_RCP
+    const float width = static_cast<float>(p.hidden), inverse = reciprocal(width);
+    float mean = total * inverse;
+    mean = fused_multiply_add(fused_multiply_add(-mean, width, total), inverse, mean);
+    if (!(mean >= 1e-30f && mean <= 1e30f)) mean = total / width;
+    const float rstd = reciprocal(square_root(mean + p.eps));
+#else
     const float rstd = reciprocal(square_root(total / static_cast<float>(p.hidden) + p.eps));
+#endif
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       D::widen(row[i], y);

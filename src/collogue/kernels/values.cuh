@@ -80,6 +80,15 @@ COLLOGUE_DEVICE void store_vector(u8* p, const Packed<D::kParts>& v) {
   for (int i = 0; i < D::kParts; i++) store(p + 16 * i, v.part[i]);
 }
 
+// sum = sum + v, element by element.
+template <class D>
+COLLOGUE_DEVICE void add(float (&sum)[8], const Packed<D::kParts>& v) {
+  float f[8];
+  D::widen(v, f);
+#pragma unroll
+  for (int j = 0; j < 8; j++) sum[j] = sum[j] + f[j];
+}
+
 // The largest magnitude of eight rounded values; NaN is ignored, all NaN gives 0.
 template <class D>
 COLLOGUE_DEVICE float largest_magnitude(const Packed<D::kParts>& v) {

@@ -116,8 +116,11 @@ def _rank(rank: int, world_size: int, device: str, rendezvous: str, inbox: Any, 
             torch.set_num_threads(1)
         inbox.put((rank, "stage", "joining the group"))
         dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=rendezvous, rank=rank, world_size=world_size, **where)
+        # Whoever is early, at the start or at the end, must not tear down connections that others still make or use.
+        dist.barrier()
         result = fn(dist.group.WORLD, lambda stage: inbox.put((rank, "stage", stage)), *args)
         inbox.put((rank, "result", result))
+        dist.barrier()
         dist.destroy_process_group()
     except BaseException:  # told to the parent, which raises it
         inbox.put((rank, "error", traceback.format_exc()))

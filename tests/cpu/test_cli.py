@@ -1,0 +1,187 @@
+"""The command line: exit codes, data on stdout, the rest on stderr."""
+
+import json
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import collogue.check
+import collogue.doctor
+from collogue.check import CaseResult
+from collogue.cli import FAILED, IMPOSSIBLE, OK, USAGE, app
+from collogue.errors import PlatformError
+
+SMALL = ["--tokens", "3", "--hidden-size", "64", "--dtype", "bfloat16"]
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+@pytest.mark.parametrize("command", ["demo", "check", "bench", "explain", "doctor"])
+def test_every_command_has_help_with_its_exit_codes(command: str) -> None:
+    result = call(command, "--help")
+    assert result.exit_code == OK
+    assert "--json" in result.stdout
+    assert "Exit codes: 0" in result.stdout
+    assert command in call("--help").stdout
+
+
+def test_check_writes_json_to_stdout_and_nothing_else() -> None:
+    result = call(
+        "check", "--device", "cpu", *SMALL, "--format", "none,fp8_static", "--format", "nvfp4/8x4", "--world-size", "1,2", "--json", "-"
+    )
+    assert result.exit_code == OK
+    data = json.loads(result.stdout)
+    assert data["passed"] is True
+    assert [(c["world_size"], c["format"]) for c in data["cases"]] == [(n, f) for n in (1, 2) for f in ("none", "fp8_static", "nvfp4/8x4")]
+    assert data["versions"]["torch"] == torch.__version__
+    assert "6 of 6 cases passed" in result.stderr
+
+
+def test_check_writes_json_to_a_file_and_a_table_to_stdout(tmp_path: Path) -> None:
+    target = tmp_path / "check.json"
+    result = call("check", "--device", "cpu", *SMALL, "--format", "mxfp8", "--json", str(target))
+    assert result.exit_code == OK
+    assert "6 of 6 cases passed" in result.stdout
+    assert len(json.loads(target.read_text())["cases"]) == 6
+
+
+def test_check_says_which_calls_were_refused() -> None:
+    result = call("check", "--device", "cpu", "--tokens", "1", "--hidden-size", "24", "--format", "nvfp4/linear,none")
+    assert result.exit_code == OK
+    assert "6 of 6 cases passed (3 of them calls that must be refused, and were)" in result.stdout
+
+
+def test_check_ends_with_1_and_shows_the_first_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = collogue.check.run_cases
+
+    def spoiled(*args: Any, **kwargs: Any) -> list[CaseResult]:
+        return [replace(r, differing={"norm": 1}, first="rank 0: norm[0, 0]: 0x0001, expected 0x0000") for r in run(*args, **kwargs)]
+
+    monkeypatch.setattr(collogue.check, "run_cases", spoiled)
+    result = call("check", "--device", "cpu", *SMALL, "--format", "none")
+    assert result.exit_code == FAILED
+    assert "FAILED world 2 T=3 H=64 bfloat16 none" in result.stdout
+    assert "norm[0, 0]: 0x0001, expected 0x0000" in result.stdout
+    assert json.loads(call("check", "--device", "cpu", *SMALL, "--format", "none", "--json", "-").stdout)["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--world-size", "9"], "from 1 to 8"),
+        (["--world-size", "2,0"], "from 1 to 8"),
+        (["--hidden-size", "12"], "a multiple of 8"),
+        (["--tokens", "many"], "'many' is not a number"),
+        (["--device", "tpu"], "neither cpu nor cuda"),
+        (["--dtype", "float64"], "there is no dtype 'float64'"),
+        (["--format", "nvfp5"], "there is no format 'nvfp5'"),
+        (["--format", "fp8_group15"], "multiple of 16"),
+        (["--json", "no/such/folder/x.json"], "there is no directory"),
+        (["--no-such-option"], "No such option"),
+    ],
+)
+def test_wrong_usage_ends_with_2(arguments: list[str], told: str) -> None:
+    result = call("check", *arguments)
+    assert result.exit_code == USAGE
+    assert told in " ".join(result.stderr.replace("│", " ").split())
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["check", "explain"])
+def test_cuda_without_a_gpu_ends_with_3(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = call(command, "--device", "cuda")
+    assert result.exit_code == IMPOSSIBLE
+    assert "hint: run `collogue doctor`" in result.stderr
+
+
+def test_a_platform_error_of_a_rank_ends_with_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise PlatformError("no peer access", hint="use other GPUs")
+
+    monkeypatch.setattr("collogue.check.rank.Communicator", refused)
+    result = call("check", "--device", "cpu", *SMALL, "--format", "none")
+    assert result.exit_code == IMPOSSIBLE
+    assert "PlatformError: no peer access" in result.stdout
+
+
+def test_explain_as_json_and_as_text() -> None:
+    result = call("explain", "--device", "cpu", "--tokens", "4", "--hidden-size", "64", "--format", "nvfp4", "--json", "-")
+    assert result.exit_code == OK
+    plan = json.loads(result.stdout)
+    assert plan["algorithm"] == "reference"
+    assert plan["bytes_sent"] == 4 * 64 * 2
+    assert "algorithm" in call("explain", "--device", "cpu").stdout
+    assert call("explain", "--device", "cpu", "--dtype", "int8").exit_code == USAGE
+    assert call("explain", "--device", "cpu", "--hidden-size", "24", "--format", "nvfp4").exit_code == USAGE
+
+
+def test_doctor_as_json_and_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = collogue.doctor.Finding("torch", "missing", "too [old]", "pip install it", required=True)
+    monkeypatch.setattr(collogue.doctor, "PROBES", {"torch": lambda: [finding]})
+    result = call("doctor", "--json", "-")
+    assert result.exit_code == IMPOSSIBLE
+    assert json.loads(result.stdout) == {"usable": False, "findings": [vars(finding)]}
+    assert "too [old]" in result.stderr
+    assert "hint: pip install it" in call("doctor").stdout
+    monkeypatch.setattr(collogue.doctor, "PROBES", {})
+    assert call("doctor").exit_code == OK
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, name: str, result: Any) -> list[Any]:
+    """Put a module with a ``run`` that records its arguments in the place of ``name``."""
+    calls: list[Any] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    module = types.ModuleType(name)
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name.rpartition(".")[0], types.ModuleType(name.rpartition(".")[0]))
+    monkeypatch.setitem(sys.modules, name, module)
+    return calls
+
+
+def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = fake(monkeypatch, "collogue.demo.main", types.SimpleNamespace(passed=True))
+    target = tmp_path / "demo.json"
+    assert call("demo", "--device", "cpu", "--world-size", "2", "--format", "none,nvfp4", "--json", str(target)).exit_code == OK
+    assert calls == [(("cpu", 2, 1024), {"json": str(target), "plot": None, "formats": ("none", "nvfp4")})]
+    fake(monkeypatch, "collogue.demo.main", types.SimpleNamespace(passed=False))
+    assert call("demo").exit_code == FAILED
+
+
+def test_bench_passes_its_lists_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake(monkeypatch, "collogue.bench.latency", True)
+    assert call("bench", "--tokens", "1,8", "--tokens", "32", "--format", "nvfp4", "--json", "-").exit_code == OK
+    assert calls == [((), {"tokens": [1, 8, 32], "format": ["nvfp4"], "json": "-"})]
+    fake(monkeypatch, "collogue.bench.latency", PlatformError("there is no GPU", hint="get one"))
+    assert call("bench").exit_code == IMPOSSIBLE
+
+
+def test_a_package_of_an_extra_that_is_not_there_ends_with_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, "collogue.demo.main", ModuleNotFoundError("No module named 'gguf'", name="gguf"))
+    result = call("demo")
+    assert result.exit_code == IMPOSSIBLE
+    assert "needs gguf" in result.stderr
+    assert "pip install 'collogue[demo]'" in result.stderr
+
+
+def test_as_a_program() -> None:
+    command = [sys.executable, "-m", "collogue.cli", "check", "--device", "cpu", *SMALL, "--format", "fp8_per_token", "--json", "-"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == OK, result.stderr
+    assert json.loads(result.stdout)["passed"] is True
+    assert "1 of 1 cases passed" in result.stderr
