@@ -11,10 +11,13 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?= --json build/demo.json --plot build/demo.png
 BIN = .venv/bin
 export PYTHON CONSTRAINTS
+# Only the plugins that pyproject.toml names.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
 .PHONY: demo test test-gpu check lint setup clean
 
 demo: setup
+	@mkdir -p build
 	$(BIN)/collogue demo $(DEMO_ARGS)
 
 test: setup

@@ -30,6 +30,7 @@ ORDER = (
     "cost",
     "plan",
     "workspace",
+    "launch",
     "cpu",
     "cuda",
     "communicator",
@@ -38,10 +39,10 @@ ORDER = (
     "fusion",
     "flashinfer",
     "testing",
-    "bench",
     "demo",
     "check",
     "doctor",
+    "bench",
     "cli",
 )
 

@@ -6,8 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from collogue.errors import CapacityError, DeviceError, DTypeError, GradError, LayoutError, OverlapError, ShapeError
-from collogue.formats import code_spec, empty_scales, scale_spec
+from collogue.errors import (
+    ArgumentError,
+    CapacityError,
+    DeviceError,
+    DTypeError,
+    FormatError,
+    GradError,
+    LayoutError,
+    OverlapError,
+    ShapeError,
+)
+from collogue.formats import code_spec, empty_scales, scale_elements, scale_spec
 from collogue.spec import Output, Quant, RMSNorm, Wanted
 
 #: Bytes to which rows and tensors must be aligned: kernels move 16 bytes at a time.
@@ -69,8 +79,12 @@ def check_call(
                 hint="give the residual rows of the same tokens as the partial",
             )
     if norm is not None:
+        if not isinstance(norm, RMSNorm):
+            raise ArgumentError(f"norm is a {type(norm).__name__}", hint="pass collogue.RMSNorm(weight, eps=...)")
         _check_norm(norm, hidden_size, capacity)
     if quant is not None:
+        if not isinstance(quant, Quant):
+            raise FormatError(f"quant is a {type(quant).__name__}", hint="pass a format, such as collogue.NVFP4(global_scale)")
         quant.check_hidden_size(hidden_size)
         _check_scale_device(quant, capacity.device)
     if torch.is_grad_enabled():
@@ -99,10 +113,18 @@ def _check_values(name: str, tensor: torch.Tensor, capacity: Capacity) -> None:
 
 def check_memory(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     """Raise unless ``tensor`` lies on ``device``, row-contiguous and aligned."""
-    if tensor.device != device:
-        raise DeviceError(f"{name} is on {tensor.device}, the communicator on {device}", hint=f"move it: {name}.to('{device}')")
+    _check_device(name, tensor, device)
     if not tensor.is_contiguous():
         raise LayoutError(f"{name} has strides {tensor.stride()}, not row-contiguous", hint=f"pass {name}.contiguous()")
+    _check_alignment(name, tensor)
+
+
+def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise DeviceError(f"{name} is on {tensor.device}, the communicator on {device}", hint=f"move it: {name}.to('{device}')")
+
+
+def _check_alignment(name: str, tensor: torch.Tensor) -> None:
     if tensor.data_ptr() % ALIGNMENT:
         raise LayoutError(
             f"{name} starts at an address that is not a multiple of {ALIGNMENT} bytes", hint=f"pass {name}.clone(), or slice at a row"
@@ -172,6 +194,8 @@ def check_out(call: Call, out: Output) -> None:
         scales = scale_spec(call.quant, call.tokens, call.hidden_size)
         if scales is not None:
             expected["scales"] = (scales.shape, scales.dtype, scales.stride)
+    if not isinstance(out, Output):
+        raise ArgumentError(f"out is a {type(out).__name__}", hint="pass collogue.Output(...) with the tensors to write")
     given = dict(out.items())
     if given.keys() != expected.keys():
         raise ShapeError(
@@ -190,9 +214,21 @@ def check_out(call: Call, out: Output) -> None:
             raise DTypeError(f"out.{name} has dtype {tensor.dtype}, needed: {dtype}", hint="allocate it as a call without out= would")
         if stride is None:
             check_memory(f"out.{name}", tensor, call.partial.device)
-        elif tensor.device != call.partial.device:
-            raise DeviceError(f"out.{name} is on {tensor.device}", hint=f"allocate it on {call.partial.device}")
+        else:
+            _check_scales_memory(tensor, call.partial.device)
     _check_overlap(call, given)
+
+
+def _check_scales_memory(scales: torch.Tensor, device: torch.device) -> None:
+    """Every byte that a call writes, the padding of column-major layouts included, must lie in the tensor's storage."""
+    _check_device("out.scales", scales, device)
+    _check_alignment("out.scales", scales)
+    needed = _extent("scales", scales)[1] - scales.data_ptr()
+    held = scales.untyped_storage().nbytes() - scales.storage_offset() * scales.element_size()
+    if needed > held:
+        raise LayoutError(
+            f"out.scales needs {needed} bytes with its padding; its storage has {held}", hint="allocate it as a call without out= would"
+        )
 
 
 def _check_overlap(call: Call, outputs: dict[str, torch.Tensor]) -> None:
@@ -201,21 +237,20 @@ def _check_overlap(call: Call, outputs: dict[str, torch.Tensor]) -> None:
         value = getattr(call.quant, name, None)
         if isinstance(value, torch.Tensor):
             inputs[f"quant.{name}"] = value
-    placed = [(name, *_extent(t)) for name, t in inputs.items() if t is not None]
+    placed = [(name, *_extent(name, t)) for name, t in inputs.items() if t is not None]
     for name, tensor in outputs.items():
-        first, last = _extent(tensor)
+        first, last = _extent(name, tensor)
         for other, low, high in placed:
             in_place = name == "residual" and other == "residual" and (first, last) == (low, high)
             if first < high and low < last and not in_place:
                 raise OverlapError(
-                    f"out.{name} shares memory with {other}", hint="only the residual may be updated in place; give the others memory of their own"
+                    f"out.{name} shares memory with {other}",
+                    hint="only the residual may be updated in place; give the others memory of their own",
                 )
         placed.append((f"out.{name}", first, last))
 
 
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte and one past the last byte that the tensor's elements touch."""
-    if tensor.numel() == 0:
-        return (tensor.data_ptr(), tensor.data_ptr())
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+def _extent(name: str, tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte and one past the last byte of the tensor; of scales, with their padding."""
+    elements = scale_elements(tensor) if name == "scales" else tensor.numel()
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()

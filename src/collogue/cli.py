@@ -169,11 +169,13 @@ def check(
     hidden_size: HiddenSizes = None,
     dtype: DTypes = None,
     format: Formats = None,
+    sweep: Annotated[str, typer.Option(help="default or full; only where no list is given.")] = "default",
     json: Json = None,
 ) -> None:
     """Compare every output of calls bit for bit with an independent answer.
 
     With no list given: a sweep over every dtype, format and layout, odd shapes and special values, on every device there is.
+    --sweep full is for GPUs: also hidden sizes up to 16384, calls up to what one kernel takes and beyond, world sizes 2 to 8; minutes.
     With any list given: the product of the lists; the others are world size 2, 7 tokens, hidden size 2880, all dtypes, all formats.
     A bare format name stands for all its layouts and options.
 
@@ -182,8 +184,12 @@ def check(
     """
     _check_target(json)
     devices, lists = _devices(device), _lists(world_size, tokens, hidden_size, dtype, format)
+    if sweep not in ("default", "full"):
+        raise typer.BadParameter(f"{sweep!r} is neither default nor full", param_hint="--sweep")
+    if sweep == "full" and (lists or "cpu" in devices):
+        raise typer.BadParameter("the full sweep is for --device cuda and takes no lists", param_hint="--sweep")
     with _exit_codes():
-        report = _run_checks(devices, lists)
+        report = _run_checks(devices, lists, full=sweep == "full")
         _write_json(report.as_json(), json)
         _show_report(_console(json), report)
         if report.impossible:
@@ -191,19 +197,39 @@ def check(
         raise typer.Exit(OK if report.passed else FAILED)
 
 
-def _run_checks(devices: list[str], lists: dict[str, list[Any]]) -> Report:
+def _run_checks(devices: list[str], lists: dict[str, list[Any]], *, full: bool) -> Report:
+    from collogue.testing import environment
+
+    environment.set_defaults()
     import torch
 
     from collogue import check as checks
     from collogue.doctor import machine
 
-    devices = devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    cases: dict[str, list[Case]] = {d: checks.sweep(**lists) if lists else checks.default_sweep(d) for d in devices}
+    if not devices:
+        devices = ["cuda"] if full else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+    def cases_on(device: str) -> list[Case]:
+        return checks.full_sweep() if full else checks.sweep(**lists) if lists else checks.default_sweep(device)
+
+    cases: dict[str, list[Case]] = {d: cases_on(d) for d in devices}
+    if "cuda" in cases and torch.cuda.is_available():
+        _compile(cases["cuda"])
     results = []
     with _progress(sum(map(len, cases.values())), "check") as start:
         for name, mine in cases.items():
             results += checks.run_cases(name, mine, started=lambda case: start(str(case)))
     return checks.Report(results, machine())
+
+
+def _compile(cases: list[Case]) -> None:
+    """Every kernel of ``cases`` into the cache, with a bar."""
+    from contextlib import ExitStack
+
+    from collogue.check import build_kernels
+
+    with ExitStack() as stack:
+        build_kernels(cases, total=lambda count: stack.enter_context(_progress(count, "compile")))
 
 
 def _show_report(console: Console, report: Report, shown: int = 20) -> None:
@@ -233,11 +259,14 @@ def bench(
     hidden_size: HiddenSizes = None,
     dtype: DTypes = None,
     format: Formats = None,
+    commit: Annotated[str | None, typer.Option(help="The commit to record; default: what git says.")] = None,
     json: Json = None,
 ) -> None:
     """Measure latency on this machine's GPUs, floors and NCCL in the same run. A number is shown only if its output is right."""
     _check_target(json)
-    lists = _lists(world_size, tokens, hidden_size, dtype, format)
+    lists: dict[str, Any] = _lists(world_size, tokens, hidden_size, dtype, format)
+    if commit is not None:
+        lists["commit"] = commit
     with _exit_codes(extra="bench"):
         from collogue.bench.latency import run
 

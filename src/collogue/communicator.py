@@ -22,6 +22,7 @@ class Engine(Protocol):
     def run(self, call: Call, out: Output | None) -> Output: ...
     def prepare(self, requests: Iterable[Request]) -> None: ...
     def check(self) -> None: ...
+    def reset(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -178,6 +179,15 @@ class Communicator:
     def check(self) -> None:
         """Raise what a kernel of an earlier call found (:class:`CollectiveError`); return if there is nothing. Waits for no kernel."""
         self._open().check()
+
+    def reset(self) -> None:
+        """Make the communicator usable again after a :class:`CollectiveError`: clean workspace, failures forgotten.
+
+        Synchronisation:
+            Collective: every rank of the group calls it, and nothing between the failed call and this one. Waits for this
+            rank's GPU and then for every rank. Outputs of failed calls stay undefined; calls captured in CUDA graphs stay valid.
+        """
+        self._open().reset()
 
     def close(self) -> None:
         """Give the workspace back. Collective; later calls raise :class:`ClosedError`."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from collogue import reference
 from collogue.call import Call, Capacity
 from collogue.errors import MismatchedCall
+from collogue.formats import scale_storage
 from collogue.group import Group
+from collogue.plan import Request
 from collogue.spec import Output, describe
 
 _HEADER_BYTES = 256
@@ -32,7 +36,10 @@ class ReferenceEngine:
         if out is None:
             return result
         for name, tensor in result.items():
-            _copy(getattr(out, name), tensor)
+            target = getattr(out, name)
+            if name == "scales":  # with the padding that lies under a strided view
+                target, tensor = scale_storage(target), scale_storage(tensor)
+            target.copy_(tensor)
         return out
 
     def _gather(self, call: Call) -> list[torch.Tensor]:
@@ -52,11 +59,15 @@ class ReferenceEngine:
         self.group.all_gather(partials, call.partial)
         return list(partials.unbind(0))
 
-    def prepare(self, tokens: list[int], **_: object) -> None:
+    def prepare(self, requests: Iterable[Request]) -> None:
         """Nothing to build."""
 
     def check(self) -> None:
         """Nothing can be pending."""
+
+    def reset(self) -> None:
+        """Nothing to clean; the ranks meet, as on GPUs."""
+        self.group.barrier()
 
     def close(self) -> None:
         """Nothing to free."""
@@ -72,13 +83,3 @@ def _header(call: Call) -> bytes:
     if call.wanted.norm and call.quant is not None:
         parts.append("keep_norm")
     return ", ".join(parts).encode()[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0")
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy with padding: the whole extent that lies under a strided view, not only its elements."""
-    if target.is_contiguous():
-        target.copy_(source)
-        return
-    rows = target.stride(1)
-    full = (rows, target.shape[1])
-    target.as_strided(full, target.stride()).copy_(source.as_strided(full, source.stride()))

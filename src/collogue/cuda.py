@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from collogue.call import Call, Capacity, allocate
 from collogue.errors import NotPrepared
 from collogue.group import Group
 from collogue.launch import Launcher, Params
-from collogue.plan import LaunchShape, Plan, Request, launch_shape, make_plan, make_variant
-from collogue.spec import Output, Quant, RMSNorm, Wanted
+from collogue.plan import Kernel, Plan, Request, make_kernels, make_plan
+from collogue.spec import Output, Quant, RMSNorm
 from collogue.topology import Topology
 from collogue.variant import Variant
 from collogue.workspace import Workspace
@@ -55,21 +55,11 @@ class KernelEngine:
 
     def _build(self, request: Request) -> _Ready:
         plan = make_plan(self.topology, request)
-        world = self.topology.world_size
-        if plan.algorithm != "transport":
-            assert plan.shape is not None
-            return _Ready(plan, self._launcher(request, plan.shape, plan.algorithm, world))
-        rows = -(-request.tokens // world)
-        add = replace(request, tokens=rows, norm=False, quant=None, wanted=Wanted.of(has_residual=request.residual, has_norm=False, quant=None, keep_norm=False))
-        shape = launch_shape(self.topology, rows, request.hidden_size, None)
-        ready = _Ready(plan, None, self._launcher(add, shape, "local", world))
-        if request.norm or request.quant is not None:
-            assert plan.shape is not None
-            ready.main = self._launcher(replace(request, residual=False), plan.shape, "local", 1)
-        return ready
+        kernels = make_kernels(self.topology, request, plan)
+        return _Ready(plan, *(None if kernel is None else self._launcher(kernel) for kernel in (kernels.main, kernels.add)))
 
-    def _launcher(self, request: Request, shape: LaunchShape, kernel: str, world: int) -> Launcher:
-        variant = make_variant(self.topology, request, shape, kernel, world)
+    def _launcher(self, kernel: Kernel) -> Launcher:
+        request, shape, variant = kernel.request, kernel.shape, kernel.variant
         if variant not in self._kernels:
             if torch.cuda.is_current_stream_capturing():
                 raise NotPrepared(
@@ -167,6 +157,7 @@ class KernelEngine:
         self._ready.clear()
         self._kernels.clear()
         self.workspace = None
+        self.group.barrier()  # unloading a kernel may wait for the GPU: virtual ranks must not launch before all have done it
 
 
 def _fill_epilogue(params: Params, norm: RMSNorm | None, quant: Quant | None, out: Output) -> None:

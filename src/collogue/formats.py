@@ -245,8 +245,12 @@ def empty_scales(quant: Quant, tokens: int, hidden_size: int, device: torch.devi
 
 def scale_storage(scales: Tensor) -> Tensor:
     """All bytes of a scale tensor, the padding of column-major layouts included: a flat uint8 view."""
-    elements = max(scales.numel(), scales.size(1) * scales.stride(1)) if scales.numel() else 0
-    return scales.as_strided((elements,), (1,)).view(torch.uint8)
+    return scales.as_strided((scale_elements(scales),), (1,)).view(torch.uint8)
+
+
+def scale_elements(scales: Tensor) -> int:
+    """How many elements the memory under a scale tensor has, the padding of column-major layouts included."""
+    return max(scales.numel(), scales.size(1) * scales.stride(1)) if scales.numel() else 0
 
 
 def place_scales(values: Tensor, quant: Quant, tokens: int, hidden_size: int) -> Tensor:

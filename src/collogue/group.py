@@ -6,7 +6,7 @@ Two implementations: :class:`TorchGroup` over a ``torch.distributed`` process gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -68,13 +68,21 @@ def as_group(group: Any, device: torch.device | str | None = None) -> Group:
             "group is required: there is no default to WORLD",
             hint="pass the tensor-parallel group, e.g. dist.new_group(ranks) or dist.group.WORLD",
         )
-    if isinstance(group, dist.ProcessGroup):
-        return TorchGroup(group, device)
-    if isinstance(group, Group):
-        return group
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise GroupError("this rank is not in the group", hint="make the communicator only on the ranks of the group")
-    raise GroupError(f"not a process group: {type(group).__name__}", hint="pass a torch.distributed.ProcessGroup")
+    known: Group
+    if isinstance(group, dist.ProcessGroup):
+        known = TorchGroup(group, device)
+    elif isinstance(group, Group):
+        known = group
+    else:
+        raise GroupError(f"not a process group: {type(group).__name__}", hint="pass a torch.distributed.ProcessGroup")
+    if known.size > MAX_WORLD_SIZE:
+        raise GroupError(
+            f"the group has {known.size} ranks; Collogue supports 1 to {MAX_WORLD_SIZE}",
+            hint="use a tensor-parallel group within one host",
+        )
+    return known
 
 
 class TorchGroup:
@@ -87,11 +95,6 @@ class TorchGroup:
         self.process_group = group
         self.rank = rank
         self.size = dist.get_world_size(group)
-        if self.size > MAX_WORLD_SIZE:
-            raise GroupError(
-                f"the group has {self.size} ranks; Collogue supports 1 to {MAX_WORLD_SIZE}",
-                hint="use a tensor-parallel group within one host",
-            )
         self.device = torch.device(device) if device is not None else self._default_device(group)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -119,22 +122,30 @@ class TorchGroup:
         width = rows.shape[1] * rows.element_size()
         mine = counts[self.rank]
         received = [b[:mine].reshape(-1).view(torch.uint8) for b in output.unbind(0)]
-        sent = [b.view(torch.uint8) for b in _as_bytes(rows).split([c * width for c in counts])]
+        sent = [b.view(torch.uint8) for b in _as_bytes(rows).split([c * width for c in counts])]  # type: ignore[no-untyped-call]
         dist.all_to_all(received, sent, group=self.process_group)
 
     def symmetric(self, nbytes: int) -> SymmetricBuffer:
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        try:
-            local = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self.device)
-            local.zero_()
-            handle = symmetric_memory.rendezvous(local, self.process_group.group_name)
-        except RuntimeError as error:
-            raise PlatformError(
-                f"symmetric memory was refused: {error}",
-                hint="run `collogue doctor`: it says which permission a container lacks",
-            ) from error
+        local = self._permitted(lambda: symmetric_memory.empty(nbytes, dtype=torch.uint8, device=self.device).zero_())
+        handle = self._permitted(lambda: symmetric_memory.rendezvous(local, self.process_group.group_name))
         return SymmetricBuffer(local, tuple(int(p) for p in handle.buffer_ptrs), handle)
+
+    def _permitted(self, step: Callable[[], Any]) -> Any:
+        """``step()``; where one rank's is refused, every rank raises, and none goes on alone."""
+        result, problem = None, ""
+        try:
+            result = step()
+        except RuntimeError as error:
+            problem = str(error) or type(error).__name__
+        for rank, text in enumerate(self.all_gather_object(problem)):
+            if text:
+                raise PlatformError(
+                    f"symmetric memory was refused on rank {rank}: {text}",
+                    hint="run `collogue doctor`: it says which permission a container lacks",
+                )
+        return result
 
     def stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)

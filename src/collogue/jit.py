@@ -12,8 +12,12 @@ import functools
 import hashlib
 import io
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from collogue.variant import Variant
 KERNELS = Path(__file__).parent / "kernels"
 #: Architectures that kernels are compiled for. sm_80: one CTA per row, no PDL, E4M3 by integers.
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_103a", "sm_120a")
+_IMPORTING = threading.Lock()
 _OPTIONS = {"std": "c++17", "fma": False, "ftz": False, "prec_div": True, "prec_sqrt": True}
 
 
@@ -48,20 +53,29 @@ def cubin(variant: Variant, architecture: str) -> bytes:
     return code
 
 
+def build(variants: Iterable[Variant], architecture: str, *, built: Callable[[str], None] = lambda name: None) -> None:
+    """Put the machine code of ``variants`` into the cache, as many at a time as there are cores: NVRTC lets go of Python's lock.
+
+    ``built`` hears of each, in this thread. Raises the first :class:`CompileError`.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(cores, 64)) as pool:
+        work = {pool.submit(cubin, variant, architecture): variant.name for variant in dict.fromkeys(variants)}
+        try:
+            for done in as_completed(work):
+                done.result()
+                built(work.pop(done))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def compile_source(source: str, architecture: str, name: str, *, verbose: bool = False) -> tuple[bytes, str]:
     """Compile one translation unit; returns the cubin and the compiler's log (the resource report with ``verbose``)."""
-    from cuda.core import Program, ProgramOptions
-
-    options = ProgramOptions(
-        name=name,
-        arch=architecture,
-        include_path=str(KERNELS),
-        ptxas_options=["-v"] if verbose else None,
-        **_OPTIONS,  # type: ignore[arg-type]
-    )
+    core = _cuda_core()
     log = io.StringIO()
     try:
-        code = Program(source, "c++", options).compile("cubin", logs=log)
+        code = core.Program(source, "c++", options(name, architecture, verbose=verbose)).compile("cubin", logs=log)
     except Exception as error:
         raise CompileError(
             f"NVRTC refused {name} for {architecture}: {error}\n{log.getvalue()}",
@@ -70,11 +84,41 @@ def compile_source(source: str, architecture: str, name: str, *, verbose: bool =
     return bytes(code.code), log.getvalue()
 
 
+def options(name: str, architecture: str, *, verbose: bool = False) -> Any:
+    """The ``cuda.core.ProgramOptions`` that every kernel is compiled with."""
+    return _cuda_core().ProgramOptions(
+        name=name, arch=architecture, include_path=str(KERNELS), ptxas_options=["-v"] if verbose else None, **_OPTIONS
+    )
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the assembler reports of one kernel: registers a thread, and bytes in local memory, which should be none."""
+
+    registers: int
+    stack: int
+    spilled: int
+
+
+def resources(log: str) -> Resources:
+    """Read the log of :func:`compile_source` with ``verbose``."""
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    used = re.search(r"Used (\d+) registers", log)
+    if frame is None or used is None:
+        raise CompileError(f"the compiler gave no resource report:\n{log}", hint="compile with verbose=True")
+    return Resources(int(used[1]), int(frame[1]), int(frame[2]) + int(frame[3]))
+
+
 def load(code: bytes, name: str) -> Any:
     """The kernel ``name`` of a cubin, loaded on the current device (a ``cuda.core`` kernel)."""
-    from cuda.core import ObjectCode
+    return _cuda_core().ObjectCode.from_cubin(code).get_kernel(name)
 
-    return ObjectCode.from_cubin(code).get_kernel(name)
+
+def _cuda_core() -> Any:
+    """``cuda.core``, imported by one thread at a time: it is not whole while it chooses its CUDA version."""
+    with _IMPORTING:
+        import cuda.core
+    return cuda.core
 
 
 @functools.cache

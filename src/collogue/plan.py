@@ -5,7 +5,7 @@ The plan never changes a bit of any output (docs/contract.md); it only decides w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,8 +26,8 @@ GENERATIONS = 4
 FIRST_POLL_CYCLES = 900
 #: Largest cluster that every GPU with clusters accepts.
 MAX_CLUSTER = 8
-#: Threads a multiprocessor is sure to hold of any kernel here (its launch bounds ask for that many registers at most).
-RESIDENT_THREADS = 512
+#: Threads of the widest CTA whose threads hold several vectors.
+MAX_THREADS_OF_VECTORS = 256
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,28 @@ class Plan:
     bytes_sent: int
     predicted_us: float
     floor_us: float
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a planned call: the part of the request that it does, its launch shape, and what is compiled."""
+
+    request: Request
+    shape: LaunchShape
+    variant: Variant
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of a call: ``main`` alone; with a transport, ``add`` before its gather and, if anything is left, ``main`` after it."""
+
+    main: Kernel | None
+    add: Kernel | None = None
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """What has to be compiled."""
+        return tuple(kernel.variant for kernel in (self.add, self.main) if kernel is not None)
 
 
 def slot_bytes(topology: Topology) -> int:
@@ -114,14 +136,37 @@ def launch_shape(topology: Topology, tokens: int, hidden_size: int, quant: Quant
         vectors = 1
     else:
         cluster = 1
-        threads = min(512, _round_up(vectors_in_row, 32))
-        vectors = 1 << (-(-vectors_in_row // threads) - 1).bit_length()
+        vectors = 1 << (-(-vectors_in_row // MAX_THREADS_OF_VECTORS) - 1).bit_length()
         if vectors > 8:
-            raise FormatError(f"hidden size {hidden_size} is too large for one CTA per row", hint="the largest is 32768")
+            raise FormatError(f"hidden size {hidden_size} is too large for one CTA per row", hint="the largest is 16384")
         threads = _round_up(-(-vectors_in_row // vectors), 32)
-    resident = topology.multiprocessors * max(1, RESIDENT_THREADS // threads) // (2 * topology.ranks_per_gpu if topology.ranks_per_gpu > 1 else 1)
-    clusters = max(1, min(max(tokens, 1), resident * 9 // 10 // cluster))
+    ctas = topology.multiprocessors * ctas_per_multiprocessor(topology.world_size, threads, vectors)
+    if topology.ranks_per_gpu > 1:
+        ctas //= 2 * topology.ranks_per_gpu  # this kernel and the next of every rank are resident together
+    clusters = max(1, min(max(tokens, 1), ctas * 9 // 10 // cluster))
     return LaunchShape(threads, vectors, cluster, clusters)
+
+
+def ctas_per_multiprocessor(world_size: int, threads: int, vectors: int) -> int:
+    """CTAs that a multiprocessor is sure to hold: launch bounds ask for no more registers than that leaves to each thread."""
+    resident_threads = 256 if vectors > 1 else 384 if world_size > 6 else 512
+    return max(1, resident_threads // threads)
+
+
+def make_kernels(topology: Topology, request: Request, plan: Plan) -> Kernels:
+    """The kernels of ``plan``, which was made for ``request`` on GPUs."""
+    assert plan.shape is not None
+    world = topology.world_size
+    if plan.algorithm != "transport":
+        return Kernels(Kernel(request, plan.shape, make_variant(topology, request, plan.shape, plan.algorithm, world)))
+    wanted = Wanted.of(has_residual=request.residual, has_norm=False, quant=None, keep_norm=False)
+    rows = replace(request, tokens=-(-request.tokens // world), norm=False, quant=None, wanted=wanted)
+    shape = launch_shape(topology, rows.tokens, rows.hidden_size, None)
+    add = Kernel(rows, shape, make_variant(topology, rows, shape, "local", world))
+    if not request.norm and request.quant is None:
+        return Kernels(None, add)
+    rest = replace(request, residual=False)
+    return Kernels(Kernel(rest, plan.shape, make_variant(topology, rest, plan.shape, "local", 1)), add)
 
 
 def make_variant(topology: Topology, request: Request, shape: LaunchShape, kernel: str, world: int) -> Variant:
@@ -140,6 +185,8 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, kerne
         vectors=shape.vectors,
         clustered=clustered,
         blocks=block_class(request.hidden_size),
+        loop=request.tokens > shape.clusters,
+        ctas_per_multiprocessor=ctas_per_multiprocessor(topology.world_size, shape.threads, shape.vectors),
         first_poll=FIRST_POLL_CYCLES if kernel == "one_shot" else 0,
     )
 

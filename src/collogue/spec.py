@@ -47,9 +47,7 @@ class RMSNorm:
         if not isinstance(self.weight, torch.Tensor) or self.weight.ndim != 1:
             raise ShapeError("RMSNorm.weight must be a tensor of shape [H]", hint="pass the layer's weight vector")
         if self.weight.dtype not in VALUE_DTYPES:
-            raise DTypeError(
-                f"RMSNorm.weight has dtype {self.weight.dtype}", hint="use the communicator's dtype or torch.float32"
-            )
+            raise DTypeError(f"RMSNorm.weight has dtype {self.weight.dtype}", hint="use the communicator's dtype or torch.float32")
         for name in ("eps", "weight_offset"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -205,7 +203,10 @@ class FP8Static(Quant):
 
 @dataclass(frozen=True, eq=False)
 class FP8PerToken(Quant):
-    """E4M3 codes, one float32 scale (a **divisor**) per token: ``scale = max(amax / 448, smallest)``, ``code = e4m3_sat(n / scale)``."""
+    """E4M3 codes, one float32 scale (a **divisor**) per token.
+
+    ``scale = max(amax / 448, smallest)``, ``code = e4m3_sat(n / scale)``.
+    """
 
     smallest: float = SMALLEST_SCALE
     element: ClassVar[Literal["e4m3", "e2m1"]] = "e4m3"
@@ -217,7 +218,9 @@ class FP8PerToken(Quant):
 
 @dataclass(frozen=True, eq=False)
 class FP8Group(Quant):
-    """E4M3 codes, one scale (a **divisor**) per ``group_size`` elements: ``scale = max(amax / 448, smallest)``, ``code = e4m3_sat(n / scale)``.
+    """E4M3 codes, one scale (a **divisor**) per ``group_size`` elements.
+
+    ``scale = max(amax / 448, smallest)``, ``code = e4m3_sat(n / scale)``.
 
     Args:
         group_size: a multiple of 16 that divides the hidden size.

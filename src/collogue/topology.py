@@ -78,11 +78,12 @@ def _facts(group: Group, capacity: Capacity) -> dict[str, Any]:
 
 def _check_reach(group: Group, every: list[dict[str, Any]]) -> None:
     """Every GPU must be on one host and reach every other's memory; all ranks raise if a pair does not."""
-    hosts = {facts["host"] for facts in every}
-    if len(hosts) > 1:
-        raise PlatformError(
-            f"the group spans several hosts: {', '.join(sorted(hosts))}", hint="use a tensor-parallel group within one host"
-        )
+    for rank, facts in enumerate(every):
+        if facts["host"] != every[0]["host"]:
+            raise PlatformError(
+                f"the group spans several hosts: rank 0 is on {every[0]['host']}, rank {rank} on {facts['host']}",
+                hint="use a tensor-parallel group within one host",
+            )
     visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
     mine = group.device.index
     refused = [

@@ -11,7 +11,7 @@ from collogue.spec import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static,
 _DTYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16", torch.float32: "Float32"}
 _LAYOUTS = {"linear": "kLinear", "row": "kLinear", "128x4": "k128x4", "8x4": "k8x4", "column": "kColumn"}
 #: Compiled upper bounds of ``ceil(H / 256)``: the hidden size itself is a run-time value.
-BLOCK_CLASSES = (4, 8, 16, 32, 64, 128, 256)
+BLOCK_CLASSES = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Variant:
     vectors: int
     clustered: bool
     blocks: int
+    loop: bool
+    ctas_per_multiprocessor: int
     first_poll: int = 0
 
     @property
@@ -84,6 +86,7 @@ class Variant:
             "int kVectors": self.vectors,
             "bool kClustered": _flag(self.clustered),
             "int kBlocks": self.blocks,
+            "bool kLoop": _flag(self.loop),
             "unsigned kFirstPoll": self.first_poll,
         }
         body = "\n".join(f"  static constexpr {name} = {value};" for name, value in constants.items())
@@ -96,7 +99,7 @@ class Variant:
             f"{body}\n"
             "};\n"
             "}  // namespace collogue\n"
-            f'extern "C" __global__ void __launch_bounds__({self.threads}, {max(1, 512 // self.threads)}) {self.name}(const __grid_constant__ collogue::Params p) {{\n'
+            f'extern "C" __global__ void __launch_bounds__({self.threads}, {self.ctas_per_multiprocessor}) {self.name}(const __grid_constant__ collogue::Params p) {{\n'
             f"  collogue::{self.kernel}<collogue::Config>(p);\n"
             "}\n"
         )

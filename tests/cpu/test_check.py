@@ -80,6 +80,15 @@ def test_a_bare_format_name_stands_for_its_variants() -> None:
     assert expand("mxfp4/ceil") == ["mxfp4/ceil/128x4"]
     assert len(expand("mxfp8")) == 6
     assert expand("fp8_group64") == [label.replace("128", "64") for label in VARIANTS["fp8_group"]]
+    assert {name: len(labels) for name, labels in VARIANTS.items()} == {
+        "none": 1,
+        "nvfp4": 3,
+        "mxfp4": 6,
+        "mxfp8": 6,
+        "fp8_static": 1,
+        "fp8_per_token": 1,
+        "fp8_group": 4,
+    }
     for labels in VARIANTS.values():
         assert [describe(parse(label)) for label in labels] == list(labels)
 
@@ -124,6 +133,23 @@ def test_an_output_too_few_or_of_another_dtype_is_found() -> None:
     assert not result.passed
     assert result.differing["codes"] == result.differing["norm"] == 2 * 3 * 64
     assert result.differing["residual"] == 0
+
+
+def test_an_output_that_is_not_written_is_found() -> None:
+    """Poison differs from zeros, which fresh memory often holds."""
+
+    class Idle(Faulty):
+        def all_reduce(self, *args: Any, out: Output | None = None, **kwargs: Any) -> Output:
+            return out if out is not None else super().all_reduce(*args, **kwargs)
+
+    case = Case(3, 96, format="nvfp4/8x4", world_size=1, residual=False, inputs="zeros")
+
+    def rank(group: Any) -> CaseResult:
+        comm = Communicator(group, max_tokens=3, hidden_size=96)
+        return run_case(Idle(comm, lambda out: out), case, Answers())  # type: ignore[arg-type]
+
+    (result,) = run_virtual(1, rank)
+    assert result.differing == {"residual": 3 * 96, "norm": 3 * 96, "codes": 3 * 48, "scales": 8 * 8}
 
 
 def test_a_call_that_must_be_refused_passes_only_if_it_is() -> None:

@@ -5,8 +5,23 @@ runs kernels, and the answer is the reference on the same GPU.
 """
 
 from collogue.check.case import Case, CaseResult
+from collogue.check.full import full_sweep
+from collogue.check.kernels import build_kernels
 from collogue.check.rank import Answers, check_rank, run_case
 from collogue.check.run import Report, run_cases
 from collogue.check.sweep import default_sweep, expand, sweep
 
-__all__ = ["Answers", "Case", "CaseResult", "Report", "check_rank", "default_sweep", "expand", "run_case", "run_cases", "sweep"]
+__all__ = [
+    "Answers",
+    "Case",
+    "CaseResult",
+    "Report",
+    "build_kernels",
+    "check_rank",
+    "default_sweep",
+    "expand",
+    "full_sweep",
+    "run_case",
+    "run_cases",
+    "sweep",
+]

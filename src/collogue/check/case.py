@@ -14,6 +14,13 @@ GLOBAL_SCALE = 448.0 * 6.0 / 5.0
 STATIC_SCALE = 5.0 / 448.0
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that PyTorch calls ``name``."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
 @dataclass(frozen=True)
 class Case:
     """One call to check: everything that decides its bits. ``format`` is a label as :func:`collogue.spec.parse` takes."""
@@ -39,6 +46,11 @@ class Case:
             return parse(self.format, global_scale=GLOBAL_SCALE, static_scale=STATIC_SCALE)
         tensors = (torch.tensor(value, dtype=torch.float32, device=device) for value in (GLOBAL_SCALE, STATIC_SCALE))
         return parse(self.format, global_scale=next(tensors), static_scale=next(tensors))
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """``dtype`` itself."""
+        return dtype_of(self.dtype)
 
     @property
     def family(self) -> str:

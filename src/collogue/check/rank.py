@@ -12,37 +12,39 @@ from typing import Any, TypeAlias
 
 import torch
 
-from collogue.check.case import Case, CaseResult
+from collogue.check.case import Case, CaseResult, dtype_of
+from collogue.check.kernels import capacity_of
 from collogue.communicator import Communicator
-from collogue.errors import CollectiveError, CollectiveTimeout, CollogueError, FormatError, MismatchedCall
+from collogue.errors import CollogueError, FormatError
 from collogue.formats import scale_storage
 from collogue.spec import Output, RMSNorm
 from collogue.testing.compare import Difference, compare
 from collogue.testing.inputs import make_inputs, make_partials
 from collogue.testing.oracle import by_reference, by_scalar
+from collogue.testing.virtual import VirtualGroup
 
 Answer: TypeAlias = Callable[[Case, torch.device], Output]
 
 #: The byte that fills outputs before a call.
 _POISON = 0xA5
 #: Errors after which a group cannot go on.
-_FATAL = (CollectiveError.__name__, CollectiveTimeout.__name__, MismatchedCall.__name__)
+_FATAL = ("CollectiveError", "CollectiveTimeout", "MismatchedCall", "AcceleratorError", "BrokenBarrierError")
 
 
 class Answers:
-    """The right output of a case: by the scalar version on the CPU, once for all threads; by the reference elsewhere."""
+    """The right output of a case: by the scalar version on the CPU, by the reference elsewhere; once for all threads of a device."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._last: tuple[Case, Output] | None = None
+        self._last: dict[torch.device, tuple[Case, Output]] = {}
 
     def __call__(self, case: Case, device: torch.device) -> Output:
-        if device.type != "cpu":
-            return self._work_out(case, device)
         with self._lock:
-            if self._last is None or self._last[0] != case:
-                self._last = (case, self._work_out(case, device))
-            return self._last[1]
+            if device not in self._last or self._last[device][0] != case:
+                self._last[device] = (case, self._work_out(case, device))
+                if device.type == "cuda":  # other threads read it on streams of their own
+                    torch.cuda.current_stream(device).synchronize()
+            return self._last[device][1]
 
     @staticmethod
     def _work_out(case: Case, device: torch.device) -> Output:
@@ -51,29 +53,24 @@ class Answers:
             case.world_size,
             tokens=case.tokens,
             hidden_size=case.hidden_size,
-            dtype=_dtype(case.dtype),
+            dtype=case.value_dtype,
             seed=case.seed,
             device=device,
         )
-        _, residual, norm = _arguments(case, 0, device)
+        _, residual, norm = arguments(case, 0, device)
         answer = by_scalar if device.type == "cpu" else by_reference
         return answer(partials, residual, norm, case.quant(device), case.keep_norm and case.norm)
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def _arguments(case: Case, rank: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None, RMSNorm | None]:
+def arguments(case: Case, rank: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None, RMSNorm | None]:
+    """What ``rank`` passes to the call: partial, residual and norm, the last two ``None`` where the case has none."""
     made = make_inputs(
         case.inputs,
         rank=rank,
         tokens=case.tokens,
         hidden_size=case.hidden_size,
-        dtype=_dtype(case.dtype),
-        weight_dtype=None if case.weight_dtype is None else _dtype(case.weight_dtype),
+        dtype=case.value_dtype,
+        weight_dtype=None if case.weight_dtype is None else dtype_of(case.weight_dtype),
         seed=case.seed,
         device=device,
     )
@@ -81,27 +78,37 @@ def _arguments(case: Case, rank: int, device: torch.device) -> tuple[torch.Tenso
     return made.partial, made.residual if case.residual else None, norm
 
 
-def run_case(comm: Communicator, case: Case, answers: Answer) -> CaseResult:
+def run_case(comm: Communicator, case: Case, answers: Answer, settle: Callable[[], None] | None = None) -> CaseResult:
     """Call the communicator twice and compare: once with outputs of its own, once with poisoned ``out=`` and the residual in place.
 
-    Collective: every rank of ``comm``, with the same case.
+    Collective: every rank of ``comm``, with the same case. Where ranks share GPUs, ``settle`` waits for all of them: kernels are
+    then prepared first, and nothing that might wait for a whole GPU comes between the launches of one call.
     """
     start = time.perf_counter()
     zero = dict.fromkeys(case.outputs, 0)
     expected_error = None if case.possible else FormatError.__name__
     try:
-        partial, residual, norm = _arguments(case, comm.rank, comm.device)
+        partial, residual, norm = arguments(case, comm.rank, comm.device)
         kwargs: dict[str, Any] = {
             "norm": norm,
             "quant": case.quant(comm.device),
             "keep_norm": case.keep_norm and case.norm and case.format != "none",
         }
+        if settle is not None and case.tokens:
+            comm.prepare(case.tokens, residual=case.residual, hidden_size=case.hidden_size, **kwargs)
+            settle()
         fresh = comm.all_reduce(partial, residual=residual, **kwargs)
+        if settle is not None:
+            settle()
         expected = answers(case, comm.device)
-        out = _poisoned(expected)
+        out = poisoned(expected)
         if residual is not None:
             out.residual = residual
+        if settle is not None:
+            settle()
         given = comm.all_reduce(partial, residual=residual, out=out, **kwargs)
+        if settle is not None:
+            settle()
         found = [compare(fresh, expected), compare(given, expected)]
         comm.check()
     except Exception as error:  # a case must not end the sweep; the error is its result
@@ -116,15 +123,22 @@ def _count(found: dict[str, Difference], name: str) -> int:
     return found[name].count if name in found else 1
 
 
-def _poisoned(like: Output) -> Output:
+def poisoned(like: Output) -> Output:
     """Outputs of the same form, every byte (padding too) set to something that no call should leave."""
     result = Output()
     for name, tensor in like.items():
         elements = scale_storage(tensor).numel() // tensor.element_size() if name == "scales" else tensor.numel()
         memory = torch.empty(elements, dtype=tensor.dtype, device=tensor.device)
-        memory.view(torch.uint8).fill_(_POISON)
         setattr(result, name, memory.as_strided(tensor.shape, tensor.stride()))
+    poison(result)
     return result
+
+
+def poison(output: Output) -> None:
+    """Spoil every byte of every tensor there is."""
+    for name, tensor in output.items():
+        memory = scale_storage(tensor) if name == "scales" else tensor.reshape(-1).view(torch.uint8)
+        memory.fill_(_POISON)
 
 
 def check_rank(group: Any, cases: Sequence[Case], answers: Answer, tell: Callable[[str], None]) -> list[CaseResult]:
@@ -134,6 +148,7 @@ def check_rank(group: Any, cases: Sequence[Case], answers: Answer, tell: Callabl
     """
     comms: dict[str, Communicator] = {}
     results: list[CaseResult] = []
+    virtual = isinstance(group, VirtualGroup) and group.device.type == "cuda"
     broken: str | None = None
     for case in cases:
         tell(str(case))
@@ -143,12 +158,14 @@ def check_rank(group: Any, cases: Sequence[Case], answers: Answer, tell: Callabl
         try:
             if case.dtype not in comms:
                 comms[case.dtype] = _communicator(group, [c for c in cases if c.dtype == case.dtype])
-            result = run_case(comms[case.dtype], case, answers)
+            result = run_case(comms[case.dtype], case, answers, group.settle if virtual else None)
         except CollogueError as error:
             result = CaseResult(case, dict.fromkeys(case.outputs, 0), _text(error))
             broken = f"{result.error}; not run after {case}"
         if result.error is not None and result.error.startswith(_FATAL):
             broken = f"not run after {case}"
+            if virtual:
+                group.abort()  # ranks that have not noticed must not wait for this one
         results.append(result)
     if broken is None:
         for comm in comms.values():
@@ -158,8 +175,8 @@ def check_rank(group: Any, cases: Sequence[Case], answers: Answer, tell: Callabl
 
 def _communicator(group: Any, cases: Sequence[Case]) -> Communicator:
     """One that holds the largest of ``cases``, which share a dtype."""
-    tokens, width = max(1, *(c.tokens for c in cases)), max(c.hidden_size for c in cases)
-    return Communicator(group, max_tokens=tokens, hidden_size=width, dtype=_dtype(cases[0].dtype))
+    tokens, width = capacity_of(cases)
+    return Communicator(group, max_tokens=tokens, hidden_size=width, dtype=cases[0].value_dtype)
 
 
 def _text(error: Exception) -> str:

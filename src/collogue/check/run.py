@@ -57,10 +57,13 @@ def run_cases(device: str, cases: Sequence[Case], *, started: Callable[[Case], N
 
 def _run_world(kind: str, world_size: int, cases: list[Case], started: Callable[[Case], None]) -> list[CaseResult]:
     queue = iter(cases)
+    last: Case | None = None
 
     def heard(rank: int, stage: str) -> None:
+        nonlocal last
         if rank == 0 and stage != "joining the group":
-            started(next(queue))
+            last = next(queue)
+            started(last)
 
     try:
         if kind == "processes":
@@ -73,8 +76,11 @@ def _run_world(kind: str, world_size: int, cases: list[Case], started: Callable[
                 device="cpu" if kind == "threads" else "cuda",
                 timeout=SILENCE,
             )
-    except RanksFailed as error:
-        return [CaseResult(case, dict.fromkeys(case.outputs, 0), f"RanksFailed: {error.message}") for case in cases]
+    except (RanksFailed, RuntimeError) as error:  # a lost process; a thread whose meeting broke or whose GPU failed
+        text = error.message if isinstance(error, RanksFailed) else str(error)
+        return [
+            CaseResult(case, dict.fromkeys(case.outputs, 0), f"{type(error).__name__}: {text} (rank 0 was at {last})") for case in cases
+        ]
     return merge(by_rank)
 
 

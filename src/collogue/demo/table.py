@@ -151,6 +151,8 @@ def save_plot(result: Result, path: Path) -> None:
                 fontsize=9,
             )
         axis.margins(x=0.18)
+        if min(values, default=0.0) >= 0.0:
+            axis.set_xlim(left=0.0)
         axis.spines[["top", "right"]].set_visible(False)
     left.set_yticks(places, names)
     left.invert_yaxis()

@@ -5,51 +5,70 @@
 
 namespace collogue {
 
-// Two buffers, used in turn: a CTA may send for the next row while a slower one still reads the last.
-template <int kBlocks, bool kClustered>
-struct RowExchange {
-  alignas(16) float value[2][kBlocks];
+// What lies in shared memory. Two buffers, used in turn: a CTA may send for the next row while a slower one still reads.
+template <class C, bool kUsed>
+struct ExchangeBuffer {
+  alignas(16) float value[C::kLoop ? 2 : 1][kUsed ? C::kBlocks : 4];
 #if COLLOGUE_HAS_CLUSTERS
-  u64 barrier[2];
+  u64 barrier[C::kLoop ? 2 : 1];
 #endif
+};
 
-  // Before cluster_arrive() or sync_block(), once. Blocks past the end of the row stay 0.
-  COLLOGUE_DEVICE void init(u32 blocks) {
-    for (u32 i = thread_index(); i < 2 * kBlocks; i += thread_count()) value[i / kBlocks][i % kBlocks] = 0.0f;
+template <class C, bool kUsed>
+struct Exchange {
+  ExchangeBuffer<C, kUsed>& buffer;
+  u32 blocks;          // of a row
+  u32 remote;          // this warp's first block in the CTA that this lane sends to
+  u32 remote_barrier;
+
+  // Before cluster_arrive() or sync_block(). Blocks past the end of the row stay 0.
+  COLLOGUE_DEVICE Exchange(ExchangeBuffer<C, kUsed>& b, u32 blocks_in_a_row, u32 first_block)
+      : buffer(b), blocks(blocks_in_a_row), remote(0), remote_barrier(0) {
+    if constexpr (!kUsed) return;
+    constexpr u32 kTurns = C::kLoop ? 2 : 1;
+#pragma unroll 1
+    for (u32 i = thread_index(); i < kTurns * C::kBlocks; i += C::kThreads) buffer.value[i / C::kBlocks][i % C::kBlocks] = 0.0f;
 #if COLLOGUE_HAS_CLUSTERS
-    if (kClustered && thread_index() == 0) {
-      for (int i = 0; i < 2; i++) barrier_init(&barrier[i]);
-      publish_barriers();
-      for (int i = 0; i < 2; i++) barrier_expect(&barrier[i], blocks * 4);
+    if constexpr (C::kClustered) {
+      if (thread_index() == 0) {
+        for (u32 i = 0; i < kTurns; i++) barrier_init(&buffer.barrier[i]);
+        publish_barriers();
+        for (u32 i = 0; i < kTurns; i++) barrier_expect(&buffer.barrier[i], blocks * 4);
+      }
+      const u32 lane = thread_index() % 32, cta = lane < blocks_in_row() ? lane : 0;
+      remote = address_in_cta(shared_address(&buffer.value[0][first_block]), cta);
+      remote_barrier = address_in_cta(shared_address(&buffer.barrier[0]), cta);
+      compute_now(remote);
+      compute_now(remote_barrier);
     }
 #endif
   }
 
-  // Whole warp; `x` is the same in every lane. After cluster_wait() of the start.
-  COLLOGUE_DEVICE void send(u32 turn, u32 block, float x) {
-    const u32 lane = thread_index() & 31u;
+  // Block `first_block + i` of this warp. Whole warp; `x` is the same in every lane. After cluster_wait() of the start.
+  COLLOGUE_DEVICE void send(u32 turn, u32 first_block, u32 i, float x) {
+    if (first_block + i >= blocks) return;
+    const u32 lane = thread_index() % 32, odd = C::kLoop ? turn & 1 : 0;
 #if COLLOGUE_HAS_CLUSTERS
-    if constexpr (kClustered) {
-      if (lane < blocks_in_row())
-        send_word(address_in_cta(shared_address(&value[turn & 1][block]), lane), bits(x),
-                  address_in_cta(shared_address(&barrier[turn & 1]), lane));
+    if constexpr (C::kClustered) {
+      if (lane < blocks_in_row()) send_word(remote + (odd * C::kBlocks + i) * 4, bits(x), remote_barrier + odd * 8);
       return;
     }
 #endif
-    if (lane == 0) value[turn & 1][block] = x;
+    if (lane == 0) buffer.value[odd][first_block + i] = x;
   }
 
-  // Returns when every block of this turn has been sent. `blocks`: how many the row has.
-  COLLOGUE_DEVICE const float* wait(u32 turn, u32 blocks) {
+  // Returns the values of all blocks when every one of this turn has been sent.
+  COLLOGUE_DEVICE const float* wait(u32 turn) {
+    const u32 odd = C::kLoop ? turn & 1 : 0;
 #if COLLOGUE_HAS_CLUSTERS
-    if constexpr (kClustered) {
-      barrier_wait(&barrier[turn & 1], (turn >> 1) & 1u);
-      if (thread_index() == 0) barrier_expect(&barrier[turn & 1], blocks * 4);  // for turn + 2
-      return value[turn & 1];
+    if constexpr (C::kClustered) {
+      barrier_wait(&buffer.barrier[odd], C::kLoop ? (turn >> 1) & 1u : 0u);
+      if (C::kLoop && thread_index() == 0) barrier_expect(&buffer.barrier[odd], blocks * 4);  // for turn + 2
+      return buffer.value[odd];
     }
 #endif
     sync_block();
-    return value[turn & 1];
+    return buffer.value[odd];
   }
 };
 

@@ -29,7 +29,14 @@ COLLOGUE_DEVICE u32 e4m3_word(float a, float b, float c, float d) {
 #endif
   return w & (((w & 0x7f7f7f7fu) + 0x7f7f7f7fu) | 0x7f7f7f7fu);
 }
-COLLOGUE_DEVICE u32 e4m3_code(float x) { return e4m3_word(x, 0.0f, 0.0f, 0.0f); }
+COLLOGUE_DEVICE u32 e4m3_code(float x) {
+#if COLLOGUE_HAS_E4M3_CONVERSION
+  const u32 code = e4m3_pair(x, 0.0f);
+#else
+  const u32 code = e4m3_by_integers(x);
+#endif
+  return code == 0x80u ? 0u : code;
+}
 
 // ---- E2M1
 
@@ -46,15 +53,13 @@ COLLOGUE_DEVICE u32 join_signs(u32 magnitudes, u32 sign_bits) {
   return magnitudes | (sign_bits & (nonzero << 3));
 }
 
-// Eight codes of n * factor, the first in bits 0 to 3. `factor` is positive and finite: then the sign is that of n, and
-// NaN (whose stored sign is clear) gives 7.
-template <class D>
-COLLOGUE_DEVICE u32 e2m1_word(const Packed<D::kParts>& packed, const float (&n)[8], float factor) {
+// Eight codes of n * factor, the first in bits 0 to 3; `sign_bits`: of the products, at bit 4 * i + 3. NaN gives 7.
+COLLOGUE_DEVICE u32 e2m1_word(const float (&n)[8], float factor, u32 sign_bits) {
 #if COLLOGUE_HAS_E2M1_CONVERSION
   u32 w = 0;
 #pragma unroll
   for (int i = 0; i < 4; i++) w |= e2m1_pair(n[2 * i] * factor, n[2 * i + 1] * factor) << (8 * i);
-  return join_signs(w & 0x77777777u, w);
+  return join_signs(w & 0x77777777u, sign_bits);
 #else
   u32 c[8];
 #pragma unroll
@@ -63,21 +68,16 @@ COLLOGUE_DEVICE u32 e2m1_word(const Packed<D::kParts>& packed, const float (&n)[
   for (int i = 0; i < 8; i += 2) c[i] += c[i + 1] << 4;
   c[0] += c[2] << 8;
   c[4] += c[6] << 8;
-  return join_signs(c[0] + (c[4] << 16) - 298u * 0x11111111u, signs<D>(packed));
+  return join_signs(c[0] + (c[4] << 16) - 298u * 0x11111111u, sign_bits);
 #endif
 }
 
-// The same for any factor; NaN products give 7.
-COLLOGUE_DEVICE u32 e2m1_word_any_factor(const float (&n)[8], float factor) {
-  u32 w = 0;
+// The signs of n * factor; a NaN has none.
+COLLOGUE_DEVICE u32 product_signs(const float (&n)[8], float factor) {
+  u32 s = 0;
 #pragma unroll
-  for (int i = 7; i >= 0; i--) {
-    const float x = n[i] * factor;
-    const u32 magnitude = e2m1_biased(x) - 298u;
-    const u32 sign = x < 0.0f && magnitude ? 8u : 0u;
-    w = (w << 4) | magnitude | sign;
-  }
-  return w;
+  for (int i = 0; i < 8; i++) s |= n[i] * factor < 0.0f ? 8u << (4 * i) : 0u;
+  return s;
 }
 
 // ---- E8M0

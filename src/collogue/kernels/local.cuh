@@ -10,29 +10,31 @@ COLLOGUE_DEVICE void local(const Params& p) {
   using D = typename C::D;
   COLLOGUE_SHARED typename Row<C>::Shared shared;
   Row<C> row(p, shared);
-  row.init();
+
   wait_for_previous_kernel();
-  u32 turn = 0;
-  for (u32 t = grid_row(); t < p.tokens; t += grid_rows(), turn++) {
+  for (u32 t = grid_row(), turn = 0; t < p.tokens; t += grid_rows(), turn++) {
     if (turn) row.next();
+    row.aim(t);
     Packed<D::kParts> y[C::kVectors];
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
-      float sum[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+      float sum[8];
+      begin<D>(sum, row.load(p.partial + row.offset(t), i));
 #pragma unroll
-      for (int k = 0; k < C::kWorld + (C::kResidual ? 1 : 0); k++) {
-        add<D>(sum, row.load(row.at(k < C::kWorld ? p.partial + k * p.partial_stride : p.residual, t), i));
-      }
-      y[i] = row.store_stream(t, i, sum);
+      for (int k = 1; k < C::kWorld; k++) add<D>(sum, row.load(p.partial + k * p.partial_stride + row.offset(t), i));
+      if constexpr (C::kResidual) add<D>(sum, row.load(p.residual + row.offset(t), i));
+      y[i] = row.store_stream(i, sum);
     }
     if (turn == 0) {
       launch_next_kernel();
       if constexpr (C::kFormat != Format::kNone) {
         const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();
-        row.quant.pad(cta * C::kThreads + thread_index(), ctas * C::kThreads);
+        row.quant.pad(cta * C::kThreads + thread_index(), ctas * C::kThreads, p.tokens);
       }
+      row.wait_for_barriers();
     }
-    row.finish(t, turn, y);
+    row.finish(turn, y);
+    if constexpr (!C::kLoop) break;
   }
 }
 

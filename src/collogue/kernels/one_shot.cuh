@@ -11,54 +11,43 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
   using Vector = Packed<D::kParts>;
   COLLOGUE_SHARED typename Row<C>::Shared shared;
   Row<C> row(p, shared);
-  row.init();
   Ranks<C> ranks(p);
-
-  u32 t = grid_row();
-  const u32 row_bytes = p.hidden * D::kBytes;
-  u32 slot_offset = static_cast<u32>(row.offset(t, 0));
-  const u8* partial = row.at(p.partial, t);
-  const u8* residual = C::kResidual ? row.at(p.residual, t) : nullptr;
+  u32 t = grid_row(), slot_offset = static_cast<u32>(row.offset(t));
+  const u8* partial = p.partial + row.offset(t);
+  const u8* residual = C::kResidual ? p.residual + row.offset(t) : nullptr;
+  compute_now(slot_offset);
   compute_now(partial);
   compute_now(residual);
-  compute_now(slot_offset);
   ranks.compute_pointers_now();
 
-#ifdef EXP_PREFETCH
-  if (row.active(0)) prefetch(partial);
-  if (C::kResidual && row.active(0)) prefetch(residual);
-  prefetch(ranks.own);
-#endif
   wait_for_previous_kernel();
+  // A single vector stays in registers; several are read again when their turn comes.
+  Vector x[C::kVectors], r{};
+#pragma unroll
+  for (int i = 0; i < C::kVectors; i++) x[i] = row.load(partial, i);
+  if constexpr (C::kResidual && C::kVectors == 1) r = row.load(residual, 0);
   ranks.ask();
-  for (u32 turn = 0; t < p.tokens; turn++, t += grid_rows()) {
-    if (turn) {
-      row.next();
-      partial += static_cast<u64>(grid_rows()) * row_bytes;
-      residual += static_cast<u64>(grid_rows()) * row_bytes;
-      slot_offset += grid_rows() * row_bytes;
-    }
-    // A single vector stays in registers; several are read again when their turn comes.
-    Vector x[C::kVectors], r{};
+  launch_next_kernel();
+  ranks.start();
+  for (u32 turn = 0;; turn++) {
 #pragma unroll
-    for (int i = 0; i < C::kVectors; i++) x[i] = row.load(partial, i);
-    if constexpr (C::kResidual && C::kVectors == 1) r = row.load(residual, 0);
-    if (turn == 0) {
-      launch_next_kernel();
-      ranks.start();
-    }
-#pragma unroll
-    for (int i = 0; i < C::kVectors; i++)
+    for (int i = 0; i < C::kVectors; i++) {
+      x[i] = ranks.disguise(x[i]);
       if (row.active(i)) ranks.send(x[i], slot_offset + i * row.kVectorStep);
+    }
     const u32 sent = clock_cycles();
+    // What follows is worked out while the words travel, not before they leave.
+    compute_now(t);
+    row.aim(t);
     if (turn == 0) {
-      const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();
-      const u32 thread = cta * C::kThreads + thread_index(), threads = ctas * C::kThreads;
-      ranks.count_warp(thread, threads / 32, p.tokens * (row_bytes / 16));
-#ifndef EXP_NOWIPE
+      u32 cta = grid_row() * blocks_in_row() + block_in_row(), tokens = p.tokens;
+      compute_now(cta);
+      compute_now(tokens);
+      const u32 thread = cta * C::kThreads + thread_index(), threads = grid_rows() * blocks_in_row() * C::kThreads;
+      ranks.count_warp(thread, threads / 32, tokens * (p.hidden * D::kBytes / 16));
       ranks.wipe(thread, threads);
-#endif
-      if constexpr (C::kFormat != Format::kNone) row.quant.pad(thread, threads);
+      if constexpr (C::kFormat != Format::kNone) row.quant.pad(thread, threads, tokens);
+      row.wait_for_barriers();
     }
     // Polling lines that are being written slows their arrival: leave the wire alone until the words can be here.
     while (clock_cycles() - sent < C::kFirstPoll) {
@@ -66,16 +55,26 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       if constexpr (C::kVectors > 1) {
-        x[i] = row.load(partial, i);
-        if constexpr (C::kResidual) r = row.load(residual, i);
+        x[i] = ranks.disguise(row.load(p.partial + row.offset(t), i));
+        if constexpr (C::kResidual) r = row.load(p.residual + row.offset(t), i);
       }
       float sum[8];
-      ranks.receive_and_add(x[i], slot_offset + i * row.kVectorStep, row.active(i), t, sum);
+      ranks.receive_and_add(x[i], slot_offset + i * row.kVectorStep, row.active(i), sum);
       if constexpr (C::kResidual) add<D>(sum, r);
-      x[i] = row.store_stream(t, i, sum);
+      x[i] = row.store_stream(i, sum);
     }
-    row.finish(t, turn, x);
+    row.finish(turn, x);
+
+    if constexpr (!C::kLoop) break;
+    t += grid_rows();
+    if (t >= p.tokens) break;
+    row.next();
+    slot_offset = static_cast<u32>(row.offset(t));
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++) x[i] = row.load(p.partial + row.offset(t), i);
+    if constexpr (C::kResidual && C::kVectors == 1) r = row.load(p.residual + row.offset(t), 0);
   }
+  if (ranks.stopped) ranks.report();
 }
 
 }  // namespace collogue

@@ -41,7 +41,8 @@ struct Params {
 //   kResidual, kNorm, kKeepNorm          what is added, done, stored
 //   kFormat, kLayout, kGroup, kCeil      quantisation; kGroup elements share a scale
 //   kThreads, kVectors, kClustered       a row is kVectors * 8 elements of each thread of a CTA, of each CTA of a cluster
-//   kBlocks                              upper bound of ceil(H / 256)
+//   kBlocks                              upper bound of ceil(H / 256), a multiple of 4
+//   kLoop                                whether a CTA may do more than one row
 //   kFirstPoll                           cycles between sending and the first poll
 // };
 

@@ -57,6 +57,7 @@ COLLOGUE_DEVICE void compute_now(T*& pointer) {
   asm volatile("" : "+l"(pointer));
 }
 COLLOGUE_DEVICE void compute_now(u32& value) { asm volatile("" : "+r"(value)); }
+COLLOGUE_DEVICE void compute_now(float& value) { asm volatile("" : "+f"(value)); }
 
 // ---- time
 
@@ -96,18 +97,9 @@ COLLOGUE_DEVICE Words load(const void* p) {
 COLLOGUE_DEVICE void store(void* p, const Words& v) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
 }
-// A hint; reads nothing.
-COLLOGUE_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory"); }
 // A word at a time is atomic; the four words of one access may be seen in any order.
 COLLOGUE_DEVICE Words load_peer_written(const void* p) {
   Words v;
-#ifdef EXP_GPULOAD
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-               : "l"(p)
-               : "memory");
-  return v;
-#endif
   asm volatile("ld.relaxed.sys.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
                : "l"(p)
@@ -174,11 +166,7 @@ COLLOGUE_DEVICE void barrier_wait(u64* barrier, u32 parity) {
   u32 done;
   do {
     asm volatile(
-#ifdef EXP_CTAWAIT
-        "{.reg .pred q; mbarrier.try_wait.parity.shared::cta.b64 q, [%1], %2; selp.u32 %0, 1, 0, q;}"
-#else
         "{.reg .pred q; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 q, [%1], %2; selp.u32 %0, 1, 0, q;}"
-#endif
         : "=r"(done)
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");

@@ -44,47 +44,33 @@ COLLOGUE_DEVICE float largest_block(const float* amaxes) {
 template <class C>
 struct Row {
   using D = typename C::D;
-  using Exchange = RowExchange<C::kBlocks, C::kClustered>;
+  using Vector = Packed<D::kParts>;
   using Quant = Quantizer<C>;
   struct Shared {
     typename Quant::Shared quant;
-    Exchange squares;
-    Exchange amax;
+    ExchangeBuffer<C, C::kNorm> squares;
+    ExchangeBuffer<C, Quant::kPerRow> amax;
   };
-  static constexpr bool kBarrierAtStart = C::kNorm || C::kFormat == Format::kFP8PerToken || C::kFormat == Format::kNVFP4;
+  static constexpr bool kBarrierAtStart = C::kNorm || Quant::kPerRow || C::kFormat == Format::kNVFP4;
+  // Bytes between the vectors of one thread in a [T, H] tensor.
+  static constexpr u32 kVectorStep = 32 * kVector * D::kBytes;
 
   const Params& p;
-  Shared& shared;
-  Quant quant;
   u32 first_block;  // of this warp
+  Exchange<C, C::kNorm> squares;
+  Exchange<C, Quant::kPerRow> amax;
+  Quant quant;
   float weight[8];  // of the only vector, loaded early; with several vectors, of the current one
+  u8 *stream, *norm;
 
-  COLLOGUE_DEVICE Row(const Params& params, Shared& s) : p(params), shared(s), quant(params, s.quant) {
-    first_block = (block_in_row() * (C::kThreads / 32) + thread_index() / 32) * C::kVectors;
-  }
-  // Index of this thread's vector i in the row; vectors of a warp are consecutive.
-  COLLOGUE_DEVICE u32 vector(int i) const { return (first_block + i) * 32 + (thread_index() & 31u); }
-  COLLOGUE_DEVICE bool active(int i) const { return vector(i) * 8 < p.hidden; }
-  COLLOGUE_DEVICE u64 offset(u32 t, int i) const { return (static_cast<u64>(t) * p.hidden + vector(i) * 8) * D::kBytes; }
-  // This thread's first vector of row t of a [T, H] tensor; its vector i lies i * kVectorStep bytes further.
-  static constexpr u32 kVectorStep = 32 * kVector * D::kBytes;
-  COLLOGUE_DEVICE const u8* at(const u8* tensor, u32 t) const { return tensor + offset(t, 0); }
-  // Zeros past the end of the row.
-  COLLOGUE_DEVICE Packed<D::kParts> load(const u8* first, int i) const {
-    Packed<D::kParts> v{};
-    if (active(i)) v = load_vector<D>(first + i * kVectorStep);
-    return v;
-  }
-  COLLOGUE_DEVICE u32 blocks() const { return (p.hidden + 255) / 256; }
-
-  // What needs no result of the previous kernel: weights, scale tables, barriers.
-  COLLOGUE_DEVICE void init() {
-    if constexpr (C::kNorm) {
-      if constexpr (C::kVectors == 1) load_weight(0, weight);
-      shared.squares.init(blocks());
-    }
-    if constexpr (Quant::kPerRow) shared.amax.init(blocks());
-    quant.init();
+  // What needs no result of the previous kernel: weights, scale tables, barriers, addresses.
+  COLLOGUE_DEVICE Row(const Params& params, Shared& shared)
+      : p(params),
+        first_block((block_in_row() * (C::kThreads / 32) + thread_index() / 32) * C::kVectors),
+        squares(shared.squares, (p.hidden + 255) / 256, first_block),
+        amax(shared.amax, (p.hidden + 255) / 256, first_block),
+        quant(params, shared.quant) {
+    if constexpr (C::kNorm && C::kVectors == 1) load_weight(0, weight);
     if constexpr (kBarrierAtStart) {
       sync_block();
 #if COLLOGUE_HAS_CLUSTERS
@@ -92,47 +78,66 @@ struct Row {
 #endif
     }
   }
+  // Before the first finish(), once.
+  COLLOGUE_DEVICE void wait_for_barriers() const {
+#if COLLOGUE_HAS_CLUSTERS
+    if constexpr (kBarrierAtStart && C::kClustered) cluster_wait();
+#endif
+  }
+
+  // Index of this thread's vector i in the row; vectors of a warp are consecutive.
+  COLLOGUE_DEVICE u32 vector(int i) const { return (first_block + i) * 32 + thread_index() % 32; }
+  COLLOGUE_DEVICE bool active(int i) const { return vector(i) * 8 < p.hidden; }
+  COLLOGUE_DEVICE u64 offset(u32 t) const { return (static_cast<u64>(t) * p.hidden + vector(0) * 8) * D::kBytes; }
+  // Vector i of the row whose first vector of this thread lies at `first`; zeros past the end of the row.
+  COLLOGUE_DEVICE Vector load(const u8* first, int i) const {
+    Vector v{};
+    if (active(i)) v = load_vector<D>(first + i * kVectorStep);
+    return v;
+  }
+
+  // Works out where the outputs of row t go, now: a load of an address must not stand in the way of a result later.
+  COLLOGUE_DEVICE void aim(u32 t) {
+    stream = p.stream + offset(t);
+    compute_now(stream);
+    if constexpr (C::kKeepNorm) {
+      norm = p.norm + offset(t);
+      compute_now(norm);
+    }
+    quant.aim(t, vector(0));
+    if constexpr (C::kNorm && C::kVectors == 1) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) compute_now(weight[j]);
+    }
+  }
 
   // `sum`: the terms of vector i of row t, added in rank order. Rounds, stores and returns the stream y.
-  COLLOGUE_DEVICE Packed<D::kParts> store_stream(u32 t, int i, const float (&sum)[8]) const {
-    const Packed<D::kParts> y = D::round(sum);
-    if (active(i)) store_vector<D>(p.stream + offset(t, i), y);
+  COLLOGUE_DEVICE Vector store_stream(int i, const float (&sum)[8]) const {
+    const Vector y = D::round(sum);
+    if (active(i)) store_vector<D>(stream + i * kVectorStep, y);
     return y;
   }
 
   // From y to everything else. `turn` counts the rows this CTA has done. All threads of the row.
-  COLLOGUE_DEVICE void finish(u32 t, u32 turn, Packed<D::kParts> (&y)[C::kVectors]) {
-#if COLLOGUE_HAS_CLUSTERS
-    if constexpr (kBarrierAtStart && C::kClustered)
-      if (turn == 0) cluster_wait();
-#endif
-    if constexpr (C::kNorm) normalise(t, turn, y);
-    if constexpr (C::kFormat != Format::kNone) quantise(t, turn, y);
+  COLLOGUE_DEVICE void finish(u32 turn, Vector (&y)[C::kVectors]) {
+    if constexpr (C::kNorm) normalise(turn, y);
+    if constexpr (C::kFormat != Format::kNone) quantise(turn, y);
   }
 
   // Between two rows of one CTA: exchange buffers are used again two turns later, so no warp may fall two turns behind.
   COLLOGUE_DEVICE void next() { sync_block(); }
 
  private:
-  // On entry `row` holds the stream, on return the rounded norm.
-  COLLOGUE_DEVICE void normalise(u32 t, u32 turn, Packed<D::kParts> (&row)[C::kVectors]) {
+  // On entry `row` holds the stream, on return the rounded norm. Vectors past the end of the row are zeros and add nothing.
+  COLLOGUE_DEVICE void normalise(u32 turn, Vector (&row)[C::kVectors]) {
     float y[8];
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       D::widen(row[i], y);
-      const float s = fold_lanes(active(i) ? lane_sum(y) : 0.0f);
-      if (first_block + i < blocks()) shared.squares.send(turn, first_block + i, s);
+      squares.send(turn, first_block, i, fold_lanes(lane_sum(y)));
     }
-    const float total = add_blocks<C::kBlocks>(shared.squares.wait(turn, blocks()));
-#ifdef EXP_RCP
-    const float width = static_cast<float>(p.hidden), inverse = reciprocal(width);
-    float mean = total * inverse;
-    mean = fused_multiply_add(fused_multiply_add(-mean, width, total), inverse, mean);
-    if (!(mean >= 1e-30f && mean <= 1e30f)) mean = total / width;
-    const float rstd = reciprocal(square_root(mean + p.eps));
-#else
+    const float total = add_blocks<C::kBlocks>(squares.wait(turn));
     const float rstd = reciprocal(square_root(total / static_cast<float>(p.hidden) + p.eps));
-#endif
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       D::widen(row[i], y);
@@ -141,7 +146,7 @@ struct Row {
       for (int j = 0; j < 8; j++) y[j] = (y[j] * rstd) * weight[j];
       row[i] = D::round(y);
       if constexpr (C::kKeepNorm)
-        if (active(i)) store_vector<D>(p.norm + offset(t, i), row[i]);
+        if (active(i)) store_vector<D>(norm + i * kVectorStep, row[i]);
     }
   }
   COLLOGUE_DEVICE void load_weight(int i, float (&w)[8]) const {
@@ -153,17 +158,17 @@ struct Row {
     for (int j = 0; j < 8; j++) w[j] = w[j] + p.weight_offset;
   }
 
-  COLLOGUE_DEVICE void quantise(u32 t, u32 turn, const Packed<D::kParts> (&n)[C::kVectors]) {
+  COLLOGUE_DEVICE void quantise(u32 turn, const Vector (&n)[C::kVectors]) {
     float row_amax = 0.0f;
     if constexpr (Quant::kPerRow) {
 #pragma unroll
       for (int i = 0; i < C::kVectors; i++) {
-        float a = active(i) ? largest_magnitude<D>(n[i]) : 0.0f;
+        float a = largest_magnitude<D>(n[i]);
 #pragma unroll
         for (int distance = 16; distance; distance /= 2) a = larger(a, exchange_lanes(a, distance));
-        if (first_block + i < blocks()) shared.amax.send(turn, first_block + i, a);
+        amax.send(turn, first_block, i, a);
       }
-      row_amax = largest_block<C::kBlocks>(shared.amax.wait(turn, blocks()));
+      row_amax = largest_block<C::kBlocks>(amax.wait(turn));
     }
     if constexpr (Quant::kGroupInBlock) {
 #pragma unroll
@@ -172,10 +177,10 @@ struct Row {
     }
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
-      float amax = row_amax;
-      if constexpr (Quant::kGroupInWarp) amax = Quant::group_amax(active(i) ? largest_magnitude<D>(n[i]) : 0.0f);
-      if constexpr (Quant::kGroupInBlock) amax = quant.shared_group_amax(vector(i), active(i));
-      quant.write(n[i], t, vector(i), active(i), amax);
+      float a = row_amax;
+      if constexpr (Quant::kGroupInWarp) a = Quant::group_amax(largest_magnitude<D>(n[i]));
+      if constexpr (Quant::kGroupInBlock) a = quant.shared_group_amax(vector(i), active(i));
+      quant.write(n[i], i, vector(i), active(i), a);
     }
   }
 };

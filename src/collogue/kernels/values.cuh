@@ -89,6 +89,12 @@ COLLOGUE_DEVICE void add(float (&sum)[8], const Packed<D::kParts>& v) {
   for (int j = 0; j < 8; j++) sum[j] = sum[j] + f[j];
 }
 
+// sum = v. The contract starts from +0: the same value, and a -0 or a NaN's payload is gone after rounding.
+template <class D>
+COLLOGUE_DEVICE void begin(float (&sum)[8], const Packed<D::kParts>& v) {
+  D::widen(v, sum);
+}
+
 // The largest magnitude of eight rounded values; NaN is ignored, all NaN gives 0.
 template <class D>
 COLLOGUE_DEVICE float largest_magnitude(const Packed<D::kParts>& v) {

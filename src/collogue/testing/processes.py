@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from collogue.errors import CollogueError
+from collogue.testing import environment
 
 Tell = Callable[[str], None]
 
@@ -110,6 +111,7 @@ def _rank(rank: int, world_size: int, device: str, rendezvous: str, inbox: Any, 
     try:
         where: dict[str, Any] = {}
         if device == "cuda":
+            environment.set_defaults()
             torch.cuda.set_device(rank)
             where = {"device_id": torch.device("cuda", rank)}
         else:

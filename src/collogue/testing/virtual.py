@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from collogue.group import SymmetricBuffer
+from collogue.testing import environment
 
 T = TypeVar("T")
 
@@ -41,7 +42,6 @@ class VirtualGroup:
         self.device = device
         self._meeting = meeting
         self._subgroups = subgroups
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def subgroup(self, ranks: Sequence[int]) -> VirtualGroup | None:
         """The group of ``ranks`` of this one, or ``None`` on a rank that is not in it. Collective over this group."""
@@ -59,6 +59,15 @@ class VirtualGroup:
     def barrier(self) -> None:
         self._meeting.exchange(self.rank, None)
 
+    def settle(self) -> None:
+        """Wait for this rank's stream, then for every rank: afterwards nothing of this world runs on any GPU."""
+        self._finish()
+        self.barrier()
+
+    def abort(self) -> None:
+        """Release every rank from the meeting it waits in (``threading.BrokenBarrierError``). The group cannot be used again."""
+        self._meeting.barrier.abort()
+
     def all_gather(self, output: torch.Tensor, block: torch.Tensor) -> None:
         self._move(block, lambda blocks: [output[r].copy_(b) for r, b in enumerate(blocks)])
 
@@ -71,8 +80,7 @@ class VirtualGroup:
         self._finish()
         tensors = self._meeting.exchange(self.rank, tensor)
         copy(tensors)
-        self._finish()
-        self.barrier()
+        self.settle()
 
     def _finish(self) -> None:
         if self.device.type == "cuda":
@@ -82,21 +90,30 @@ class VirtualGroup:
         local = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
         self._finish()
         buffers = self.all_gather_object(local)
+        for other in {b.device: b for b in buffers if b.device != self.device}.values():
+            # Ranks on several GPUs: at the first copy in each direction PyTorch enables peer access to all of its memory there.
+            local[:1].to(other.device)
+            other[:1].to(self.device)
+        self.settle()
         return SymmetricBuffer(local, tuple(b.data_ptr() for b in buffers), buffers)
 
     def stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)
 
 
-def run_virtual(
-    world_size: int, fn: Callable[[VirtualGroup], T], *, device: str | torch.device = "cpu", timeout: float = 60.0
-) -> list[T]:
+def run_virtual(world_size: int, fn: Callable[[VirtualGroup], T], *, device: str | torch.device = "cpu", timeout: float = 60.0) -> list[T]:
     """Call ``fn(group)`` in one thread per rank and return the results by rank.
 
-    ``device="cuda"`` spreads the ranks over the GPUs there are. The first exception of a rank is raised here; the others
-    are released from whatever meeting they wait in.
+    ``device="cuda"`` spreads the ranks over the GPUs there are, ``"cuda:0"`` puts all on one. The first exception of a rank is
+    raised here; the others are released from whatever meeting they wait in.
+
+    On GPUs, kernels of one rank wait for kernels of the others, so nothing that waits for a whole GPU (freeing memory, loading a
+    kernel, starting a graph capture) may come between the launches of one call: :meth:`Communicator.prepare` first, and
+    :meth:`VirtualGroup.settle` around everything else. CUDA must start with what :mod:`collogue.testing.environment` sets.
     """
     kind = torch.device(device)
+    if kind.type == "cuda":
+        environment.set_defaults()
     meeting = _Meeting(world_size, timeout)
     subgroups: dict[Any, _Meeting] = {}
     results: list[Any] = [None] * world_size
@@ -111,12 +128,12 @@ def run_virtual(
                 torch.cuda.set_device(where)
             group = VirtualGroup(rank, world_size, where, meeting, subgroups)
             if where.type == "cuda":
-                with torch.cuda.stream(group._stream):
+                with torch.cuda.stream(torch.cuda.Stream(where)):  # type: ignore[no-untyped-call]
                     results[rank] = fn(group)
                     torch.cuda.current_stream(where).synchronize()
             else:
                 results[rank] = fn(group)
-        except BaseException as error:  # noqa: BLE001 - handed to the caller below
+        except BaseException as error:  # handed to the caller below
             errors.append((rank, error))
             meeting.barrier.abort()
             for other in subgroups.values():

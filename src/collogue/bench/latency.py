@@ -1,0 +1,193 @@
+"""``collogue bench``: the whole run, one process per GPU, and its results as JSON and as tables."""
+
+from __future__ import annotations
+
+import datetime
+import json as json_module
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from collogue.bench import report
+from collogue.bench.cases import Round, chosen_rounds, default_rounds
+from collogue.bench.rank import bench_rank, start_again
+from collogue.check.case import Case
+from collogue.doctor import machine
+from collogue.errors import PlatformError
+from collogue.testing import environment
+from collogue.testing.processes import run_processes
+
+#: Seconds without a word from any rank, after which the run is ended.
+SILENCE = 120.0
+#: Formats whose compile time is reported.
+_COMPILED = 3
+#: Variables that change what CUDA, NCCL and symmetric memory do, by their beginnings: recorded.
+_VARIABLES = ("NCCL_", "TORCH_SYMM_MEM", "TORCH_NCCL", "CUDA_", "COLLOGUE_")
+
+
+def run(
+    *,
+    world_size: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
+    hidden_size: Sequence[int] | None = None,
+    dtype: Sequence[str] | None = None,
+    format: Sequence[str] | None = None,
+    json: str | None = None,
+    commit: str | None = None,
+) -> bool:
+    """Measure, write the JSON, print the tables; whether everything of Collogue's has a number.
+
+    Args:
+        world_size: default: the number of GPUs. The other lists are those of :func:`collogue.bench.cases.chosen_rounds`; with
+            none, :func:`collogue.bench.cases.default_rounds`.
+        json: a file, or ``"-"`` for stdout (the tables then go to stderr).
+        commit: recorded; default: what git says of the directory that this package is in.
+    Raises:
+        PlatformError: fewer GPUs than ranks, or than two.
+    """
+    lists = {"tokens": tokens, "hidden_size": hidden_size, "dtype": dtype, "format": format}
+    environment.set_defaults()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    worlds = list(world_size or [min(8, gpus)])
+    for world in worlds:
+        if not 2 <= world <= gpus:
+            raise PlatformError(f"{world} ranks on {gpus} GPUs", hint="timings need a GPU for each of two or more ranks")
+    rounds = {n: chosen_rounds(n, **lists) if any(lists.values()) else default_rounds(n) for n in worlds}  # type: ignore[arg-type]
+    data = {
+        "passed": False,
+        "commit": commit or commit_here(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **described_machine(),
+        "method": report.METHOD,
+        "cases": [],
+        "wire": [],
+        "host": [],
+        "compile": [],
+    }
+    with _empty_kernel_cache(), _progress(sum(map(len, rounds.values()))) as progress:
+        for world in worlds:
+            _run_world(world, rounds[world], data, progress)
+    data["passed"] = report.passed(data)
+    _write(data, json)
+    return bool(data["passed"])
+
+
+def _run_world(world: int, rounds: list[Round], data: dict[str, Any], progress: Progress) -> None:
+    compiled = compiled_cases(rounds)
+    names = {str(r) for r in rounds}
+    task = progress.task_ids[0]
+
+    def heard(rank: int, stage: str) -> None:
+        if rank:
+            return
+        progress.update(task, now=stage[:60], advance=stage in names)
+        if " | " in stage or not progress.console.is_terminal:
+            progress.console.print(stage, highlight=False, markup=False, soft_wrap=True)
+
+    ranks = run_processes(world, bench_rank, rounds, compiled, device="cuda", silence=SILENCE, heard=heard)
+    again = run_processes(world, start_again, rounds, compiled, device="cuda", silence=SILENCE, heard=heard)
+    data["cases"] += report.add_floors(ranks[0]["rows"], ranks[0]["wire"])
+    data["wire"].append(ranks[0]["wire"])
+    data["host"] += ranks[0]["host"]
+    data["compile"].append(
+        {
+            "world_size": world,
+            "formats": [case.format for case in compiled],
+            "cold_seconds": [max(times) for times in zip(*(r["cold"] for r in ranks), strict=True)],
+            "cached_seconds": [max(times) for times in zip(*again, strict=True)],
+        }
+    )
+
+
+def compiled_cases(rounds: Sequence[Round]) -> list[Case]:
+    """The first few cases that need kernels of their own: their compile time is taken one by one, in new processes."""
+    first: dict[str, Case] = {}
+    for case in rounds[0].cases:
+        if case.possible:
+            first.setdefault(case.format, case)
+    return list(first.values())[:_COMPILED]
+
+
+@contextmanager
+def _empty_kernel_cache() -> Iterator[None]:
+    """Ranks that start inside keep their kernels in a directory of their own, empty at first."""
+    name = "COLLOGUE_CACHE_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory(prefix="collogue-bench-", ignore_cleanup_errors=True) as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Progress]:
+    columns = (TextColumn("bench"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        progress.add_task("bench", total=total, now="starting the ranks")
+        yield progress
+
+
+def _write(data: dict[str, Any], target: str | None) -> None:
+    text = json_module.dumps(data, indent=1, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    elif target is not None:
+        Path(target).write_text(text)
+    print(report.text(data), file=sys.stderr if target == "-" else sys.stdout)
+
+
+# What is kept with the results
+
+
+def described_machine() -> dict[str, Any]:
+    """Versions, machine, topology and the variables that matter."""
+    facts = machine()
+    facts["versions"] |= {
+        "nvrtc": _guarded(_nvrtc_version),
+        "nccl": _guarded(lambda: ".".join(map(str, torch.cuda.nccl.version()))),  # type: ignore[no-untyped-call]
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"),
+    }
+    facts["topology"] = _output("nvidia-smi", "topo", "-m")
+    facts["environment"] = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES) and k != "COLLOGUE_CACHE_DIR"}
+    return facts
+
+
+def commit_here() -> str | None:
+    """What git says of the source tree, with ``-dirty`` where files differ; ``None`` outside a repository."""
+    folder = str(Path(__file__).parent)
+    return _output("git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+
+
+def _nvrtc_version() -> str:
+    from collogue.jit import nvrtc_version
+
+    return ".".join(map(str, nvrtc_version()))
+
+
+def _guarded(ask: Any) -> str | None:
+    try:
+        return str(ask())
+    except Exception:  # what a machine does not have is recorded as null
+        return None
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.strip() or None if done.returncode == 0 else None

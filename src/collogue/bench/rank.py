@@ -1,0 +1,251 @@
+"""One rank's part of ``collogue bench``: make the subjects of each round, gate them, time them in turn, gate them again."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import cached_property, partial
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+
+from collogue import jit
+from collogue.bench.baselines import Baselines
+from collogue.bench.cases import NCCL, Round
+from collogue.bench.floors import EMPTY, EXCHANGE, WIRE, Floors
+from collogue.bench.fused import FusedCall
+from collogue.bench.gate import call_each_set, each, time_gated
+from collogue.bench.timing import Chain, Latency, Subject, measure
+from collogue.check.case import Case
+from collogue.check.kernels import request_of
+from collogue.check.rank import Answers, arguments
+from collogue.communicator import Communicator
+from collogue.errors import CollectiveError, CollectiveTimeout, MismatchedCall
+from collogue.group import as_group
+from collogue.plan import make_kernels, make_plan
+
+Row: TypeAlias = dict[str, Any]
+Tell: TypeAlias = Callable[[str], None]
+
+#: Errors after which a communicator has to be reset.
+_FATAL = (CollectiveError.__name__, CollectiveTimeout.__name__, MismatchedCall.__name__)
+#: Seconds that a kernel waits for a peer.
+TIMEOUT = 5.0
+#: Eager calls whose host time is taken, at one token.
+HOST_BATCHES, HOST_CALLS = 7, 200
+
+
+class Bench:
+    """What one rank keeps between rounds."""
+
+    def __init__(self, group: dist.ProcessGroup, rounds: Sequence[Round]) -> None:
+        self.process_group, self.group = group, as_group(group)
+        self.rounds = rounds
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.answer = Answers()
+        self._comms: dict[tuple[int, str], Communicator] = {}
+        shape = rounds[0].shape
+        self.architecture = str(self.comm(shape).topology.architecture)
+        largest = max(r.shape.tokens * r.shape.hidden_size for r in rounds)
+        self.baselines = Baselines(group, self.group.device, 4 * largest)
+
+    @cached_property
+    def floors(self) -> Floors:
+        """The first use is collective. Not made before the compile time is taken: it loads NVRTC."""
+        return Floors(self.group, self.architecture)
+
+    def comm(self, case: Case) -> Communicator:
+        """The communicator of this width and dtype, for the most tokens of any round. The first call is collective."""
+        key = (case.hidden_size, case.dtype)
+        if key not in self._comms:
+            tokens = max(r.shape.tokens for r in self.rounds if (r.shape.hidden_size, r.shape.dtype) == key)
+            self._comms[key] = Communicator(
+                self.process_group, max_tokens=tokens, hidden_size=case.hidden_size, dtype=case.value_dtype, timeout=TIMEOUT
+            )
+        return self._comms[key]
+
+    def close(self) -> None:
+        for comm in self._comms.values():
+            comm.close()
+        self._comms.clear()
+
+    def meet(self) -> None:
+        """Every rank is here and every GPU is idle."""
+        torch.cuda.synchronize()
+        dist.barrier(self.process_group)
+        torch.cuda.synchronize()
+
+    # ---- kernels
+
+    def prepare(self, cases: Iterable[Case]) -> list[float]:
+        """Build and load the kernels of each case, one after the other; seconds for each."""
+        taken = []
+        for case in cases:
+            _, residual, norm = arguments(case, 0, self.group.device)
+            self.group.barrier()
+            start = time.perf_counter()
+            self.comm(case).prepare(
+                case.tokens, residual=residual is not None, norm=norm, quant=case.quant(self.group.device), keep_norm=_keeps(case)
+            )
+            taken.append(time.perf_counter() - start)
+        return taken
+
+    def build_all(self) -> None:
+        """Compile every kernel of every round into the cache, on all cores of the host."""
+        variants = {}
+        for case in dict.fromkeys(case for r in self.rounds for case in r.cases if case.possible):
+            topology, request = self.comm(case).topology, request_of(case)
+            variants.update(dict.fromkeys(make_kernels(topology, request, make_plan(topology, request)).variants))
+        if self.group.rank == 0:
+            jit.build(list(variants), self.architecture)
+        self.group.barrier()
+
+    # ---- rounds
+
+    def run_round(self, round: Round) -> list[Row]:
+        """Rows of everything that is timed in this round: with a latency or with an error."""
+        gc.collect()
+        makers: dict[str, Callable[[], Subject]] = {name: partial(self.floors.subjects.__getitem__, name) for name in (EMPTY, EXCHANGE)}
+        rows: dict[str, Row] = {name: {"what": name, "section": round.section, **_shape(round.shape)} for name in makers}
+        for name in round.baselines:
+            makers[name] = partial(self.baselines.make, name, round.shape)
+            rows[name] = {"what": name, "section": round.section, **_shape(round.shape)}
+        for case in round.cases:
+            makers[str(case)] = partial(self._fused, case)
+            rows[str(case)] = {"what": "collogue", "section": round.section, **_shape(case), **_call(case), **self._plan(case)}
+        latencies, errors = self.time(makers, round.replays)
+        if any(error.startswith(_FATAL) for error in errors.values()):
+            self.comm(round.shape).reset()
+        for name, row in rows.items():
+            row |= _result(latencies.get(name), errors.get(name), round.replays)
+        return list(rows.values())
+
+    def _fused(self, case: Case) -> FusedCall:
+        return FusedCall(self.comm(case), case, self.answer)
+
+    def _plan(self, case: Case) -> Row:
+        if not case.possible:
+            return {"algorithm": None, "bytes_sent": None}
+        plan = self.comm(case).explain(
+            case.tokens,
+            residual=case.residual,
+            norm=case.norm,
+            quant=case.quant("cpu"),
+            keep_norm=_keeps(case),
+            hidden_size=case.hidden_size,
+        )
+        return {"algorithm": plan.algorithm, "bytes_sent": plan.bytes_sent}
+
+    def time(self, makers: dict[str, Callable[[], Subject]], replays: int) -> tuple[dict[str, Latency], dict[str, str]]:
+        """Latencies of what passed its gates on every rank, and errors of the rest."""
+        return time_gated(
+            self.group, makers, capture=lambda call: Chain(call, self.stream), measure=lambda chains: measure(chains, replays, self.meet)
+        )
+
+    def wire(self) -> Row:
+        """Bytes per second that leave a rank, by 16-byte stores to every peer."""
+        latencies, errors = self.time({WIRE: lambda: self.floors.subjects[WIRE]}, 9)
+        row = {"what": WIRE, "world_size": self.group.size, "bytes_sent": self.floors.bytes_sent}
+        return row | _result(latencies.get(WIRE), errors.get(WIRE), 9)
+
+    # ---- host
+
+    def host(self, case: Case) -> list[Row]:
+        """Microseconds of host time per eager call at one token: nothing is waited for between calls."""
+        fused, nccl = self._fused(case), self.baselines.make(NCCL, case)
+        calls: dict[str, tuple[Subject, Callable[[int], object]]] = {
+            "comm.all_reduce(...)": (fused, fused.fresh),
+            "comm.all_reduce(..., out=)": (fused, fused.call),
+            "torch.distributed.all_reduce": (nccl, nccl.call),
+        }
+        errors: dict[str, str] = {}
+        each(self.group, list(calls), lambda name: calls[name][0].gate(partial(call_each_set, calls[name][0])), errors)
+        rows = []
+        for name, (_, call) in calls.items():
+            us = None if name in errors else max(self.group.all_gather_object(self._host_us(call)))
+            rows.append({"what": name, **_shape(case), "us": us, "error": errors.get(name)})
+        return rows
+
+    def _host_us(self, call: Callable[[int], object]) -> float:
+        taken = []
+        for _ in range(HOST_BATCHES):
+            self.meet()
+            start = time.perf_counter()
+            for turn in range(HOST_CALLS):
+                call(turn)
+            taken.append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+        self.meet()
+        return statistics.median(taken[1:])
+
+
+def _keeps(case: Case) -> bool:
+    return case.keep_norm and case.norm and case.format != "none"
+
+
+def _shape(case: Case) -> Row:
+    return {"world_size": case.world_size, "tokens": case.tokens, "hidden_size": case.hidden_size, "dtype": case.dtype}
+
+
+def _call(case: Case) -> Row:
+    return {"format": case.format, "residual": case.residual, "norm": case.norm, "keep_norm": _keeps(case)}
+
+
+def _result(latency: Latency | None, error: str | None, replays: int) -> Row:
+    """The latency only where there is no error."""
+    if latency is None or error is not None:
+        return {"us": None, "low_us": None, "high_us": None, "replays": 0, "error": error or "not timed"}
+    return {**asdict(latency), "replays": replays, "error": None}
+
+
+def bench_rank(group: dist.ProcessGroup, tell: Tell, rounds: Sequence[Round], compiled: Sequence[Case]) -> dict[str, Any]:
+    """Everything this rank measures; the same rows on every rank. ``compiled``: cases whose compile time is taken first."""
+    gc.disable()  # not in a capture, and not while host time is taken
+    tell("making communicators")
+    bench = Bench(group, rounds)
+    tell("compiling, one by one")
+    cold = bench.prepare(compiled)
+    tell("compiling the rest")
+    bench.build_all()
+    tell("wire")
+    wire = bench.wire()
+    tell(summary("wire", [wire]))
+    rows: list[Row] = []
+    for round in rounds:
+        tell(str(round))
+        new = bench.run_round(round)
+        rows += new
+        tell(summary(str(round), new))
+    tell("host time")
+    host = bench.host(min((r.cases[0] for r in rounds), key=lambda c: c.tokens))
+    bench.close()
+    return {"rows": rows, "wire": wire, "host": host, "cold": cold}
+
+
+def start_again(group: dist.ProcessGroup, tell: Tell, rounds: Sequence[Round], compiled: Sequence[Case]) -> list[float]:
+    """Seconds for each of ``compiled`` in a new process that finds them in the cache on disk."""
+    tell("loading kernels from the cache")
+    bench = Bench(group, rounds)
+    taken = bench.prepare(compiled)
+    bench.close()
+    return taken
+
+
+def summary(title: str, rows: Sequence[Row]) -> str:
+    """One line of a round for people who wait; its parts are separated by bars."""
+    parts = [title]
+    for row in rows:
+        parts.append(f"{label(row)} {row['us']:.2f}" if row["us"] is not None else f"{label(row)} FAILED: {row['error']}")
+    return " | ".join(parts)
+
+
+def label(row: Row) -> str:
+    """What a row is of, in a few words."""
+    if row["what"] != "collogue":
+        return str(row["what"])
+    if not row["norm"]:
+        return "residual" if row["residual"] else "sum"
+    return f"{row['format']}, norm kept" if row["keep_norm"] else str(row["format"])

@@ -1,0 +1,90 @@
+"""The full sweep of ``collogue check --sweep full``: what is claimed for GPUs, in a few minutes.
+
+World 2 meets every (format, dtype, H), and with spot values of T every (T, format), (T, dtype) and (T, H), up to the largest call
+that one-shot takes; then calls beyond it. Worlds 3 to 8 meet every (format, dtype), and together every (format, H).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+from collogue.check.case import Case
+from collogue.check.kernels import topology_on
+from collogue.check.sweep import DTYPES, VARIANTS, expand
+from collogue.plan import slot_bytes
+
+HIDDEN_SIZES = (8, 24, 576, 2048, 2880, 4096, 5120, 7168, 8192, 12800, 16384)
+WORLD_SIZES = tuple(range(2, 9))
+#: Rows of a call; 0 stands for the most that one-shot takes at this hidden size.
+TOKENS = (1, 2, 3, 7, 64, 0)
+#: Every option set of every format, and group sizes that a warp, several groups of a warp, or only a whole CTA reduces.
+LABELS = (*(v for variants in VARIANTS.values() for v in variants), *expand("fp8_group64"), "fp8_group16", "fp8_group48")
+#: Rows that are beyond one-shot at the hidden sizes they are used with.
+MANY = 4096
+#: What is added, done and returned: mostly everything, and everything else sometimes.
+_CALLS: tuple[dict[str, Any], ...] = (
+    {},
+    {"keep_norm": False},
+    {"residual": False},
+    {"keep_norm": False, "weight_dtype": "float32"},
+    {"norm": False},
+    {},
+    {"residual": False, "norm": False},
+)
+
+
+def full_sweep() -> list[Case]:
+    """All cases, by world size."""
+    cases: list[Case] = []
+    for world in WORLD_SIZES:
+        largest = {dtype: one_shot_tokens(world, dtype) for dtype in DTYPES}
+        chosen = [*_two(), *_two_beyond()] if world == 2 else [*_virtual(world), *_virtual_beyond()]
+        for i, (t, h, dtype, label) in enumerate(chosen):
+            most = largest[dtype][h]
+            tokens = {0: most, -1: most + 1}.get(t, t)
+            cases.append(Case(tokens, h, dtype, label, world, seed=i, **_CALLS[i % len(_CALLS)]))
+    return list(dict.fromkeys(cases))
+
+
+def one_shot_tokens(world: int, dtype: str) -> dict[int, int]:
+    """The most rows that one-shot takes at each hidden size, on a communicator made for the largest of them and for many rows."""
+    topology = topology_on([Case(MANY, max(HIDDEN_SIZES), dtype, world_size=world)], architecture=None, multiprocessors=0, gpus=1)
+    return {h: slot_bytes(topology) // (h * topology.dtype.itemsize) for h in HIDDEN_SIZES}
+
+
+_Choice = tuple[int, int, str, str]  # T (0: one-shot's most, -1: one more), H, dtype, format
+
+
+def _two() -> Iterator[_Choice]:
+    for (i, label), (j, dtype), (k, h) in product(enumerate(LABELS), enumerate(DTYPES), enumerate(HIDDEN_SIZES)):
+        if h in _widths(label):
+            yield TOKENS[(i + j + k) % len(TOKENS)], h, dtype, label
+        elif j == 0:
+            yield 3, h, dtype, label  # must be refused
+
+
+def _two_beyond() -> Iterator[_Choice]:
+    for (i, label), (j, dtype) in product(enumerate(LABELS), enumerate(DTYPES)):
+        widths = _widths(label)
+        yield -1, widths[(i + 4 * j) % len(widths)], dtype, label
+        wide = [h for h in widths if h >= 576]
+        yield MANY, wide[(i + 4 * j) % len(wide)], dtype, label
+
+
+def _virtual(world: int) -> Iterator[_Choice]:
+    for (i, label), (j, dtype) in product(enumerate(LABELS), enumerate(DTYPES)):
+        widths = _widths(label)
+        turn = i + len(DTYPES) * (world - 3) + j
+        yield TOKENS[(i + j + world) % len(TOKENS)], widths[turn % len(widths)], dtype, label
+
+
+def _virtual_beyond() -> Iterator[_Choice]:
+    for dtype, (t, h, label) in product(DTYPES, ((-1, 16384, "none"), (-1, 576, "nvfp4/128x4"), (MANY, 7168, "fp8_per_token"))):
+        yield t, h, dtype, label
+
+
+def _widths(label: str) -> Sequence[int]:
+    """The hidden sizes that the format allows."""
+    return [h for h in HIDDEN_SIZES if Case(1, h, format=label).possible]

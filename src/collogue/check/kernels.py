@@ -1,0 +1,67 @@
+"""The kernels that cases need, worked out without ranks, so that they can be compiled together before any case runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from collogue import jit
+from collogue.check.case import Case
+from collogue.plan import Request, make_kernels, make_plan
+from collogue.spec import Wanted
+from collogue.topology import Topology
+from collogue.variant import Variant
+
+
+def capacity_of(cases: Iterable[Case]) -> tuple[int, int]:
+    """``(max_tokens, hidden_size)`` of a communicator that holds ``cases``."""
+    cases = list(cases)
+    return max(1, *(c.tokens for c in cases)), max(c.hidden_size for c in cases)
+
+
+def topology_on(cases: Sequence[Case], *, architecture: str | None, multiprocessors: int, gpus: int) -> Topology:
+    """What the ranks of ``cases`` (of one world size and dtype) will agree on, on a machine with ``gpus`` such GPUs."""
+    world, dtype = cases[0].world_size, cases[0].value_dtype
+    tokens, width = capacity_of(cases)
+    return Topology(world, tokens, width, dtype, architecture, multiprocessors, -(-world // gpus))
+
+
+def request_of(case: Case) -> Request:
+    """What the communicator will plan for ``case``."""
+    quant = case.quant("cpu")
+    keep = case.keep_norm and case.norm and quant is not None
+    wanted = Wanted.of(has_residual=case.residual, has_norm=case.norm, quant=quant, keep_norm=keep)
+    wide = case.norm and case.weight_dtype not in (None, case.dtype)
+    return Request(case.tokens, case.hidden_size, case.value_dtype, case.residual, case.norm, wide, quant, wanted)
+
+
+def variants_on(cases: Iterable[Case], *, architecture: str, multiprocessors: int, gpus: int) -> list[Variant]:
+    """Every kernel that ``cases`` launch on such a machine, once."""
+    found: dict[Variant, None] = {}
+
+    def world(case: Case) -> tuple[int, str]:
+        return case.world_size, case.dtype
+
+    for _, group in itertools.groupby(sorted(cases, key=world), key=world):
+        mine = list(group)
+        topology = topology_on(mine, architecture=architecture, multiprocessors=multiprocessors, gpus=gpus)
+        for case in mine:
+            if case.possible and case.tokens:
+                request = request_of(case)
+                found.update(dict.fromkeys(make_kernels(topology, request, make_plan(topology, request)).variants))
+    return list(found)
+
+
+def build_kernels(cases: Iterable[Case], *, total: Callable[[int], Callable[[str], None]] = lambda count: lambda name: None) -> None:
+    """Compile what ``cases`` launch on this machine's GPUs into the cache, on all cores.
+
+    ``total`` hears how many kernels there are and returns what is to hear of each.
+    """
+    properties = torch.cuda.get_device_properties(0)
+    architecture = jit.architecture_of((properties.major, properties.minor))
+    variants = variants_on(
+        cases, architecture=architecture, multiprocessors=properties.multi_processor_count, gpus=torch.cuda.device_count()
+    )
+    jit.build(variants, architecture, built=total(len(variants)))

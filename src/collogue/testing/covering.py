@@ -1,0 +1,139 @@
+"""A small set of kernels that meets every pair of choices: a pairwise covering array over what plans make.
+
+Compiling every kernel would take hours. Faults of a compiler or of a template nearly always need two choices together (a
+format and an architecture, a world size and a dtype), so each such pair is compiled at least once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+
+from collogue.jit import ARCHITECTURES
+from collogue.plan import Request, launch_shape, make_variant
+from collogue.spec import VALUE_DTYPES, Wanted, parse
+from collogue.topology import Topology
+from collogue.variant import Variant
+
+#: One kernel as its choice of every factor, by the factor's name.
+Choice: TypeAlias = Mapping[str, Any]
+Pair: TypeAlias = tuple[tuple[str, Any], tuple[str, Any]]
+
+
+def _labels() -> Iterator[str]:
+    yield "none"
+    for layout in ("128x4", "8x4", "linear"):
+        yield f"nvfp4/{layout}"
+        for family, rounding in itertools.product(("mxfp4", "mxfp8"), ("floor", "ceil")):
+            yield f"{family}/{rounding}/{layout}"
+    yield "fp8_static"
+    yield "fp8_per_token"
+    # The usual size, and one that a warp does not hold whole.
+    for size, scale_format, layout in itertools.product((128, 48), ("float32", "ue8m0"), ("row", "column")):
+        yield f"fp8_group{size}/{scale_format}/{layout}"
+    yield from ("fp8_group16/float32/row", "fp8_group32/ue8m0/column", "fp8_group64/float32/row", "fp8_group256/ue8m0/column")
+
+
+#: The formats by label; ``None`` quantises nothing.
+FORMATS = {label: parse(label) for label in _labels()}
+
+#: The factors and their levels. Hidden sizes stand for classes: below a block, one CTA, several, the largest cluster.
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "format": tuple(FORMATS),
+    "world": tuple(range(1, 9)),
+    "hidden_size": (24, 576, 2880, 7168, 12800, 16384),
+    "architecture": ARCHITECTURES,
+    "dtype": VALUE_DTYPES,
+    "kernel": ("one_shot", "local"),
+    "norm": (True, False),
+    "keep_norm": (False, True),
+    "wide_weight": (False, True),
+    "residual": (True, False),
+    # One row a cluster, and many.
+    "tokens": (1, 4096),
+}
+
+
+def possible(choice: Choice) -> bool:
+    """Whether a plan may make such a kernel. Factors may be missing: then, whether nothing that is there forbids it."""
+    quant = FORMATS[choice.get("format", "none")]
+    if quant is not None and quant.block and choice.get("hidden_size", 0) % quant.block:
+        return False
+    if not choice.get("norm", True) and (choice.get("keep_norm", False) or choice.get("wide_weight", False)):
+        return False
+    if choice.get("wide_weight", False) and choice.get("dtype") is torch.float32:
+        return False
+    if choice.get("kernel") == "one_shot":
+        return bool(choice.get("world", 2) > 1)
+    if choice.get("kernel") == "local" and choice.get("world", 1) > 1:
+        # Terms of several ranks in own memory: the transport's addition, which does nothing else.
+        return quant is None and choice.get("norm") is not True
+    return True
+
+
+def variant_of(choice: Choice) -> Variant:
+    """The kernel that a plan makes for ``choice``."""
+    tokens, hidden_size, dtype, quant = choice["tokens"], choice["hidden_size"], choice["dtype"], FORMATS[choice["format"]]
+    residual, norm = choice["residual"], choice["norm"]
+    wanted = Wanted.of(has_residual=residual, has_norm=norm, quant=quant, keep_norm=choice["keep_norm"])
+    request = Request(tokens, hidden_size, dtype, residual, norm, choice["wide_weight"], quant, wanted)
+    topology = Topology(choice["world"], tokens, hidden_size, dtype, choice["architecture"], multiprocessors=132, ranks_per_gpu=1)
+    return make_variant(topology, request, launch_shape(topology, tokens, hidden_size, quant), choice["kernel"], choice["world"])
+
+
+def pairs_of(choice: Choice) -> set[Pair]:
+    """Every pair of levels in a complete choice."""
+    return set(itertools.combinations(((name, choice[name]) for name in FACTORS), 2))
+
+
+def all_pairs() -> list[Pair]:
+    """Every pair of levels of two factors, possible or not."""
+    levels = ([(name, level) for level in choices] for name, choices in FACTORS.items())
+    return [pair for a, b in itertools.combinations(levels, 2) for pair in itertools.product(a, b)]
+
+
+def covering_set(seed: int = 0) -> tuple[list[Choice], set[Pair]]:
+    """Choices that together hold every possible pair of levels, and the pairs that no kernel has. The same for a seed."""
+    rng = random.Random(seed)
+    open_pairs = dict.fromkeys(all_pairs())
+    chosen: list[Choice] = []
+    impossible: set[Pair] = set()
+    while open_pairs:
+        pair = next(iter(open_pairs))
+        choice = _complete(dict(pair), open_pairs, rng)
+        if choice is None:
+            impossible.add(pair)
+            del open_pairs[pair]
+            continue
+        chosen.append(choice)
+        for covered in pairs_of(choice):
+            open_pairs.pop(covered, None)
+    return chosen, impossible
+
+
+def _complete(choice: dict[str, Any], open_pairs: Mapping[Pair, None], rng: random.Random) -> Choice | None:
+    """Extend ``choice`` factor by factor by the level that closes most open pairs; step back where nothing is possible."""
+    if not possible(choice):
+        return None
+    name = next((name for name in FACTORS if name not in choice), None)
+    if name is None:
+        return choice
+    # Pairs name their factors in the order of FACTORS.
+    before = list(FACTORS).index(name)
+    others = [(other, choice[other], index < before) for index, other in enumerate(FACTORS) if other in choice]
+
+    def closes(level: Any) -> int:
+        new = (name, level)
+        return sum((((other, value), new) if first else (new, (other, value))) in open_pairs for other, value, first in others)
+
+    levels = list(FACTORS[name])
+    rng.shuffle(levels)
+    for level in sorted(levels, key=closes, reverse=True):
+        complete = _complete({**choice, name: level}, open_pairs, rng)
+        if complete is not None:
+            return complete
+    return None

@@ -1,0 +1,62 @@
+"""Structures that Python fills and CUDA C++ reads have the same layout on both sides."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import pytest
+
+from collogue import jit
+from collogue.errors import CompileError
+from collogue.launch import MAX_WORLD, Params
+from collogue.plan import GENERATIONS
+from collogue.workspace import CONTROL_BYTES, SENTINELS, FailureRecord
+
+
+def sizes(name: str, structure: type[ctypes.Structure]) -> list[str]:
+    """The sizes that C++ must see. NVRTC has no ``offsetof``: the same members in the same order and sizes have the same offsets."""
+    found = [f"sizeof({name}) == {ctypes.sizeof(structure)}", f"alignof({name}) == {ctypes.alignment(structure)}"]
+    return found + [f"sizeof({name}::{field}) == {ctypes.sizeof(kind)}" for field, kind, *_ in structure._fields_]
+
+
+def check(*conditions: str) -> None:
+    """Compile static assertions with the kernels' own headers."""
+    asserts = "\n".join(f'static_assert({condition}, "");' for condition in conditions)
+    source = f'#include "protocol.cuh"\nnamespace collogue {{\n{asserts}\n}}\nextern "C" __global__ void nothing() {{}}\n'
+    jit.compile_source(source, "sm_90a", "nothing")
+
+
+mirrored = pytest.mark.parametrize(("name", "structure"), [("Params", Params), ("Failure", FailureRecord)])
+
+
+@mirrored
+def test_members_have_the_same_order(name: str, structure: type[ctypes.Structure]) -> None:
+    header = "".join(file.read_text() for file in jit.KERNELS.glob("*.cuh"))
+    body = re.search(rf"struct {name} {{(.*?)\n}};", header, re.DOTALL)
+    assert body is not None
+    members = re.findall(r"(\w+)(?:\[\w+\])?;", re.sub(r"//.*", "", body[1]))
+    assert members == [field for field, *_ in structure._fields_]
+
+
+@mirrored
+def test_members_have_the_same_size(name: str, structure: type[ctypes.Structure]) -> None:
+    check(*sizes(name, structure))
+
+
+@mirrored
+def test_another_size_is_seen(name: str, structure: type[ctypes.Structure]) -> None:
+    for condition in sizes(name, structure):
+        with pytest.raises(CompileError, match="static assertion failed"):
+            check(condition.replace("==", "!="))
+
+
+def test_constants_are_mirrored() -> None:
+    check(
+        f"kMaxWorld == {MAX_WORLD}",
+        f"kGenerations == {GENERATIONS}",
+        f"kDataOffset == {CONTROL_BYTES}",
+        f"sizeof(Control) <= {CONTROL_BYTES}",
+        f"BFloat16::kSentinel == {SENTINELS[2]}u && Float16::kSentinel == {SENTINELS[2]}u",
+        f"Float32::kSentinel == {SENTINELS[4]}u",
+    )

@@ -1,0 +1,48 @@
+"""The cases that the GPU tests compare, by world size."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from collogue.check import Case, default_sweep, full_sweep
+from collogue.check.sweep import DTYPES
+
+#: Most rows and widest row of a random sequence. One-shot holds 32 rows in every world; 300 rows take the transport.
+ROWS, MANY_ROWS, WIDTH = 32, 300, 7168
+
+
+def sweep_of(size: int, *, thorough: bool) -> list[Case]:
+    """Every format, dtype and kind of input, hidden sizes from 8 to 16384, no tokens, and calls beyond one-shot."""
+    default = list(dict.fromkeys(replace(case, world_size=size) for case in default_sweep("cuda")))
+    full = [case for case in full_sweep() if case.world_size == max(2, size)]
+    full = [replace(case, world_size=size) for case in full[:: max(1, len(full) // 90)]]
+    return [*(default if thorough else default[size % 3 :: 3]), *full]
+
+
+def random_cases(size: int, count: int = 100) -> list[Case]:
+    """Shapes and formats in random order, for one communicator; seeded."""
+    rng = random.Random(size)
+    labels = ("none", "nvfp4/128x4", "nvfp4/8x4", "mxfp4/floor/linear", "mxfp8/ceil/128x4", "fp8_static", "fp8_per_token")
+    labels = (*labels, "fp8_group128/ue8m0/column", "fp8_group64/float32/column", "fp8_group16/float32/row")
+    cases: list[Case] = []
+    while len(cases) < count:
+        tokens = rng.choice((1, 1, 1, 2, 3, 5, 8, 17, ROWS))
+        width, label = rng.choice((576, 2880, 4096, WIDTH)), rng.choice(labels)
+        if rng.random() < 0.05:
+            tokens, width = MANY_ROWS, WIDTH
+        case = Case(
+            tokens,
+            width,
+            DTYPES[size % 3],
+            label,
+            size,
+            residual=rng.random() < 0.8,
+            norm=label == "none" or rng.random() < 0.8,
+            keep_norm=rng.random() < 0.3,
+            inputs=rng.choice(("normal", "normal", "order", "outlier", "subnormal", "nan")),
+            seed=len(cases),
+        )
+        if case.possible:
+            cases.append(case)
+    return cases

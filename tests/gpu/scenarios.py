@@ -1,0 +1,323 @@
+"""What ranks do in the GPU tests. Each scenario is called on every rank of a world and notes what is wrong."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gpu.cases import MANY_ROWS, ROWS, WIDTH, random_cases, sweep_of
+from gpu.world import Prepared, World, answer_with, call_number, communicator, copy_output, require_clean, slots
+
+from collogue import NVFP4, FP8Static, Output, RMSNorm
+from collogue import errors as e
+from collogue.check import Answers, Case, check_rank
+
+POISON = 0x5B5B5B5B
+
+
+def sweep(world: World) -> None:
+    """Every format, dtype and kind of input, many shapes, beyond capacity: own outputs, poisoned ``out=``, residual in place."""
+    for result in check_rank(world.given, sweep_of(world.size, thorough=not world.virtual), world.answers, world.tell):
+        world.require(result.passed, f"{result.case}: {result.error or result.first or 'no error, where there must be one'}")
+
+
+def random_sequence(world: World) -> None:
+    """100 calls in random order without a pause; every output is kept, compared afterwards, and old words are wiped."""
+    cases = random_cases(world.size)
+    prepared = [Prepared.of(world, case) for case in cases]
+    comm = communicator(world, cases, max_tokens=MANY_ROWS, hidden_size=WIDTH)
+    for p in prepared:
+        p.prepare(comm)
+    used = ROWS * WIDTH * comm.dtype.itemsize // 4
+    if world.size > 1:
+        slots(comm)[..., used:] = POISON  # no call reaches so far into a slot
+    world.settle()
+    kept = [p.call(comm, p.out if i % 2 else None) for i, p in enumerate(prepared)]
+    world.settle()
+    comm.check()
+    for p, out in zip(prepared, kept, strict=True):
+        world.same(p.case, out, p.expected)
+    if world.size > 1:
+        require_clean(world, comm, used)
+        world.require(bool((slots(comm)[..., used:] == POISON).all()), "a slot was written beyond the call's rows")
+    world.settle()
+    comm.close()
+
+
+def graphs(world: World) -> None:
+    """Two graphs, replayed in another order than captured, between eager calls of other sizes, without a pause."""
+    with torch.cuda.stream(torch.cuda.Stream(world.device)):
+        _graphs(world)
+
+
+def _graphs(world: World) -> None:
+    def cases(seed: int, *shapes: tuple[int, str]) -> list[Case]:
+        return [Case(t, 2880, format=label, world_size=world.size, seed=seed + i) for i, (t, label) in enumerate(shapes)]
+
+    captured = {
+        "a": cases(10, (1, "nvfp4/128x4"), (5, "none"), (2, "fp8_per_token")),
+        "b": cases(20, (64, "none"), (1, "nvfp4/128x4")),
+    }
+    eager = cases(30, (3, "none"), (64, "nvfp4/128x4"), (1, "none"), (7, "fp8_per_token"))
+    static = {name: [Prepared.of(world, case) for case in mine] for name, mine in captured.items()}
+    comm = communicator(world, [*captured["a"], *captured["b"], *eager])
+    steps = ["b", 0, "a", 1, "a", "b", "b", 2, "a", 3, "b", 0, 2, "a", "a"]
+    work: list[tuple[str | int, list[Prepared]]] = []
+    for n, step in enumerate(steps):  # each step with inputs of its own
+        chosen = captured[step] if isinstance(step, str) else [eager[step]]
+        again = [
+            Case(c.tokens, c.hidden_size, format=c.format, world_size=c.world_size, seed=100 + 10 * n + i) for i, c in enumerate(chosen)
+        ]
+        work.append((step, [Prepared.of(world, case) for case in again]))
+    for p in (q for _, mine in work for q in mine):
+        p.prepare(comm)
+    recorded: dict[str, torch.cuda.CUDAGraph] = {}
+
+    def capture() -> None:
+        for name, mine in static.items():
+            recorded[name] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(recorded[name], stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                for p in mine:
+                    p.call(comm, p.out)
+
+    world.in_turn(capture)
+    before = call_number(comm) if world.size > 1 else 0
+    world.settle()
+    for step, mine in work:
+        if isinstance(step, int):
+            mine[0].call(comm, mine[0].out)
+            continue
+        for p, now in zip(static[step], mine, strict=True):
+            p.partial.copy_(now.partial)
+            if p.residual is not None and now.residual is not None:
+                p.residual.copy_(now.residual)
+            if p.kwargs["norm"] is not None:
+                p.kwargs["norm"].weight.copy_(now.kwargs["norm"].weight)
+            copy_output(now.out, p.out)  # poison
+        recorded[step].replay()
+        for p, now in zip(static[step], mine, strict=True):
+            copy_output(p.out, now.out)
+    world.settle()
+    comm.check()
+    for n, (step, mine) in enumerate(work):
+        for p in mine:
+            world.same(f"step {n} ({step}) {p.case}", p.out, p.expected)
+    if world.size > 1:
+        calls = sum(len(mine) for _, mine in work)
+        world.require(call_number(comm) == before + calls, f"{call_number(comm) - before} calls were counted, {calls} were made")
+        require_clean(world, comm, 64 * 2880 * 2 // 4)
+    world.settle()
+    world.in_turn(recorded.clear)
+    comm.close()
+
+
+def not_prepared(world: World) -> None:
+    """A call under capture whose kernel is not loaded says so and captures nothing; after ``prepare`` it works."""
+    with torch.cuda.stream(torch.cuda.Stream(world.device)):
+        case = Case(2, 1152, format="fp8_static", world_size=world.size)
+        p, comm = Prepared.of(world, case), communicator(world, [case])
+        scratch = torch.ones(1, device=world.device)
+        graph = torch.cuda.CUDAGraph()
+
+        def attempt() -> None:
+            other = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(other, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                scratch.zero_()  # an empty graph would be warned about
+                p.call(comm, p.out)
+
+        def capture() -> None:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                p.call(comm, p.out)
+
+        world.in_turn(
+            lambda: world.require("comm.prepare(" in world.raises(e.NotPrepared, attempt, "capture"), "the hint names no prepare")
+        )
+        p.prepare(comm)
+        world.in_turn(capture)
+        graph.replay()
+        world.settle()
+        comm.check()
+        world.same(case, p.out, p.expected)
+        world.in_turn(graph.reset)
+        comm.close()
+
+
+def scale_tensors(world: World) -> None:
+    """Scales in GPU memory are not looked at by the host; the reference says what zero, negative, NaN and infinite ones give."""
+    values = (0.0, -0.0, -1.5, math.nan, math.inf, -math.inf, 1e-40, 3e38, 448.0)
+    case = Case(3, 576, world_size=world.size, inputs="outlier")
+    comm = communicator(world, [case])
+    p = Prepared.of(world, case)
+    norm = p.kwargs["norm"]
+    todo = []
+    for value in values:
+        scale = torch.full((1,), value, dtype=torch.float32, device=world.device)
+        for quant in (NVFP4(scale), NVFP4(scale, "8x4"), FP8Static(scale)):
+            expected = answer_with(case, world.device, quant=quant)
+            todo.append((f"{quant.label} of scale {value}", quant, expected))
+            comm.prepare(case.tokens, norm=norm, quant=quant)
+    world.settle()
+    found = [comm.all_reduce(p.partial, residual=p.residual, norm=norm, quant=quant) for _, quant, _ in todo]
+    world.settle()
+    comm.check()
+    for (what, _, expected), out in zip(todo, found, strict=True):
+        world.same(what, out, expected)
+    world.settle()
+    comm.close()
+
+
+def two_communicators(world: World) -> None:
+    """Two on one group, of different dtype and width, their calls interleaved on one stream."""
+    cases = [Case(t, h, d, "nvfp4/8x4", world.size, seed=t) for h, d in ((576, "bfloat16"), (2880, "float32")) for t in (1, 4, 2)]
+    comms = {d: communicator(world, [c for c in cases if c.dtype == d]) for d in ("bfloat16", "float32")}
+    prepared = [Prepared.of(world, cases[i]) for i in (0, 3, 1, 4, 5, 2, 0, 0, 3)]
+    for p in prepared:
+        p.prepare(comms[p.case.dtype])
+    world.settle()
+    for p in prepared:
+        p.call(comms[p.case.dtype], p.out)
+    world.settle()
+    for p in prepared:
+        comms[p.case.dtype].check()
+        world.same(p.case, p.out, p.expected)
+    world.settle()
+    for comm in comms.values():
+        comm.close()
+
+
+def subgroups(world: World) -> None:
+    """Even and odd ranks as two groups that work at the same time; virtual odd ranks in another order than the world's."""
+    if world.size < 4:
+        return
+    odd = list(range(1, world.size, 2))
+    groups = [world.subgroup(ranks) for ranks in (list(range(0, world.size, 2)), odd[::-1] if world.virtual else odd)]
+    index, group = next((i, g) for i, g in enumerate(groups) if g is not None)
+    mine = World(group, Answers(), findings=world.findings)
+    cases = [Case(t, 2880, "bfloat16", "fp8_per_token", mine.size, seed=100 * index + t) for t in (1, 6, 3, 1)]
+    prepared = [Prepared.of(mine, case) for case in cases]
+    comm = communicator(mine, cases)
+    for p in prepared:
+        p.prepare(comm)
+    world.settle()
+    for p in prepared:
+        p.call(comm, p.out)
+    world.settle()
+    comm.check()
+    for p in prepared:
+        mine.same(f"group {index} {p.case}", p.out, p.expected)
+    world.settle()
+    comm.close()
+
+
+def late_rank(world: World) -> None:
+    """The last rank leaves one call out: the others raise and name it, nobody dies, and ``reset`` makes all well."""
+    if world.size < 2:
+        return
+    late = world.size - 1
+    case = Case(1, 2880, world_size=world.size)
+    p, comm = Prepared.of(world, case), communicator(world, [case], timeout=1.0)
+    p.prepare(comm)
+    world.settle()
+    p.call(comm, p.out)
+    world.settle()
+    if world.rank != late:
+        p.call(comm)
+    world.settle()
+    told = world.raises(e.CollectiveTimeout, comm.check, "waiting for a rank that does not come") if world.rank != late else ""
+    texts = world.group.all_gather_object(told)
+    named = [text for text in texts if f"of rank {late}, call 1, token 0" in text]
+    world.require(bool(named) and "comm.reset()" in named[0], f"nobody names rank {late}, call 1, token 0: {texts}")
+    if world.rank == late:  # too late: the group has been stopped, the call ends at once
+        p.call(comm)
+        torch.cuda.current_stream(world.device).synchronize()
+        world.raises(e.CollectiveTimeout, comm.check, "a call of a stopped group")
+    else:
+        world.raises(e.CollectiveTimeout, lambda: p.call(comm), "a call after a failed one")
+    world.settle()
+    comm.reset()
+    p.prepare(comm)
+    world.settle()
+    outs = [p.call(comm) for _ in range(5)]
+    world.settle()
+    comm.check()
+    for out in outs:
+        world.same("after the reset", out, p.expected)
+    world.settle()
+    comm.close()
+
+
+def bad_input(world: World) -> None:
+    """Each mistake has its error, nothing is launched, and the communicator still works."""
+    case = Case(4, 576, world_size=world.size)
+    p, comm = Prepared.of(world, case), communicator(world, [case])
+    x, device = p.partial, world.device
+    p.prepare(comm)
+    weight = torch.ones(576, dtype=x.dtype, device=device)
+    shifted = torch.zeros(4 * 576 + 1, dtype=x.dtype, device=device)[1:].view(4, 576)
+    nan = torch.full((1,), math.nan, device=device)
+
+    def call(partial: torch.Tensor = x, **kwargs: Any) -> Callable[[], object]:
+        return lambda: comm.all_reduce(partial, **kwargs)
+
+    mistakes: list[tuple[str, type[Exception], Callable[[], object]]] = [
+        ("partial on the CPU", e.DeviceError, call(x.cpu())),
+        ("partial not aligned", e.LayoutError, call(shifted)),
+        ("partial not contiguous", e.LayoutError, call(torch.zeros(576, 4, dtype=x.dtype, device=device).t())),
+        ("partial of another dtype", e.DTypeError, call(x.float())),
+        ("partial of one dimension", e.ShapeError, call(x.view(-1))),
+        ("too many tokens", e.CapacityError, call(torch.zeros(5, 576, dtype=x.dtype, device=device))),
+        ("H not a multiple of 8", e.ShapeError, call(torch.zeros(4, 572, dtype=x.dtype, device=device))),
+        ("H not a multiple of the block", e.FormatError, call(torch.zeros(4, 24, dtype=x.dtype, device=device), quant=NVFP4(1.0))),
+        ("residual of other rows", e.ShapeError, call(residual=x[:2])),
+        ("residual on the CPU", e.DeviceError, call(residual=x.cpu())),
+        ("weight too short", e.ShapeError, call(norm=RMSNorm(weight[:568]))),
+        ("weight on the CPU", e.DeviceError, call(norm=RMSNorm(weight.cpu()))),
+        ("weight of another dtype", e.DTypeError, call(norm=RMSNorm(weight.half()))),
+        ("scale on the CPU", e.DeviceError, call(quant=NVFP4(torch.ones(1)))),
+        ("NaN scale with validate", e.ScaleError, lambda: NVFP4(nan, validate=True)),
+        ("keep_norm without a norm", e.FormatError, call(quant=NVFP4(1.0), keep_norm=True)),
+        ("out of other outputs", e.ShapeError, call(out=Output())),
+        ("out on the CPU", e.DeviceError, call(out=Output(reduced=x.cpu()))),
+        ("out not aligned", e.LayoutError, call(out=Output(reduced=shifted))),
+        ("out is the partial", e.OverlapError, call(out=Output(reduced=x))),
+        ("a partial that requires grad", e.GradError, call(x.clone().requires_grad_())),
+    ]
+    world.settle()
+    before = call_number(comm) if world.size > 1 else 0
+    for what, kind, action in mistakes:
+        text = world.raises(kind, action, what)
+        world.require("\nhint: " in text, f"{what}: no hint")
+    world.settle()
+    world.require(world.size == 1 or call_number(comm) == before, "a refused call was launched")
+    world.settle()
+    out = p.call(comm)
+    world.settle()
+    comm.check()
+    world.same("after the mistakes", out, p.expected)
+    empty = comm.all_reduce(x[:0], quant=NVFP4(1.0))
+    world.require([tuple(t.shape) for _, t in empty.items()] == [(0, 576), (0, 288), (0, 36)], "no tokens: other shapes")
+    world.settle()
+    comm.close()
+    world.raises(e.ClosedError, call(), "a closed communicator")
+
+
+SCENARIOS: dict[str, Callable[[World], None]] = {
+    f.__name__: f for f in (sweep, random_sequence, graphs, not_prepared, scale_tensors, two_communicators, subgroups, late_rank, bad_input)
+}
+
+
+def run_all(group: Any, tell: Callable[[str], None], names: list[str]) -> dict[str, list[str]]:
+    """All scenarios on one rank of a set of processes: what each found, by its name."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        tell(name)
+        world = World(group, Answers(), tell)
+        try:
+            SCENARIOS[name](world)
+        except Exception:
+            world.findings.append(f"rank {world.rank}: {traceback.format_exc()}")
+        found[name] = world.findings
+    return found

@@ -1,0 +1,152 @@
+"""What a scenario sees of its ranks: the same for a process on each GPU and for virtual ranks that share GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from collogue import Communicator, reference
+from collogue.check import Answers, Case
+from collogue.check.rank import arguments, poisoned
+from collogue.formats import scale_storage
+from collogue.group import as_group
+from collogue.plan import GENERATIONS
+from collogue.spec import Output
+from collogue.testing import VirtualGroup
+from collogue.testing.compare import compare
+from collogue.testing.inputs import make_partials
+from collogue.workspace import CONTROL_BYTES, SENTINELS
+
+
+@dataclass
+class World:
+    """One rank. What is wrong is noted, not raised: ranks that wait for each other must not leave one by one."""
+
+    given: Any  # the group as a user has it
+    answers: Answers
+    tell: Callable[[str], None] = lambda text: None
+    findings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.group = as_group(self.given)
+        self.rank, self.size, self.device = self.group.rank, self.group.size, self.group.device
+
+    @property
+    def virtual(self) -> bool:
+        return isinstance(self.given, VirtualGroup)
+
+    def require(self, condition: bool, text: str) -> None:
+        if not condition:
+            self.findings.append(f"rank {self.rank}: {text}")
+
+    def same(self, what: object, actual: Output, expected: Output) -> None:
+        for difference in compare(actual, expected).values():
+            self.require(not difference.count, f"{what}: {difference.count} differ, first {difference.first}")
+
+    def raises(self, kind: type[Exception], call: Callable[[], object], what: str) -> str:
+        """The text of the error, or nothing if there was none of this kind."""
+        try:
+            call()
+        except kind as error:
+            return str(error)
+        except Exception as error:
+            self.require(False, f"{what}: {type(error).__name__}: {error}")
+            return ""
+        self.require(False, f"{what}: no {kind.__name__}")
+        return ""
+
+    def settle(self) -> None:
+        """Afterwards nothing of this world runs on any GPU. Collective."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        self.group.barrier()
+
+    def in_turn(self, action: Callable[[], None]) -> None:
+        """What waits for a whole GPU, rank by rank while nothing runs. Collective."""
+        for rank in range(self.size):
+            self.settle()
+            if rank == self.rank:
+                action()
+        self.settle()
+
+    def subgroup(self, ranks: list[int]) -> Any:
+        """Collective; ``None`` on the others."""
+        if self.virtual:
+            return self.given.subgroup(ranks)
+        group = dist.new_group(ranks)
+        return group if self.rank in ranks else None
+
+
+@dataclass
+class Prepared:
+    """A case with its inputs on this rank, the right answer, and poisoned outputs to write."""
+
+    case: Case
+    kwargs: dict[str, Any]
+    partial: torch.Tensor
+    residual: torch.Tensor | None
+    expected: Output
+    out: Output
+
+    @classmethod
+    def of(cls, world: World, case: Case, rank: int | None = None) -> Prepared:
+        partial, residual, norm = arguments(case, world.rank if rank is None else rank, world.device)
+        quant = case.quant(world.device)
+        kwargs = {"norm": norm, "quant": quant, "keep_norm": case.keep_norm and case.norm and quant is not None}
+        expected = world.answers(case, world.device)
+        return cls(case, kwargs, partial, residual, expected, poisoned(expected))
+
+    def prepare(self, comm: Communicator) -> None:
+        comm.prepare(self.case.tokens, residual=self.case.residual, hidden_size=self.case.hidden_size, **self.kwargs)
+
+    def call(self, comm: Communicator, out: Output | None = None) -> Output:
+        return comm.all_reduce(self.partial, residual=self.residual, out=out, **self.kwargs)
+
+
+def communicator(world: World, cases: list[Case], **options: Any) -> Communicator:
+    tokens, width = max(c.tokens for c in cases), max(c.hidden_size for c in cases)
+    options = {"max_tokens": tokens, "hidden_size": width, "dtype": cases[0].value_dtype, "timeout": 20.0} | options
+    return Communicator(world.given, **options)
+
+
+def answer_with(case: Case, device: torch.device, **changed: Any) -> Output:
+    """The reference's answer to ``case`` with other arguments than its own."""
+    _, residual, norm = arguments(case, 0, device)
+    shape = {"tokens": case.tokens, "hidden_size": case.hidden_size, "dtype": case.value_dtype, "seed": case.seed, "device": device}
+    partials = make_partials(case.inputs, case.world_size, **shape)
+    return reference.all_reduce(partials, **({"residual": residual, "norm": norm} | changed))
+
+
+def copy_output(source: Output, target: Output) -> None:
+    """Every byte, the padding of scales too."""
+    for name, tensor in source.items():
+        to = getattr(target, name)
+        if name == "scales":
+            tensor, to = scale_storage(tensor), scale_storage(to)
+        to.view(torch.uint8).copy_(tensor.view(torch.uint8))
+
+
+def call_number(comm: Communicator) -> int:
+    """Calls that this rank's workspace has counted."""
+    workspace = comm._engine.workspace  # type: ignore[union-attr]
+    return int(workspace.buffer.local[:8].view(torch.int32)[1])
+
+
+def slots(comm: Communicator) -> torch.Tensor:
+    """The words of this rank's slots, [generation, rank, word]."""
+    workspace = comm._engine.workspace  # type: ignore[union-attr]
+    words = workspace.buffer.local[CONTROL_BYTES:].view(torch.int32)
+    return words[: GENERATIONS * comm.world_size * workspace.slot_bytes // 4].view(GENERATIONS, comm.world_size, -1)
+
+
+def require_clean(world: World, comm: Communicator, words: int) -> None:
+    """In the first ``words`` of every slot, all generations but the last call's hold nothing but sentinels. Nothing may run."""
+    sentinel = SENTINELS[comm.dtype.itemsize] - (1 << 32)
+    last = (call_number(comm) - 1) % GENERATIONS
+    for generation, found in enumerate(slots(comm)):
+        dirty = int((found[:, :words] != sentinel).sum())
+        world.require(generation == last or not dirty, f"generation {generation} holds {dirty} old words after call {call_number(comm)}")
