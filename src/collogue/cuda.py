@@ -214,5 +214,3 @@ def _request_of(call: Call) -> Request:
     return Request(
         call.tokens, call.hidden_size, call.partial.dtype, call.residual is not None, norm is not None, wide, call.quant, call.wanted
     )
-
-

@@ -61,4 +61,6 @@ class Launcher:
             self._stream = stream
         (error,) = driver.cuLaunchKernelEx(self._config, self._function, self._address, 0)
         if error:
-            raise PlatformError(f"a kernel could not be launched: {error!r}", hint="run with CUDA_LAUNCH_BLOCKING=1 to find the failing call")
+            raise PlatformError(
+                f"a kernel could not be launched: {error!r}", hint="run with CUDA_LAUNCH_BLOCKING=1 to find the failing call"
+            )

@@ -140,16 +140,24 @@ def launch_shape(topology: Topology, tokens: int, hidden_size: int, quant: Quant
         if vectors > 8:
             raise FormatError(f"hidden size {hidden_size} is too large for one CTA per row", hint="the largest is 16384")
         threads = _round_up(-(-vectors_in_row // vectors), 32)
-    ctas = topology.multiprocessors * ctas_per_multiprocessor(topology.world_size, threads, vectors)
+    ctas = topology.multiprocessors * ctas_per_multiprocessor(topology, threads, vectors, loop=True)
     if topology.ranks_per_gpu > 1:
         ctas //= 2 * topology.ranks_per_gpu  # this kernel and the next of every rank are resident together
     clusters = max(1, min(max(tokens, 1), ctas * 9 // 10 // cluster))
     return LaunchShape(threads, vectors, cluster, clusters)
 
 
-def ctas_per_multiprocessor(world_size: int, threads: int, vectors: int) -> int:
-    """CTAs that a multiprocessor is sure to hold: launch bounds ask for no more registers than that leaves to each thread."""
-    resident_threads = 256 if vectors > 1 else 384 if world_size > 6 else 512
+def ctas_per_multiprocessor(topology: Topology, threads: int, vectors: int, *, loop: bool) -> int:
+    """CTAs that a multiprocessor is sure to hold: launch bounds ask for no more registers than that leaves to each thread.
+
+    Few registers make a kernel start sooner (docs/speed.md), as long as nothing spills: a thread holds a vector of every rank.
+    """
+    if vectors > 1:
+        resident_threads = 256
+    elif topology.world_size <= 4 and topology.dtype.itemsize == 2 and not loop:
+        resident_threads = 1024
+    else:
+        resident_threads = 512 if topology.world_size <= 6 else 384
     return max(1, resident_threads // threads)
 
 
@@ -171,7 +179,7 @@ def make_kernels(topology: Topology, request: Request, plan: Plan) -> Kernels:
 
 def make_variant(topology: Topology, request: Request, shape: LaunchShape, kernel: str, world: int) -> Variant:
     """The kernel that runs ``request`` in ``shape``."""
-    clustered = shape.cluster > 1
+    clustered, loop = shape.cluster > 1, request.tokens > shape.clusters
     return Variant(
         kernel=kernel,
         world=world,
@@ -185,8 +193,8 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, kerne
         vectors=shape.vectors,
         clustered=clustered,
         blocks=block_class(request.hidden_size),
-        loop=request.tokens > shape.clusters,
-        ctas_per_multiprocessor=ctas_per_multiprocessor(topology.world_size, shape.threads, shape.vectors),
+        loop=loop,
+        ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape.threads, shape.vectors, loop=loop),
         first_poll=FIRST_POLL_CYCLES if kernel == "one_shot" else 0,
     )
 

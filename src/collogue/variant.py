@@ -67,7 +67,10 @@ class Variant:
     @property
     def name(self) -> str:
         """Short and unique enough for a profiler's list."""
-        epilogue = "_".join(["residual"] * self.residual + ["norm"] * self.norm + [self.quant.format[1:].lower()] * (self.quant.group > 0 or self.quant.format != "kNone"))
+        parts = ["residual"] * self.residual + ["norm"] * self.norm
+        if self.quant.format != "kNone":
+            parts.append(self.quant.format[1:].lower())
+        epilogue = "_".join(parts)
         return f"collogue_{self.kernel}_{self.world}_{epilogue or 'sum'}"
 
     def source(self) -> str:
@@ -99,7 +102,8 @@ class Variant:
             f"{body}\n"
             "};\n"
             "}  // namespace collogue\n"
-            f'extern "C" __global__ void __launch_bounds__({self.threads}, {self.ctas_per_multiprocessor}) {self.name}(const __grid_constant__ collogue::Params p) {{\n'
+            f'extern "C" __global__ void __launch_bounds__({self.threads}, {self.ctas_per_multiprocessor})\n'
+            f"{self.name}(const __grid_constant__ collogue::Params p) {{\n"
             f"  collogue::{self.kernel}<collogue::Config>(p);\n"
             "}\n"
         )

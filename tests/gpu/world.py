@@ -21,6 +21,9 @@ from collogue.testing.compare import compare
 from collogue.testing.inputs import make_partials
 from collogue.workspace import CONTROL_BYTES, SENTINELS
 
+#: Where a workspace counts calls (``Control`` in kernels/protocol.cuh): the high half of ``counter``.
+CALL_WORD = 3
+
 
 @dataclass
 class World:
@@ -133,7 +136,7 @@ def copy_output(source: Output, target: Output) -> None:
 def call_number(comm: Communicator) -> int:
     """Calls that this rank's workspace has counted."""
     workspace = comm._engine.workspace  # type: ignore[union-attr]
-    return int(workspace.buffer.local[:8].view(torch.int32)[1])
+    return int(workspace.buffer.local[:16].view(torch.int32)[CALL_WORD])
 
 
 def slots(comm: Communicator) -> torch.Tensor:

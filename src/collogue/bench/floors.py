@@ -58,7 +58,7 @@ class Floors:
         self._slot_bytes = WIRE_BYTES // (group.size - 1) // 4096 * 4096
         self._buffer = group.symmetric(_DATA + group.size * self._slot_bytes)
         self._code, _ = jit.compile_source(source(group.size), architecture, "collogue_floors")
-        self._dependent = architecture != "sm_80"
+        self._dependent = not architecture.startswith("sm_8")
         multiprocessors = torch.cuda.get_device_properties(group.device).multi_processor_count
         self._seen = self._count()
         self.subjects = {

@@ -195,8 +195,8 @@ def _call(case: Case) -> Row:
 
 
 def _result(latency: Latency | None, error: str | None, replays: int) -> Row:
-    """The latency only where there is no error."""
-    if latency is None or error is not None:
+    """The latency, or why there is none."""
+    if latency is None:
         return {"us": None, "low_us": None, "high_us": None, "replays": 0, "error": error or "not timed"}
     return {**asdict(latency), "replays": replays, "error": None}
 

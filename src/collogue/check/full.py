@@ -58,19 +58,21 @@ _Choice = tuple[int, int, str, str]  # T (0: one-shot's most, -1: one more), H, 
 
 
 def _two() -> Iterator[_Choice]:
-    for (i, label), (j, dtype), (k, h) in product(enumerate(LABELS), enumerate(DTYPES), enumerate(HIDDEN_SIZES)):
-        if h in _widths(label):
-            yield TOKENS[(i + j + k) % len(TOKENS)], h, dtype, label
-        elif j == 0:
-            yield 3, h, dtype, label  # must be refused
+    for i, label in enumerate(LABELS):
+        widths = _widths(label)
+        for n, (dtype, h) in enumerate(product(DTYPES, widths)):
+            yield TOKENS[(i + n) % len(TOKENS)], h, dtype, label
+        for h in (h for h in HIDDEN_SIZES if h not in widths):
+            yield 3, h, DTYPES[i % len(DTYPES)], label  # must be refused
 
 
 def _two_beyond() -> Iterator[_Choice]:
     for (i, label), (j, dtype) in product(enumerate(LABELS), enumerate(DTYPES)):
-        widths = _widths(label)
-        yield -1, widths[(i + 4 * j) % len(widths)], dtype, label
-        wide = [h for h in widths if h >= 576]
-        yield MANY, wide[(i + 4 * j) % len(wide)], dtype, label
+        wide = [h for h in _widths(label) if h >= 576]
+        yield -1, wide[(i + 4 * j) % len(wide)], dtype, label
+        yield MANY, wide[(i + 4 * j + 1) % len(wide)], dtype, label
+    for (j, dtype), h in product(enumerate(DTYPES), HIDDEN_SIZES):
+        yield -1, h, dtype, ("none", "fp8_static", "fp8_per_token")[(j + h // 8) % 3]
 
 
 def _virtual(world: int) -> Iterator[_Choice]:
