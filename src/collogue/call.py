@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from collogue.spec import Output, Quant, RMSNorm, Wanted
 ALIGNMENT = 16
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Call:
     """The checked arguments of one ``all_reduce``."""
 
@@ -43,7 +44,7 @@ class Call:
         return self.partial.shape[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Capacity:
     """What a communicator was made for; every call is checked against it."""
 
@@ -51,6 +52,11 @@ class Capacity:
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
+
+    @functools.cached_property
+    def index(self) -> int:
+        """As ``Tensor.get_device()`` gives it: -1 for the CPU."""
+        return -1 if self.device.type == "cpu" else int(self.device.index)
 
 
 def check_call(
@@ -62,7 +68,8 @@ def check_call(
     keep_norm: bool,
 ) -> Call:
     """Check the arguments of one call against ``capacity`` and against each other."""
-    _check_values("partial", partial, capacity)
+    if not _is_plain(partial, capacity):
+        _check_values("partial", partial, capacity)
     tokens, hidden_size = partial.shape
     if hidden_size > capacity.hidden_size or tokens > capacity.max_tokens:
         raise CapacityError(
@@ -72,25 +79,39 @@ def check_call(
         )
     check_hidden_size(hidden_size)
     if residual is not None:
-        _check_values("residual", residual, capacity)
+        if not _is_plain(residual, capacity):
+            _check_values("residual", residual, capacity)
         if residual.shape != partial.shape:
             raise ShapeError(
                 f"residual has shape {list(residual.shape)}, partial {list(partial.shape)}",
                 hint="give the residual rows of the same tokens as the partial",
             )
-    if norm is not None:
-        if not isinstance(norm, RMSNorm):
-            raise ArgumentError(f"norm is a {type(norm).__name__}", hint="pass collogue.RMSNorm(weight, eps=...)")
+    # Descriptions do not change: what was checked once for this capacity and width need not be checked again.
+    fits = (capacity, hidden_size)
+    if norm is not None and norm.__dict__.get("_fits") != fits:
         _check_norm(norm, hidden_size, capacity)
-    if quant is not None:
-        if not isinstance(quant, Quant):
-            raise FormatError(f"quant is a {type(quant).__name__}", hint="pass a format, such as collogue.NVFP4(global_scale)")
+        norm.__dict__["_fits"] = fits
+    if quant is not None and quant.__dict__.get("_fits") != fits:
         quant.check_hidden_size(hidden_size)
         _check_scale_device(quant, capacity.device)
+        quant.__dict__["_fits"] = fits
     if torch.is_grad_enabled():
         _check_no_grad(partial, residual, norm)
     wanted = Wanted.of(has_residual=residual is not None, has_norm=norm is not None, quant=quant, keep_norm=keep_norm)
     return Call(partial, residual, norm, quant, wanted)
+
+
+def _is_plain(tensor: torch.Tensor, capacity: Capacity) -> bool:
+    """Whether nothing is wrong with a ``[T, H]`` tensor: the usual case, asked in one go. What is wrong is found out later."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.dtype is capacity.dtype
+        and tensor.ndim == 2
+        and tensor.get_device() == capacity.index
+        and tensor.device.type == capacity.device.type
+        and tensor.is_contiguous()
+        and tensor.data_ptr() % ALIGNMENT == 0
+    )
 
 
 def check_hidden_size(hidden_size: int) -> None:
@@ -146,18 +167,16 @@ def _check_norm(norm: RMSNorm, hidden_size: int, capacity: Capacity) -> None:
 
 
 def _check_scale_device(quant: Quant, device: torch.device) -> None:
-    for name in ("global_scale", "scale"):
-        value = getattr(quant, name, None)
-        if isinstance(value, torch.Tensor) and value.device != device:
-            raise DeviceError(
-                f"{quant.name}.{name} is on {value.device}, the communicator on {device}",
-                hint="pass a Python float, or move the tensor once when the model is loaded",
-            )
+    value = quant.given_scale
+    if isinstance(value, torch.Tensor) and value.device != device:
+        raise DeviceError(
+            f"the scale of {quant.name} is on {value.device}, the communicator on {device}",
+            hint="pass a Python float, or move the tensor once when the model is loaded",
+        )
 
 
 def _check_no_grad(partial: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm | None) -> None:
-    tensors = {"partial": partial, "residual": residual, "RMSNorm.weight": norm.weight if norm is not None else None}
-    for name, tensor in tensors.items():
+    for name, tensor in ("partial", partial), ("residual", residual), ("RMSNorm.weight", None if norm is None else norm.weight):
         if tensor is not None and tensor.requires_grad:
             raise GradError(f"{name} requires grad", hint="call under torch.inference_mode() or torch.no_grad()")
 
@@ -233,10 +252,8 @@ def _check_scales_memory(scales: torch.Tensor, device: torch.device) -> None:
 
 def _check_overlap(call: Call, outputs: dict[str, torch.Tensor]) -> None:
     inputs = {"partial": call.partial, "residual": call.residual, "RMSNorm.weight": call.norm.weight if call.norm is not None else None}
-    for name in ("global_scale", "scale"):
-        value = getattr(call.quant, name, None)
-        if isinstance(value, torch.Tensor):
-            inputs[f"quant.{name}"] = value
+    if call.quant is not None and isinstance(call.quant.given_scale, torch.Tensor):
+        inputs["the scale"] = call.quant.given_scale
     placed = [(name, *_extent(name, t)) for name, t in inputs.items() if t is not None]
     for name, tensor in outputs.items():
         first, last = _extent(name, tensor)

@@ -174,13 +174,11 @@ def _fill_epilogue(params: Params, norm: RMSNorm | None, quant: Quant | None, ou
     params.codes = out.codes.data_ptr()  # type: ignore[union-attr]
     if out.scales is not None:
         params.scales = out.scales.data_ptr()
-    scale = getattr(quant, "global_scale", None)
-    if scale is None:
-        scale = getattr(quant, "scale", None)
-    if isinstance(scale, torch.Tensor) and scale.is_cuda:
+    scale = quant.given_scale
+    if isinstance(scale, torch.Tensor):
         params.scale = scale.data_ptr()
     elif scale is not None:
-        params.scale, params.scale_value = None, float(scale)
+        params.scale, params.scale_value = None, scale
     params.smallest = getattr(quant, "smallest", 0.0)
 
 

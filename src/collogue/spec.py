@@ -102,6 +102,11 @@ class Quant:
         """Elements of a row that share one scale; 0 where a scale spans the row or the tensor."""
         return 0
 
+    @property
+    def given_scale(self) -> float | torch.Tensor | None:
+        """The scale that the caller gives for the whole tensor, if the format has one."""
+        return None
+
     @functools.cached_property
     def label(self) -> str:
         """:func:`describe` of this format: what of it a kernel is compiled for."""
@@ -137,6 +142,10 @@ class NVFP4(Quant):
     def __post_init__(self) -> None:
         _check_choice(self.name, "layout", self.layout, ("128x4", "8x4", "linear"))
         _check_scale(self.name, "global_scale", self.global_scale, validate=self.validate)
+
+    @property
+    def given_scale(self) -> float | torch.Tensor:
+        return self.global_scale
 
     @property
     def block(self) -> int:
@@ -199,6 +208,10 @@ class FP8Static(Quant):
 
     def __post_init__(self) -> None:
         _check_scale(self.name, "scale", self.scale, validate=self.validate)
+
+    @property
+    def given_scale(self) -> float | torch.Tensor:
+        return self.scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,14 +299,13 @@ class Wanted:
         """``keep_norm`` without a norm is an error: there is nothing to keep."""
         if keep_norm and not has_norm:
             raise FormatError("keep_norm=True without norm=", hint="pass norm=collogue.RMSNorm(weight), or leave keep_norm out")
-        stream = has_residual or has_norm
-        return cls(
-            reduced=not stream,
-            residual=stream,
-            norm=has_norm and (quant is None or keep_norm),
-            codes=quant is not None,
-            scales=quant is not None and not isinstance(quant, FP8Static),
-        )
+        scales = quant is not None and not isinstance(quant, FP8Static)
+        return _wanted(has_residual or has_norm, has_norm and (quant is None or keep_norm), quant is not None, scales)
+
+
+@functools.cache
+def _wanted(stream: bool, norm: bool, codes: bool, scales: bool) -> Wanted:
+    return Wanted(reduced=not stream, residual=stream, norm=norm, codes=codes, scales=scales)
 
 
 #: The formats by the first part of their label.

@@ -306,7 +306,7 @@ OUTPUTS: dict[str, tuple[Call, type[CollogueError], str, str]] = {
     "norm is the residual": (into(norm=lambda g: g["residual"]), OverlapError, "out.norm shares memory with residual", "in place"),
     "residual is the partial": (into(residual=lambda g: g["partial"]), OverlapError, "out.residual shares memory with partial", "in place"),
     "codes in the partial": (
-        into(codes=lambda g: g["partial"].view(F8)[:, :H].reshape(-1)[: T * H].view(T, H)),
+        into(codes=lambda g: g["partial"].view(F8).view(-1)[: T * H].view(T, H)),
         OverlapError,
         "partial",
         "in place",

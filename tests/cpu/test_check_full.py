@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from collogue import Communicator, RMSNorm, jit
 from collogue.check import Answers, Case, default_sweep, full_sweep, run_case
 from collogue.check.full import HIDDEN_SIZES, LABELS, MANY, TOKENS, one_shot_tokens
 from collogue.check.kernels import capacity_of, request_of, topology_on, variants_on
 from collogue.check.sweep import DTYPES, VARIANTS
+from collogue.cli import app
 from collogue.plan import make_plan
 from collogue.testing import run_virtual
 
@@ -110,3 +112,19 @@ def test_ranks_that_share_gpus_settle_around_every_call() -> None:
 
     run_virtual(3, rank)
     assert sorted(met) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["--sweep", "full"], 3, "there is no CUDA GPU"),
+        (["--sweep", "full", "--tokens", "3"], 2, "takes no lists"),
+        (["--sweep", "full", "--device", "cpu"], 2, "for --device cuda"),
+        (["--sweep", "some"], 2, "neither default nor full"),
+    ],
+)
+def test_the_full_sweep_on_the_command_line(arguments: list[str], code: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(app, ["check", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == code
+    assert told in result.output

@@ -40,7 +40,7 @@ def full_sweep() -> list[Case]:
     cases: list[Case] = []
     for world in WORLD_SIZES:
         largest = {dtype: one_shot_tokens(world, dtype) for dtype in DTYPES}
-        chosen = [*_two(), *_two_beyond()] if world == 2 else [*_virtual(world), *_virtual_beyond()]
+        chosen = [*_two(), *_two_any_width(), *_two_beyond()] if world == 2 else [*_virtual(world), *_virtual_beyond()]
         for i, (t, h, dtype, label) in enumerate(chosen):
             most = largest[dtype][h]
             tokens = {0: most, -1: most + 1}.get(t, t)
@@ -71,8 +71,15 @@ def _two_beyond() -> Iterator[_Choice]:
         wide = [h for h in _widths(label) if h >= 576]
         yield -1, wide[(i + 4 * j) % len(wide)], dtype, label
         yield MANY, wide[(i + 4 * j + 1) % len(wide)], dtype, label
-    for (j, dtype), h in product(enumerate(DTYPES), HIDDEN_SIZES):
-        yield -1, h, dtype, ("none", "fp8_static", "fp8_per_token")[(j + h // 8) % 3]
+
+
+def _two_any_width() -> Iterator[_Choice]:
+    """Formats that allow every hidden size: each T, and for each dtype the largest one-shot call and one row more."""
+    labels = ("none", "fp8_static", "fp8_per_token")
+    for (k, h), (m, t) in product(enumerate(HIDDEN_SIZES), enumerate(TOKENS)):
+        yield t, h, DTYPES[(k + m) % len(DTYPES)], labels[m % len(labels)]
+    for (k, h), (j, dtype), t in product(enumerate(HIDDEN_SIZES), enumerate(DTYPES), (0, -1)):
+        yield t, h, dtype, labels[(j + k + t) % len(labels)]
 
 
 def _virtual(world: int) -> Iterator[_Choice]:

@@ -1,0 +1,185 @@
+"""Groups and machines that cannot carry a communicator: every rank raises, with a hint, and nothing is left waiting."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+from ranks import check_works, communicator
+
+import collogue
+from collogue import topology
+from collogue.errors import ArgumentError, CapacityError, CollogueError, DTypeError, GroupError, PlatformError, ShapeError
+from collogue.group import TorchGroup
+from collogue.testing import VirtualGroup, run_virtual
+
+
+def refusals(world_size: int, make: Callable[[VirtualGroup], object], error: type[CollogueError]) -> list[str]:
+    """What ``make`` says on each rank. The group still works afterwards."""
+
+    def rank(group: VirtualGroup) -> str:
+        with pytest.raises(error) as raised:
+            make(group)
+        assert type(raised.value) is error
+        text = str(raised.value)
+        assert text.splitlines()[-1] == f"hint: {raised.value.hint}"
+        return text
+
+    return run_virtual(world_size, rank, timeout=20)
+
+
+# Groups
+
+
+@pytest.mark.parametrize(
+    ("group", "message", "hint"),
+    [
+        (None, "group is required", "dist.new_group(ranks)"),
+        ("world", "not a process group: str", "torch.distributed.ProcessGroup"),
+        (dist.GroupMember.NON_GROUP_MEMBER, "this rank is not in the group", "only on the ranks of the group"),
+    ],
+)
+def test_what_is_no_group(group: Any, message: str, hint: str) -> None:
+    with pytest.raises(GroupError) as raised:
+        communicator(group)
+    assert message in raised.value.message
+    assert hint in raised.value.hint
+
+
+def test_group_has_no_default() -> None:
+    with pytest.raises(TypeError, match="group"):
+        collogue.Communicator(max_tokens=1, hidden_size=8)  # type: ignore[call-arg]
+
+
+def test_nine_ranks_are_too_many() -> None:
+    for text in refusals(9, communicator, GroupError):
+        assert "the group has 9 ranks; Collogue supports 1 to 8\nhint: use a tensor-parallel group within one host" in text
+
+
+# What the communicator is made with
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"hidden_size": 12}, ShapeError, "12 is not a positive multiple of 8\nhint: pad"),
+        ({"hidden_size": 0}, ShapeError, "0 is not a positive"),
+        ({"max_tokens": 0}, CapacityError, "max_tokens is 0\nhint: give the largest number of rows"),
+        ({"max_tokens": True}, CapacityError, "max_tokens is True"),
+        ({"max_tokens": 2.0}, CapacityError, "max_tokens is 2.0"),
+        ({"dtype": torch.float64}, DTypeError, "torch.float64 is not supported\nhint: use torch.bfloat16"),
+        ({"timeout": 0.0}, ArgumentError, "timeout is 0.0\nhint: give a positive number"),
+        ({"timeout": float("nan")}, ArgumentError, "timeout is nan"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], error: type[CollogueError], message: str) -> None:
+    for text in refusals(2, lambda group: communicator(group, **options), error):
+        assert message in text
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": 16}, {"hidden_size": 128}, {"dtype": torch.float16}])
+def test_ranks_that_ask_for_different_communicators(options: dict[str, Any]) -> None:
+    texts = refusals(3, lambda group: communicator(group, **(options if group.rank == 2 else {})), ArgumentError)
+    assert len(set(texts)) == 1
+    assert "rank 0 asked for max_tokens=8, hidden_size=64, dtype=torch.bfloat16, rank 2 for" in texts[0]
+    assert "hint: make the communicator with the same arguments on every rank" in texts[0]
+
+
+# Machines: facts of GPUs that are not there
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Four GPUs that reach each other on one host. A test changes the facts of a rank; a rank's GPU has its number."""
+    facts = [{"capacity": "", "host": "alpha", "architecture": "sm_90a", "multiprocessors": 132, "gpu": f"GPU-{r}"} for r in range(4)]
+    made = SimpleNamespace(facts=facts, refused=set())
+    monkeypatch.setattr(topology, "_facts", lambda group, capacity: facts[group.rank])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: (a, b) not in made.refused)
+    return made
+
+
+def on_gpus(group: VirtualGroup) -> collogue.Communicator:
+    group.device = torch.device("cuda", group.rank)
+    return communicator(group)
+
+
+def test_several_hosts(machine: SimpleNamespace) -> None:
+    machine.facts[2]["host"] = machine.facts[3]["host"] = "beta"
+    for text in refusals(4, on_gpus, PlatformError):
+        assert text == (
+            "the group spans several hosts: rank 0 is on alpha, rank 2 on beta\nhint: use a tensor-parallel group within one host"
+        )
+
+
+def test_no_peer_access_names_the_pair(machine: SimpleNamespace) -> None:
+    machine.refused = {(1, 3), (3, 1)}
+    for text in refusals(4, on_gpus, PlatformError):
+        assert text.startswith("rank 1 has no peer access to the GPU of rank 3\nhint: `collogue doctor` shows the peer access matrix")
+
+
+def test_different_gpus(machine: SimpleNamespace) -> None:
+    machine.facts[3]["architecture"] = "sm_100a"
+    for text in refusals(4, on_gpus, PlatformError):
+        assert text == "the ranks' GPUs differ: sm_100a, sm_90a\nhint: use GPUs of one kind in one group"
+
+
+def test_one_kind_of_gpu_is_agreed(machine: SimpleNamespace) -> None:
+    """The same facts without a fault: the refusals above are due to the fault."""
+    machine.facts[3]["multiprocessors"] = 114
+    machine.facts[1]["gpu"] = "GPU-0"
+
+    def rank(group: VirtualGroup) -> topology.Topology:
+        group.device = torch.device("cuda", group.rank)
+        return topology.agree(group, collogue.communicator.Capacity(8, 64, torch.bfloat16, group.device))
+
+    found = run_virtual(4, rank)
+    assert found == [topology.Topology(4, 8, 64, torch.bfloat16, "sm_90a", 114, 2)] * 4
+
+
+# Symmetric memory
+
+
+class Refusal(VirtualGroup):
+    """A virtual rank whose symmetric memory is a real group's, so that it can be refused as there."""
+
+    _permitted = TorchGroup._permitted
+    symmetric = TorchGroup.symmetric
+    process_group = SimpleNamespace(group_name="tensor-parallel")
+
+
+@pytest.mark.parametrize("step", ["empty", "rendezvous"])
+def test_symmetric_memory_refused_on_one_rank(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*_: Any, **__: Any) -> torch.Tensor:
+        if threading.current_thread().name == "rank1":
+            raise RuntimeError("pidfd_open: Operation not permitted")
+        return torch.zeros(16, dtype=torch.uint8)
+
+    monkeypatch.setattr(symmetric_memory, "empty", lambda *_, **__: torch.zeros(16, dtype=torch.uint8))
+    monkeypatch.setattr(symmetric_memory, step, answer)
+
+    def make(group: VirtualGroup) -> None:
+        group.__class__ = Refusal
+        group.symmetric(16)
+
+    for text in refusals(3, make, PlatformError):
+        assert text == (
+            "symmetric memory was refused on rank 1: pidfd_open: Operation not permitted\n"
+            "hint: run `collogue doctor`: it says which permission a container lacks"
+        )
+
+
+def test_a_group_works_after_a_refusal() -> None:
+    def rank(group: VirtualGroup) -> None:
+        with pytest.raises(ShapeError):
+            communicator(group, hidden_size=4)
+        check_works(communicator(group))
+
+    run_virtual(2, rank)
