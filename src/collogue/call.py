@@ -88,10 +88,14 @@ def check_call(
             )
     # Descriptions do not change: what was checked once for this capacity and width need not be checked again.
     fits = (capacity, hidden_size)
-    if norm is not None and norm.__dict__.get("_fits") != fits:
+    if norm is not None and getattr(norm, "_fits", None) != fits:
+        if not isinstance(norm, RMSNorm):
+            raise ArgumentError(f"norm is a {type(norm).__name__}", hint="pass collogue.RMSNorm(weight, eps=...)")
         _check_norm(norm, hidden_size, capacity)
         norm.__dict__["_fits"] = fits
-    if quant is not None and quant.__dict__.get("_fits") != fits:
+    if quant is not None and getattr(quant, "_fits", None) != fits:
+        if not isinstance(quant, Quant):
+            raise FormatError(f"quant is a {type(quant).__name__}", hint="pass a format, such as collogue.NVFP4(global_scale)")
         quant.check_hidden_size(hidden_size)
         _check_scale_device(quant, capacity.device)
         quant.__dict__["_fits"] = fits

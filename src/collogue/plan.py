@@ -158,7 +158,8 @@ def ctas_per_multiprocessor(topology: Topology, threads: int, vectors: int, *, l
         resident_threads = 1024
     else:
         resident_threads = 512 if topology.world_size <= 6 else 384
-    return max(1, resident_threads // threads)
+    # 16: as many CTAs as every architecture holds.
+    return max(1, min(16, resident_threads // threads))
 
 
 def make_kernels(topology: Topology, request: Request, plan: Plan) -> Kernels:

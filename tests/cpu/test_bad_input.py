@@ -157,13 +157,13 @@ CALLS: dict[str, tuple[Call, type[CollogueError], str, str]] = {
     "global scale elsewhere": (
         other(quant=NVFP4(torch.ones(1, device="meta"))),
         DeviceError,
-        "NVFP4.global_scale is on meta",
+        "the scale of NVFP4 is on meta",
         "Python float",
     ),
     "static scale elsewhere": (
         other(quant=FP8Static(torch.ones(1, device="meta"))),
         DeviceError,
-        "FP8Static.scale is on meta",
+        "the scale of FP8Static is on meta",
         "Python float",
     ),
     # Strides and alignment
@@ -350,7 +350,7 @@ def test_scale_tensor_is_an_input_too() -> None:
         memory = torch.ones(T * H // 4, dtype=torch.float32)
         comm.all_reduce(given["partial"], quant=FP8Static(memory[:1]), out=Output(reduced=zeros(T, H), codes=memory.view(F8).view(T, H)))
 
-    refused(call, OverlapError, "out.codes shares memory with quant.scale", "in place")
+    refused(call, OverlapError, "out.codes shares memory with the scale", "in place")
 
 
 def test_padding_of_given_scales_must_be_theirs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -45,7 +46,7 @@ def test_the_set_is_the_same_every_time() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_covering_set_compiles_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
+def test_covering_set_compiles_without_spills(record_property: Callable[[str, object], None]) -> None:
     chosen, _ = covering_set()
     kernels = {(variant_of(choice), choice["architecture"]): choice for choice in chosen}
     start = time.perf_counter()
@@ -53,8 +54,7 @@ def test_covering_set_compiles_without_spills(capsys: pytest.CaptureFixture[str]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reports = list(pool.map(_compile, kernels))
     seconds, registers = time.perf_counter() - start, max(report.registers for report, _ in reports)
-    with capsys.disabled():
-        print(f"\n{len(kernels)} kernels compiled in {seconds:.0f} s, at most {registers} registers")
+    record_property("told", f"covering set: {len(kernels)} kernels compiled in {seconds:.0f} s, at most {registers} registers")
     spills = [f"{_short(c)}: {report}" for c, (report, _) in zip(kernels.values(), reports, strict=True) if report.stack or report.spilled]
     assert not spills, f"{len(spills)} of {len(kernels)} kernels use local memory:\n" + "\n".join(spills)
     warnings = {line for _, lines in reports for line in lines}

@@ -171,17 +171,17 @@ struct Quantizer {
   // Of the scale of vector c of row t.
   COLLOGUE_DEVICE u8* scale_address(u32 t, u32 c) const {
     const u32 k = c / kVectorsPerGroup, tiles = (groups() + 3) / 4;
-    if constexpr (!kScaleBytes) return p.scales + (C::kLayout == Layout::kColumn ? static_cast<u64>(k) * p.column_stride + t : static_cast<u64>(t) * groups() + k) * 4;
-    u64 word;
-    if constexpr (C::kLayout == Layout::kLinear)
-      return p.scales + static_cast<u64>(t) * groups() + k;
+    const u64 in_row = static_cast<u64>(t) * groups() + k, in_column = static_cast<u64>(k) * p.column_stride + t;
+    if constexpr (!kScaleBytes)
+      return p.scales + (C::kLayout == Layout::kColumn ? in_column : in_row) * 4;
+    else if constexpr (C::kLayout == Layout::kLinear)
+      return p.scales + in_row;
     else if constexpr (C::kLayout == Layout::k128x4)
-      word = (static_cast<u64>(t / 128) * tiles + k / 4) * 128 + t % 32 * 4 + t / 32 % 4;
+      return p.scales + ((static_cast<u64>(t / 128) * tiles + k / 4) * 128 + t % 32 * 4 + t / 32 % 4) * 4 + k % 4;
     else if constexpr (C::kLayout == Layout::k8x4)
-      word = (static_cast<u64>(t / 8) * tiles + k / 4) * 8 + t % 8;
+      return p.scales + ((static_cast<u64>(t / 8) * tiles + k / 4) * 8 + t % 8) * 4 + k % 4;
     else
-      word = static_cast<u64>(k / 4) * p.column_stride + t;
-    return p.scales + word * 4 + k % 4;
+      return p.scales + (static_cast<u64>(k / 4) * p.column_stride + t) * 4 + k % 4;
   }
   COLLOGUE_DEVICE void store_scale_byte(int i, u32 c, bool active, u32 byte) const {
     if (active && leads(c)) *(C::kVectors == 1 ? scales : scale_address(token, c)) = static_cast<u8>(byte);

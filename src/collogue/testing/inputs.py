@@ -71,7 +71,7 @@ def make_partials(
 def _random(shape: tuple[int, int], stream: int, seed: int, device: torch.device | str) -> Tensor:
     """63 well-mixed bits for each element, int64. Integer arithmetic wraps alike on every device."""
     bits = torch.arange(shape[0] * shape[1], dtype=torch.int64, device=device).view(shape)
-    bits = bits + (stream + 1) * 0x1000193 + (seed + 1) * 0x5851F42D4C957F
+    bits = bits + (stream + 1) * 0x1000193 + (seed % 512 + 1) * 0x5851F42D4C957F
     for factor in (0x2545F4914F6CDD1D, 0x369DEA0F31A53F85, 0x27BB2EE687B0B0FD):
         bits = bits * factor
         bits = bits ^ ((bits >> 29) & 0x7FFFFFFFF)
