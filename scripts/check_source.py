@@ -36,6 +36,7 @@ ORDER = (
     "communicator",
     "ops",
     "__init__",
+    "record",
     "fusion",
     "flashinfer",
     "testing",

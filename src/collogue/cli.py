@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 
 Many = list[str] | None
+Commit = Annotated[str | None, typer.Option(help="The commit to record; default: what git says.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON to FILE; - is stdout.")]
 
 
@@ -170,6 +171,7 @@ def check(
     dtype: DTypes = None,
     format: Formats = None,
     sweep: Annotated[str, typer.Option(help="default or full; only where no list is given.")] = "default",
+    commit: Commit = None,
     json: Json = None,
 ) -> None:
     """Compare every output of calls bit for bit with an independent answer.
@@ -189,7 +191,7 @@ def check(
     if sweep == "full" and (lists or "cpu" in devices):
         raise typer.BadParameter("the full sweep is for --device cuda and takes no lists", param_hint="--sweep")
     with _exit_codes():
-        report = _run_checks(devices, lists, full=sweep == "full")
+        report = _run_checks(devices, lists, full=sweep == "full", commit=commit)
         _write_json(report.as_json(), json)
         _show_report(_console(json), report)
         if report.impossible:
@@ -197,14 +199,14 @@ def check(
         raise typer.Exit(OK if report.passed else FAILED)
 
 
-def _run_checks(devices: list[str], lists: dict[str, list[Any]], *, full: bool) -> Report:
+def _run_checks(devices: list[str], lists: dict[str, list[Any]], *, full: bool, commit: str | None) -> Report:
     from collogue.testing import environment
 
     environment.set_defaults()
     import torch
 
     from collogue import check as checks
-    from collogue.doctor import machine
+    from collogue.record import circumstances
 
     if not devices:
         devices = ["cuda"] if full else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -219,7 +221,7 @@ def _run_checks(devices: list[str], lists: dict[str, list[Any]], *, full: bool) 
     with _progress(sum(map(len, cases.values())), "check") as start:
         for name, mine in cases.items():
             results += checks.run_cases(name, mine, started=lambda case: start(str(case)))
-    return checks.Report(results, machine())
+    return checks.Report(results, circumstances(commit))
 
 
 def _compile(cases: list[Case]) -> None:
@@ -259,7 +261,7 @@ def bench(
     hidden_size: HiddenSizes = None,
     dtype: DTypes = None,
     format: Formats = None,
-    commit: Annotated[str | None, typer.Option(help="The commit to record; default: what git says.")] = None,
+    commit: Commit = None,
     json: Json = None,
 ) -> None:
     """Measure latency on this machine's GPUs, floors and NCCL in the same run. A number is shown only if its output is right."""

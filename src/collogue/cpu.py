@@ -25,7 +25,7 @@ class ReferenceEngine:
         self.capacity = capacity
 
     def run(self, call: Call, out: Output | None) -> Output:
-        partials = self._gather(call) if call.tokens else [call.partial] * self.group.size
+        partials = self._gather(call)
         result = reference.all_reduce(
             partials,
             residual=call.residual,

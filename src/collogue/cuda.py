@@ -107,7 +107,7 @@ class KernelEngine:
         params.partial = call.partial.data_ptr()
         if call.residual is not None:
             params.residual = call.residual.data_ptr()
-        _fill_epilogue(params, call.norm, call.quant, out)
+        fill_epilogue(params, call.norm, call.quant, out)
         launcher(stream)
 
     def _transport(self, ready: _Ready, call: Call, out: Output, stream: int) -> None:
@@ -137,7 +137,7 @@ class KernelEngine:
             return
         params = ready.main.params
         params.partial = gathered.data_ptr()
-        _fill_epilogue(params, call.norm, call.quant, out)
+        fill_epilogue(params, call.norm, call.quant, out)
         ready.main(stream)
 
     # ---- failures
@@ -160,7 +160,7 @@ class KernelEngine:
         self.group.barrier()  # unloading a kernel may wait for the GPU: virtual ranks must not launch before all have done it
 
 
-def _fill_epilogue(params: Params, norm: RMSNorm | None, quant: Quant | None, out: Output) -> None:
+def fill_epilogue(params: Params, norm: RMSNorm | None, quant: Quant | None, out: Output) -> None:
     """Outputs, weights and scales of one call."""
     stream = out.residual if out.residual is not None else out.reduced
     params.stream = stream.data_ptr()  # type: ignore[union-attr]

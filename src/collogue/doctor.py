@@ -13,9 +13,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
+
+from collogue.record import package_version
 
 Status = Literal["ok", "warn", "missing"]
 
@@ -68,28 +69,6 @@ def examine(*, started: Callable[[str], None] = lambda name: None) -> Examinatio
     return Examination(findings)
 
 
-def machine() -> dict[str, Any]:
-    """Versions and GPUs, to be kept with results."""
-    import torch
-
-    import collogue
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    packages = ("torch", "numpy", "cuda-core", "nvidia-cuda-nvrtc")
-    versions = {name: found for name in packages if (found := _version(name))}
-    return {
-        "versions": {"collogue": collogue.__version__, "python": platform.python_version(), **versions, "cuda": torch.version.cuda},
-        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(), "gpus": gpus},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _at_least(found: str, wanted: tuple[int, ...]) -> bool:
     numbers = []
     for part in found.split("+")[0].split(".")[: len(wanted)]:
@@ -139,7 +118,7 @@ def _torch() -> Iterator[Finding]:
 def _cuda_packages() -> Iterator[Finding]:
     needed = _gpu_count() > 0
     for package, module in (("cuda-core", "cuda.core"), ("cuda-bindings", "cuda.bindings")):
-        found = _version(package)
+        found = package_version(package)
         good = found is not None and (package != "cuda-core" or _at_least(found, MIN_CUDA_CORE))
         if good:
             try:

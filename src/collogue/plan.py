@@ -140,11 +140,19 @@ def launch_shape(topology: Topology, tokens: int, hidden_size: int, quant: Quant
         if vectors > 8:
             raise FormatError(f"hidden size {hidden_size} is too large for one CTA per row", hint="the largest is 16384")
         threads = _round_up(-(-vectors_in_row // vectors), 32)
-    ctas = topology.multiprocessors * ctas_per_multiprocessor(topology, threads, vectors, loop=True)
+    clusters = max(tokens, 1)
+    if clusters > _resident_clusters(topology, threads, vectors, cluster, loop=False):
+        rounds = -(-tokens // _resident_clusters(topology, threads, vectors, cluster, loop=True))
+        clusters = -(-tokens // rounds)  # the same number of rows for all, as far as it goes
+    return LaunchShape(threads, vectors, cluster, clusters)
+
+
+def _resident_clusters(topology: Topology, threads: int, vectors: int, cluster: int, *, loop: bool) -> int:
+    """Clusters that are sure to be on the GPU together, so that ranks cannot wait for rows that have not started."""
+    ctas = topology.multiprocessors * ctas_per_multiprocessor(topology, threads, vectors, loop=loop)
     if topology.ranks_per_gpu > 1:
         ctas //= 2 * topology.ranks_per_gpu  # this kernel and the next of every rank are resident together
-    clusters = max(1, min(max(tokens, 1), ctas * 9 // 10 // cluster))
-    return LaunchShape(threads, vectors, cluster, clusters)
+    return max(1, ctas * 9 // 10 // cluster)  # a tenth is lost where clusters do not fill a GPC
 
 
 def ctas_per_multiprocessor(topology: Topology, threads: int, vectors: int, *, loop: bool) -> int:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import json as json_module
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,8 +19,8 @@ from collogue.bench import report
 from collogue.bench.cases import Round, chosen_rounds, default_rounds
 from collogue.bench.rank import bench_rank, start_again
 from collogue.check.case import Case
-from collogue.doctor import machine
 from collogue.errors import PlatformError
+from collogue.record import circumstances
 from collogue.testing import environment
 from collogue.testing.processes import run_processes
 
@@ -31,8 +28,6 @@ from collogue.testing.processes import run_processes
 SILENCE = 120.0
 #: Formats whose compile time is reported.
 _COMPILED = 3
-#: Variables that change what CUDA, NCCL and symmetric memory do, by their beginnings: recorded.
-_VARIABLES = ("NCCL_", "TORCH_SYMM_MEM", "TORCH_NCCL", "CUDA_", "COLLOGUE_")
 
 
 def run(
@@ -65,9 +60,7 @@ def run(
     rounds = {n: chosen_rounds(n, **lists) if any(lists.values()) else default_rounds(n) for n in worlds}  # type: ignore[arg-type]
     data = {
         "passed": False,
-        "commit": commit or commit_here(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **described_machine(),
+        **circumstances(commit),
         "method": report.METHOD,
         "cases": [],
         "wire": [],
@@ -149,45 +142,3 @@ def _write(data: dict[str, Any], target: str | None) -> None:
     elif target is not None:
         Path(target).write_text(text)
     print(report.text(data), file=sys.stderr if target == "-" else sys.stdout)
-
-
-# What is kept with the results
-
-
-def described_machine() -> dict[str, Any]:
-    """Versions, machine, topology and the variables that matter."""
-    facts = machine()
-    facts["versions"] |= {
-        "nvrtc": _guarded(_nvrtc_version),
-        "nccl": _guarded(lambda: ".".join(map(str, torch.cuda.nccl.version()))),  # type: ignore[no-untyped-call]
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"),
-    }
-    facts["topology"] = _output("nvidia-smi", "topo", "-m")
-    facts["environment"] = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES) and k != "COLLOGUE_CACHE_DIR"}
-    return facts
-
-
-def commit_here() -> str | None:
-    """What git says of the source tree, with ``-dirty`` where files differ; ``None`` outside a repository."""
-    folder = str(Path(__file__).parent)
-    return _output("git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
-
-
-def _nvrtc_version() -> str:
-    from collogue.jit import nvrtc_version
-
-    return ".".join(map(str, nvrtc_version()))
-
-
-def _guarded(ask: Any) -> str | None:
-    try:
-        return str(ask())
-    except Exception:  # what a machine does not have is recorded as null
-        return None
-
-
-def _output(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -23,7 +23,7 @@ class Report:
     """All results of one run, with what they were taken on."""
 
     results: list[CaseResult]
-    machine: dict[str, Any] = field(default_factory=dict)
+    circumstances: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -36,7 +36,7 @@ class Report:
         return next((r.error for r in self.results if r.error and r.error.startswith(PlatformError.__name__)), None)
 
     def as_json(self) -> dict[str, Any]:
-        return {"passed": self.passed, "cases": [r.as_json() for r in self.results], **self.machine}
+        return {"passed": self.passed, **self.circumstances, "cases": [r.as_json() for r in self.results]}
 
 
 def run_cases(device: str, cases: Sequence[Case], *, started: Callable[[Case], None] = lambda case: None) -> list[CaseResult]:

@@ -8,7 +8,7 @@ namespace collogue {
 template <class C>
 COLLOGUE_DEVICE void local(const Params& p) {
   using D = typename C::D;
-  COLLOGUE_SHARED typename Row<C>::Shared shared;
+  COLLOGUE_SHARED(typename Row<C>::Shared, shared);
   Row<C> row(p, shared);
 
   wait_for_previous_kernel();

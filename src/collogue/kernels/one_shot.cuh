@@ -9,7 +9,7 @@ template <class C>
 COLLOGUE_DEVICE void one_shot(const Params& p) {
   using D = typename C::D;
   using Vector = Packed<D::kParts>;
-  COLLOGUE_SHARED typename Row<C>::Shared shared;
+  COLLOGUE_SHARED(typename Row<C>::Shared, shared);
   Row<C> row(p, shared);
   Ranks<C> ranks(p);
   u32 t = grid_row(), slot_offset = static_cast<u32>(row.offset(t));

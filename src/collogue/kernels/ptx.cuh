@@ -3,7 +3,7 @@
 #pragma once
 
 #define COLLOGUE_DEVICE __device__ __forceinline__
-#define COLLOGUE_SHARED __shared__
+#define COLLOGUE_SHARED(type, name) __shared__ type name  // one of each per kernel
 
 // Capabilities of the architecture, the only place that asks for it.
 #define COLLOGUE_HAS_CLUSTERS (__CUDA_ARCH__ >= 900)  // thread-block clusters, mbarrier transactions, PDL
