@@ -352,7 +352,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(latency, "run_processes", ranks)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(latency, "machine", lambda: {"versions": {"torch": "2"}, "machine": {"gpus": ["GPU X", "GPU X"]}})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU X")
     monkeypatch.delenv("COLLOGUE_CACHE_DIR", raising=False)
     return started
 

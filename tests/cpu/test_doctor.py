@@ -75,7 +75,7 @@ def test_without_the_cuda_packages(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name, *args, **kwargs)
 
-    monkeypatch.setattr(doctor, "version", lambda package: (_ for _ in ()).throw(doctor.PackageNotFoundError(package)))
+    monkeypatch.setattr(doctor, "package_version", lambda package: None)
     monkeypatch.setattr(builtins, "__import__", without_cuda)
     for gpus in (0, 2):
         with_gpus(monkeypatch, gpus)
@@ -89,7 +89,7 @@ def test_without_the_cuda_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_package_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "version", lambda package: "1.1.9")
+    monkeypatch.setattr(doctor, "package_version", lambda package: "1.1.9")
     assert by_name(doctor._cuda_packages())["cuda-core"].status == "missing"
     monkeypatch.setattr(torch, "__version__", "2.10.1+cu126")
     (finding,) = [f for f in doctor._torch() if f.name == "torch"]
