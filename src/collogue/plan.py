@@ -141,33 +141,36 @@ def launch_shape(topology: Topology, tokens: int, hidden_size: int, quant: Quant
             raise FormatError(f"hidden size {hidden_size} is too large for one CTA per row", hint="the largest is 16384")
         threads = _round_up(-(-vectors_in_row // vectors), 32)
     clusters = max(tokens, 1)
-    if clusters > _resident_clusters(topology, threads, vectors, cluster, loop=False):
-        rounds = -(-tokens // _resident_clusters(topology, threads, vectors, cluster, loop=True))
+    limit = _resident_clusters(topology, LaunchShape(threads, vectors, cluster, clusters))
+    if clusters > limit:
+        rounds = -(-tokens // _resident_clusters(topology, LaunchShape(threads, vectors, cluster, clusters), loop=True))
         clusters = -(-tokens // rounds)  # the same number of rows for all, as far as it goes
     return LaunchShape(threads, vectors, cluster, clusters)
 
 
-def _resident_clusters(topology: Topology, threads: int, vectors: int, cluster: int, *, loop: bool) -> int:
+def _resident_clusters(topology: Topology, shape: LaunchShape, *, loop: bool = False) -> int:
     """Clusters that are sure to be on the GPU together, so that ranks cannot wait for rows that have not started."""
-    ctas = topology.multiprocessors * ctas_per_multiprocessor(topology, threads, vectors, loop=loop)
+    ctas = topology.multiprocessors * ctas_per_multiprocessor(topology, shape, loop=loop)
     if topology.ranks_per_gpu > 1:
         ctas //= 2 * topology.ranks_per_gpu  # this kernel and the next of every rank are resident together
-    return max(1, ctas * 9 // 10 // cluster)  # a tenth is lost where clusters do not fill a GPC
+    return max(1, ctas * 9 // 10 // shape.cluster)  # a tenth is lost where clusters do not fill a GPC
 
 
-def ctas_per_multiprocessor(topology: Topology, threads: int, vectors: int, *, loop: bool) -> int:
+def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, *, loop: bool) -> int:
     """CTAs that a multiprocessor is sure to hold: launch bounds ask for no more registers than that leaves to each thread.
 
-    Few registers make a kernel start sooner (docs/speed.md), as long as nothing spills: a thread holds a vector of every rank.
+    Few registers make a small kernel start sooner (docs/speed.md), as long as nothing spills: a thread holds a vector of
+    every rank. With more than two CTAs to a multiprocessor, or several rows to a CTA, more registers are faster.
     """
-    if vectors > 1:
+    crowded = loop or shape.clusters * shape.cluster > 2 * topology.multiprocessors
+    if shape.vectors > 1:
         resident_threads = 256
-    elif topology.world_size <= 4 and topology.dtype.itemsize == 2 and not loop:
+    elif topology.world_size <= 4 and topology.dtype.itemsize == 2 and not crowded:
         resident_threads = 1024
     else:
         resident_threads = 512 if topology.world_size <= 6 else 384
     # 16: as many CTAs as every architecture holds.
-    return max(1, min(16, resident_threads // threads))
+    return max(1, min(16, resident_threads // shape.threads))
 
 
 def make_kernels(topology: Topology, request: Request, plan: Plan) -> Kernels:
@@ -203,7 +206,7 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, kerne
         clustered=clustered,
         blocks=block_class(request.hidden_size),
         loop=loop,
-        ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape.threads, shape.vectors, loop=loop),
+        ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, loop=loop),
         first_poll=FIRST_POLL_CYCLES if kernel == "one_shot" else 0,
     )
 

@@ -22,7 +22,7 @@ struct Fibre {
   char* stack = nullptr;
   Cta* cta = nullptr;
   u32 thread = 0;
-  bool ready = false;
+  bool ready = false, ended = false;
   u64 answer = 0;          // of a warp collective
   u64 cluster_phase = 0;   // in which this thread arrived
   u64 last_due = 0;        // of its stores

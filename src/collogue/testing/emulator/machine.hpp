@@ -14,7 +14,7 @@ namespace collogue::emulator {
 constexpr u64 kNanosecondsPerTick = 1000;
 constexpr u64 kLongestRun = 1ull << 28;  // ticks
 
-// How the adversary treats the victim (kernel tests name them alike).
+// How the adversary treats the victim (named alike in collogue/testing/emulator/run.py).
 enum Mode : u32 {
   kFair,      // all alike
   kLate,      // the victim stands still most of the time
@@ -54,6 +54,12 @@ struct Rank {
 
 class Machine {
  public:
+  Machine() = default;
+  Machine(const Machine&) = delete;
+  ~Machine() {
+    for (char* stack : stacks_) std::free(stack);
+  }
+
   Random random{0};
   Mode mode = kFair;
   u32 victim = 0, absent_call = ~0u;
@@ -87,10 +93,19 @@ class Machine {
     if (burst_ == 0) return leave();
     burst_--;
   }
+  // Until someone makes it ready.
+  void block(Fibre& fibre) {
+    fibre.ready = false;
+    leave();
+  }
   void block_on(Waiters& waiters) {
     waiters.push_back(current);
-    current->ready = false;
-    leave();
+    block(*current);
+  }
+  void make_ready(Fibre& fibre) {
+    if (fibre.ready) return;
+    fibre.ready = true;
+    fibre.cta->ready.push_back(&fibre);
   }
   void wake(Waiters& waiters) {
     for (Fibre* fibre : waiters) make_ready(*fibre);
@@ -117,8 +132,11 @@ class Machine {
   }
   bool is_peer_memory(const void* address, u32 bytes) const {
     const u8* const first = static_cast<const u8*>(address);
-    return std::any_of(peer_memory.begin(), peer_memory.end(), [&](auto& range) { return first >= range.first && first + bytes <= range.second; });
+    for (auto& range : peer_memory)
+      if (first >= range.first && first + bytes <= range.second) return true;
+    return false;
   }
+  void count_sent(u32 words) { current->cta->kernel->words_sent += words; }
   void fence() { current->stores_not_before = current->last_due + 1; }
 
   // Arrives at a barrier with `bytes` still to come, or counts bytes that came.
@@ -140,17 +158,12 @@ class Machine {
   Context scheduler_;
   u64 burst_ = 0, weather_until_ = 0, flight_number_ = 0;
   std::priority_queue<Flight, std::vector<Flight>, std::greater<Flight>> flights_;
-  std::vector<char*> stacks_;
+  std::vector<char*> stacks_, free_stacks_;
 
   bool all_ended() const {
     return std::all_of(ranks.begin(), ranks.end(), [](const Rank& r) { return r.front == r.stream.size(); });
   }
   void leave() { Context::change(current->context, scheduler_); }
-  void make_ready(Fibre& fibre) {
-    if (fibre.ready) return;
-    fibre.ready = true;
-    fibre.cta->ready.push_back(&fibre);
-  }
 
   // ---- words on their way
 
@@ -220,7 +233,7 @@ class Machine {
   void start_fibre(Cta& cta, u32 thread);
   void end_fibre(Fibre& fibre) {
     if (stack_mark(fibre.stack) != kStackMark) return fail("a fibre's stack ran over");
-    stacks_.push_back(fibre.stack);
+    free_stacks_.push_back(fibre.stack);
     Cta& cta = *fibre.cta;
     Kernel& kernel = *cta.kernel;
     if (--cta.running) return;
@@ -260,7 +273,7 @@ class Machine {
     if (fibre.ready) return true;
     cta->ready[i] = cta->ready.back();
     cta->ready.pop_back();
-    if (fibre.stack == nullptr) return true;
+    if (fibre.ended) end_fibre(fibre);
     return true;
   }
   static bool can_run(const Rank& rank) {
@@ -328,15 +341,15 @@ inline void fibre_main() {
   Fibre& fibre = *machine->current;
   machine->entry(fibre.cta->kernel->params);
   fibre.ready = false;
-  machine->end_later_ = &fibre;
+  fibre.ended = true;
   machine->leave();
 }
 
 inline void Machine::start_fibre(Cta& cta, u32 thread) {
   Fibre& fibre = cta.fibres[thread];
-  if (stacks_.empty()) stacks_.push_back(new_stack());
-  fibre.stack = stacks_.back();
-  stacks_.pop_back();
+  if (free_stacks_.empty()) free_stacks_.push_back(stacks_.emplace_back(new_stack()));
+  fibre.stack = free_stacks_.back();
+  free_stacks_.pop_back();
   fibre.cta = &cta;
   fibre.thread = thread;
   fibre.context.start(fibre.stack, fibre_main);

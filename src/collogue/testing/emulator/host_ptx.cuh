@@ -1,0 +1,279 @@
+// kernels/ptx.cuh for the emulator: the same functions, on the CPU. Compiled under the name of the file that it stands in for.
+// Every function that another thread can notice is a scheduling point.
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#include "machine.hpp"
+
+#define COLLOGUE_DEVICE inline
+#define COLLOGUE_SHARED(type, name) type& name = *static_cast<type*>(::collogue::shared_memory(sizeof(type)))
+#define COLLOGUE_HAS_CLUSTERS 1
+#define COLLOGUE_HAS_E4M3_CONVERSION 0
+#define COLLOGUE_HAS_E2M1_CONVERSION 0
+#define __global__
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct uint2 {
+  unsigned x, y;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+
+namespace collogue {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+struct alignas(16) Words {
+  u32 w[4];
+};
+
+using emulator::machine;
+inline emulator::Fibre& self() { return *machine->current; }
+
+// One variable per kernel, of every CTA its own, filled with what no test expects.
+inline void* shared_memory(std::size_t bytes) {
+  emulator::Cta& cta = *self().cta;
+  if (!cta.shared) {
+    cta.shared.reset(new (std::align_val_t(16)) u8[bytes]);
+    cta.shared_bytes = bytes;
+    std::memset(cta.shared.get(), 0xa5, bytes);
+  }
+  return cta.shared.get();
+}
+
+// ---- bits and lanes
+
+inline u32 bits(float x) {
+  u32 r;
+  std::memcpy(&r, &x, 4);
+  return r;
+}
+inline float from_bits(u32 x) {
+  float r;
+  std::memcpy(&r, &x, 4);
+  return r;
+}
+inline float larger(float a, float b) { return std::fmax(a, b); }
+inline float smaller(float a, float b) { return std::fmin(a, b); }
+inline float square_root(float x) { return std::sqrt(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+
+inline u32 thread_index() { return self().thread; }
+inline u32 thread_count() { return self().cta->kernel->threads; }
+inline u32 block_in_row() { return self().cta->x; }
+inline u32 blocks_in_row() { return self().cta->kernel->cluster_size; }
+inline u32 grid_row() { return self().cta->y; }
+inline u32 grid_rows() { return self().cta->kernel->rows; }
+
+inline void sync_block() {
+  emulator::Cta& cta = *self().cta;
+  if (++cta.at_block_barrier == cta.kernel->threads) {
+    cta.at_block_barrier = 0;
+    machine->wake(cta.block_waiters);
+    machine->point();
+  } else {
+    machine->block_on(cta.block_waiters);
+  }
+}
+
+// The last lane to come works out every lane's answer.
+inline u64 meet_in_warp(emulator::Collective collective, u32 distance, u64 value) {
+  emulator::Fibre& lane = self();
+  emulator::Fibre* const first = &lane - lane.thread % 32;
+  emulator::Warp& warp = lane.cta->warps[lane.thread / 32];
+  if (warp.arrived && (warp.collective != collective || warp.distance != distance)) machine->fail("lanes of a warp met at different places");
+  warp.collective = collective;
+  warp.distance = distance;
+  warp.value[lane.thread % 32] = value;
+  if (++warp.arrived < 32) {
+    machine->block(lane);
+    return lane.answer;
+  }
+  warp.arrived = 0;
+  u64 any = 0;
+  for (u64 x : warp.value) any |= x;
+  for (u32 i = 0; i < 32; i++) {
+    first[i].answer = collective == emulator::Collective::kExchange ? warp.value[i ^ distance] : any;
+    machine->make_ready(first[i]);
+  }
+  machine->point();
+  return lane.answer;
+}
+inline bool any_in_warp(bool x) { return meet_in_warp(emulator::Collective::kAny, 0, x) != 0; }
+inline u32 exchange_lanes(u32 x, int distance) { return static_cast<u32>(meet_in_warp(emulator::Collective::kExchange, distance, x)); }
+inline float exchange_lanes(float x, int distance) { return from_bits(exchange_lanes(bits(x), distance)); }
+inline void sync_warp() { meet_in_warp(emulator::Collective::kSync, 0, 0); }
+
+template <class T>
+inline void compute_now(T&) {}
+
+// ---- time
+
+inline u32 clock_cycles() {
+  machine->point();
+  return static_cast<u32>(machine->tick * 64);
+}
+inline u64 time_ns() {
+  machine->point();
+  return machine->tick * emulator::kNanosecondsPerTick;
+}
+
+// ---- programmatic dependent launch
+
+inline void wait_for_previous_kernel() {
+  emulator::Kernel& kernel = *self().cta->kernel;
+  machine->point();
+  if (!kernel.call) return;
+  emulator::Kernel& previous = *machine->ranks[kernel.rank].stream[kernel.call - 1];
+  while (!previous.ended) machine->block_on(previous.waiters);
+}
+// The first thread speaks for its CTA.
+inline void launch_next_kernel() {
+  emulator::Cta& cta = *self().cta;
+  if (!cta.launched_next) cta.kernel->launched_next++;
+  cta.launched_next = true;
+  machine->point();
+}
+
+// ---- global memory
+
+inline Words load(const void* p) {
+  Words v;
+  std::memcpy(&v, p, 16);
+  return v;
+}
+// To memory that peers see too, words arrive late; to this rank's outputs at once.
+inline void store(void* p, const Words& v) {
+  if (!machine->is_peer_memory(p, 16)) {
+    std::memcpy(p, &v, 16);
+    return;
+  }
+  for (u32 i = 0; i < 4; i++) machine->store_later(static_cast<u8*>(p) + 4 * i, v.w[i]);
+  machine->point();
+}
+inline Words load_peer_written(const void* p) {
+  machine->point();
+  return load(p);
+}
+inline void store_to_peer(void* p, const Words& v) {
+  for (u32 i = 0; i < 4; i++) machine->store_later(static_cast<u8*>(p) + 4 * i, v.w[i]);
+  machine->count_sent(4);
+  machine->point();
+}
+inline u32 load_peer_written_word(const u32* p) {
+  machine->point();
+  return *p;
+}
+inline void store_word_to_peer(u32* p, u32 v) {
+  machine->store_later(p, v);
+  machine->point();
+}
+inline Words load_control(const void* p) {
+  machine->point();
+  return load(p);
+}
+inline void count(u64* p, u64 n) {
+  machine->point();
+  *p += n;
+}
+inline bool claim(u32* p) {
+  machine->point();
+  return *p == 0 && (*p = 1);
+}
+inline void fence_system() { machine->fence(); }
+
+// ---- thread-block clusters
+
+inline void cluster_arrive() {
+  emulator::Cluster& cluster = *self().cta->cluster;
+  machine->point();
+  self().cluster_phase = cluster.phase;
+  if (++cluster.arrived < cluster.threads) return;
+  cluster.arrived = 0;
+  cluster.phase++;
+  machine->wake(cluster.waiters);
+}
+inline void cluster_wait() {
+  emulator::Cluster& cluster = *self().cta->cluster;
+  machine->point();
+  while (cluster.phase == self().cluster_phase) machine->block_on(cluster.waiters);
+}
+
+// Bits 24 and up name the CTA of the cluster.
+inline u32 shared_address(const void* p) {
+  const emulator::Cta& cta = *self().cta;
+  return cta.x << 24 | static_cast<u32>(static_cast<const u8*>(p) - cta.shared.get());
+}
+inline u32 address_in_cta(u32 address, u32 rank) { return (address & 0xffffffu) | rank << 24; }
+inline void barrier_init(u64* barrier) {
+  const emulator::Mbarrier clean = {0, 0, 1, emulator::Mbarrier::kMark};
+  std::memcpy(barrier, &clean, sizeof clean);
+}
+inline void publish_barriers() {}
+inline void barrier_expect(u64* barrier, u32 bytes) {
+  machine->change_barrier(*self().cta, reinterpret_cast<u8*>(barrier), static_cast<int>(bytes), true);
+  machine->point();
+}
+inline void send_word(u32 remote_address, u32 word, u32 remote_barrier) {
+  emulator::Cta& cta = *self().cta->cluster->ctas[remote_address >> 24];
+  machine->send_to_cta(cta, remote_address & 0xffffffu, word, remote_barrier & 0xffffffu);
+  machine->point();
+}
+inline void barrier_wait(u64* barrier, u32 parity) {
+  machine->point();
+  for (;;) {
+    emulator::Mbarrier state;
+    std::memcpy(&state, barrier, sizeof state);
+    if ((state.phase & 1u) != parity) return;
+    machine->block_on(self().cta->barrier_waiters);
+  }
+}
+
+// ---- conversions; bfloat16 by integers, float16 by the compiler's own type
+
+inline u32 round_bf16(float x) {
+  const u32 b = bits(x);
+  return x != x ? 0x7fffu : (b + 0x7fffu + (b >> 16 & 1u)) >> 16;
+}
+inline u32 f16_bits(_Float16 x) {
+  u16 r;
+  std::memcpy(&r, &x, 2);
+  return r;
+}
+inline float f16_value(u32 x) {
+  const u16 half = static_cast<u16>(x);
+  _Float16 r;
+  std::memcpy(&r, &half, 2);
+  return static_cast<float>(r);
+}
+inline u32 round_f16(float x) { return x != x ? 0x7fffu : f16_bits(static_cast<_Float16>(x)); }
+inline u32 round_bf16_pair(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
+inline u32 round_f16_pair(float low, float high) { return round_f16(low) | round_f16(high) << 16; }
+// Of both halves: -0 becomes +0, NaN the one NaN, all else stays.
+inline u32 clear_negative_zero_pair(u32 x, u32 infinity) {
+  u32 r = 0;
+  for (u32 shift = 0; shift < 32; shift += 16) {
+    const u32 half = x >> shift & 0xffffu;
+    r |= ((half & 0x7fffu) > infinity ? 0x7fffu : half == 0x8000u ? 0u : half) << shift;
+  }
+  return r;
+}
+inline u32 clear_negative_zero_bf16_pair(u32 x) { return clear_negative_zero_pair(x, 0x7f80u); }
+inline u32 clear_negative_zero_f16_pair(u32 x) { return clear_negative_zero_pair(x, 0x7c00u); }
+inline void widen_f16_pair(u32 x, float& low, float& high) {
+  low = f16_value(x & 0xffffu);
+  high = f16_value(x >> 16);
+}
+inline u32 larger_bf16_pair(u32 a, u32 b) {
+  return round_bf16_pair(larger(from_bits(a << 16), from_bits(b << 16)), larger(from_bits(a & 0xffff0000u), from_bits(b & 0xffff0000u)));
+}
+inline u32 larger_f16_pair(u32 a, u32 b) {
+  return round_f16_pair(larger(f16_value(a & 0xffffu), f16_value(b & 0xffffu)), larger(f16_value(a >> 16), f16_value(b >> 16)));
+}
+
+}  // namespace collogue
