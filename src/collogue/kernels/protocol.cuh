@@ -3,7 +3,7 @@
 // Every rank has four generations of N slots. A call writes its words into the slot it owns in generation (call % 4) of every
 // peer and reads the slots of its own generation: a word that still holds the sentinel has not arrived. While it waits it
 // wipes the generation of the call before, as far as that call used it. A peer can be at most one call ahead (it needs this
-// call's words to finish its own), and its words for the wiped generation come two calls later, after this kernel has ended.
+// call's words to finish its own), and the wiped generation is written again only three calls after this one.
 #pragma once
 #include "params.cuh"
 
@@ -70,7 +70,7 @@ struct Ranks {
   // After wait_for_previous_kernel(); start() uses what this asks for.
   COLLOGUE_DEVICE void ask() {
     head = load_control(own);
-    stop = load_peer_written_word(&control()->stop);
+    stop = load_peer_written_word_together(&control()->stop);
   }
   COLLOGUE_DEVICE void start() {
     call = head.w[3];
@@ -155,7 +155,7 @@ struct Ranks {
           const u64 now = time_ns();
           if (started_ns == 0) started_ns = now;
           const bool late = now - started_ns > p.timeout_ns;
-          stopped = load_peer_written_word(&control()->stop) | (late ? kGaveUp : 0u);
+          stopped = load_peer_written_word_together(&control()->stop) | (late ? kGaveUp : 0u);
           if (late && active) late_offset = offset;
         }
       }

@@ -115,8 +115,10 @@ COLLOGUE_DEVICE u32 load_peer_written_word(const u32* p) {
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+// All 32 lanes together, converged: one instruction, one value for the warp.
+COLLOGUE_DEVICE u32 load_peer_written_word_together(const u32* p) { return load_peer_written_word(p); }
 COLLOGUE_DEVICE void store_word_to_peer(u32* p, u32 v) { asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
-// Control words of this rank, shared by the CTAs of one kernel.
+// Control words of this rank, shared by the CTAs of one kernel. All 32 lanes together, converged.
 COLLOGUE_DEVICE Words load_control(const void* p) {
   Words v;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"

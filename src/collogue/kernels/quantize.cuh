@@ -187,9 +187,10 @@ struct Quantizer {
     if (active && leads(c)) *(C::kVectors == 1 ? scales : scale_address(token, c)) = static_cast<u8>(byte);
   }
 
-  // n / s with one reciprocal and a correction: the bits of the division for every n and every s in between (docs/contract.md).
+  // n / s with one reciprocal and a correction: the quotient that the division gives, wherever an E4M3 code depends on it, for
+  // scales in between; below them the correction underflows (docs/contract.md).
   static COLLOGUE_DEVICE void divide(float (&n)[8], float s) {
-    if (s >= 1e-30f && s <= 1e30f) {
+    if (s >= 1e-27f && s <= 1e30f) {
       const float inverse = reciprocal(s);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
