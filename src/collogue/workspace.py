@@ -64,8 +64,10 @@ class Workspace:
         hint = "call comm.reset() on every rank to use the communicator again; if a rank has died, make a new one without it"
         if f.kind == 2:
             raise CollectiveTimeout(f"rank {f.late_rank} gave up waiting and stopped the group at call {f.call}", hint=hint)
+        # The kernel looks once more before it names a rank: by then the words may have come.
+        late = f"rank {f.late_rank}" if f.late_rank < self.topology.world_size else "a rank that came while this was written"
         raise CollectiveTimeout(
-            f"rank {f.rank} waited {f.waited_ms / 1000:.1f} s for {_STAGES.get(f.stage, f.stage)} of rank {f.late_rank}, "
+            f"rank {f.rank} waited {f.waited_ms / 1000:.1f} s for {_STAGES.get(f.stage, f.stage)} of {late}, "
             f"call {f.call}, token {f.token}",
             hint=hint,
         )

@@ -85,7 +85,7 @@ _EARLY_COUNT = (
     "grid_rows() * blocks_in_row() * C::kThreads / 32, p.tokens * (p.hidden * D::kBytes / 16));"
 )
 MUTANTS: dict[str, tuple[Case, tuple[Edit, ...], int]] = {
-    "a wait dropped": (_SMALL, (Edit(_PROTOCOL, "missing = any_in_warp(missing);", "missing = any_in_warp(false);"),), 4),
+    "a wait dropped": (_SMALL, (Edit(_PROTOCOL, "missing = any_in_warp(any_missing(term));", "missing = any_in_warp(false);"),), 4),
     "two generations": (_SMALL, (Edit(_PROTOCOL, "kGenerations = 4;", "kGenerations = 2;"),), 2),
     "one generation": (_SMALL, (Edit(_PROTOCOL, "kGenerations = 4;", "kGenerations = 1;"),), 1),
     "wipe skipped": (_SMALL, (Edit(_PROTOCOL, _UNITS, "units = 0;"),), 4),

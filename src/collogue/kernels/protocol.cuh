@@ -119,6 +119,19 @@ struct Ranks {
     }
   }
 
+  // Whether a word of these vectors still holds the sentinel.
+  template <int kCount>
+  static COLLOGUE_DEVICE bool any_missing(const Packed<D::kParts> (&vectors)[kCount]) {
+    bool missing = false;
+#pragma unroll
+    for (int b = 0; b < kCount; b++)
+#pragma unroll
+      for (int i = 0; i < D::kParts; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) missing |= vectors[b].part[i].w[j] == D::kSentinel;
+    return missing;
+  }
+
   // Adds every rank's term of one vector in rank order; `mine` is this rank's, disguised. All lanes of the warp together.
   COLLOGUE_DEVICE void receive_and_add(const Packed<D::kParts>& mine, u32 offset, bool active, float (&sum)[8]) {
     // As many terms at a time as registers hold: all of them where a thread has one 16-bit vector.
@@ -132,7 +145,6 @@ struct Ranks {
       bool missing = true;
       while (missing && !stopped) {
         for (u32 polls = 0; missing && polls < kPollsBetweenLooks; polls++) {
-          missing = false;
 #pragma unroll
           for (int b = 0; b < kBatch; b++) {
             const u32 k = first + b;
@@ -142,21 +154,15 @@ struct Ranks {
               for (int i = 0; i < D::kParts; i++) term[b].part[i] = load_peer_written(slots + k * p.slot_bytes + 16 * i);
             }
           }
-#pragma unroll
-          for (int b = 0; b < kBatch; b++)
-#pragma unroll
-            for (int i = 0; i < D::kParts; i++)
-#pragma unroll
-              for (int j = 0; j < 4; j++) missing |= term[b].part[i].w[j] == D::kSentinel;
-          missing = any_in_warp(missing);
+          missing = any_in_warp(any_missing(term));
         }
         if (missing) {
           // The wait has become long: has a peer stopped the call, is the time over?
           const u64 now = time_ns();
           if (started_ns == 0) started_ns = now;
-          const bool late = now - started_ns > p.timeout_ns;
+          const bool late = any_in_warp(now - started_ns > p.timeout_ns);
           stopped = load_peer_written_word_together(&control()->stop) | (late ? kGaveUp : 0u);
-          if (late && active) late_offset = offset;
+          if (late && any_missing(term)) late_offset = offset;
         }
       }
 #pragma unroll

@@ -3,7 +3,7 @@
 
 // Mirrored by collogue/testing/emulator/run.py.
 struct Job {
-  unsigned ranks, calls, cluster, threads, mode, victim, absent_call, reserved;
+  unsigned ranks, calls, cluster, threads, mode, victim, absent_call, bytes;
   unsigned long long seed, workspace_bytes, failure_bytes;
   const collogue::Params* params;  // [calls][ranks]
   const unsigned* rows;            // [calls] clusters of the grid
@@ -14,6 +14,7 @@ struct Job {
 
 extern "C" void collogue_emulate(Job* job) {
   using namespace collogue::emulator;
+  if (job->bytes != sizeof(Job)) return;  // Python sees that nothing was done
   Machine machine;
   collogue::emulator::machine = &machine;
   machine.random.state = job->seed;
@@ -38,8 +39,8 @@ extern "C" void collogue_emulate(Job* job) {
   for (u32 rank = 0; rank < job->ranks; rank++) {
     u8* const workspace = job->params[rank].workspace[rank];
     u8* const failure = reinterpret_cast<u8*>(job->params[rank].failure);
-    if (workspace) machine.peer_memory.push_back({workspace, workspace + job->workspace_bytes});
-    if (failure) machine.peer_memory.push_back({failure, failure + job->failure_bytes});
+    machine.peer_memory.push_back({workspace, workspace + job->workspace_bytes});
+    machine.peer_memory.push_back({failure, failure + job->failure_bytes});
   }
   machine.run();
   for (std::size_t i = 0; i < kernels.size(); i++) job->sent[i] = kernels[i]->words_sent;

@@ -23,19 +23,20 @@ struct Fibre {
   Cta* cta = nullptr;
   u32 thread = 0;
   bool ready = false, ended = false;
-  u64 answer = 0;          // of a warp collective
   u64 cluster_phase = 0;   // in which this thread arrived
   u64 last_due = 0;        // of its stores
   u64 stores_not_before = 0;  // since its last fence
 };
 
-enum class Collective { kNone, kAny, kExchange, kSync };
+enum class Collective { kAny, kExchange, kSync, kLoad, kTime };
 
+// What lanes meet for. `answer` lasts until all have met again, so every lane has time to read it.
 struct Warp {
-  Collective collective = Collective::kNone;
-  u32 distance = 0;
+  Collective collective = Collective::kSync;
+  u32 detail = 0;
   u32 arrived = 0;
-  u64 value[32];
+  u32 value[32];
+  alignas(16) u32 answer[32];
 };
 
 struct Cluster {

@@ -38,7 +38,7 @@ inline emulator::Fibre& self() { return *machine->current; }
 inline void* shared_memory(std::size_t bytes) {
   emulator::Cta& cta = *self().cta;
   if (!cta.shared) {
-    cta.shared.reset(new (std::align_val_t(16)) u8[bytes]);
+    cta.shared.reset(new u8[bytes]);
     cta.shared_bytes = bytes;
     std::memset(cta.shared.get(), 0xa5, bytes);
   }
@@ -47,10 +47,11 @@ inline void* shared_memory(std::size_t bytes) {
 
 // ---- bits and lanes
 
+// The GPU's arithmetic knows one NaN, the host's many. (A NaN that no arithmetic has touched keeps its payload on a GPU.)
 inline u32 bits(float x) {
   u32 r;
   std::memcpy(&r, &x, 4);
-  return r;
+  return x != x ? 0x7fffffffu : r;
 }
 inline float from_bits(u32 x) {
   float r;
@@ -81,33 +82,54 @@ inline void sync_block() {
   }
 }
 
-// The last lane to come works out every lane's answer.
-inline u64 meet_in_warp(emulator::Collective collective, u32 distance, u64 value) {
+// Returns in every lane when all have come; the last to come calls `finish` before.
+template <class Finish>
+void meet_in_warp(emulator::Collective collective, u32 detail, Finish finish) {
   emulator::Fibre& lane = self();
-  emulator::Fibre* const first = &lane - lane.thread % 32;
   emulator::Warp& warp = lane.cta->warps[lane.thread / 32];
-  if (warp.arrived && (warp.collective != collective || warp.distance != distance)) machine->fail("lanes of a warp met at different places");
+  if (warp.arrived && (warp.collective != collective || warp.detail != detail)) machine->fail("lanes of a warp met at different places");
   warp.collective = collective;
-  warp.distance = distance;
-  warp.value[lane.thread % 32] = value;
-  if (++warp.arrived < 32) {
-    machine->block(lane);
-    return lane.answer;
-  }
+  warp.detail = detail;
+  if (++warp.arrived < 32) return machine->block(lane);
   warp.arrived = 0;
-  u64 any = 0;
-  for (u64 x : warp.value) any |= x;
-  for (u32 i = 0; i < 32; i++) {
-    first[i].answer = collective == emulator::Collective::kExchange ? warp.value[i ^ distance] : any;
-    machine->make_ready(first[i]);
-  }
+  finish(warp);
+  emulator::Fibre* const first = &lane - lane.thread % 32;
+  for (u32 i = 0; i < 32; i++) machine->make_ready(first[i]);
   machine->point();
-  return lane.answer;
 }
-inline bool any_in_warp(bool x) { return meet_in_warp(emulator::Collective::kAny, 0, x) != 0; }
-inline u32 exchange_lanes(u32 x, int distance) { return static_cast<u32>(meet_in_warp(emulator::Collective::kExchange, distance, x)); }
+inline bool any_in_warp(bool x) {
+  emulator::Fibre& lane = self();
+  emulator::Warp& warp = lane.cta->warps[lane.thread / 32];
+  warp.value[lane.thread % 32] = x;
+  meet_in_warp(emulator::Collective::kAny, 0, [](emulator::Warp& w) {
+    w.answer[0] = 0;
+    for (u32 value : w.value) w.answer[0] |= value;
+  });
+  return warp.answer[0];
+}
+inline u32 exchange_lanes(u32 x, int distance) {
+  emulator::Fibre& lane = self();
+  emulator::Warp& warp = lane.cta->warps[lane.thread / 32];
+  warp.value[lane.thread % 32] = x;
+  meet_in_warp(emulator::Collective::kExchange, static_cast<u32>(distance),
+               [](emulator::Warp& w) { std::memcpy(w.answer, w.value, sizeof w.value); });
+  return warp.answer[lane.thread % 32 ^ static_cast<u32>(distance)];
+}
 inline float exchange_lanes(float x, int distance) { return from_bits(exchange_lanes(bits(x), distance)); }
-inline void sync_warp() { meet_in_warp(emulator::Collective::kSync, 0, 0); }
+inline void sync_warp() {
+  meet_in_warp(emulator::Collective::kSync, 0, [](emulator::Warp&) {});
+}
+// What one instruction of a converged warp reads at one address: the same for all lanes.
+template <class T>
+T read_together(emulator::Collective collective, const T* p) {
+  emulator::Fibre& lane = self();
+  emulator::Warp& warp = lane.cta->warps[lane.thread / 32];
+  machine->point();
+  meet_in_warp(collective, 0, [p](emulator::Warp& w) { std::memcpy(w.answer, p, sizeof(T)); });
+  T value;
+  std::memcpy(&value, warp.answer, sizeof(T));
+  return value;
+}
 
 template <class T>
 inline void compute_now(T&) {}
@@ -118,10 +140,7 @@ inline u32 clock_cycles() {
   machine->point();
   return static_cast<u32>(machine->tick * 64);
 }
-inline u64 time_ns() {
-  machine->point();
-  return machine->tick * emulator::kNanosecondsPerTick;
-}
+inline u64 time_ns() { return read_together(emulator::Collective::kTime, &machine->tick) * emulator::kNanosecondsPerTick; }
 
 // ---- programmatic dependent launch
 
@@ -169,14 +188,12 @@ inline u32 load_peer_written_word(const u32* p) {
   machine->point();
   return *p;
 }
+inline u32 load_peer_written_word_together(const u32* p) { return read_together(emulator::Collective::kLoad, p); }
 inline void store_word_to_peer(u32* p, u32 v) {
   machine->store_later(p, v);
   machine->point();
 }
-inline Words load_control(const void* p) {
-  machine->point();
-  return load(p);
-}
+inline Words load_control(const void* p) { return read_together(emulator::Collective::kLoad, static_cast<const Words*>(p)); }
 inline void count(u64* p, u64 n) {
   machine->point();
   *p += n;

@@ -75,8 +75,8 @@ class Machine {
     while (!error[0] && !all_ended()) {
       if (tick > kLongestRun) return fail("the kernels do not end");
       if (tick >= weather_until_) change_weather();
-      start_kernels();
       deliver();
+      start_kernels();
       if (step() || error[0]) continue;
       if (!flights_.empty())
         tick = std::max(tick, flights_.top().due);
@@ -127,6 +127,7 @@ class Machine {
     send({0, 0, first, word, current->cta->kernel, nullptr, 0});
   }
   void send_to_cta(Cta& cta, u32 offset, u32 word, u32 barrier) {
+    if (!cta.shared) return fail("a word was sent to a CTA that has no barriers yet");
     if (offset + 4 > cta.shared_bytes || barrier + 8 > cta.shared_bytes) return fail("a word missed the other CTA's shared memory");
     send({0, 0, cta.shared.get() + offset, word, current->cta->kernel, &cta, barrier});
   }
@@ -168,7 +169,7 @@ class Machine {
   // ---- words on their way
 
   void send(Flight flight) {
-    flight.due = std::max(tick + random.magnitude(mode == kFair ? 8 : 15), current->stores_not_before);
+    flight.due = std::max(tick + random.magnitude(mode == kFair ? 8 : 13), current->stores_not_before);
     flight.number = flight_number_++;
     current->last_due = std::max(current->last_due, flight.due);
     flight.kernel->stores_in_flight++;
@@ -318,7 +319,7 @@ class Machine {
     return from.empty() ? nullptr : from[random.below(from.size())];
   }
   void change_weather() {
-    weather_until_ = tick + random.magnitude(15);
+    weather_until_ = tick + random.magnitude(13);
     for (u32 r = 0; r < ranks.size(); r++) {
       Rank& rank = ranks[r];
       rank.weight = mode == kFair ? 1 : 1 << random.below(6);

@@ -1,0 +1,124 @@
+"""From a :class:`Case` to a shared library for the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from collogue import plan
+from collogue.jit import KERNELS
+from collogue.spec import Quant, Wanted
+from collogue.topology import Topology
+from collogue.variant import Variant
+
+HERE = Path(__file__).parent
+COMPILER = "g++"
+#: As the kernels' contract asks: IEEE float32, no contraction, no fast-math, no instructions beyond the baseline's.
+OPTIONS = (
+    "-std=c++17",
+    "-O1",
+    "-ffp-contract=off",
+    "-shared",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-parameter",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is emulated: one kernel in one launch shape, for calls of up to ``max_tokens`` tokens.
+
+    ``rows`` clusters of CTAs do all rows of a call in turns; ``None``: one cluster a row. Each thread holds ``vectors`` times 8 elements.
+    """
+
+    world: int
+    hidden_size: int
+    threads: int
+    kernel: str = "one_shot"
+    dtype: torch.dtype = torch.bfloat16
+    residual: bool = True
+    norm: bool = True
+    quant: Quant | None = None
+    keep_norm: bool = False
+    max_tokens: int = 3
+    rows: int | None = None
+    vectors: int = 1
+
+    @property
+    def cluster(self) -> int:
+        """CTAs of a row."""
+        return -(-self.hidden_size // (8 * self.vectors * self.threads))
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted.of(has_residual=self.residual, has_norm=self.norm, quant=self.quant, keep_norm=self.keep_norm)
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.world, self.max_tokens, self.hidden_size, self.dtype, "sm_90a", 132, 1)
+
+    @property
+    def variant(self) -> Variant:
+        """What a GPU would run in this shape, by the plan's own rules."""
+        clusters = self.rows or self.max_tokens
+        shape = plan.LaunchShape(self.threads, self.vectors, self.cluster, clusters)
+        request = plan.Request(self.max_tokens, self.hidden_size, self.dtype, self.residual, self.norm, False, self.quant, self.wanted)
+        return plan.make_variant(self.topology, request, shape, self.kernel, self.world)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change to a kernel source that makes a mutated twin: ``old``, which must stand there once, becomes ``new``."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Library:
+    """A compiled case."""
+
+    case: Case
+    emulate: Callable[..., None]
+
+
+def compile_case(case: Case, directory: Path, edits: tuple[Edit, ...] = ()) -> Library:
+    """Compile ``case`` in ``directory``, unless it has been. ``edits`` are made in a copy of the sources."""
+    variant = case.variant
+    source = variant.source() + f"#define COLLOGUE_KERNEL {variant.name}\n" + '#include "driver.hpp"\n'
+    folder = directory / hashlib.sha256(repr((source, edits)).encode()).hexdigest()[:16]
+    library = folder / "kernel.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _copy_sources(folder, edits)
+        (folder / "kernel.cpp").write_text(source)
+        command = [COMPILER, *OPTIONS, "-o", str(library), str(folder / "kernel.cpp")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    function = ctypes.CDLL(str(library)).collogue_emulate
+    function.restype = None
+    return Library(case, function)
+
+
+def _copy_sources(folder: Path, edits: tuple[Edit, ...]) -> None:
+    """The kernels as they are, with the emulator's own file under the name of the one that holds PTX."""
+    for file in (*KERNELS.glob("*.cuh"), *HERE.glob("*.hpp")):
+        shutil.copy(file, folder / file.name)
+    shutil.copy(HERE / "host_ptx.cuh", folder / "ptx.cuh")
+    for edit in edits:
+        text = (folder / edit.file).read_text()
+        if text.count(edit.old) != 1:
+            raise ValueError(f"{edit.file} holds {edit.old!r} {text.count(edit.old)} times")
+        (folder / edit.file).write_text(text.replace(edit.old, edit.new))
