@@ -86,19 +86,10 @@ def check_call(
                 f"residual has shape {list(residual.shape)}, partial {list(partial.shape)}",
                 hint="give the residual rows of the same tokens as the partial",
             )
-    # Descriptions do not change: what was checked once for this capacity and width need not be checked again.
-    fits = (capacity, hidden_size)
-    if norm is not None and getattr(norm, "_fits", None) != fits:
-        if not isinstance(norm, RMSNorm):
-            raise ArgumentError(f"norm is a {type(norm).__name__}", hint="pass collogue.RMSNorm(weight, eps=...)")
+    if norm is not None:
         _check_norm(norm, hidden_size, capacity)
-        norm.__dict__["_fits"] = fits
-    if quant is not None and getattr(quant, "_fits", None) != fits:
-        if not isinstance(quant, Quant):
-            raise FormatError(f"quant is a {type(quant).__name__}", hint="pass a format, such as collogue.NVFP4(global_scale)")
-        quant.check_hidden_size(hidden_size)
-        _check_scale_device(quant, capacity.device)
-        quant.__dict__["_fits"] = fits
+    if quant is not None:
+        _check_quant(quant, hidden_size, capacity)
     if torch.is_grad_enabled():
         _check_no_grad(partial, residual, norm)
     wanted = Wanted.of(has_residual=residual is not None, has_norm=norm is not None, quant=quant, keep_norm=keep_norm)
@@ -156,7 +147,16 @@ def _check_alignment(name: str, tensor: torch.Tensor) -> None:
         )
 
 
+# Descriptions do not change: what was checked once need not be checked again, unless the tensor in one has other memory
+# (`module.to(...)` gives a parameter new memory under the same description).
+
+
 def _check_norm(norm: RMSNorm, hidden_size: int, capacity: Capacity) -> None:
+    if not isinstance(norm, RMSNorm):
+        raise ArgumentError(f"norm is a {type(norm).__name__}", hint="pass collogue.RMSNorm(weight, eps=...)")
+    fits = (capacity, hidden_size, norm.weight.data_ptr())
+    if norm.__dict__.get("_fits") == fits:
+        return
     if norm.weight.shape[0] != hidden_size:
         raise ShapeError(
             f"RMSNorm.weight has {norm.weight.shape[0]} elements, the hidden size is {hidden_size}",
@@ -168,15 +168,23 @@ def _check_norm(norm: RMSNorm, hidden_size: int, capacity: Capacity) -> None:
             hint=f"convert the weight to {capacity.dtype} or torch.float32",
         )
     check_memory("RMSNorm.weight", norm.weight, capacity.device)
+    norm.__dict__["_fits"] = fits
 
 
-def _check_scale_device(quant: Quant, device: torch.device) -> None:
-    value = quant.given_scale
-    if isinstance(value, torch.Tensor) and value.device != device:
+def _check_quant(quant: Quant, hidden_size: int, capacity: Capacity) -> None:
+    if not isinstance(quant, Quant):
+        raise FormatError(f"quant is a {type(quant).__name__}", hint="pass a format, such as collogue.NVFP4(global_scale)")
+    scale = quant.given_scale
+    fits = (capacity, hidden_size, scale.data_ptr() if isinstance(scale, torch.Tensor) else None)
+    if quant.__dict__.get("_fits") == fits:
+        return
+    quant.check_hidden_size(hidden_size)
+    if isinstance(scale, torch.Tensor) and scale.device != capacity.device:
         raise DeviceError(
-            f"the scale of {quant.name} is on {value.device}, the communicator on {device}",
+            f"the scale of {quant.name} is on {scale.device}, the communicator on {capacity.device}",
             hint="pass a Python float, or move the tensor once when the model is loaded",
         )
+    quant.__dict__["_fits"] = fits
 
 
 def _check_no_grad(partial: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm | None) -> None:

@@ -42,7 +42,7 @@ def architecture_of(capability: tuple[int, int]) -> str:
 def cubin(variant: Variant, architecture: str) -> bytes:
     """Machine code of ``variant``, from the cache if it is there."""
     source = variant.source()
-    path = _cache_directory() / f"{_key(source, architecture)}.cubin"
+    path = cache_directory() / f"{_key(source, architecture)}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()
     with _one_compiler(path):
@@ -149,7 +149,7 @@ def _key(source: str, architecture: str) -> str:
 
 
 @functools.cache
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
     """``$COLLOGUE_CACHE_DIR``, else the user's cache directory, else a directory of this user in the temporary directory."""
     candidates = []
     if "COLLOGUE_CACHE_DIR" in os.environ:
@@ -165,11 +165,6 @@ def _cache_directory() -> Path:
             with tempfile.TemporaryFile(dir=directory):
                 return directory
     raise PlatformError("no directory for compiled kernels can be written", hint="set COLLOGUE_CACHE_DIR to a writable directory")
-
-
-def cache_directory() -> Path:
-    """Where compiled kernels are kept."""
-    return _cache_directory()
 
 
 def _write(path: Path, code: bytes) -> None:

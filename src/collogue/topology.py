@@ -28,7 +28,7 @@ class Topology:
     @property
     def has_clusters(self) -> bool:
         """Thread-block clusters, PDL and mbarrier transactions: sm_90 and later."""
-        return self.architecture is not None and self.architecture != "sm_80" and not self.architecture.startswith("sm_8")
+        return self.architecture is not None and not self.architecture.startswith("sm_8")
 
 
 def agree(group: Group, capacity: Capacity) -> Topology:

@@ -193,6 +193,22 @@ def test_wrong_calls_are_refused(what: str) -> None:
 
 # Scales
 
+
+def test_a_weight_that_gets_other_memory_is_checked_again() -> None:
+    """What was checked once is remembered, but a module may be converted or moved under the same description."""
+
+    def rank(group: VirtualGroup) -> None:
+        comm = communicator(group)
+        weight = torch.nn.Parameter(zeros(H), requires_grad=False)
+        norm = RMSNorm(weight)
+        comm.all_reduce(zeros(T, H), norm=norm)
+        weight.data = zeros(H, dtype=torch.float16)
+        with pytest.raises(DTypeError, match="RMSNorm.weight has dtype torch.float16"):
+            comm.all_reduce(zeros(T, H), norm=norm)
+
+    run_virtual(2, rank)
+
+
 WRONG_VALUES = [math.nan, math.inf, -math.inf, 0.0, -1.0, 1e-60, 1e60]
 WRONG_KINDS = {
     "text": "1.0",

@@ -15,6 +15,7 @@ from collogue.testing.inputs import KINDS
 
 #: Longer and shorter calls after each other: words that an earlier call left behind would be taken for those of a later one.
 TOKENS = (3, 1, 2, 3, 1, 1, 3, 2)
+_PROTOCOL, _KERNEL = "protocol.cuh", "one_shot.cuh"
 PRESENT = [mode for mode in MODES if mode != "absent"]
 
 CASES = {
@@ -75,9 +76,25 @@ def test_a_rank_that_never_comes(build: Build, name: str, victim: int) -> None:
     assert run.ticks < 2_000_000  # one timeout, not one per call
 
 
+def test_a_row_that_comes_in_part(build: Build) -> None:
+    """In the last call the second warps' words of rank 1 stay away: whoever waits has a record, and a timeout names rank 1."""
+    held_back = Edit(
+        _PROTOCOL, "    if (stopped) return;", "    if (stopped || (p.rank == 1 && call == 1 && thread_index() >= 32)) return;"
+    )
+    library = build(Case(3, 576, 64, keep_norm=True), (held_back,))
+    for seed in range(8):
+        run = emulate(library, (2, 1), seed=seed, mode=PRESENT[seed % len(PRESENT)], victim=seed % 3)
+        assert run.error == ""
+        assert [run.failures[rank].kind for rank in (0, 2)] != [2, 2], seed
+        for rank in (0, 2):
+            record = run.failures[rank]
+            assert record.kind, (seed, rank)
+            assert (record.call, record.token) == (1, 0) if record.kind == 1 else record.call == 1
+            assert record.late_rank == (1 if record.kind == 1 else 2 - rank), (seed, rank)
+
+
 #: Case, edits and generations of each mutated twin, and where the adversary finds it.
 _SMALL, _WIDE = Case(2, 24, 32), Case(2, 264, 32)
-_PROTOCOL, _KERNEL = "protocol.cuh", "one_shot.cuh"
 _UNITS = "units = call % 2 ? head.w[0] : head.w[1];"
 _COUNT = "ranks.count_warp(thread, threads / 32, tokens * (p.hidden * D::kBytes / 16));"
 _EARLY_COUNT = (

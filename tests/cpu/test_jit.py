@@ -31,9 +31,9 @@ def variant() -> Variant:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache directory of this test's own."""
     monkeypatch.setenv("COLLOGUE_CACHE_DIR", str(tmp_path / "cache"))
-    jit._cache_directory.cache_clear()
+    jit.cache_directory.cache_clear()
     yield tmp_path / "cache"
-    jit._cache_directory.cache_clear()
+    jit.cache_directory.cache_clear()
 
 
 @pytest.fixture
@@ -222,26 +222,26 @@ def test_a_home_that_cannot_be_written_is_passed_over(tmp_path: Path, monkeypatc
     monkeypatch.setenv("HOME", str(blocked))
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked / "cache"))
     monkeypatch.setattr(jit.tempfile, "tempdir", str(tmp_path))
-    jit._cache_directory.cache_clear()
+    jit.cache_directory.cache_clear()
     try:
         assert jit.cache_directory() == tmp_path / f"collogue-{os.getuid()}"
         assert jit.cubin(variant, "sm_90a").startswith(ELF)
         monkeypatch.delenv("XDG_CACHE_HOME")
-        jit._cache_directory.cache_clear()
+        jit.cache_directory.cache_clear()
         assert jit.cache_directory() == tmp_path / f"collogue-{os.getuid()}"
         monkeypatch.setattr(jit.tempfile, "tempdir", str(blocked))
-        jit._cache_directory.cache_clear()
+        jit.cache_directory.cache_clear()
         with pytest.raises(PlatformError, match="hint: set COLLOGUE_CACHE_DIR"):
             jit.cache_directory()
     finally:
-        jit._cache_directory.cache_clear()
+        jit.cache_directory.cache_clear()
 
 
 def test_the_cache_is_where_the_user_says(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert jit.cache_directory() == cache
     monkeypatch.delenv("COLLOGUE_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    jit._cache_directory.cache_clear()
+    jit.cache_directory.cache_clear()
     assert jit.cache_directory() == tmp_path / "xdg" / "collogue"
 
 

@@ -178,7 +178,7 @@ struct Ranks {
   // At the end of a kernel that stopped: fill the failure record, once per communicator, and tell every rank to stop.
   COLLOGUE_DEVICE void report() const {
     const bool gave_up = stopped & kGaveUp;
-    if (gave_up ? late_offset == kNowhere : thread_index() != 0) return;
+    if (gave_up ? late_offset == kNowhere : thread_index() % 32 != 0) return;
     u32 late_rank = C::kWorld;  // stays so if the words have come in the meantime
 #pragma unroll 1
     for (u32 k = 0; gave_up && k < C::kWorld; k++) {
