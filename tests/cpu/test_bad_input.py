@@ -203,7 +203,7 @@ def test_a_weight_that_gets_other_memory_is_checked_again() -> None:
         norm = RMSNorm(weight)
         comm.all_reduce(zeros(T, H), norm=norm)
         weight.data = zeros(H, dtype=torch.float16)
-        with pytest.raises(DTypeError, match="RMSNorm.weight has dtype torch.float16"):
+        with pytest.raises(DTypeError, match=r"RMSNorm\.weight has dtype torch\.float16"):
             comm.all_reduce(zeros(T, H), norm=norm)
 
     run_virtual(2, rank)

@@ -1,6 +1,7 @@
 // The one file that holds inline PTX and compiler intrinsics. Every function is named by what the caller wants;
 // what a function does *not* order or check is said beside it.
 #pragma once
+#include "types.cuh"
 
 #define COLLOGUE_DEVICE __device__ __forceinline__
 #define COLLOGUE_SHARED(type, name) __shared__ type name  // one of each per kernel
@@ -15,16 +16,6 @@
 #endif
 
 namespace collogue {
-
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-
-// 16 bytes: what one thread moves at a time.
-struct alignas(16) Words {
-  u32 w[4];
-};
 
 // ---- bits and lanes
 

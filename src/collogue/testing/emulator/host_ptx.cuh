@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "machine.hpp"
+#include "types.cuh"
 
 #define COLLOGUE_DEVICE inline
 #define COLLOGUE_SHARED(type, name) type& name = *static_cast<type*>(::collogue::shared_memory(sizeof(type)))
@@ -21,15 +22,6 @@ struct uint2 {
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
 namespace collogue {
-
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-
-struct alignas(16) Words {
-  u32 w[4];
-};
 
 using emulator::machine;
 inline emulator::Fibre& self() { return *machine->current; }
