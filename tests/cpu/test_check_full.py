@@ -86,7 +86,7 @@ def test_topology_and_request_are_those_of_the_communicator() -> None:
 
 
 def test_kernels_are_compiled_once_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jit, "_cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(jit, "cache_directory", lambda: tmp_path)
     cases = [Case(2, 576, format="nvfp4"), Case(3, 576, format="nvfp4"), Case(2, 24, format="nvfp4"), Case(0, 576)]
     variants = variants_on(cases, **MACHINE, gpus=2)
     assert len(variants) == 1
