@@ -19,7 +19,7 @@ from collogue.errors import (
     ShapeError,
 )
 from collogue.formats import code_spec, empty_scales, scale_elements, scale_spec
-from collogue.spec import Output, Quant, RMSNorm, Wanted
+from collogue.spec import Operation, Output, Quant, RMSNorm, Wanted
 
 #: Bytes to which rows and tensors must be aligned: kernels move 16 bytes at a time.
 ALIGNMENT = 16
@@ -27,13 +27,14 @@ ALIGNMENT = 16
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """The checked arguments of one ``all_reduce``."""
+    """The checked arguments of one call."""
 
     partial: torch.Tensor
     residual: torch.Tensor | None
     norm: RMSNorm | None
     quant: Quant | None
     wanted: Wanted
+    operation: Operation = "all_reduce"
 
     @property
     def tokens(self) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from collogue import cost
 from collogue.errors import FormatError
-from collogue.spec import Quant, Wanted
+from collogue.spec import Operation, Quant, Wanted
 from collogue.topology import Topology
 from collogue.variant import QuantVariant, Variant, block_class
 
@@ -42,6 +42,7 @@ class Request:
     wide_weight: bool
     quant: Quant | None
     wanted: Wanted
+    operation: Operation = "all_reduce"
 
 
 @dataclass(frozen=True)

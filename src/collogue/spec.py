@@ -284,6 +284,17 @@ class Output:
                 yield f.name, value
 
 
+#: What a call does. ``all_reduce``: sum, finish, the same on every rank. ``sharded``: the residual stays with the owners of its
+#: rows, the finished rows go to every rank. ``reduce_scatter`` and ``all_gather``: the two halves of ``sharded``. ``finish``: no sum.
+Operation = Literal["all_reduce", "sharded", "reduce_scatter", "all_gather", "finish"]
+
+
+def owned_rows(tokens: int, world_size: int, rank: int) -> range:
+    """The rows of ``tokens`` that ``rank`` owns: blocks of ``ceil(tokens / world_size)`` rows in rank order, the last ones shorter or empty."""
+    block = -(-tokens // world_size)
+    return range(min(rank * block, tokens), min((rank + 1) * block, tokens))
+
+
 @dataclass(frozen=True)
 class Wanted:
     """Which outputs a call has, from which arguments were given. The one place where that rule lives."""
