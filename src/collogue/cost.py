@@ -1,7 +1,7 @@
 """Latency and wire model: the floor of a call and the predicted time, in microseconds.
 
 The constants are read off two H200 with NVLink (benchmarks/results/latency-2xh200.json); other machines and worlds differ.
-No plan depends on them.
+Plans compare predictions of one-shot and two-shot.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ FINISH_US = 0.7
 WIRE_BYTES_PER_US = 367e3
 #: The same as one-shot reaches it: the receiver reads, adds and wipes as well.
 ONE_SHOT_BYTES_PER_US = 280e3
-#: The transport path: NCCL's two exchanges and the kernels around them, and the rate it approaches.
-TRANSPORT_US = 40.0
-TRANSPORT_BYTES_PER_US = 170e3
+#: What the second hop of two-shot adds, and the rates that the streaming kernels reach.
+SECOND_HOP_US = 1.4
+STREAM_BYTES_PER_US = 310e3
 
 
 def predict(algorithm: str, world_size: int, bytes_sent: int) -> tuple[float, float]:
@@ -26,4 +26,4 @@ def predict(algorithm: str, world_size: int, bytes_sent: int) -> tuple[float, fl
     floor = EXCHANGE_US + bytes_sent / WIRE_BYTES_PER_US
     if algorithm == "one_shot":
         return EXCHANGE_US + FINISH_US + bytes_sent / ONE_SHOT_BYTES_PER_US, floor
-    return TRANSPORT_US + bytes_sent / TRANSPORT_BYTES_PER_US, floor
+    return EXCHANGE_US + SECOND_HOP_US + FINISH_US + bytes_sent / STREAM_BYTES_PER_US, floor

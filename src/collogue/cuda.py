@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from collogue import jit
+from collogue import header, jit
 from collogue.call import Call, Capacity, allocate
 from collogue.errors import NotPrepared
 from collogue.group import Group
 from collogue.launch import Launcher, Params
-from collogue.plan import Kernel, Plan, Request, make_kernels, make_plan
-from collogue.spec import Output, Quant, RMSNorm
+from collogue.plan import Kernel, Plan, Request, make_kernels, make_plan, memory_of, sends_values
+from collogue.spec import Output, Quant, RMSNorm, owned_rows
 from collogue.topology import Topology
 from collogue.variant import Variant
 from collogue.workspace import Workspace
@@ -22,11 +22,12 @@ from collogue.workspace import Workspace
 
 @dataclass(slots=True)
 class _Ready:
-    """A planned call with its kernels loaded: ``main`` alone, or ``add`` before and ``main`` after the transport."""
+    """A planned call with its kernels loaded. ``more``: the first rows of its later launches, where it has several."""
 
     plan: Plan
-    main: Launcher | None
-    add: Launcher | None = None
+    main: Launcher
+    more: tuple[int, ...] = ()
+    second: Launcher | None = None
 
 
 class KernelEngine:
@@ -55,10 +56,11 @@ class KernelEngine:
 
     def _build(self, request: Request) -> _Ready:
         plan = make_plan(self.topology, request)
-        kernels = make_kernels(self.topology, request, plan)
-        return _Ready(plan, *(None if kernel is None else self._launcher(kernel) for kernel in (kernels.main, kernels.add)))
+        launchers = [self._launcher(kernel, plan) for kernel in make_kernels(self.topology, request, plan)]
+        more = tuple(range(plan.rows, plan.rows * plan.launches, plan.rows))
+        return _Ready(plan, launchers[0], more, launchers[1] if len(launchers) > 1 else None)
 
-    def _launcher(self, kernel: Kernel) -> Launcher:
+    def _launcher(self, kernel: Kernel, plan: Plan) -> Launcher:
         request, shape, variant = kernel.request, kernel.shape, kernel.variant
         if variant not in self._kernels:
             if torch.cuda.is_current_stream_capturing():
@@ -70,11 +72,10 @@ class KernelEngine:
             self._kernels[variant] = jit.load(jit.cubin(variant, self.topology.architecture), variant.name)
         launcher = Launcher(self._kernels[variant], shape, dependent=self.topology.has_clusters)
         params = launcher.params
-        params.hidden, params.tokens, params.rank = request.hidden_size, request.tokens, self.group.rank
+        fill_shape(params, self.topology, request, plan, self.group.rank)
         params.timeout_ns = self.timeout_ns
-        params.column_stride = -(-request.tokens // 4) * 4
         if self.workspace is not None:
-            params.slot_bytes, params.failure = self.workspace.slot_bytes, self.workspace.failure_pointer
+            params.failure, params.generation_bytes = self.workspace.failure_pointer, self.workspace.generation_bytes
             for rank, pointer in enumerate(self.workspace.buffer.pointers):
                 params.workspace[rank] = pointer
         return launcher
@@ -82,7 +83,7 @@ class KernelEngine:
     # ---- running
 
     def run(self, call: Call, out: Output | None) -> Output:
-        if self.workspace is not None and self.workspace.failure.kind:
+        if self.workspace is not None and self.workspace.failure.fault:
             self.workspace.raise_failure()
         ready = self._ready.get(_key_of_call(call))
         if ready is None:
@@ -98,52 +99,55 @@ class KernelEngine:
 
     def _launch(self, ready: _Ready, call: Call, out: Output) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self.index)
-        if ready.add is not None:
-            self._transport(ready, call, out, stream)
+        if call.operation == "all_gather":
+            self._all_gather(ready, call, out, stream)
             return
-        launcher = ready.main
-        assert launcher is not None
-        params = launcher.params
+        params = ready.main.params
         params.partial = call.partial.data_ptr()
         if call.residual is not None:
             params.residual = call.residual.data_ptr()
         fill_epilogue(params, call.norm, call.quant, out)
-        launcher(stream)
-
-    def _transport(self, ready: _Ready, call: Call, out: Output, stream: int) -> None:
-        """Row blocks to their owners, add there, gather y, finish everywhere. Bytes travel by the group; only kernels add."""
-        world, rank, (tokens, width) = self.topology.world_size, self.group.rank, call.partial.shape
-        rows = -(-tokens // world)
-        counts = [max(0, min(rows, tokens - r * rows)) for r in range(world)]
-        terms = call.partial.new_empty(world, rows, width)
-        self.group.exchange_rows(terms, call.partial, counts)
-        block = call.partial.new_empty(rows, width)
-        add = ready.add
-        assert add is not None
-        if counts[rank]:
-            params = add.params
-            params.tokens = counts[rank]
-            params.partial, params.partial_stride = terms.data_ptr(), rows * width * call.partial.element_size()
-            if call.residual is not None:
-                params.residual = call.residual.data_ptr() + rank * rows * width * call.partial.element_size()
-            params.stream = block.data_ptr()
-            add(stream)
-        gathered = call.partial.new_empty(world, rows, width)
-        self.group.all_gather(gathered, block)
-        if ready.main is None:
-            y = out.reduced if out.reduced is not None else out.residual
-            assert y is not None
-            y.copy_(gathered.view(world * rows, width)[:tokens])
-            return
-        params = ready.main.params
-        params.partial = gathered.data_ptr()
-        fill_epilogue(params, call.norm, call.quant, out)
         ready.main(stream)
+        if ready.more:
+            self._launch_more(ready, ready.main, stream)
+
+    def _launch_more(self, ready: _Ready, launcher: Launcher, stream: int) -> None:
+        """The launches after the first; the last writes the padding."""
+        params, rows = launcher.params, ready.plan.rows
+        first, count, pad = params.first, params.count, params.pad
+        total = launcher.total_rows
+        for start in ready.more:
+            params.first, params.count = start, min(rows, total - start)
+            params.pad = launcher.pad if start == ready.more[-1] else 0
+            launcher(stream)
+        params.first, params.count, params.pad = first, count, pad
+
+    def _all_gather(self, ready: _Ready, call: Call, out: Output, stream: int) -> None:
+        """One kernel for each tensor of values, one for codes and their scales."""
+        shard = call.shard
+        assert shard is not None
+        launchers = [ready.main] if ready.second is None else [ready.main, ready.second]
+        for launcher in launchers:
+            params = launcher.params
+            if launcher.values:
+                for name in ("reduced", "residual", "norm"):
+                    mine, target = getattr(shard, name), getattr(out, name)
+                    if mine is not None:
+                        params.shard_values, params.norm = mine.data_ptr(), target.data_ptr()
+                        launcher(stream)
+                        self._launch_more(ready, launcher, stream)
+                continue
+            assert shard.codes is not None and out.codes is not None
+            params.shard_codes, params.codes = shard.codes.data_ptr(), out.codes.data_ptr()
+            if shard.scales is not None and out.scales is not None:
+                params.shard_scales, params.scales = shard.scales.data_ptr(), out.scales.data_ptr()
+            launcher(stream)
+            self._launch_more(ready, launcher, stream)
 
     # ---- failures
 
     def check(self) -> None:
-        if self.workspace is not None and self.workspace.failure.kind:
+        if self.workspace is not None and self.workspace.failure.fault:
             self.workspace.raise_failure()
 
     def reset(self) -> None:
@@ -160,10 +164,29 @@ class KernelEngine:
         self.group.barrier()  # unloading a kernel may wait for the GPU: virtual ranks must not launch before all have done it
 
 
+def fill_shape(params: Params, topology: Topology, request: Request, plan: Plan, rank: int) -> None:
+    """What follows from the shape of a call: extents and places in the workspace. The first launch, where there are several."""
+    world, tokens, algorithm = topology.world_size, request.tokens, plan.algorithm
+    owned = len(owned_rows(tokens, world, rank))
+    params.hidden, params.tokens, params.rank = request.hidden_size, tokens, rank
+    params.first, params.count, params.block = 0, plan.rows, -(-tokens // world)
+    rows_of_scales = owned if request.operation == "reduce_scatter" else tokens
+    params.pad = rows_of_scales if plan.launches == 1 else 0
+    params.column_stride, params.shard_column_stride = -(-rows_of_scales // 4) * 4, -(-owned // 4) * 4
+    if algorithm != "local":
+        memory = memory_of(algorithm, world, request.hidden_size, request.dtype, request.quant, values=sends_values(request))
+        params.slot_bytes, params.gather_bytes = plan.rows * memory.slot, plan.rows * memory.gather
+        params.wire_bytes, params.width = memory.wire, memory.width
+    params.header[0], params.header[1] = header.pack(
+        algorithm, request.operation, request.dtype, request.residual, request.norm, request.wanted.norm, request.quant
+    )
+
+
 def fill_epilogue(params: Params, norm: RMSNorm | None, quant: Quant | None, out: Output) -> None:
     """Outputs, weights and scales of one call."""
     stream = out.residual if out.residual is not None else out.reduced
-    params.stream = stream.data_ptr()  # type: ignore[union-attr]
+    if stream is not None:
+        params.stream = stream.data_ptr()
     if norm is not None:
         params.weight = norm.weight.data_ptr()
         params.eps, params.weight_offset = norm.eps, norm.weight_offset
@@ -191,6 +214,7 @@ def _key_of_call(call: Call) -> tuple[object, ...]:
         norm is not None and norm.weight.dtype != call.partial.dtype,
         call.quant.label if call.quant is not None else None,
         call.wanted.norm,
+        call.operation,
     )
 
 
@@ -203,6 +227,7 @@ def _key_of_request(request: Request) -> tuple[object, ...]:
         request.wide_weight,
         request.quant.label if request.quant is not None else None,
         request.wanted.norm,
+        request.operation,
     )
 
 
@@ -210,5 +235,13 @@ def _request_of(call: Call) -> Request:
     norm = call.norm
     wide = norm is not None and norm.weight.dtype != call.partial.dtype
     return Request(
-        call.tokens, call.hidden_size, call.partial.dtype, call.residual is not None, norm is not None, wide, call.quant, call.wanted
+        call.tokens,
+        call.hidden_size,
+        call.partial.dtype,
+        call.residual is not None,
+        norm is not None,
+        wide,
+        call.quant,
+        call.wanted,
+        call.operation,
     )

@@ -6,7 +6,7 @@ Two implementations: :class:`TorchGroup` over a ``torch.distributed`` process gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,9 +47,6 @@ class Group(Protocol):
 
     def all_gather(self, output: torch.Tensor, block: torch.Tensor) -> None:
         """``output[r] = block`` of rank r, bytes only. ``output`` is ``[N, *block.shape]``, contiguous."""
-
-    def exchange_rows(self, output: torch.Tensor, rows: torch.Tensor, counts: Sequence[int]) -> None:
-        """``rows`` of this rank, cut into ``counts`` for rank 0, 1, ..; ``output[r, :counts[rank]]`` is what rank r cut for this one."""
 
     def symmetric(self, nbytes: int) -> SymmetricBuffer:
         """Allocate ``nbytes`` on every rank and map them everywhere. Zeroed."""
@@ -117,13 +114,6 @@ class TorchGroup:
             dist.all_gather_into_tensor(out, inp, group=self.process_group)
         else:
             dist.all_gather(list(out.view(self.size, -1).unbind(0)), inp, group=self.process_group)
-
-    def exchange_rows(self, output: torch.Tensor, rows: torch.Tensor, counts: Sequence[int]) -> None:
-        width = rows.shape[1] * rows.element_size()
-        mine = counts[self.rank]
-        received = [b[:mine].reshape(-1).view(torch.uint8) for b in output.unbind(0)]
-        sent = [b.view(torch.uint8) for b in _as_bytes(rows).split([c * width for c in counts])]  # type: ignore[no-untyped-call]
-        dist.all_to_all(received, sent, group=self.process_group)
 
     def symmetric(self, nbytes: int) -> SymmetricBuffer:
         import torch.distributed._symmetric_memory as symmetric_memory

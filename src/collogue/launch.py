@@ -18,12 +18,15 @@ class Params(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("partial", "residual", "weight", "stream", "norm", "codes", "scales", "scale")),
+        *((name, ctypes.c_void_p) for name in ("shard_values", "shard_codes", "shard_scales")),
         ("workspace", ctypes.c_void_p * MAX_WORLD),
         ("failure", ctypes.c_void_p),
-        ("partial_stride", ctypes.c_uint64),
         ("timeout_ns", ctypes.c_uint64),
-        *((name, ctypes.c_uint32) for name in ("tokens", "hidden", "rank", "slot_bytes", "column_stride")),
+        *((name, ctypes.c_uint32) for name in ("tokens", "hidden", "rank", "generation_bytes", "slot_bytes", "gather_bytes")),
+        *((name, ctypes.c_uint32) for name in ("first", "count", "block", "width", "wire_bytes", "pad")),
+        *((name, ctypes.c_uint32) for name in ("column_stride", "shard_column_stride")),
         *((name, ctypes.c_float) for name in ("eps", "weight_offset", "scale_value", "smallest")),
+        ("header", ctypes.c_uint32 * 2),
     ]
 
 

@@ -16,18 +16,21 @@ from collogue.spec import Operation, Quant, Wanted
 from collogue.topology import Topology
 from collogue.variant import QuantVariant, Variant, block_class
 
-Algorithm = Literal["reference", "local", "one_shot", "transport"]
+Algorithm = Literal["reference", "local", "one_shot", "two_shot", "sharded", "all_gather"]
 
-#: Bytes that the one-shot slots of all generations may take on each rank.
-ONE_SHOT_BYTES = 32 << 20
-#: Generations of slots: one in use, one being wiped, the next ones clean (kernels/protocol.cuh).
-GENERATIONS = 4
+#: Generations of memory that peers write: one in use, one clean (kernels/protocol.cuh).
+GENERATIONS = 2
+#: Bytes of one generation, unless a single row needs more; larger calls are done in several launches.
+GENERATION_BYTES = 128 << 20
+#: A one-shot call may send each peer this much, even where two-shot would need less memory.
+ONE_SHOT_BYTES = 4 << 20
 #: Cycles between a rank's last send and its first poll: about one NVLink hop.
 FIRST_POLL_CYCLES = 900
 #: Largest cluster that every GPU with clusters accepts.
 MAX_CLUSTER = 8
-#: Threads of the widest CTA whose threads hold several vectors.
+#: Threads of the widest CTA whose threads hold several vectors, and of the widest that large calls use.
 MAX_THREADS_OF_VECTORS = 256
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,10 @@ class LaunchShape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call will do, and why. ``bytes_sent`` leave each rank per call; times are microseconds."""
+    """What a call will do, and why. ``bytes_sent`` leave each rank per call; times are microseconds.
+
+    ``rows`` of the call are done by one launch (with the sharded residual and its halves: rows of each owner), ``launches`` in all.
+    """
 
     algorithm: Algorithm
     why: str
@@ -65,6 +71,8 @@ class Plan:
     bytes_sent: int
     predicted_us: float
     floor_us: float
+    rows: int = 0
+    launches: int = 1
 
 
 @dataclass(frozen=True)
@@ -77,62 +85,162 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Kernels:
-    """The kernels of a call: ``main`` alone; with a transport, ``add`` before its gather and, if anything is left, ``main`` after it."""
+class Memory:
+    """Bytes that one launch uses in a generation. ``slot``: from one rank to another in the first step, ``gather``: in the second.
 
-    main: Kernel | None
-    add: Kernel | None = None
+    All are of one row: of the call, or, where rows have owners, of every owner.
+    """
 
-    @property
-    def variants(self) -> tuple[Variant, ...]:
-        """What has to be compiled."""
-        return tuple(kernel.variant for kernel in (self.add, self.main) if kernel is not None)
+    slot: int
+    gather: int
+    wire: int
+    width: int
+    flags: int = 0
+
+    def generation(self, world_size: int, rows: int) -> int:
+        """Of ``rows`` rows, with the flags that follow them."""
+        return (world_size - 1) * (rows * (self.slot + self.gather) + self.flags)
 
 
-def slot_bytes(topology: Topology) -> int:
-    """Bytes of one one-shot slot: whole rows of the full hidden size, at most ``max_tokens`` of them."""
+def memory_of(algorithm: str, world_size: int, hidden_size: int, dtype: torch.dtype, quant: Quant | None, *, values: bool) -> Memory:
+    """What a row needs. ``values``: finished rows travel in ``dtype`` as well (or alone, where ``quant`` is ``None``)."""
+    row, width = hidden_size * dtype.itemsize, -(-hidden_size // 8 // world_size)
+    if algorithm == "one_shot":
+        return Memory(row, 0, 0, width)
+    if algorithm == "two_shot":
+        part = width * 8 * dtype.itemsize
+        return Memory(part, part, 0, width)
+    wire = _wire_bytes(hidden_size, dtype, quant, values)
+    if algorithm == "all_gather":
+        return Memory(wire, 0, wire, width, flags=4 * MAX_CTAS)
+    return Memory(row, wire, wire, width)
+
+
+#: More CTAs than any launch has.
+MAX_CTAS = 4096
+
+
+def _wire_bytes(hidden_size: int, dtype: torch.dtype, quant: Quant | None, values: bool) -> int:
+    """Of a finished row on its way to another rank: values, codes, words of scales (kernels/gather.cuh)."""
+    total = hidden_size * dtype.itemsize if values else 0
+    if quant is not None:
+        variant = QuantVariant.of(quant)
+        total += hidden_size // 2 if quant.element == "e2m1" else hidden_size
+        if variant.format in ("kNVFP4", "kMXFP4", "kMXFP8"):
+            total += -(-hidden_size // variant.group // 4) * 4
+        elif variant.group:
+            total += hidden_size // variant.group * 4
+        elif variant.format == "kFP8PerToken":
+            total += 4
+    return _round_up(total, 16)
+
+
+def generation_bytes(topology: Topology) -> int:
+    """Bytes of one generation of a rank's workspace.
+
+    As much as the largest call needs in one launch by any algorithm that may be planned for it, at most
+    :data:`GENERATION_BYTES`, at least one row. The whole workspace is two generations and 4096 bytes of control words: at most
+    three times the largest message plus 64 MiB.
+    """
+    world, tokens = topology.world_size, topology.max_tokens
     row = topology.hidden_size * topology.dtype.itemsize
-    rows = min(topology.max_tokens, max(1, ONE_SHOT_BYTES // (GENERATIONS * topology.world_size * row)))
-    return rows * row
+
+    def needs(algorithm: str, rows: int) -> int:
+        memory = memory_of(algorithm, world, topology.hidden_size, topology.dtype, None, values=algorithm != "one_shot")
+        return memory.generation(world, rows)
+
+    block = -(-tokens // world)
+    most = max(needs("two_shot", tokens), needs("sharded", block), needs("one_shot", min(tokens, max(1, ONE_SHOT_BYTES // row))))
+    # A row of a call that quantises and keeps the norm as well is the widest that has to travel.
+    least = max(needs("two_shot", 1), needs("one_shot", 1), (world - 1) * (4 * row + 4 * MAX_CTAS + 4096))
+    return _round_up(max(least, min(most, GENERATION_BYTES)), 4096)
 
 
 def make_plan(topology: Topology, request: Request) -> Plan:
     """The plan of one call."""
-    message = request.tokens * request.hidden_size * request.dtype.itemsize
-    world = topology.world_size
+    world, row = topology.world_size, request.hidden_size * request.dtype.itemsize
+    tokens, rows = request.tokens, request.tokens
     algorithm: Algorithm
-    if world == 1 or request.tokens == 0:
-        algorithm, sent, why = "local", 0, "a world of one communicates nothing" if world == 1 else "no tokens"
-    elif message <= slot_bytes(topology):
-        algorithm, sent, why = "one_shot", (world - 1) * message, "the message fits the one-shot slots: one hop"
+    sent = 0
+    if world == 1 or tokens == 0 or request.operation == "finish":
+        algorithm = "local"
+        why = "a world of one communicates nothing" if world == 1 else "no tokens" if tokens == 0 else "nothing is summed"
+    elif request.operation == "all_reduce":
+        algorithm, why = _choose(topology, request)
+        width = memory_of("two_shot", world, request.hidden_size, request.dtype, None, values=False).slot
+        sent = (world - 1) * tokens * (row if algorithm == "one_shot" else 2 * width)
     else:
-        rows = -(-request.tokens // world)
-        sent = 2 * (world - 1) * rows * request.hidden_size * request.dtype.itemsize
-        algorithm, why = "transport", "larger than the one-shot slots: NCCL moves row blocks, kernels add and finish"
+        rows = -(-tokens // world)
+        wire = _wire_bytes(request.hidden_size, request.dtype, request.quant, sends_values(request))
+        if request.operation == "all_gather":
+            algorithm, why, sent = "all_gather", "rows go to every rank as they are", (world - 1) * rows * wire
+        else:
+            gathered = wire if request.operation == "sharded" else 0
+            algorithm, why, sent = "sharded", "rows have owners who add and finish them", (world - 1) * rows * (row + gathered)
+    launches = 1
+    if algorithm in ("two_shot", "sharded", "all_gather"):
+        memory = _memory(topology, request, algorithm)
+        fits = max(1, (generation_bytes(topology) // (world - 1) - memory.flags) // (memory.slot + memory.gather))
+        launches = -(-rows // fits)
+        rows = -(-rows // launches)
+        if launches > 1:
+            why += f"; {launches} launches of {rows} rows, as many as the workspace holds"
     predicted, floor = cost.predict(algorithm, world, sent)
     if topology.architecture is None:
         return Plan("reference", f"a CPU group works out the reference; on GPUs: {algorithm}, {why}", None, sent, predicted, floor)
     if not topology.has_clusters:
         why += f"; {topology.architecture} has no clusters: one CTA per row, no PDL"
-    shape = launch_shape(topology, request.tokens, request.hidden_size, request.quant)
-    return Plan(algorithm, why, shape, sent, predicted, floor)
+    shape = launch_shape(topology, rows, request.hidden_size, request.quant, algorithm)
+    return Plan(algorithm, why, shape, sent, predicted, floor, rows, launches)
 
 
-def launch_shape(topology: Topology, tokens: int, hidden_size: int, quant: Quant | None) -> LaunchShape:
-    """Threads, vectors and clusters for rows of this width.
+def sends_values(request: Request) -> bool:
+    """Whether finished rows travel in the communicator's dtype."""
+    return request.wanted.norm or request.quant is None
 
-    With clusters a thread holds one vector and a row is spread over up to 8 CTAs: the fewest cycles between the first
-    load and the last store. In one CTA (no clusters, or groups that only one CTA can reduce) threads hold several.
+
+def _memory(topology: Topology, request: Request, algorithm: str) -> Memory:
+    gathers = request.operation != "reduce_scatter"
+    memory = memory_of(
+        algorithm, topology.world_size, request.hidden_size, request.dtype, request.quant, values=sends_values(request)
+    )
+    return memory if gathers else replace(memory, gather=0, wire=0)
+
+
+def _choose(topology: Topology, request: Request) -> tuple[Literal["one_shot", "two_shot"], str]:
+    """One-shot or two-shot."""
+    message = request.tokens * request.hidden_size * request.dtype.itemsize
+    world = topology.world_size
+    fits = (world - 1) * message <= generation_bytes(topology)
+    if topology.overrides.algorithm is not None and (fits or topology.overrides.algorithm == "two_shot"):
+        return topology.overrides.algorithm, "asked for"
+    one, _ = cost.predict("one_shot", world, (world - 1) * message)
+    two, _ = cost.predict("two_shot", world, 2 * (world - 1) * -(-message // world))
+    if fits and one <= two:
+        return "one_shot", f"one hop: {one:.1f} us against {two:.1f} us by two"
+    return "two_shot", f"two hops, fewer bytes: {two:.1f} us against {one:.1f} us by one" if fits else "larger than the one-shot slots"
+
+
+def launch_shape(topology: Topology, tokens: int, hidden_size: int, quant: Quant | None, algorithm: str = "one_shot") -> LaunchShape:
+    """Threads, vectors and clusters for ``tokens`` rows of this width.
+
+    With clusters a thread holds one vector. A few rows are spread over up to 8 CTAs each: the fewest cycles between the first
+    load and the last store. Many rows (:func:`_wide`) take as few CTAs as they can. In one CTA (no clusters, or groups that only
+    one CTA can reduce) threads hold several.
     """
     vectors_in_row = hidden_size // 8
+    limit = topology.overrides.max_multiprocessors
     if topology.has_clusters and not QuantVariant.of(quant).needs_one_cta:
         threads = 64 if hidden_size <= 2048 else 128
-        if vectors_in_row <= 64:
+        wide = topology.overrides.cta_threads or (MAX_THREADS if limit else _wide(algorithm, tokens))
+        if wide:
+            threads = _round_up(-(-vectors_in_row // -(-vectors_in_row // wide)), 32)
+        elif vectors_in_row <= 64:
             threads = _round_up(vectors_in_row, 32)
         cluster = -(-vectors_in_row // threads)
         if cluster > MAX_CLUSTER:
             cluster, threads = MAX_CLUSTER, _round_up(-(-vectors_in_row // MAX_CLUSTER), 32)
-        if threads > 512:
+        if threads > 512 and not wide:
             raise FormatError(f"hidden size {hidden_size} is too large", hint="the largest is 32768")
         vectors = 1
     else:
@@ -142,31 +250,44 @@ def launch_shape(topology: Topology, tokens: int, hidden_size: int, quant: Quant
             raise FormatError(f"hidden size {hidden_size} is too large for one CTA per row", hint="the largest is 16384")
         threads = _round_up(-(-vectors_in_row // vectors), 32)
     clusters = max(tokens, 1)
-    limit = _resident_clusters(topology, LaunchShape(threads, vectors, cluster, clusters))
-    if clusters > limit:
-        rounds = -(-tokens // _resident_clusters(topology, LaunchShape(threads, vectors, cluster, clusters), loop=True))
+    resident = _resident_clusters(topology, LaunchShape(threads, vectors, cluster, clusters), algorithm)
+    if limit:
+        resident = max(1, min(resident, limit // cluster))
+    if clusters > resident:
+        many = _resident_clusters(topology, LaunchShape(threads, vectors, cluster, clusters), algorithm, loop=True)
+        rounds = -(-tokens // (max(1, min(many, limit // cluster)) if limit else many))
         clusters = -(-tokens // rounds)  # the same number of rows for all, as far as it goes
     return LaunchShape(threads, vectors, cluster, clusters)
 
 
-def _resident_clusters(topology: Topology, shape: LaunchShape, *, loop: bool = False) -> int:
+def _wide(algorithm: str, rows: int) -> int:
+    """Most threads of a CTA where a call is large enough to keep every multiprocessor busy with whole rows; 0 where it is not."""
+    if algorithm in ("two_shot", "sharded", "all_gather") and rows > 128:
+        return MAX_THREADS
+    return 0
+
+
+def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str, *, loop: bool = False) -> int:
     """Clusters that are sure to be on the GPU together, so that ranks cannot wait for rows that have not started."""
-    ctas = topology.multiprocessors * ctas_per_multiprocessor(topology, shape, loop=loop)
+    ctas = topology.multiprocessors * ctas_per_multiprocessor(topology, shape, algorithm, loop=loop)
     if topology.ranks_per_gpu > 1:
         ctas //= 2 * topology.ranks_per_gpu  # this kernel and the next of every rank are resident together
-    return max(1, ctas * 9 // 10 // shape.cluster)  # a tenth is lost where clusters do not fill a GPC
+    if shape.cluster > 1:
+        ctas = ctas * 9 // 10  # a tenth is lost where clusters do not fill a GPC
+    return max(1, min(ctas, MAX_CTAS) // shape.cluster)
 
 
-def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, *, loop: bool) -> int:
+def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: str, *, loop: bool) -> int:
     """CTAs that a multiprocessor is sure to hold: launch bounds ask for no more registers than that leaves to each thread.
 
     Few registers make a small kernel start sooner (docs/speed.md), as long as nothing spills: a thread holds a vector of
-    every rank. With more than two CTAs to a multiprocessor, or several rows to a CTA, more registers are faster.
+    every rank. With more than two CTAs to a multiprocessor, or several rows to a CTA, one-shot is faster with more registers.
     """
     crowded = loop or shape.clusters * shape.cluster > 2 * topology.multiprocessors
+    small = topology.world_size <= 4 and topology.dtype.itemsize == 2
     if shape.vectors > 1:
         resident_threads = 256
-    elif topology.world_size <= 4 and topology.dtype.itemsize == 2 and not crowded:
+    elif small and (algorithm in ("two_shot", "sharded", "all_gather") or not crowded):
         resident_threads = 1024
     else:
         resident_threads = 512 if topology.world_size <= 6 else 384
@@ -174,28 +295,29 @@ def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, *, loop: boo
     return max(1, min(16, resident_threads // shape.threads))
 
 
-def make_kernels(topology: Topology, request: Request, plan: Plan) -> Kernels:
-    """The kernels of ``plan``, which was made for ``request`` on GPUs."""
+def make_kernels(topology: Topology, request: Request, plan: Plan) -> tuple[Kernel, ...]:
+    """The kernels of ``plan``, which was made for ``request`` on GPUs: one, or in an all-gather one for values and one for codes."""
     assert plan.shape is not None
-    world = topology.world_size
-    if plan.algorithm != "transport":
-        return Kernels(Kernel(request, plan.shape, make_variant(topology, request, plan.shape, plan.algorithm, world)))
-    wanted = Wanted.of(has_residual=request.residual, has_norm=False, quant=None, keep_norm=False)
-    rows = replace(request, tokens=-(-request.tokens // world), norm=False, quant=None, wanted=wanted)
-    shape = launch_shape(topology, rows.tokens, rows.hidden_size, None)
-    add = Kernel(rows, shape, make_variant(topology, rows, shape, "local", world))
-    if not request.norm and request.quant is None:
-        return Kernels(None, add)
-    rest = replace(request, residual=False)
-    return Kernels(Kernel(rest, plan.shape, make_variant(topology, rest, plan.shape, "local", 1)), add)
+    if plan.algorithm != "all_gather":
+        return (Kernel(request, plan.shape, make_variant(topology, request, plan.shape, plan.algorithm)),)
+    parts = []
+    if sends_values(request):
+        parts.append(replace(request, quant=None, wanted=replace(request.wanted, norm=True, codes=False, scales=False)))
+    if request.quant is not None:
+        parts.append(replace(request, wanted=replace(request.wanted, norm=False)))
+    shapes = [launch_shape(topology, plan.rows, part.hidden_size, part.quant, "all_gather") for part in parts]
+    return tuple(
+        Kernel(part, shape, make_variant(topology, part, shape, "all_gather")) for part, shape in zip(parts, shapes, strict=True)
+    )
 
 
-def make_variant(topology: Topology, request: Request, shape: LaunchShape, kernel: str, world: int) -> Variant:
+def make_variant(topology: Topology, request: Request, shape: LaunchShape, algorithm: str) -> Variant:
     """The kernel that runs ``request`` in ``shape``."""
-    clustered, loop = shape.cluster > 1, request.tokens > shape.clusters
+    rows = request.tokens if algorithm in ("local", "one_shot", "two_shot") else -(-request.tokens // topology.world_size)
+    loop = rows > shape.clusters
     return Variant(
-        kernel=kernel,
-        world=world,
+        kernel=algorithm,
+        world=1 if algorithm == "local" else topology.world_size,
         dtype=request.dtype,
         weight_dtype=torch.float32 if request.wide_weight and request.norm else request.dtype,
         residual=request.residual,
@@ -204,11 +326,13 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, kerne
         quant=QuantVariant.of(request.quant),
         threads=shape.threads,
         vectors=shape.vectors,
-        clustered=clustered,
+        clustered=shape.cluster > 1,
         blocks=block_class(request.hidden_size),
         loop=loop,
-        ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, loop=loop),
-        first_poll=FIRST_POLL_CYCLES if kernel == "one_shot" else 0,
+        ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, algorithm, loop=loop),
+        first_poll=FIRST_POLL_CYCLES if algorithm == "one_shot" else 0,
+        stream=request.wanted.reduced or request.wanted.residual,
+        gather=request.operation == "sharded",
     )
 
 

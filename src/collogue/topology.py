@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from collogue.call import Capacity
 from collogue.errors import ArgumentError, PlatformError
 from collogue.group import Group
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What a user fixes of the plans: the algorithm of ``all_reduce``, and how many multiprocessors a call may use."""
+
+    algorithm: Literal["one_shot", "two_shot"] | None = None
+    max_multiprocessors: int | None = None
+    cta_threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,7 @@ class Topology:
     architecture: str | None
     multiprocessors: int
     ranks_per_gpu: int
+    overrides: Overrides = Overrides()
 
     @property
     def has_clusters(self) -> bool:

@@ -46,7 +46,7 @@ class QuantVariant:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel. ``kernel`` is ``"one_shot"`` (terms from ``world`` ranks) or ``"local"`` (``world`` terms in own memory)."""
+    """One kernel: ``kernel`` names its file in ``kernels/``. ``stream``: y is stored; ``gather``: finished rows go to every rank."""
 
     kernel: str
     world: int
@@ -63,6 +63,8 @@ class Variant:
     loop: bool
     ctas_per_multiprocessor: int
     first_poll: int = 0
+    stream: bool = True
+    gather: bool = False
 
     @property
     def name(self) -> str:
@@ -71,7 +73,8 @@ class Variant:
         if self.quant.format != "kNone":
             parts.append(self.quant.format[1:].lower())
         epilogue = "_".join(parts)
-        return f"collogue_{self.kernel}_{self.world}_{epilogue or 'sum'}"
+        kernel = "reduce_scatter" if self.kernel == "sharded" and not self.gather else self.kernel
+        return f"collogue_{kernel}_{self.world}_{epilogue or 'sum'}"
 
     def source(self) -> str:
         """The translation unit."""
@@ -79,6 +82,7 @@ class Variant:
         constants = {
             "int kWorld": self.world,
             "bool kResidual": _flag(self.residual),
+            "bool kStream": _flag(self.stream),
             "bool kNorm": _flag(self.norm),
             "bool kKeepNorm": _flag(self.keep_norm),
             "Format kFormat": f"Format::{q.format}",
@@ -91,6 +95,7 @@ class Variant:
             "int kBlocks": self.blocks,
             "bool kLoop": _flag(self.loop),
             "unsigned kFirstPoll": self.first_poll,
+            "bool kGather": _flag(self.gather),
         }
         body = "\n".join(f"  static constexpr {name} = {value};" for name, value in constants.items())
         return (

@@ -1,5 +1,5 @@
-// Local: the terms already lie in this rank's memory. Adds them in order and finishes the row. Used for a world of one and
-// on both sides of a transport.
+// Local: finishes rows that lie in this rank's memory. Used where nothing is communicated: a world of one, and rows that are
+// finished without a sum.
 #pragma once
 #include "row.cuh"
 
@@ -20,8 +20,6 @@ COLLOGUE_DEVICE void local(const Params& p) {
     for (int i = 0; i < C::kVectors; i++) {
       float sum[8];
       begin<D>(sum, row.load(p.partial + row.offset(t), i));
-#pragma unroll
-      for (int k = 1; k < C::kWorld; k++) add<D>(sum, row.load(p.partial + k * p.partial_stride + row.offset(t), i));
       if constexpr (C::kResidual) add<D>(sum, row.load(p.residual + row.offset(t), i));
       y[i] = row.store_stream(i, sum);
     }
@@ -33,7 +31,7 @@ COLLOGUE_DEVICE void local(const Params& p) {
       }
       row.wait_for_barriers();
     }
-    row.finish(turn, y);
+    row.finish(turn, y, [] {}, NoWire{});
     if constexpr (!C::kLoop) break;
   }
 }

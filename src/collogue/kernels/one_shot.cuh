@@ -29,6 +29,7 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
   ranks.ask();
   launch_next_kernel();
   ranks.start();
+  Seen seen;
   for (u32 turn = 0;; turn++) {
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
@@ -44,14 +45,15 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
       compute_now(cta);
       compute_now(tokens);
       const u32 thread = cta * C::kThreads + thread_index(), threads = grid_rows() * blocks_in_row() * C::kThreads;
-      ranks.count_warp(thread, threads / 32, tokens * (p.hidden * D::kBytes / 16));
-      ranks.wipe(thread, threads);
+      ranks.announce(thread, threads / 32);
+      seen = ranks.look_at_previous_call(thread / 32);
       if constexpr (C::kFormat != Format::kNone) row.quant.pad(thread, threads, tokens);
       row.wait_for_barriers();
     }
     // Polling lines that are being written slows their arrival: leave the wire alone until the words can be here.
     while (clock_cycles() - sent < C::kFirstPoll) {
     }
+    if (turn == 0) ranks.compare_previous_call(grid_row() * blocks_in_row() + block_in_row() == 0 ? thread_index() / 32 : ~0u, seen);
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       if constexpr (C::kVectors > 1) {
@@ -59,11 +61,17 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
         if constexpr (C::kResidual) r = row.load(p.residual + row.offset(t), i);
       }
       float sum[8];
-      ranks.receive_and_add(x[i], slot_offset + i * row.kVectorStep, row.active(i), sum);
+      ranks.receive_and_add(x[i], slot_offset + i * row.kVectorStep, row.active(i), t, sum);
       if constexpr (C::kResidual) add<D>(sum, r);
       x[i] = row.store_stream(i, sum);
     }
-    row.finish(turn, x);
+    row.finish(
+        turn, x,
+        [&] {
+#pragma unroll
+          for (int i = 0; i < C::kVectors; i++) ranks.wipe_terms(slot_offset + i * row.kVectorStep, row.active(i));
+        },
+        NoWire{});
 
     if constexpr (!C::kLoop) break;
     t += grid_rows();

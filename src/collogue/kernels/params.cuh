@@ -1,4 +1,4 @@
-// What the host tells a kernel (mirrored by collogue/cuda.py) and what a kernel is compiled for.
+// What the host tells a kernel (mirrored by collogue/launch.py) and what a kernel is compiled for.
 #pragma once
 #include "formats.cuh"
 
@@ -11,39 +11,60 @@ enum class Layout { kLinear, k128x4, k8x4, kColumn };
 
 struct Failure;
 
+// What ranks compare with each other (read by collogue/header.py).
+struct Header {
+  u32 number;  // 1 + call
+  u32 tokens, hidden, first;
+  u32 options[2];    // Params::header
+  u32 eps_and_offset;
+  u32 hash;          // of the rest
+};
+
 struct Params {
-  const u8* partial;         // [T, H] this rank's term; the local kernel reads `world` of them, `partial_stride` bytes apart
-  const u8* residual;        // [T, H]
+  const u8* partial;         // [T, H] this rank's term
+  const u8* residual;        // [T, H], or the rows that this rank owns
   const u8* weight;          // [H]
-  u8* stream;                // [T, H] y: the reduced tensor or the residual stream
-  u8* norm;                  // [T, H]
+  u8* stream;                // [T, H] y: the reduced tensor or the residual stream, or the rows of it that this rank owns
+  u8* norm;                  // [T, H]; all_gather: values of any kind
   u8* codes;                 // [T, H] or [T, H / 2] bytes
   u8* scales;                // layout of the format
   const float* scale;        // NVFP4: multiplier g; FP8Static: divisor; null: scale_value
+  const u8* shard_values;    // all_gather: the rows that this rank gives
+  const u8* shard_codes;
+  const u8* shard_scales;
   u8* workspace[kMaxWorld];  // every rank's symmetric buffer, mapped here
   Failure* failure;          // pinned host memory
-  u64 partial_stride;
   u64 timeout_ns;
   u32 tokens;
   u32 hidden;                // H, a multiple of 8
   u32 rank;
-  u32 slot_bytes;            // one rank's slot in one generation
+  u32 generation_bytes;
+  u32 slot_bytes;            // what one rank may send another in one step of this call
+  u32 gather_bytes;          // the same in the second step
+  u32 first, count;          // rows that this launch does; of each owner, where rows have owners
+  u32 block;                 // rows of one owner: rank r owns rows r * block, ...
+  u32 width;                 // two-shot: vectors of a row that one rank owns
+  u32 wire_bytes;            // of one finished row on its way to the other ranks
+  u32 pad;                   // whether this launch writes the padding of the scale tensor
   u32 column_stride;         // elements between columns of a column-major scale tensor
+  u32 shard_column_stride;
   float eps;
   float weight_offset;
   float scale_value;
   float smallest;            // lower bound of dynamic FP8 scales
+  u32 header[2];             // what the kernel cannot tell of itself (collogue/header.py)
 };
 
 // struct Config {                        generated per variant
 //   using D, WeightD                     value dtype, weight dtype
-//   kWorld                               ranks (one-shot) or local terms
-//   kResidual, kNorm, kKeepNorm          what is added, done, stored
+//   kWorld                               ranks
+//   kResidual, kStream, kNorm, kKeepNorm what is added, stored, done, stored
 //   kFormat, kLayout, kGroup, kCeil      quantisation; kGroup elements share a scale
 //   kThreads, kVectors, kClustered       a row is kVectors * 8 elements of each thread of a CTA, of each CTA of a cluster
 //   kBlocks                              upper bound of ceil(H / 256), a multiple of 4
 //   kLoop                                whether a CTA may do more than one row
 //   kFirstPoll                           cycles between sending and the first poll
+//   kGather                              whether the finished rows of an owner go to every rank
 // };
 
 }  // namespace collogue

@@ -40,6 +40,7 @@ COLLOGUE_DEVICE void sync_block() { __syncthreads(); }
 COLLOGUE_DEVICE bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }
 COLLOGUE_DEVICE u32 exchange_lanes(u32 x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 COLLOGUE_DEVICE float exchange_lanes(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
+COLLOGUE_DEVICE u32 of_lane(u32 x, u32 lane) { return __shfl_sync(0xffffffffu, x, lane); }
 COLLOGUE_DEVICE void sync_warp() { __syncwarp(); }
 
 // The value is computed here and not later: keeps address arithmetic in front of a wait.
@@ -88,6 +89,7 @@ COLLOGUE_DEVICE Words load(const void* p) {
 COLLOGUE_DEVICE void store(void* p, const Words& v) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
 }
+COLLOGUE_DEVICE void store_word(void* p, u32 v) { asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 // A word at a time is atomic; the four words of one access may be seen in any order.
 COLLOGUE_DEVICE Words load_peer_written(const void* p) {
   Words v;
@@ -101,23 +103,25 @@ COLLOGUE_DEVICE void store_to_peer(void* p, const Words& v) {
   asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
                : "memory");
 }
+struct Pair {
+  u32 w[2];
+};
+COLLOGUE_DEVICE Pair load_peer_written_pair(const void* p) {
+  Pair v;
+  asm volatile("ld.relaxed.sys.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "l"(p) : "memory");
+  return v;
+}
+COLLOGUE_DEVICE void store_pair_to_peer(void* p, const Pair& v) {
+  asm volatile("st.relaxed.sys.global.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]) : "memory");
+}
 COLLOGUE_DEVICE u32 load_peer_written_word(const u32* p) {
   u32 v;
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
 // All 32 lanes together, converged: one instruction, one value for the warp.
-COLLOGUE_DEVICE u32 load_peer_written_word_together(const u32* p) { return load_peer_written_word(p); }
+COLLOGUE_DEVICE Words load_peer_written_together(const void* p) { return load_peer_written(p); }
 COLLOGUE_DEVICE void store_word_to_peer(u32* p, u32 v) { asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
-// Control words of this rank, shared by the CTAs of one kernel. All 32 lanes together, converged.
-COLLOGUE_DEVICE Words load_control(const void* p) {
-  Words v;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-               : "l"(p)
-               : "memory");
-  return v;
-}
 // Adds without an answer and without order.
 COLLOGUE_DEVICE void count(u64* p, u64 n) { asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(n) : "memory"); }
 // Sets *p from 0 to 1; true for the one caller that did.

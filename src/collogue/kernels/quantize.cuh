@@ -16,6 +16,14 @@ struct Quantizer {
   static constexpr bool kGroupInWarp = C::kGroup && 256 % (C::kGroup ? C::kGroup : 1) == 0;
   static constexpr bool kGroupInBlock = C::kGroup && !kGroupInWarp;
 
+  static constexpr u32 kCodeBytes = kCodes4 ? 4 : 8;  // of a vector
+  static constexpr bool kScaleBytes = kFormat == Format::kNVFP4 || kMX || kFormat == Format::kFP8GroupE8M0;
+  static constexpr u32 kVectorsPerGroup = C::kGroup ? C::kGroup / 8 : 1;
+  struct Codes {
+    u32 w[kCodes4 ? 1 : 2];
+    u32 scale;
+  };
+
   struct Shared {
     float factor[kFormat == Format::kNVFP4 ? 128 : 1];          // g / sf by the code of sf
     float unit_amax[kGroupInBlock ? C::kBlocks * 16 : 1];       // of every 16 elements of the row
@@ -42,7 +50,7 @@ struct Quantizer {
   COLLOGUE_DEVICE void aim(u32 t, u32 c) {
     if constexpr (kFormat != Format::kNone) {
       token = t;
-      codes = p.codes + (static_cast<u64>(t) * (p.hidden / 8) + c) * (kCodes4 ? 4 : 8);
+      codes = p.codes + (static_cast<u64>(t) * (p.hidden / 8) + c) * kCodeBytes;
       compute_now(codes);
     }
     if constexpr (C::kGroup != 0) {
@@ -60,12 +68,13 @@ struct Quantizer {
     return amax;
   }
 
-  // This thread's vector i: eight elements at column `c * 8` of the row that aim() named. All lanes; `active`: the vector lies
-  // in the row. `amax`: of the group (block formats) or of the row (per token).
-  COLLOGUE_DEVICE void write(const Packed<D::kParts>& packed, int i, u32 c, bool active, float amax) const {
+  // The codes of eight elements and the scale of their group: a byte, or the bits of a float. `amax`: of the group (block formats)
+  // or of the row (per token). All lanes.
+  COLLOGUE_DEVICE Codes encode(const Packed<D::kParts>& packed, float amax) const {
     float n[8];
     D::widen(packed, n);
-    u8* const code = codes + i * 32 * (kCodes4 ? 4 : 8);
+    Codes codes;
+    codes.scale = 0;
     if constexpr (kFormat == Format::kNVFP4) {
       const u32 sf = e4m3_code(scale * (amax * (1.0f / 6.0f)));
       float factor = shared.factor[sf & 0x7fu];
@@ -76,35 +85,66 @@ struct Quantizer {
         sign_bits = product_signs(n, factor);
         mask = sf ? ~0u : 0u;
       }
-      const u32 w = e2m1_word(n, factor, sign_bits) & mask;
-      if (active) store_word(code, w);
-      store_scale_byte(i, c, active, sf);
+      codes.w[0] = e2m1_word(n, factor, sign_bits) & mask;
+      codes.scale = sf;
     } else if constexpr (kMX) {
       const u32 byte = e8m0_of_amax<kCodes4 ? 2 : 8, C::kCeil>(amax), mask = bits(amax) ? ~0u : 0u;
-      if constexpr (kCodes4) {
-        const u32 w = e2m1_word(n, e8m0_inverse(byte), signs<D>(packed)) & mask;
-        if (active) store_word(code, w);
-      } else {
-        write_e4m3(code, n, e8m0_inverse(byte), active, mask);
-      }
-      store_scale_byte(i, c, active, byte);
+      if constexpr (kCodes4)
+        codes.w[0] = e2m1_word(n, e8m0_inverse(byte), signs<D>(packed)) & mask;
+      else
+        encode_e4m3(codes, n, e8m0_inverse(byte), mask);
+      codes.scale = byte;
     } else if constexpr (kFormat == Format::kFP8GroupE8M0) {
-      const u32 byte = max_u32(e8m0_of_amax<8, true>(amax), e8m0_not_below(p.smallest));
-      write_e4m3(code, n, e8m0_inverse(byte), active, ~0u);
-      store_scale_byte(i, c, active, byte);
+      codes.scale = max_u32(e8m0_of_amax<8, true>(amax), e8m0_not_below(p.smallest));
+      encode_e4m3(codes, n, e8m0_inverse(codes.scale), ~0u);
     } else if constexpr (kFormat == Format::kFP8Static) {
-      write_e4m3(code, n, scale, active, ~0u);
+      encode_e4m3(codes, n, scale, ~0u);
     } else {
       const float s = larger(amax / 448.0f, p.smallest);
       divide(n, s);
-      write_e4m3(code, n, 1.0f, active, ~0u);
-      if constexpr (kPerRow) {
-        if (active && c == 0) reinterpret_cast<float*>(p.scales)[token] = s;
-      } else if (active && leads(c)) {
-        *reinterpret_cast<float*>(C::kVectors == 1 ? scales : scale_address(token, c)) = s;
-      }
+      encode_e4m3(codes, n, 1.0f, ~0u);
+      codes.scale = bits(s);
+    }
+    return codes;
+  }
+  // Stores them: vector `c`, this thread's i-th, of the row that aim() named. `active`: the vector lies in the row.
+  COLLOGUE_DEVICE void write(const Codes& v, int i, u32 c, bool active) const {
+    if (!active) return;
+    u8* const code = codes + i * 32 * kCodeBytes;
+    if constexpr (kCodes4)
+      store_word(code, v.w[0]);
+    else
+      *reinterpret_cast<uint2*>(code) = make_uint2(v.w[0], v.w[1]);
+    if constexpr (kPerRow) {
+      if (c == 0) reinterpret_cast<u32*>(p.scales)[token] = v.scale;
+    } else if constexpr (C::kGroup != 0) {
+      if (!leads(c)) return;
+      u8* const place = C::kVectors == 1 ? scales : scale_address(token, c);
+      if constexpr (kScaleBytes)
+        *place = static_cast<u8>(v.scale);
+      else
+        store_word(place, v.scale);
     }
   }
+
+  // Of the scale of vector c of row t in its tensor, in bytes.
+  COLLOGUE_DEVICE u64 scale_offset(u32 t, u32 c, u32 column_stride) const {
+    const u32 k = c / kVectorsPerGroup, tiles = (groups() + 3) / 4;
+    const u64 in_row = static_cast<u64>(t) * groups() + k, in_column = static_cast<u64>(k) * column_stride + t;
+    if constexpr (!kScaleBytes)
+      return (C::kLayout == Layout::kColumn ? in_column : in_row) * 4;
+    else if constexpr (C::kLayout == Layout::kLinear)
+      return in_row;
+    else if constexpr (C::kLayout == Layout::k128x4)
+      return ((static_cast<u64>(t / 128) * tiles + k / 4) * 128 + t % 32 * 4 + t / 32 % 4) * 4 + k % 4;
+    else if constexpr (C::kLayout == Layout::k8x4)
+      return ((static_cast<u64>(t / 8) * tiles + k / 4) * 8 + t % 8) * 4 + k % 4;
+    else
+      return (static_cast<u64>(k / 4) * column_stride + t) * 4 + k % 4;
+  }
+  COLLOGUE_DEVICE u8* scale_address(u32 t, u32 c) const { return p.scales + scale_offset(t, c, p.column_stride); }
+  // Whether vector c is the first of its group.
+  static COLLOGUE_DEVICE bool leads(u32 c) { return c % kVectorsPerGroup == 0; }
 
   // Groups that a warp does not hold: maxima of 16 elements through shared memory. The row lies in one CTA.
   COLLOGUE_DEVICE void share_amax(u32 c, bool active, float amax) {
@@ -160,32 +200,8 @@ struct Quantizer {
   }
 
  private:
-  static constexpr bool kScaleBytes = kFormat == Format::kNVFP4 || kMX || kFormat == Format::kFP8GroupE8M0;
-  static constexpr u32 kVectorsPerGroup = C::kGroup ? C::kGroup / 8 : 1;
-
   static COLLOGUE_DEVICE u32 max_u32(u32 a, u32 b) { return a > b ? a : b; }
-  static COLLOGUE_DEVICE void store_word(u8* address, u32 w) { *reinterpret_cast<u32*>(address) = w; }
-  static COLLOGUE_DEVICE bool leads(u32 c) { return c % kVectorsPerGroup == 0; }
   COLLOGUE_DEVICE u32 groups() const { return p.hidden / 8 / kVectorsPerGroup; }
-
-  // Of the scale of vector c of row t.
-  COLLOGUE_DEVICE u8* scale_address(u32 t, u32 c) const {
-    const u32 k = c / kVectorsPerGroup, tiles = (groups() + 3) / 4;
-    const u64 in_row = static_cast<u64>(t) * groups() + k, in_column = static_cast<u64>(k) * p.column_stride + t;
-    if constexpr (!kScaleBytes)
-      return p.scales + (C::kLayout == Layout::kColumn ? in_column : in_row) * 4;
-    else if constexpr (C::kLayout == Layout::kLinear)
-      return p.scales + in_row;
-    else if constexpr (C::kLayout == Layout::k128x4)
-      return p.scales + ((static_cast<u64>(t / 128) * tiles + k / 4) * 128 + t % 32 * 4 + t / 32 % 4) * 4 + k % 4;
-    else if constexpr (C::kLayout == Layout::k8x4)
-      return p.scales + ((static_cast<u64>(t / 8) * tiles + k / 4) * 8 + t % 8) * 4 + k % 4;
-    else
-      return p.scales + (static_cast<u64>(k / 4) * p.column_stride + t) * 4 + k % 4;
-  }
-  COLLOGUE_DEVICE void store_scale_byte(int i, u32 c, bool active, u32 byte) const {
-    if (active && leads(c)) *(C::kVectors == 1 ? scales : scale_address(token, c)) = static_cast<u8>(byte);
-  }
 
   // n / s with one reciprocal and a correction: the quotient that the division gives, wherever an E4M3 code depends on it, for
   // scales in between; below them the correction underflows (docs/contract.md).
@@ -203,12 +219,10 @@ struct Quantizer {
     }
   }
 
-  static COLLOGUE_DEVICE void write_e4m3(u8* code, const float (&n)[8], float factor, bool active, u32 mask) {
-    u32 w[2];
+  static COLLOGUE_DEVICE void encode_e4m3(Codes& codes, const float (&n)[8], float factor, u32 mask) {
 #pragma unroll
     for (int i = 0; i < 2; i++)
-      w[i] = e4m3_word(n[4 * i] * factor, n[4 * i + 1] * factor, n[4 * i + 2] * factor, n[4 * i + 3] * factor) & mask;
-    if (active) *reinterpret_cast<uint2*>(code) = make_uint2(w[0], w[1]);
+      codes.w[i] = e4m3_word(n[4 * i] * factor, n[4 * i + 1] * factor, n[4 * i + 2] * factor, n[4 * i + 3] * factor) & mask;
   }
 };
 

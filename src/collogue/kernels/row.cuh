@@ -41,6 +41,14 @@ COLLOGUE_DEVICE float largest_block(const float* amaxes) {
   return larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
 }
 
+// Takes what is worked out of a row beside the outputs here: nothing. gather.cuh has the one that sends it to every rank.
+struct NoWire {
+  template <class Vector>
+  COLLOGUE_DEVICE void norm(int, const Vector&) const {}
+  template <class Codes>
+  COLLOGUE_DEVICE void codes(int, const Codes&) const {}
+};
+
 template <class C>
 struct Row {
   using D = typename C::D;
@@ -50,6 +58,7 @@ struct Row {
     typename Quant::Shared quant;
     ExchangeBuffer<C, C::kNorm> squares;
     ExchangeBuffer<C, Quant::kPerRow> amax;
+    u32 stopped;  // of a warp that waited for all
   };
   static constexpr bool kBarrierAtStart = C::kNorm || Quant::kPerRow || C::kFormat == Format::kNVFP4;
   // Bytes between the vectors of one thread in a [T, H] tensor.
@@ -96,10 +105,14 @@ struct Row {
     return v;
   }
 
-  // Works out where the outputs of row t go, now: a load of an address must not stand in the way of a result later.
-  COLLOGUE_DEVICE void aim(u32 t) {
-    stream = p.stream + offset(t);
-    compute_now(stream);
+  // Works out where the outputs of row t go, now: a load of an address must not stand in the way of a result later. `stream_row`: of
+  // the stream's tensor.
+  COLLOGUE_DEVICE void aim(u32 t) { aim(t, t); }
+  COLLOGUE_DEVICE void aim(u32 t, u32 stream_row) {
+    if constexpr (C::kStream) {
+      stream = p.stream + offset(stream_row);
+      compute_now(stream);
+    }
     if constexpr (C::kKeepNorm) {
       norm = p.norm + offset(t);
       compute_now(norm);
@@ -111,17 +124,35 @@ struct Row {
     }
   }
 
+  // The same where the row is already finished and only has to be put in its place.
+  COLLOGUE_DEVICE void aim_finished(u32 t) {
+    if constexpr (C::kKeepNorm) norm = p.norm + offset(t);
+    quant.aim(t, vector(0));
+  }
+
   // `sum`: the terms of vector i of row t, added in rank order. Rounds, stores and returns the stream y.
   COLLOGUE_DEVICE Vector store_stream(int i, const float (&sum)[8]) const {
     const Vector y = D::round(sum);
-    if (active(i)) store_vector<D>(stream + i * kVectorStep, y);
+    store_rounded(i, y);
     return y;
   }
+  COLLOGUE_DEVICE void store_rounded(int i, const Vector& y) const {
+    if constexpr (C::kStream)
+      if (active(i)) store_vector<D>(stream + i * kVectorStep, y);
+  }
+  COLLOGUE_DEVICE void store_norm(int i, const Vector& n) const {
+    if (active(i)) store_vector<D>(norm + i * kVectorStep, n);
+  }
 
-  // From y to everything else. `turn` counts the rows this CTA has done. All threads of the row.
-  COLLOGUE_DEVICE void finish(u32 turn, Vector (&y)[C::kVectors]) {
-    if constexpr (C::kNorm) normalise(turn, y);
-    if constexpr (C::kFormat != Format::kNone) quantise(turn, y);
+  // From y to everything else. `turn` counts the rows this CTA has done. `meanwhile` is done once, while the row sum travels.
+  // `wire` gets the norm and the codes of every vector. All threads of the row.
+  template <class Meanwhile, class Wire>
+  COLLOGUE_DEVICE void finish(u32 turn, Vector (&y)[C::kVectors], Meanwhile meanwhile, const Wire& wire) {
+    if constexpr (C::kNorm)
+      normalise(turn, y, meanwhile, wire);
+    else
+      meanwhile();
+    if constexpr (C::kFormat != Format::kNone) quantise(turn, y, wire);
   }
 
   // Between two rows of one CTA: exchange buffers are used again two turns later, so no warp may fall two turns behind.
@@ -129,13 +160,15 @@ struct Row {
 
  private:
   // On entry `row` holds the stream, on return the rounded norm. Vectors past the end of the row are zeros and add nothing.
-  COLLOGUE_DEVICE void normalise(u32 turn, Vector (&row)[C::kVectors]) {
+  template <class Meanwhile, class Wire>
+  COLLOGUE_DEVICE void normalise(u32 turn, Vector (&row)[C::kVectors], Meanwhile meanwhile, const Wire& wire) {
     float y[8];
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       D::widen(row[i], y);
       squares.send(turn, first_block, i, fold_lanes(lane_sum(y)));
     }
+    meanwhile();
     const float total = add_blocks<C::kBlocks>(squares.wait(turn));
     const float rstd = reciprocal(square_root(total / static_cast<float>(p.hidden) + p.eps));
 #pragma unroll
@@ -145,8 +178,10 @@ struct Row {
 #pragma unroll
       for (int j = 0; j < 8; j++) y[j] = (y[j] * rstd) * weight[j];
       row[i] = D::round(y);
-      if constexpr (C::kKeepNorm)
-        if (active(i)) store_vector<D>(norm + i * kVectorStep, row[i]);
+      if constexpr (C::kKeepNorm) {
+        store_norm(i, row[i]);
+        wire.norm(i, row[i]);
+      }
     }
   }
   COLLOGUE_DEVICE void load_weight(int i, float (&w)[8]) const {
@@ -158,7 +193,8 @@ struct Row {
     for (int j = 0; j < 8; j++) w[j] = w[j] + p.weight_offset;
   }
 
-  COLLOGUE_DEVICE void quantise(u32 turn, const Vector (&n)[C::kVectors]) {
+  template <class Wire>
+  COLLOGUE_DEVICE void quantise(u32 turn, const Vector (&n)[C::kVectors], const Wire& wire) {
     float row_amax = 0.0f;
     if constexpr (Quant::kPerRow) {
 #pragma unroll
@@ -180,7 +216,9 @@ struct Row {
       float a = row_amax;
       if constexpr (Quant::kGroupInWarp) a = Quant::group_amax(largest_magnitude<D>(n[i]));
       if constexpr (Quant::kGroupInBlock) a = quant.shared_group_amax(vector(i), active(i));
-      quant.write(n[i], i, vector(i), active(i), a);
+      const auto codes = quant.encode(n[i], a);
+      quant.write(codes, i, vector(i), active(i));
+      wire.codes(i, codes);
     }
   }
 };

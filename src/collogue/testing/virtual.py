@@ -71,10 +71,6 @@ class VirtualGroup:
     def all_gather(self, output: torch.Tensor, block: torch.Tensor) -> None:
         self._move(block, lambda blocks: [output[r].copy_(b) for r, b in enumerate(blocks)])
 
-    def exchange_rows(self, output: torch.Tensor, rows: torch.Tensor, counts: Sequence[int]) -> None:
-        mine, first = counts[self.rank], sum(counts[: self.rank])
-        self._move(rows, lambda all_rows: [output[r, :mine].copy_(x[first : first + mine]) for r, x in enumerate(all_rows)])
-
     def _move(self, tensor: torch.Tensor, copy: Callable[[list[torch.Tensor]], object]) -> None:
         """Give every rank sight of every rank's ``tensor`` while it copies; on return all copies are done."""
         self._finish()

@@ -1,0 +1,70 @@
+"""The header of a call: what a kernel tells every rank that it was called with (kernels/protocol.cuh), and its text.
+
+Words: 1 + call number, tokens, hidden size, first row of the launch, two words of options, a mix of eps and weight offset, hash.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+
+from collogue.spec import Operation, Quant
+from collogue.variant import QuantVariant
+
+HEADER_WORDS = 8
+HEADER_BYTES = 4 * HEADER_WORDS
+_OPERATIONS = get_args(Operation)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FORMATS = ("kNone", "kNVFP4", "kMXFP4", "kMXFP8", "kFP8Static", "kFP8PerToken", "kFP8Group", "kFP8GroupE8M0")
+_NAMES = ("none", "NVFP4", "MXFP4", "MXFP8", "FP8Static", "FP8PerToken", "FP8Group", "FP8Group(ue8m0)")
+_LAYOUTS = ("kLinear", "k128x4", "k8x4", "kColumn")
+_LAYOUT_NAMES = ("linear", "128x4", "8x4", "column")
+_ALGORITHMS = ("local", "one_shot", "two_shot", "sharded", "all_gather")
+
+
+def pack(
+    algorithm: str, operation: Operation, dtype: torch.dtype, residual: bool, norm: bool, keep_norm: bool, quant: Quant | None
+) -> tuple[int, int]:
+    """The two words of options."""
+    q = QuantVariant.of(quant)
+    fields = (
+        (_ALGORITHMS.index(algorithm), 4),
+        (_OPERATIONS.index(operation), 4),
+        (_DTYPES.index(dtype), 2),
+        (residual, 1),
+        (norm, 1),
+        (keep_norm, 1),
+        (_FORMATS.index(q.format), 4),
+        (_LAYOUTS.index(q.layout), 3),
+        (q.ceil, 1),
+    )
+    word = shift = 0
+    for value, bits in fields:
+        word |= int(value) << shift
+        shift += bits
+    return word, q.group
+
+
+def text(words: tuple[int, ...] | list[int]) -> str:
+    """What a header says, for people."""
+    number, tokens, hidden, first, word, group, mix, _ = words
+
+    def take(bits: int) -> int:
+        nonlocal word
+        value, word = word & ((1 << bits) - 1), word >> bits
+        return value
+
+    algorithm, operation, dtype = _ALGORITHMS[take(4)], _OPERATIONS[take(4)], _DTYPES[take(2)]
+    residual, norm, keep_norm, quant, layout, ceil = take(1), take(1), take(1), take(4), take(3), take(1)
+    parts = [f"call {number - 1}: {operation} by {algorithm}", f"tokens={tokens}", f"hidden_size={hidden}"]
+    parts.append(f"dtype={str(dtype).removeprefix('torch.')}")
+    parts += ["residual"] * residual + ["norm"] * norm + ["keep_norm"] * keep_norm
+    if quant:
+        extra = [_LAYOUT_NAMES[layout]] + [f"group {group}"] * (group > 0) + ["ceil"] * ceil
+        parts.append(f"quant={_NAMES[quant]} ({', '.join(extra)})")
+    if norm:
+        parts.append(f"eps and offset {mix:#010x}")
+    if first:
+        parts.append(f"from row {first}")
+    return ", ".join(parts)

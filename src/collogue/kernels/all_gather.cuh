@@ -1,0 +1,101 @@
+// All-gather: every rank gives the rows it owns, values or codes and scales as they are, and gets everybody's. Any bits may travel, so
+// a row is ready when the flag of the CTA that sent it says so, behind a release of all its stores.
+#pragma once
+#include "gather.cuh"
+
+namespace collogue {
+
+template <class C>
+COLLOGUE_DEVICE void all_gather(const Params& p) {
+  using D = typename C::D;
+  using Wire = WireRow<C>;
+  using Quant = typename Wire::Quant;
+  COLLOGUE_SHARED(typename Row<C>::Shared, shared);
+  Row<C> row(p, shared);
+  Ranks<C> ranks(p);
+  const Wire wire(p);
+  const u32 end = p.first + p.count, step = grid_rows();
+  const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();
+  const u32 flags_offset = Ranks<C>::kPeers * p.slot_bytes;  // [sender][CTA]
+  const u32 warp = thread_index() / 32, lane = thread_index() % 32;
+
+  wait_for_previous_kernel();
+  ranks.ask();
+  launch_next_kernel();
+  ranks.start();
+  const u32 thread = cta * C::kThreads + thread_index();
+  ranks.announce(thread, ctas * C::kThreads / 32);
+  const Seen seen = ranks.look_at_previous_call(thread / 32);
+  if constexpr (Wire::kCodes)
+    if (p.pad) row.quant.pad(thread, ctas * C::kThreads, p.tokens);
+
+  // Own rows: to their place here and to every peer.
+  for (u32 r = p.first + grid_row(); r < end; r += step) {
+    const u32 t = p.rank * p.block + r, at = (r - p.first) * p.wire_bytes;
+    if (t >= p.tokens) break;
+    row.aim_finished(t);
+    u8* targets[C::kWorld];
+#pragma unroll
+    for (int k = 1; k < C::kWorld; k++) targets[k] = ranks.slot[k] + (ranks.generation + at);
+    const WireSender<C> sender{wire, targets, row.vector(0), p.hidden, ranks.stopped || at + p.wire_bytes > p.slot_bytes};
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++) {
+      const u32 c = row.vector(i);
+      if constexpr (C::kKeepNorm) {
+        const auto values = row.load(p.shard_values + row.offset(r), i);
+        row.store_norm(i, values);
+        sender.norm(i, values);
+      }
+      if constexpr (Wire::kCodes) {
+        typename Wire::Codes codes{};
+        if (row.active(i)) {
+          const u32* const from = reinterpret_cast<const u32*>(p.shard_codes + (static_cast<u64>(r) * (p.hidden / 8) + c) * Quant::kCodeBytes);
+#pragma unroll
+          for (u32 j = 0; j < Quant::kCodeBytes / 4; j++) codes.w[j] = from[j];
+          if (Wire::kScaleWords && (Quant::kPerRow ? c == 0 : Quant::leads(c))) {
+            const u8* const scale = p.shard_scales + (Quant::kPerRow ? static_cast<u64>(r) * 4 : row.quant.scale_offset(r, c, p.shard_column_stride));
+            codes.scale = Quant::kScaleBytes ? *scale : *reinterpret_cast<const u32*>(scale);
+          }
+        }
+        row.quant.write(codes, i, c, row.active(i));
+        sender.codes(i, codes);
+      }
+    }
+  }
+  sync_block();
+  if (warp == 0) {
+    const bool peer = lane < C::kWorld && lane != p.rank;
+    if (peer) fence_system();
+    if (peer && !ranks.stopped)
+      store_word_to_peer(reinterpret_cast<u32*>(p.workspace[lane] + kDataOffset + ranks.generation + flags_offset) + ranks.position(p.rank, lane) * ctas + cta, 1u);
+    if (cta == 0) ranks.compare_previous_call(0, seen);
+    u32* const flag = reinterpret_cast<u32*>(ranks.own + kDataOffset + ranks.generation + flags_offset) + ranks.position(lane, p.rank) * ctas + cta;
+    const auto missing = [&] { return peer && load_peer_written_word(flag) == D::kSentinel; };
+    ranks.template wait<1>(missing, [&](int) { return missing(); }, [&](int) { return lane; }, kStageRows, 0);
+    fence_system();
+    if (peer && !ranks.stopped) store_word(reinterpret_cast<u8*>(flag), D::kSentinel);
+    if (lane == 0) shared.stopped = ranks.stopped;
+  }
+  sync_block();
+  ranks.stopped |= shared.stopped;
+
+  // The others' rows, to their places here.
+  for (u32 r = p.first + grid_row(); r < end && !ranks.stopped; r += step) {
+#pragma unroll 1
+    for (u32 k = 1; k < C::kWorld; k++) {
+      const u32 owner = ranks.next_peer(k), t = owner * p.block + r;
+      if (t >= p.tokens) continue;
+      row.aim_finished(t);
+#pragma unroll
+      for (int i = 0; i < C::kVectors; i++) {
+        Arrival<C> arrival(row, wire, ranks.arrivals(owner) + (r - p.first) * p.wire_bytes, i);
+        arrival.load();
+        sync_warp();
+        arrival.put(row, i);
+      }
+    }
+  }
+  if (ranks.stopped) ranks.report();
+}
+
+}  // namespace collogue

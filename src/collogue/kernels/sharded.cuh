@@ -1,0 +1,127 @@
+// Sharded: every rank owns a block of rows, and the residual of those rows only. Each sends its terms of a row to the owner, who adds
+// them and the residual, keeps y, finishes the row and sends what is finished to everybody (kGather), or keeps that as well.
+// Turn r does row r of every owner: the terms of the next turn leave first, then this turn's own row, then the others' rows
+// of the turn before are put in their places.
+#pragma once
+#include "gather.cuh"
+
+namespace collogue {
+
+template <class C>
+COLLOGUE_DEVICE void sharded(const Params& p) {
+  using D = typename C::D;
+  using Vector = Packed<D::kParts>;
+  COLLOGUE_SHARED(typename Row<C>::Shared, shared);
+  Row<C> row(p, shared);
+  Ranks<C> ranks(p);
+  const WireRow<C> wire(p);
+  const u32 end = p.first + p.count, step = grid_rows(), row_bytes = p.hidden * D::kBytes;
+  const u32 gather_offset = Ranks<C>::kPeers * p.slot_bytes;
+  u32 r = p.first + grid_row();
+
+  wait_for_previous_kernel();
+  ranks.ask();
+  launch_next_kernel();
+  ranks.start();
+
+  // Row `of` of every other owner: this rank's terms.
+  const auto give = [&](u32 of) {
+    Vector x[C::kWorld];
+    const u32 offset = (of - p.first) * row_bytes;
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++) {
+      const u32 at = offset + row.vector(i) * 8 * D::kBytes;
+#pragma unroll
+      for (int k = 1; k < C::kWorld; k++) {
+        const u32 t = ranks.next_peer(k) * p.block + of;
+        if (t < p.tokens) x[k] = row.load(p.partial + row.offset(t), i);
+      }
+#pragma unroll
+      for (int k = 1; k < C::kWorld; k++) {
+        const u32 t = ranks.next_peer(k) * p.block + of;
+        if (t < p.tokens && row.active(i) && !ranks.stopped && at < p.slot_bytes)
+          ranks.send_vector(ranks.slot[k] + (ranks.generation + at), ranks.disguise(x[k]));
+      }
+    }
+  };
+  // Row `of` of every other owner, finished.
+  const auto take = [&](u32 of) {
+#pragma unroll 1
+    for (u32 k = 1; k < C::kWorld; k++) {
+      const u32 owner = ranks.next_peer(k), t = owner * p.block + of;
+      if (t >= p.tokens) continue;
+      u8* const place = ranks.own + kDataOffset + ranks.generation + gather_offset + ranks.position(owner, p.rank) * p.gather_bytes;
+      row.aim_finished(t);
+#pragma unroll
+      for (int i = 0; i < C::kVectors; i++) {
+        Arrival<C> arrival(row, wire, place + (of - p.first) * p.wire_bytes, i);
+        ranks.template wait<1>([&] { return arrival.load(); }, [&](int) { return arrival.load(); }, [&](int) { return owner; }, kStageRows, t);
+        if (!ranks.stopped) arrival.put(row, i);
+      }
+    }
+  };
+
+  give(r);
+  const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();
+  const u32 thread = cta * C::kThreads + thread_index(), threads = ctas * C::kThreads;
+  ranks.announce(thread, threads / 32);
+  const Seen seen = ranks.look_at_previous_call(thread / 32);
+  if constexpr (C::kFormat != Format::kNone)
+    if (p.pad) row.quant.pad(thread, threads, C::kGather ? p.tokens : p.pad);
+  row.wait_for_barriers();
+  ranks.compare_previous_call(cta == 0 ? thread_index() / 32 : ~0u, seen);
+
+  u32 turn = 0;
+  for (; r < end; r += step) {
+    const u32 t = p.rank * p.block + r;
+    const bool mine = t < p.tokens;
+    Vector x[C::kVectors], residual{};
+    if constexpr (C::kVectors == 1)
+      if (mine) {
+        x[0] = row.load(p.partial + row.offset(t), 0);
+        if constexpr (C::kResidual) residual = row.load(p.residual + row.offset(r), 0);
+      }
+    if (r + step < end) give(r + step);
+    if (mine) {
+      if (turn) row.next();
+      row.aim(C::kGather ? t : r, r);
+      const u32 offset = (r - p.first) * row_bytes;
+      u8* targets[C::kWorld];
+      if constexpr (C::kGather) {
+#pragma unroll
+        for (int k = 1; k < C::kWorld; k++) {
+          const u32 peer = ranks.next_peer(k);
+          targets[k] = p.workspace[peer] + kDataOffset + ranks.generation + gather_offset + ranks.position(p.rank, peer) * p.gather_bytes + (r - p.first) * p.wire_bytes;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < C::kVectors; i++) {
+        const u32 at = offset + row.vector(i) * 8 * D::kBytes;
+        if constexpr (C::kVectors > 1) {
+          x[i] = row.load(p.partial + row.offset(t), i);
+          if constexpr (C::kResidual) residual = row.load(p.residual + row.offset(r), i);
+        }
+        float sum[8];
+        ranks.receive_and_add(ranks.disguise(x[i]), at, row.active(i), t, sum);
+        if constexpr (C::kResidual) add<D>(sum, residual);
+        x[i] = row.store_stream(i, sum);
+      }
+      const auto wipe = [&] {
+#pragma unroll
+        for (int i = 0; i < C::kVectors; i++) ranks.wipe_terms(offset + row.vector(i) * 8 * D::kBytes, row.active(i));
+      };
+      if constexpr (C::kGather)
+        row.finish(turn, x, wipe, WireSender<C>{wire, targets, row.vector(0), p.hidden, ranks.stopped || (r - p.first + 1) * p.wire_bytes > p.gather_bytes});
+      else
+        row.finish(turn, x, wipe, NoWire{});
+      turn++;
+    }
+    if (C::kGather && r >= p.first + step) take(r - step);
+  }
+  if (C::kGather && p.count > grid_row()) take(r - step);
+  // A rank that owns no row waits for nobody, and would run ahead: it must know that all have come this far.
+  if (!C::kGather && cta == 0 && thread_index() / 32 == 0) ranks.wait_for_headers();
+  if (ranks.stopped) ranks.report();
+}
+
+}  // namespace collogue
