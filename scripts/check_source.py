@@ -24,6 +24,7 @@ ORDER = (
     "reference",
     "group",
     "call",
+    "gather",
     "variant",
     "jit",
     "topology",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn, TypeAlias
 
 import torch
 
@@ -19,7 +21,7 @@ from collogue.errors import (
     ShapeError,
 )
 from collogue.formats import code_spec, empty_scales, scale_elements, scale_spec
-from collogue.spec import Operation, Output, Quant, RMSNorm, Wanted
+from collogue.spec import Operation, Output, Quant, RMSNorm, Wanted, owned_rows
 
 #: Bytes to which rows and tensors must be aligned: kernels move 16 bytes at a time.
 ALIGNMENT = 16
@@ -27,7 +29,11 @@ ALIGNMENT = 16
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """The checked arguments of one call."""
+    """The checked arguments of one call.
+
+    ``partial``: this rank's term [T, H]; of ``finish``, y; of ``all_gather``, a tensor without memory (meta) that only says the shape and
+    dtype of gathered values. ``rows``: which of the T rows this rank owns, where it gives or gets a shard. ``shard``: what is gathered.
+    """
 
     partial: torch.Tensor
     residual: torch.Tensor | None
@@ -35,24 +41,43 @@ class Call:
     quant: Quant | None
     wanted: Wanted
     operation: Operation = "all_reduce"
+    rows: range | None = None
+    shard: Output | None = None
 
     @property
     def tokens(self) -> int:
+        """T: the rows of the whole, on every rank."""
         return self.partial.shape[0]
 
     @property
     def hidden_size(self) -> int:
         return self.partial.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.partial.device if self.shard is None else next(tensor for _, tensor in self.shard.items()).device
+
+    @property
+    def stream_rows(self) -> int:
+        """Rows of ``reduced`` or ``residual``, out and in."""
+        return self.tokens if self.rows is None or self.operation == "all_gather" else len(self.rows)
+
+    @property
+    def finished_rows(self) -> int:
+        """Rows of ``norm``, ``codes`` and ``scales``."""
+        return len(self.rows) if self.rows is not None and self.operation == "reduce_scatter" else self.tokens
+
 
 @dataclass(frozen=True, eq=False)
 class Capacity:
-    """What a communicator was made for; every call is checked against it."""
+    """What a communicator was made for, and for which rank; every call is checked against it."""
 
     max_tokens: int
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
+    world_size: int = 1
+    rank: int = 0
 
     @functools.cached_property
     def index(self) -> int:
@@ -67,34 +92,54 @@ def check_call(
     norm: RMSNorm | None,
     quant: Quant | None,
     keep_norm: bool,
+    *,
+    operation: Operation = "all_reduce",
 ) -> Call:
-    """Check the arguments of one call against ``capacity`` and against each other."""
+    """Check the arguments of one call, other than an ``all_gather``, against ``capacity`` and against each other."""
     if not _is_plain(partial, capacity):
-        _check_values("partial", partial, capacity)
+        check_values("partial" if operation != "finish" else "y", partial, capacity)
     tokens, hidden_size = partial.shape
     if hidden_size > capacity.hidden_size or tokens > capacity.max_tokens:
-        raise CapacityError(
-            f"partial has shape {[tokens, hidden_size]}; the communicator was made for at most "
-            f"{capacity.max_tokens} tokens of hidden size {capacity.hidden_size}",
-            hint="ask comm.fits(tokens) first, or make the communicator with a larger max_tokens or hidden_size",
-        )
+        raise_capacity("partial" if operation != "finish" else "y", tokens, hidden_size, capacity)
     check_hidden_size(hidden_size)
+    rows = None
+    if operation == "sharded" or operation == "reduce_scatter":
+        rows = owned_rows(tokens, capacity.world_size, capacity.rank)
     if residual is not None:
         if not _is_plain(residual, capacity):
-            _check_values("residual", residual, capacity)
-        if residual.shape != partial.shape:
-            raise ShapeError(
-                f"residual has shape {list(residual.shape)}, partial {list(partial.shape)}",
-                hint="give the residual rows of the same tokens as the partial",
-            )
+            check_values("residual", residual, capacity)
+        if residual.shape != (partial.shape if rows is None else (len(rows), hidden_size)):
+            _raise_residual(residual, partial, rows, capacity)
     if norm is not None:
         _check_norm(norm, hidden_size, capacity)
     if quant is not None:
         _check_quant(quant, hidden_size, capacity)
     if torch.is_grad_enabled():
-        _check_no_grad(partial, residual, norm)
-    wanted = Wanted.of(has_residual=residual is not None, has_norm=norm is not None, quant=quant, keep_norm=keep_norm)
-    return Call(partial, residual, norm, quant, wanted)
+        check_no_grad(("partial", partial), ("residual", residual), ("RMSNorm.weight", None if norm is None else norm.weight))
+    wanted = Wanted.of(has_residual=residual is not None, has_norm=norm is not None, quant=quant, keep_norm=keep_norm, operation=operation)
+    return Call(partial, residual, norm, quant, wanted, operation, rows)
+
+
+def raise_capacity(name: str, tokens: int, hidden_size: int, capacity: Capacity) -> NoReturn:
+    """Raise :class:`CapacityError` for a tensor that is larger than the communicator was made for."""
+    raise CapacityError(
+        f"{name} has shape {[tokens, hidden_size]}; the communicator was made for at most "
+        f"{capacity.max_tokens} tokens of hidden size {capacity.hidden_size}",
+        hint="ask comm.fits(tokens) first, or make the communicator with a larger max_tokens or hidden_size",
+    )
+
+
+def _raise_residual(residual: torch.Tensor, partial: torch.Tensor, rows: range | None, capacity: Capacity) -> NoReturn:
+    if rows is None:
+        raise ShapeError(
+            f"residual has shape {list(residual.shape)}, partial {list(partial.shape)}",
+            hint="give the residual rows of the same tokens as the partial",
+        )
+    raise ShapeError(
+        f"residual has shape {list(residual.shape)}; rank {capacity.rank} of {capacity.world_size} owns {len(rows)} rows of "
+        f"partial {list(partial.shape)}",
+        hint="give the rows that this rank owns: comm.shard(residual)",
+    )
 
 
 def _is_plain(tensor: torch.Tensor, capacity: Capacity) -> bool:
@@ -116,7 +161,8 @@ def check_hidden_size(hidden_size: int) -> None:
         raise ShapeError(f"hidden size {hidden_size} is not a positive multiple of 8", hint="pad the hidden size to a multiple of 8")
 
 
-def _check_values(name: str, tensor: torch.Tensor, capacity: Capacity) -> None:
+def check_values(name: str, tensor: torch.Tensor, capacity: Capacity) -> None:
+    """Raise unless ``tensor`` is ``[T, H]`` in the communicator's dtype, on its device, row-contiguous and aligned."""
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2:
         shape = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise ShapeError(f"{name} must be a tensor of shape [T, H], got {shape}", hint="flatten leading dimensions: x.view(-1, H)")
@@ -188,86 +234,104 @@ def _check_quant(quant: Quant, hidden_size: int, capacity: Capacity) -> None:
     quant.__dict__["_fits"] = fits
 
 
-def _check_no_grad(partial: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm | None) -> None:
-    for name, tensor in ("partial", partial), ("residual", residual), ("RMSNorm.weight", None if norm is None else norm.weight):
+def check_no_grad(*named: tuple[str, torch.Tensor | None]) -> None:
+    """Raise :class:`GradError` for the first tensor that requires grad. For grad mode only."""
+    for name, tensor in named:
         if tensor is not None and tensor.requires_grad:
             raise GradError(f"{name} requires grad", hint="call under torch.inference_mode() or torch.no_grad()")
 
 
 def allocate(call: Call) -> Output:
     """Fresh tensors for every output the call asks for, uninitialised."""
-    tokens, hidden_size = call.tokens, call.hidden_size
-    wanted, partial = call.wanted, call.partial
+    wanted, partial, quant = call.wanted, call.partial, call.quant
+    whole = call.rows is None  # the usual case, and the one that has to be quick
     out = Output()
     if wanted.reduced:
-        out.reduced = torch.empty_like(partial)
+        out.reduced = torch.empty_like(partial) if whole else _empty_rows(call, call.stream_rows)
     if wanted.residual:
-        out.residual = torch.empty_like(partial)
+        out.residual = torch.empty_like(partial) if whole else _empty_rows(call, call.stream_rows)
     if wanted.norm:
-        out.norm = torch.empty_like(partial)
-    if call.quant is not None:
-        shape, dtype = code_spec(call.quant, tokens, hidden_size)
-        out.codes = torch.empty(shape, dtype=dtype, device=partial.device)
+        out.norm = torch.empty_like(partial) if whole else _empty_rows(call, call.finished_rows)
+    if quant is not None:
+        rows, hidden_size = partial.shape
+        if not whole:
+            rows = call.finished_rows
+        device = call.device
+        shape, dtype = code_spec(quant, rows, hidden_size)
+        out.codes = torch.empty(shape, dtype=dtype, device=device)
         if wanted.scales:
-            out.scales = empty_scales(call.quant, tokens, hidden_size, partial.device)
+            out.scales = empty_scales(quant, rows, hidden_size, device)
     return out
+
+
+def _empty_rows(call: Call, rows: int) -> torch.Tensor:
+    return torch.empty(rows, call.hidden_size, dtype=call.partial.dtype, device=call.device)
+
+
+#: Shape, dtype and (of scales) strides of a tensor.
+Form: TypeAlias = tuple[tuple[int, ...], torch.dtype, tuple[int, ...] | None]
+
+
+def forms_of(call: Call, stream_rows: int, finished_rows: int) -> dict[str, Form]:
+    """What the tensors of ``call.wanted`` look like, by name, in so many rows."""
+    forms: dict[str, Form] = {}
+    for name, rows in ("reduced", stream_rows), ("residual", stream_rows), ("norm", finished_rows):
+        if getattr(call.wanted, name):
+            forms[name] = (rows, call.hidden_size), call.partial.dtype, None
+    if call.quant is not None:
+        forms["codes"] = (*code_spec(call.quant, finished_rows, call.hidden_size), None)
+        scales = scale_spec(call.quant, finished_rows, call.hidden_size)
+        if scales is not None:
+            forms["scales"] = scales.shape, scales.dtype, scales.stride
+    return forms
 
 
 def check_out(call: Call, out: Output) -> None:
     """Raise unless ``out`` holds exactly the outputs of ``call``, well-shaped, and overlaps nothing but the residual in place."""
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype, tuple[int, ...] | None]] = {}
-    shape = tuple(call.partial.shape)
-    for name in ("reduced", "residual", "norm"):
-        if getattr(call.wanted, name):
-            expected[name] = (shape, call.partial.dtype, None)
-    if call.quant is not None:
-        codes_shape, codes_dtype = code_spec(call.quant, call.tokens, call.hidden_size)
-        expected["codes"] = (codes_shape, codes_dtype, None)
-        scales = scale_spec(call.quant, call.tokens, call.hidden_size)
-        if scales is not None:
-            expected["scales"] = (scales.shape, scales.dtype, scales.stride)
     if not isinstance(out, Output):
         raise ArgumentError(f"out is a {type(out).__name__}", hint="pass collogue.Output(...) with the tensors to write")
-    given = dict(out.items())
-    if given.keys() != expected.keys():
+    forms, given = forms_of(call, call.stream_rows, call.finished_rows), dict(out.items())
+    if given.keys() != forms.keys():
         raise ShapeError(
-            f"out holds {sorted(given) or 'nothing'}; this call has the outputs {sorted(expected)}",
+            f"out holds {sorted(given) or 'nothing'}; this call has the outputs {sorted(forms)}",
             hint="give exactly those tensors in collogue.Output(...)",
         )
-    for name, tensor in given.items():
-        shape, dtype, stride = expected[name]
-        if tuple(tensor.shape) != shape or (stride is not None and tensor.numel() and tensor.stride() != stride):
-            raise ShapeError(
-                f"out.{name} has shape {list(tensor.shape)} and strides {tensor.stride()}; needed: {list(shape)}"
-                + (f" with strides {stride}" if stride is not None else ""),
-                hint="allocate it as a call without out= would",
-            )
-        if tensor.dtype != dtype:
-            raise DTypeError(f"out.{name} has dtype {tensor.dtype}, needed: {dtype}", hint="allocate it as a call without out= would")
-        if stride is None:
-            check_memory(f"out.{name}", tensor, call.partial.device)
-        else:
-            _check_scales_memory(tensor, call.partial.device)
+    check_forms("out", given, forms, call.device, hint="allocate it as a call without out= would")
     _check_overlap(call, given)
 
 
-def _check_scales_memory(scales: torch.Tensor, device: torch.device) -> None:
+def check_forms(owner: str, given: dict[str, torch.Tensor], forms: dict[str, Form], device: torch.device, *, hint: str) -> None:
+    """Raise unless each tensor of ``given`` has its form and lies on ``device``, contiguous (scales: with their padding) and aligned."""
+    for name, tensor in given.items():
+        shape, dtype, stride = forms[name]
+        if tuple(tensor.shape) != shape or (stride is not None and tensor.numel() and tensor.stride() != stride):
+            raise ShapeError(
+                f"{owner}.{name} has shape {list(tensor.shape)} and strides {tensor.stride()}; needed: {list(shape)}"
+                + (f" with strides {stride}" if stride is not None else ""),
+                hint=hint,
+            )
+        if tensor.dtype != dtype:
+            raise DTypeError(f"{owner}.{name} has dtype {tensor.dtype}, needed: {dtype}", hint=hint)
+        if stride is None:
+            check_memory(f"{owner}.{name}", tensor, device)
+        else:
+            _check_scales_memory(f"{owner}.{name}", tensor, device)
+
+
+def _check_scales_memory(name: str, scales: torch.Tensor, device: torch.device) -> None:
     """Every byte that a call writes, the padding of column-major layouts included, must lie in the tensor's storage."""
-    _check_device("out.scales", scales, device)
-    _check_alignment("out.scales", scales)
+    _check_device(name, scales, device)
+    _check_alignment(name, scales)
     needed = _extent("scales", scales)[1] - scales.data_ptr()
     held = scales.untyped_storage().nbytes() - scales.storage_offset() * scales.element_size()
     if needed > held:
         raise LayoutError(
-            f"out.scales needs {needed} bytes with its padding; its storage has {held}", hint="allocate it as a call without out= would"
+            f"{name} needs {needed} bytes with its padding; its storage has {held}", hint="allocate it as a call without out= would"
         )
 
 
 def _check_overlap(call: Call, outputs: dict[str, torch.Tensor]) -> None:
-    inputs = {"partial": call.partial, "residual": call.residual, "RMSNorm.weight": call.norm.weight if call.norm is not None else None}
-    if call.quant is not None and isinstance(call.quant.given_scale, torch.Tensor):
-        inputs["the scale"] = call.quant.given_scale
-    placed = [(name, *_extent(name, t)) for name, t in inputs.items() if t is not None]
+    placed = [(name, *_extent(name, tensor)) for name, tensor in _inputs(call)]
     for name, tensor in outputs.items():
         first, last = _extent(name, tensor)
         for other, low, high in placed:
@@ -280,7 +344,21 @@ def _check_overlap(call: Call, outputs: dict[str, torch.Tensor]) -> None:
         placed.append((f"out.{name}", first, last))
 
 
+def _inputs(call: Call) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that the call reads."""
+    if call.shard is not None:
+        yield from ((f"shard.{name}", tensor) for name, tensor in call.shard.items())
+        return
+    yield "partial" if call.operation != "finish" else "y", call.partial
+    if call.residual is not None:
+        yield "residual", call.residual
+    if call.norm is not None:
+        yield "RMSNorm.weight", call.norm.weight
+    if call.quant is not None and isinstance(call.quant.given_scale, torch.Tensor):
+        yield "the scale", call.quant.given_scale
+
+
 def _extent(name: str, tensor: torch.Tensor) -> tuple[int, int]:
     """First byte and one past the last byte of the tensor; of scales, with their padding."""
-    elements = scale_elements(tensor) if name == "scales" else tensor.numel()
+    elements = scale_elements(tensor) if name.endswith("scales") else tensor.numel()
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 
 from collogue.call import Call, Capacity, allocate, check_call, check_hidden_size, check_out
-from collogue.errors import ArgumentError, CapacityError, ClosedError, DTypeError
+from collogue.errors import ArgumentError, CapacityError, ClosedError, DTypeError, ShapeError
+from collogue.gather import check_gather, check_tokens
 from collogue.group import as_group
 from collogue.plan import Plan, Request, make_plan
-from collogue.spec import VALUE_DTYPES, Output, Quant, RMSNorm, Wanted
+from collogue.spec import VALUE_DTYPES, Operation, Output, Quant, RMSNorm, Wanted, owned_rows
 from collogue.topology import Topology, agree
 
 
@@ -56,7 +57,7 @@ class Communicator:
         self._group = as_group(group, device)
         self.rank, self.world_size, self.device = self._group.rank, self._group.size, self._group.device
         self.max_tokens, self.hidden_size, self.dtype, self.timeout = max_tokens, hidden_size, dtype, timeout
-        self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device)
+        self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank)
         self._check_capacity()
         self.topology: Topology = agree(self._group, self._capacity)
         self._engine = self._make_engine()
@@ -87,6 +88,7 @@ class Communicator:
         norm: RMSNorm | None = None,
         quant: Quant | None = None,
         keep_norm: bool = False,
+        sharded: bool = False,
         out: Output | None = None,
     ) -> Output:
         """Sum ``partial`` over the group, add the residual, normalise and quantise each row.
@@ -99,10 +101,13 @@ class Communicator:
             norm: :class:`collogue.RMSNorm`. Without one, ``quant`` quantises ``y``.
             quant: :class:`collogue.NVFP4`, ``MXFP4``, ``MXFP8``, ``FP8Static``, ``FP8PerToken`` or ``FP8Group``.
             keep_norm: also return the norm beside its codes.
+            sharded: every rank keeps only the rows of y that it owns (sequence parallelism): ``residual`` is ``[R, H]``, the rows
+                ``owned_rows(T)``, and so is the y returned. Norm, codes and scales have all T rows on every rank; at least one of
+                norm and quant is then needed.
             out: tensors to write, exactly those the call returns; ``out.residual`` may be ``residual``.
         Returns:
             :class:`collogue.Output`: ``reduced`` or ``residual`` (y), ``norm``, ``codes``, ``scales``; identical bits on
-            every rank. The tensors are the caller's: no later call writes them.
+            every rank, and the same bits whether ``sharded`` or not. The tensors are the caller's: no later call writes them.
         Order and rounding:
             Adds in float32 from +0, rank 0 first. ``y`` is rounded once and the norm reads the rounded value;
             quantisation reads the rounded norm. The launch shape and the batch never change a bit (docs/contract.md).
@@ -115,12 +120,122 @@ class Communicator:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
         engine = self._open()
-        call = check_call(self._capacity, partial, residual, norm, quant, keep_norm)
-        if out is not None:
-            check_out(call, out)
-        if call.tokens == 0:
-            return out if out is not None else allocate(call)
-        return engine.run(call, out)
+        call = check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation="sharded" if sharded else "all_reduce")
+        return _run(engine, call, out)
+
+    def reduce_scatter(
+        self,
+        partial: torch.Tensor,
+        *,
+        residual: torch.Tensor | None = None,
+        norm: RMSNorm | None = None,
+        quant: Quant | None = None,
+        keep_norm: bool = False,
+        out: Output | None = None,
+    ) -> Output:
+        """The rows of :meth:`all_reduce` that this rank owns, and no others: its first half, for engines that gather later.
+
+        ``y = round(s[rows] + residual); n = norm(y); codes, scales = quant(n)``, ``rows = owned_rows(T)``, R of them.
+
+        Args:
+            partial: ``[T, H]``, all rows of this rank's term, as for :meth:`all_reduce`.
+            residual: ``[R, H]``, same dtype: the rows of the residual that this rank owns.
+            norm, quant, keep_norm: as for :meth:`all_reduce`.
+            out: tensors to write, exactly those the call returns; ``out.residual`` may be ``residual``.
+        Returns:
+            :class:`collogue.Output`, each tensor with R rows: the bits that :meth:`all_reduce` has in these rows. Scales are in the layout
+            of a tensor of R rows. R may be 0 (T < N); such a rank calls like all others. The tensors are the caller's.
+        Order and rounding:
+            Those of :meth:`all_reduce`.
+        Synchronisation:
+            Collective, as :meth:`all_reduce`; ``T = 0`` communicates nothing.
+        Raises:
+            ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
+        """
+        engine = self._open()
+        return _run(engine, check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation="reduce_scatter"), out)
+
+    def all_gather(self, shard: Output, tokens: int, *, quant: Quant | None = None, out: Output | None = None) -> Output:
+        """Give every rank the rows of all ranks: the second half of ``all_reduce(sharded=True)``.
+
+        ``x = [shard of rank 0; shard of rank 1; ..]`` for every tensor that the shard holds.
+
+        Args:
+            shard: :class:`collogue.Output` with any of ``reduced``, ``residual``, ``norm`` (``[R, H]``, the communicator's dtype), and
+                ``codes`` with their ``scales`` as :meth:`reduce_scatter` returns them; R is the length of ``owned_rows(tokens)``.
+            tokens: T, the rows of all ranks together.
+            quant: the format of codes and scales; its own scale is not read. ``None`` where the shard has no codes.
+            out: tensors to write, exactly those that the shard holds; they share no memory with it.
+        Returns:
+            :class:`collogue.Output` with the tensors that the shard holds, of T rows, the same on every rank. Scales go from the layout
+            of R rows into that of T rows; all padding is zero. The tensors are the caller's.
+        Order and rounding:
+            Moves bits, any pattern; nothing is rounded.
+        Synchronisation:
+            Collective, as :meth:`all_reduce`: every rank's shard holds the same tensors. ``T = 0`` communicates nothing.
+        Raises:
+            ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
+        """
+        engine = self._open()
+        return _run(engine, check_gather(self._capacity, shard, tokens, quant), out)
+
+    def finish(
+        self,
+        y: torch.Tensor,
+        *,
+        norm: RMSNorm | None = None,
+        quant: Quant | None = None,
+        keep_norm: bool = False,
+        out: Output | None = None,
+    ) -> Output:
+        """Normalise and quantise rows that are already summed: a model's first layer, whose input is an embedding and no partial sum.
+
+        ``n = norm(y); codes, scales = quant(n)``
+
+        Args:
+            y: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. Not modified and not returned.
+            norm, quant, keep_norm: as for :meth:`all_reduce`; at least one of norm and quant.
+            out: tensors to write, exactly those the call returns.
+        Returns:
+            :class:`collogue.Output`: ``norm``, ``codes``, ``scales``, the bits of :meth:`all_reduce` for the same y. The tensors are
+            the caller's.
+        Order and rounding:
+            Those of :meth:`all_reduce` from y on.
+        Synchronisation:
+            None: each rank for itself, any number of rows up to ``max_tokens``. Runs on the current stream, may be captured after
+            :meth:`prepare`.
+        Raises:
+            ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared.
+        """
+        engine = self._open()
+        return _run(engine, check_call(self._capacity, y, None, norm, quant, keep_norm, operation="finish"), out)
+
+    def owned_rows(self, tokens: int, rank: int | None = None) -> range:
+        """The rows of ``tokens`` that ``rank`` (default: this rank) owns.
+
+        ``[min(rank * B, T), min((rank + 1) * B, T))``, ``B = ceil(T / N)``: blocks in rank order, the last ones shorter or empty. A pure
+        function of T, N and the rank, the same for :meth:`all_reduce` with ``sharded``, :meth:`reduce_scatter` and :meth:`all_gather`.
+        """
+        check_tokens(tokens)
+        if rank is not None and not 0 <= rank < self.world_size:
+            raise ArgumentError(f"there is no rank {rank!r}", hint=f"ranks of this group are 0 to {self.world_size - 1}")
+        return owned_rows(tokens, self.world_size, self.rank if rank is None else rank)
+
+    def shard(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of ``x`` (``[T, ..]``) that this rank owns: a view, ``[R, ..]``. No communication."""
+        if not isinstance(x, torch.Tensor) or x.ndim == 0:
+            raise ShapeError("shard takes a tensor of rows", hint="pass [T, H], T the tokens of the whole")
+        rows = self.owned_rows(x.shape[0])
+        return x[rows.start : rows.stop]
+
+    def unshard(self, shard: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The inverse of :meth:`shard`: ``[T, H]`` from every rank's ``[R, H]``, in the communicator's dtype, bit for bit.
+
+        Synchronisation and errors are those of :meth:`all_gather`. The tensor is the caller's.
+        """
+        whole = self.all_gather(Output(residual=shard), tokens).residual
+        assert whole is not None
+        return whole
 
     def prepare(
         self,
@@ -131,14 +246,20 @@ class Communicator:
         quant: Quant | None = None,
         keep_norm: bool = False,
         hidden_size: int | None = None,
+        operation: Operation = "all_reduce",
     ) -> None:
         """Build and load the kernels that calls of these shapes need, on all ranks. Collective.
 
         Call it before capturing a CUDA graph. ``norm`` and ``quant`` are as in :meth:`all_reduce`; their values do not matter.
+
+        Args:
+            tokens: T, the rows of the whole on every rank, also where a rank returns only those it owns.
+            operation: ``"all_reduce"``, ``"sharded"`` (:meth:`all_reduce` with ``sharded=True``), ``"reduce_scatter"``, ``"all_gather"`` or
+                ``"finish"``. For ``"all_gather"`` residual, norm and quant say what the shard holds (a residual or reduced; a norm; codes).
         """
         engine = self._open()
         counts = [tokens] if isinstance(tokens, int) else list(tokens)
-        engine.prepare([self._request(t, residual, norm, quant, keep_norm, hidden_size) for t in counts])
+        engine.prepare([self._request(t, residual, norm, quant, keep_norm, hidden_size, operation=operation) for t in counts])
         self._group.barrier()
 
     def fits(self, tokens: int, hidden_size: int | None = None) -> bool:
@@ -155,14 +276,28 @@ class Communicator:
         quant: Quant | None = None,
         keep_norm: bool = False,
         hidden_size: int | None = None,
+        operation: Operation = "all_reduce",
     ) -> Plan:
-        """The frozen plan of such a call: algorithm, launch shape, why, bytes sent, predicted time and floor."""
+        """The frozen plan of such a call: algorithm, launch shape, why, bytes sent, predicted time and floor.
+
+        ``tokens`` and ``operation`` are as in :meth:`prepare`.
+        """
         self._open()
-        return make_plan(self.topology, self._request(tokens, residual, norm or None, quant, keep_norm, hidden_size))
+        return make_plan(self.topology, self._request(tokens, residual, norm or None, quant, keep_norm, hidden_size, operation=operation))
 
     def _request(
-        self, tokens: int, residual: bool, norm: RMSNorm | bool | None, quant: Quant | None, keep_norm: bool, hidden_size: int | None
+        self,
+        tokens: int,
+        residual: bool,
+        norm: RMSNorm | bool | None,
+        quant: Quant | None,
+        keep_norm: bool,
+        hidden_size: int | None,
+        *,
+        operation: Operation = "all_reduce",
     ) -> Request:
+        if operation not in get_args(Operation):
+            raise ArgumentError(f"there is no operation {operation!r}", hint=f"choose one of {', '.join(get_args(Operation))}")
         width = self.hidden_size if hidden_size is None else hidden_size
         if not self.fits(tokens, width):
             raise CapacityError(
@@ -173,8 +308,10 @@ class Communicator:
             quant.check_hidden_size(width)
         has_norm = norm if isinstance(norm, bool) else norm is not None
         wide_weight = isinstance(norm, RMSNorm) and norm.weight.dtype != self.dtype
-        wanted = Wanted.of(has_residual=residual, has_norm=has_norm, quant=quant, keep_norm=keep_norm)
-        return Request(tokens, width, self.dtype, residual, has_norm, wide_weight, quant, wanted)
+        wanted = Wanted.of(has_residual=residual, has_norm=has_norm, quant=quant, keep_norm=keep_norm, operation=operation)
+        if operation == "all_gather":  # adds and finishes nothing: `wanted` says what it moves
+            return Request(tokens, width, self.dtype, False, False, False, quant, wanted, operation)
+        return Request(tokens, width, self.dtype, residual and operation != "finish", has_norm, wide_weight, quant, wanted, operation)
 
     def check(self) -> None:
         """Raise what a kernel of an earlier call found (:class:`CollectiveError`); return if there is nothing. Waits for no kernel."""
@@ -205,3 +342,12 @@ class Communicator:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _run(engine: Engine, call: Call, out: Output | None) -> Output:
+    """Run a checked call; without tokens there is nothing to do."""
+    if out is not None:
+        check_out(call, out)
+    if call.tokens == 0:
+        return out if out is not None else allocate(call)
+    return engine.run(call, out)

@@ -1,15 +1,16 @@
-"""The engine of CPU groups: the ranks exchange their partials and each works out the reference."""
+"""The engine of CPU groups: the ranks exchange their partials or rows, and each works out the reference."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
 from collogue import reference
 from collogue.call import Call, Capacity
 from collogue.errors import MismatchedCall
-from collogue.formats import scale_storage
+from collogue.formats import place_scales, read_scales, scale_storage
 from collogue.group import Group
 from collogue.plan import Request
 from collogue.spec import Output, describe
@@ -25,14 +26,9 @@ class ReferenceEngine:
         self.capacity = capacity
 
     def run(self, call: Call, out: Output | None) -> Output:
-        partials = self._gather(call)
-        result = reference.all_reduce(
-            partials,
-            residual=call.residual,
-            norm=call.norm,
-            quant=call.quant,
-            keep_norm=call.wanted.norm and call.quant is not None,
-        )
+        if call.operation != "finish" and self.group.size > 1:
+            self._compare_headers(call)
+        result = self._result(call)
         if out is None:
             return result
         for name, tensor in result.items():
@@ -42,22 +38,57 @@ class ReferenceEngine:
             target.copy_(tensor)
         return out
 
-    def _gather(self, call: Call) -> list[torch.Tensor]:
+    def _result(self, call: Call) -> Output:
+        if call.shard is not None:
+            return self._gather(call.shard, call)
+        keep_norm = call.wanted.norm and call.quant is not None
+        if call.operation == "finish":
+            return reference.finish(call.partial, norm=call.norm, quant=call.quant, keep_norm=keep_norm)
+        partials = self._exchange(call.partial).unbind(0)
+        if call.rows is not None:
+            partials = tuple(partial[call.rows.start : call.rows.stop] for partial in partials)
+        own = reference.all_reduce(partials, residual=call.residual, norm=call.norm, quant=call.quant, keep_norm=keep_norm)
+        if call.operation != "sharded":
+            return own
+        finished = self._gather(replace(own, reduced=None, residual=None), call)
+        return replace(finished, reduced=own.reduced, residual=own.residual)
+
+    def _gather(self, shard: Output, call: Call) -> Output:
+        """What the shards of all ranks hold, one below the other. Scales go from the layout of a shard into that of all rows."""
+        whole = Output()
+        for name, tensor in shard.items():
+            if name == "scales":
+                assert call.quant is not None
+                assert call.rows is not None
+                rows = self._gather_rows(read_scales(tensor, call.quant, len(call.rows), call.hidden_size), call.tokens)
+                whole.scales = place_scales(rows, call.quant, call.tokens, call.hidden_size)
+            else:
+                setattr(whole, name, self._gather_rows(tensor, call.tokens))
+        return whole
+
+    def _gather_rows(self, own: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The rows that each rank owns, in one new tensor: blocks of one size travel, short ones padded at the end."""
+        block = own.new_zeros(-(-tokens // self.group.size), own.shape[1])
+        block[: len(own)] = own
+        return self._exchange(block).flatten(0, 1)[:tokens]
+
+    def _exchange(self, own: torch.Tensor) -> torch.Tensor:
+        """Every rank's tensor: ``[N, *own.shape]``."""
         if self.group.size == 1:
-            return [call.partial]
+            return own[None]
+        every = own.new_empty(self.group.size, *own.shape)
+        self.group.all_gather(every, own)
+        return every
+
+    def _compare_headers(self, call: Call) -> None:
         header = torch.frombuffer(bytearray(_header(call)), dtype=torch.uint8)
-        headers = header.new_empty(self.group.size, _HEADER_BYTES)
-        self.group.all_gather(headers, header)
-        texts = [bytes(h.tolist()).rstrip(b"\0").decode() for h in headers]
+        texts = [bytes(h.tolist()).rstrip(b"\0").decode() for h in self._exchange(header)]
         for rank, text in enumerate(texts):
             if text != texts[0]:
                 raise MismatchedCall(
                     f"rank 0 called with ({texts[0]}), rank {rank} with ({text})",
-                    hint="every rank of the group must make the same call: same tokens, hidden size and epilogue",
+                    hint="every rank of the group must make the same call: same operation, tokens, hidden size and epilogue",
                 )
-        partials = call.partial.new_empty(self.group.size, *call.partial.shape)
-        self.group.all_gather(partials, call.partial)
-        return list(partials.unbind(0))
 
     def prepare(self, requests: Iterable[Request]) -> None:
         """Nothing to build."""
@@ -75,11 +106,15 @@ class ReferenceEngine:
 
 def _header(call: Call) -> bytes:
     """The arguments that must agree between ranks, as text of fixed length."""
-    parts = [f"tokens={call.tokens}", f"hidden_size={call.hidden_size}", f"dtype={str(call.partial.dtype).removeprefix('torch.')}"]
-    parts.append(f"residual={'yes' if call.residual is not None else 'no'}")
+    parts = [call.operation, f"tokens={call.tokens}", f"hidden_size={call.hidden_size}"]
+    parts.append(f"dtype={str(call.partial.dtype).removeprefix('torch.')}")
+    if call.shard is not None:
+        parts.append(f"shard={'+'.join(name for name, _ in call.shard.items())}")
+    else:
+        parts.append(f"residual={'yes' if call.residual is not None else 'no'}")
     if call.norm is not None:
         parts.append(f"norm(eps={call.norm.eps:g}, weight_offset={call.norm.weight_offset:g})")
     parts.append(f"quant={describe(call.quant)}")
-    if call.wanted.norm and call.quant is not None:
+    if call.norm is not None and call.wanted.norm and call.quant is not None:
         parts.append("keep_norm")
     return ", ".join(parts).encode()[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0")

@@ -11,11 +11,12 @@ a negative zero, and NaN is stored as one pattern.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from collogue.errors import DTypeError, ShapeError
+from collogue.errors import DTypeError, FormatError, ShapeError
 from collogue.formats import (
     INTEGER_VIEW,
     canonical_nan,
@@ -48,6 +49,8 @@ from collogue.spec import (
     Quant,
     RMSNorm,
     Wanted,
+    describe,
+    owned_rows,
 )
 
 #: Shape of the mean square: a lane adds 8 elements, 32 lanes are folded by halves into the sum of one block.
@@ -213,9 +216,8 @@ def dequantize(codes: Tensor, scales: Tensor | None, quant: Quant, *, hidden_siz
     return canonical_nan(values.view(tokens, hidden_size))
 
 
-def finish(y: Tensor, norm: RMSNorm | None, quant: Quant | None, keep_norm: bool, has_residual: bool) -> Output:
+def _finish(y: Tensor, norm: RMSNorm | None, quant: Quant | None, wanted: Wanted) -> Output:
     """What follows the prenorm ``y`` [T, H]: norm and quantisation, each output where it was asked for."""
-    wanted = Wanted.of(has_residual=has_residual, has_norm=norm is not None, quant=quant, keep_norm=keep_norm)
     n = y if norm is None else rms_norm(y, norm)
     codes, scales = (None, None) if quant is None else quantize(n, quant)
     return Output(
@@ -225,6 +227,31 @@ def finish(y: Tensor, norm: RMSNorm | None, quant: Quant | None, keep_norm: bool
         codes=codes,
         scales=scales,
     )
+
+
+def _check_values(named: Sequence[tuple[str, Tensor | None]], norm: RMSNorm | None) -> None:
+    """All tensors are ``[T, H]`` of the first one's shape and dtype, and the norm fits them."""
+    name, first = named[0]
+    assert first is not None
+    if first.ndim != 2 or first.dtype not in VALUE_DTYPES:
+        raise DTypeError(f"{name} is {first.dtype} {list(first.shape)}", hint="pass [T, H] in bfloat16, float16 or float32")
+    for other, tensor in named[1:]:
+        if tensor is not None and (tensor.shape != first.shape or tensor.dtype != first.dtype):
+            raise ShapeError(
+                f"{other} is {tensor.dtype} {list(tensor.shape)}, {name} is {first.dtype} {list(first.shape)}",
+                hint="every rank's partial and the residual have one shape and dtype",
+            )
+    if norm is not None and (norm.weight.shape != first.shape[1:] or norm.weight.dtype not in (first.dtype, torch.float32)):
+        raise ShapeError(
+            f"the norm's weight is {norm.weight.dtype} {list(norm.weight.shape)}, the rows have {first.shape[1]} elements of {first.dtype}",
+            hint="the weight has one element per column, in the partials' dtype or float32",
+        )
+
+
+def _check_partials(partials: Sequence[Tensor], residual: Tensor | None, norm: RMSNorm | None) -> None:
+    if not partials:
+        raise ShapeError("there are no partials", hint="pass one tensor per rank")
+    _check_values([*((f"partial {rank}", p) for rank, p in enumerate(partials)), ("residual", residual)], norm)
 
 
 def all_reduce(
@@ -246,23 +273,103 @@ def all_reduce(
     Raises:
         ShapeError, DTypeError: tensors that do not fit together.
     """
-    if not partials:
-        raise ShapeError("there are no partials", hint="pass one tensor per rank")
-    first = partials[0]
-    if first.ndim != 2 or first.dtype not in VALUE_DTYPES:
-        raise DTypeError(f"partials are {first.dtype} {list(first.shape)}", hint="pass [T, H] in bfloat16, float16 or float32")
-    for name, tensor in [*((f"partial {rank}", p) for rank, p in enumerate(partials)), ("residual", residual)]:
-        if tensor is not None and (tensor.shape != first.shape or tensor.dtype != first.dtype):
-            raise ShapeError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}, partial 0 is {first.dtype} {list(first.shape)}",
-                hint="every rank's partial and the residual have one shape and dtype",
-            )
-    if norm is not None and (norm.weight.shape != first.shape[1:] or norm.weight.dtype not in (first.dtype, torch.float32)):
-        raise ShapeError(
-            f"the norm's weight is {norm.weight.dtype} {list(norm.weight.shape)}, the rows have {first.shape[1]} elements of {first.dtype}",
-            hint="the weight has one element per column, in the partials' dtype or float32",
-        )
+    _check_partials(partials, residual, norm)
+    wanted = Wanted.of(has_residual=residual is not None, has_norm=norm is not None, quant=quant, keep_norm=keep_norm)
     total = sum_partials(partials)
     if residual is not None:
         total += residual.float()
-    return finish(round_value(total, first.dtype), norm, quant, keep_norm, residual is not None)
+    return _finish(round_value(total, partials[0].dtype), norm, quant, wanted)
+
+
+def sharded(
+    partials: Sequence[Tensor],
+    *,
+    residual: Tensor | None = None,
+    norm: RMSNorm | None = None,
+    quant: Quant | None = None,
+    keep_norm: bool = False,
+) -> list[Output]:
+    """What ``comm.all_reduce(.., sharded=True)`` returns, by rank: :func:`all_reduce`, of whose y each rank keeps the rows it owns.
+
+    Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first.
+    """
+    whole = all_reduce(partials, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm)
+    return [
+        replace(
+            whole,
+            reduced=None if whole.reduced is None else whole.reduced[rows],
+            residual=None if whole.residual is None else whole.residual[rows],
+        )
+        for rows in _owned(len(partials[0]), len(partials))
+    ]
+
+
+def reduce_scatter(
+    partials: Sequence[Tensor],
+    *,
+    residual: Tensor | None = None,
+    norm: RMSNorm | None = None,
+    quant: Quant | None = None,
+    keep_norm: bool = False,
+) -> list[Output]:
+    """What :meth:`collogue.Communicator.reduce_scatter` returns, by rank: :func:`all_reduce` of the rows that each rank owns.
+
+    Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first.
+    """
+    _check_partials(partials, residual, norm)
+    return [
+        all_reduce(
+            [p[rows] for p in partials],
+            residual=None if residual is None else residual[rows],
+            norm=norm,
+            quant=quant,
+            keep_norm=keep_norm,
+        )
+        for rows in _owned(len(partials[0]), len(partials))
+    ]
+
+
+def _owned(tokens: int, world_size: int) -> list[slice]:
+    """The rows of each rank."""
+    blocks = (owned_rows(tokens, world_size, rank) for rank in range(world_size))
+    return [slice(rows.start, rows.stop) for rows in blocks]
+
+
+def all_gather(shards: Sequence[Output], *, quant: Quant | None = None) -> Output:
+    """What :meth:`collogue.Communicator.all_gather` returns on every rank: the rows of all shards, bit for bit as they are.
+
+    Args:
+        shards: every rank's, in rank order, all with the same tensors; as many rows on each rank as :func:`collogue.spec.owned_rows` says.
+        quant: the format of codes and scales. Scales come in the layout of a shard's rows and go into that of all rows.
+    Raises:
+        ShapeError, FormatError: shards that do not fit together, codes without a format.
+    """
+    held = [[name for name, _ in shard.items()] for shard in shards]
+    if not shards or not held[0] or any(names != held[0] for names in held):
+        raise ShapeError(f"the shards hold {held}", hint="pass one shard per rank, all with the same tensors")
+    if ("codes" in held[0] or "scales" in held[0]) != (quant is not None):
+        raise FormatError(
+            f"the shards hold {held[0]}, quant is {describe(quant)}", hint="name the format of codes and scales, and only of those"
+        )
+    gathered = Output(**{name: torch.cat([getattr(shard, name) for shard in shards]) for name in held[0] if name != "scales"})
+    if "scales" in held[0]:
+        assert quant is not None
+        if gathered.codes is None:
+            raise ShapeError("the shards hold scales without codes", hint="pass the codes with their scales")
+        tokens, width = gathered.codes.shape
+        hidden_size = 2 * width if quant.element == "e2m1" else width
+        parts = [read_scales(s.scales, quant, len(s.codes), hidden_size) for s in shards if s.scales is not None and s.codes is not None]
+        gathered.scales = place_scales(torch.cat(parts), quant, tokens, hidden_size)
+    for name in held[0]:
+        rows = [len(getattr(shard, name)) for shard in shards]
+        if name != "scales" and rows != [s.stop - s.start for s in _owned(sum(rows), len(shards))]:
+            raise ShapeError(f"the shards' {name} have {rows} rows", hint="cut rows as collogue.spec.owned_rows does")
+    return gathered
+
+
+def finish(y: Tensor, *, norm: RMSNorm | None = None, quant: Quant | None = None, keep_norm: bool = False) -> Output:
+    """What :meth:`collogue.Communicator.finish` returns: norm and quantisation of ``y`` [T, H], which is not returned."""
+    _check_values([("y", y)], norm)
+    return _finish(
+        y, norm, quant, Wanted.of(has_residual=False, has_norm=norm is not None, quant=quant, keep_norm=keep_norm, operation="finish")
+    )

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from collogue.errors import DTypeError, FormatError, ScaleError, ShapeError
+from collogue.errors import ArgumentError, DTypeError, FormatError, ScaleError, ShapeError
 
 ScaleLayout = Literal["128x4", "8x4", "linear"]
 GroupLayout = Literal["row", "column"]
@@ -268,6 +268,7 @@ class Output:
 
     ``reduced``: the sum, when neither residual nor norm is given. ``residual``: the new residual stream ``y``.
     ``norm``: the norm in the communicator's dtype. ``codes``, ``scales``: the quantised norm (or ``y``).
+    Each holds all T rows or, as a shard, the rows that this rank owns.
     """
 
     reduced: torch.Tensor | None = None
@@ -290,7 +291,7 @@ Operation = Literal["all_reduce", "sharded", "reduce_scatter", "all_gather", "fi
 
 
 def owned_rows(tokens: int, world_size: int, rank: int) -> range:
-    """The rows of ``tokens`` that ``rank`` owns: blocks of ``ceil(tokens / world_size)`` rows in rank order, the last ones shorter or empty."""
+    """The rows of ``tokens`` that ``rank`` owns: blocks of ``ceil(tokens / world_size)`` in rank order, the last ones shorter or empty."""
     block = -(-tokens // world_size)
     return range(min(rank * block, tokens), min((rank + 1) * block, tokens))
 
@@ -306,17 +307,40 @@ class Wanted:
     scales: bool = field(default=False)
 
     @classmethod
-    def of(cls, *, has_residual: bool, has_norm: bool, quant: Quant | None, keep_norm: bool) -> Wanted:
-        """``keep_norm`` without a norm is an error: there is nothing to keep."""
+    def of(cls, *, has_residual: bool, has_norm: bool, quant: Quant | None, keep_norm: bool, operation: Operation = "all_reduce") -> Wanted:
+        """The outputs of ``operation``. For ``all_gather`` the arguments say what the shard holds, and all of it is gathered.
+
+        Raises :class:`FormatError` for ``keep_norm`` without a norm (there is nothing to keep), :class:`ArgumentError` for an operation
+        that would have nothing to finish.
+        """
+        scales = quant is not None and not isinstance(quant, FP8Static)
+        if operation == "all_gather":
+            return cls(reduced=False, residual=has_residual, norm=has_norm, codes=quant is not None, scales=scales)
         if keep_norm and not has_norm:
             raise FormatError("keep_norm=True without norm=", hint="pass norm=collogue.RMSNorm(weight), or leave keep_norm out")
-        scales = quant is not None and not isinstance(quant, FP8Static)
-        return _wanted(has_residual or has_norm, has_norm and (quant is None or keep_norm), quant is not None, scales)
+        if not has_norm and quant is None and operation in _FINISHING:
+            raise ArgumentError(f"{_FINISHING[operation]} without norm= and quant= has nothing to finish", hint=_INSTEAD[operation])
+        return _wanted(
+            operation != "finish", has_residual or has_norm, has_norm and (quant is None or keep_norm), quant is not None, scales
+        )
+
+    @classmethod
+    def held(cls, shard: Output) -> Wanted:
+        """What ``shard`` holds."""
+        return cls(**{f.name: getattr(shard, f.name) is not None for f in fields(cls)})
+
+
+#: Operations that need a norm or a format: how they are called, and what to do without either.
+_FINISHING: dict[Operation, str] = {"sharded": "all_reduce(sharded=True)", "finish": "finish"}
+_INSTEAD: dict[Operation, str] = {
+    "sharded": "pass norm= or quant=, or call comm.reduce_scatter, which returns the new shard alone",
+    "finish": "pass norm=collogue.RMSNorm(weight) or a format, such as quant=collogue.FP8PerToken()",
+}
 
 
 @functools.cache
-def _wanted(stream: bool, norm: bool, codes: bool, scales: bool) -> Wanted:
-    return Wanted(reduced=not stream, residual=stream, norm=norm, codes=codes, scales=scales)
+def _wanted(summed: bool, stream: bool, norm: bool, codes: bool, scales: bool) -> Wanted:
+    return Wanted(reduced=summed and not stream, residual=summed and stream, norm=norm, codes=codes, scales=scales)
 
 
 #: The formats by the first part of their label.

@@ -302,7 +302,7 @@ def test_mismatched_calls_raise_on_every_rank_with_both_sides(what: str) -> None
     message, hint = texts[0].splitlines()
     left, right = message.removeprefix("rank 0 called with (").split("), rank 1 with (")
     assert left != right.removesuffix(")")
-    assert hint == "hint: every rank of the group must make the same call: same tokens, hidden size and epilogue"
+    assert hint == "hint: every rank of the group must make the same call: same operation, tokens, hidden size and epilogue"
 
 
 # Real processes
@@ -312,7 +312,7 @@ def test_three_processes_over_gloo() -> None:
     results = run_processes(3, gloo_rank)
     assert [r["mismatch"] for r in results] == [results[0]["mismatch"]] * 3
     assert "tokens=1" in results[0]["mismatch"]
-    assert "rank 1 with (tokens=2" in results[0]["mismatch"]
+    assert "rank 1 with (all_reduce, tokens=2" in results[0]["mismatch"]
     assert (results[0]["pair"], results[2]["pair"]) == ((0, 2), (1, 2))
     assert results[1]["outside"] == (
         "GroupError",
