@@ -22,12 +22,14 @@ from collogue.workspace import Workspace
 
 @dataclass(slots=True)
 class _Ready:
-    """A planned call with its kernels loaded. ``more``: the first rows of its later launches, where it has several."""
+    """A planned call with its kernels loaded. An all-gather has one of them for values, ``main`` for codes and scales.
 
-    plan: Plan
-    main: Launcher
-    more: tuple[int, ...] = ()
-    second: Launcher | None = None
+    ``more``: first row, number of rows and padding of the launches after the first.
+    """
+
+    main: Launcher | None
+    values: Launcher | None = None
+    more: tuple[tuple[int, int, int], ...] = ()
 
 
 class KernelEngine:
@@ -56,9 +58,14 @@ class KernelEngine:
 
     def _build(self, request: Request) -> _Ready:
         plan = make_plan(self.topology, request)
-        launchers = [self._launcher(kernel, plan) for kernel in make_kernels(self.topology, request, plan)]
-        more = tuple(range(plan.rows, plan.rows * plan.launches, plan.rows))
-        return _Ready(plan, launchers[0], more, launchers[1] if len(launchers) > 1 else None)
+        main = values = None
+        for kernel in make_kernels(self.topology, request, plan):
+            launcher = self._launcher(kernel, plan)
+            if request.operation == "all_gather" and kernel.variant.keep_norm:
+                values = launcher
+            else:
+                main = launcher
+        return _Ready(main, values, later_launches(self.topology, request, plan, self.group.rank))
 
     def _launcher(self, kernel: Kernel, plan: Plan) -> Launcher:
         request, shape, variant = kernel.request, kernel.shape, kernel.variant
@@ -99,50 +106,34 @@ class KernelEngine:
 
     def _launch(self, ready: _Ready, call: Call, out: Output) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self.index)
+        launcher = ready.main
         if call.operation == "all_gather":
             self._all_gather(ready, call, out, stream)
             return
-        params = ready.main.params
+        assert launcher is not None
+        params = launcher.params
         params.partial = call.partial.data_ptr()
         if call.residual is not None:
             params.residual = call.residual.data_ptr()
         fill_epilogue(params, call.norm, call.quant, out)
-        ready.main(stream)
+        launcher(stream)
         if ready.more:
-            self._launch_more(ready, ready.main, stream)
-
-    def _launch_more(self, ready: _Ready, launcher: Launcher, stream: int) -> None:
-        """The launches after the first; the last writes the padding."""
-        params, rows = launcher.params, ready.plan.rows
-        first, count, pad = params.first, params.count, params.pad
-        total = launcher.total_rows
-        for start in ready.more:
-            params.first, params.count = start, min(rows, total - start)
-            params.pad = launcher.pad if start == ready.more[-1] else 0
-            launcher(stream)
-        params.first, params.count, params.pad = first, count, pad
+            _launch_more(launcher, ready.more, stream)
 
     def _all_gather(self, ready: _Ready, call: Call, out: Output, stream: int) -> None:
         """One kernel for each tensor of values, one for codes and their scales."""
         shard = call.shard
         assert shard is not None
-        launchers = [ready.main] if ready.second is None else [ready.main, ready.second]
-        for launcher in launchers:
-            params = launcher.params
-            if launcher.values:
-                for name in ("reduced", "residual", "norm"):
-                    mine, target = getattr(shard, name), getattr(out, name)
-                    if mine is not None:
-                        params.shard_values, params.norm = mine.data_ptr(), target.data_ptr()
-                        launcher(stream)
-                        self._launch_more(ready, launcher, stream)
-                continue
-            assert shard.codes is not None and out.codes is not None
-            params.shard_codes, params.codes = shard.codes.data_ptr(), out.codes.data_ptr()
-            if shard.scales is not None and out.scales is not None:
-                params.shard_scales, params.scales = shard.scales.data_ptr(), out.scales.data_ptr()
-            launcher(stream)
-            self._launch_more(ready, launcher, stream)
+        if ready.values is not None:
+            for name in ("reduced", "residual", "norm"):
+                if getattr(shard, name) is not None:
+                    fill_shard(ready.values.params, Output(norm=getattr(shard, name)), Output(norm=getattr(out, name)))
+                    ready.values(stream)
+                    _launch_more(ready.values, ready.more, stream)
+        if ready.main is not None:
+            fill_shard(ready.main.params, Output(codes=shard.codes, scales=shard.scales), out)
+            ready.main(stream)
+            _launch_more(ready.main, ready.more, stream)
 
     # ---- failures
 
@@ -164,15 +155,39 @@ class KernelEngine:
         self.group.barrier()  # unloading a kernel may wait for the GPU: virtual ranks must not launch before all have done it
 
 
+def _launch_more(launcher: Launcher, more: tuple[tuple[int, int, int], ...], stream: int) -> None:
+    """The launches after the first; then the parameters are the first one's again."""
+    params = launcher.params
+    before = params.first, params.count, params.pad
+    for params.first, params.count, params.pad in more:
+        launcher(stream)
+    params.first, params.count, params.pad = before
+
+
+def rows_of_scales(topology: Topology, request: Request, rank: int) -> int:
+    """Rows of the scale tensor that a call writes on ``rank``."""
+    if request.operation == "reduce_scatter":
+        return len(owned_rows(request.tokens, topology.world_size, rank))
+    return request.tokens
+
+
+def later_launches(topology: Topology, request: Request, plan: Plan, rank: int) -> tuple[tuple[int, int, int], ...]:
+    """First row, number of rows and padding of the launches after the first; the last one writes the padding."""
+    total = request.tokens if plan.algorithm == "two_shot" else -(-request.tokens // topology.world_size)
+    starts = range(plan.rows, plan.rows * plan.launches, plan.rows) if plan.launches > 1 else ()
+    pad = rows_of_scales(topology, request, rank)
+    return tuple((first, min(plan.rows, total - first), pad if first + plan.rows >= total else 0) for first in starts)
+
+
 def fill_shape(params: Params, topology: Topology, request: Request, plan: Plan, rank: int) -> None:
     """What follows from the shape of a call: extents and places in the workspace. The first launch, where there are several."""
     world, tokens, algorithm = topology.world_size, request.tokens, plan.algorithm
     owned = len(owned_rows(tokens, world, rank))
     params.hidden, params.tokens, params.rank = request.hidden_size, tokens, rank
     params.first, params.count, params.block = 0, plan.rows, -(-tokens // world)
-    rows_of_scales = owned if request.operation == "reduce_scatter" else tokens
-    params.pad = rows_of_scales if plan.launches == 1 else 0
-    params.column_stride, params.shard_column_stride = -(-rows_of_scales // 4) * 4, -(-owned // 4) * 4
+    rows = rows_of_scales(topology, request, rank)
+    params.pad = rows if plan.launches == 1 else 0
+    params.column_stride, params.shard_column_stride = -(-rows // 4) * 4, -(-owned // 4) * 4
     if algorithm != "local":
         memory = memory_of(algorithm, world, request.hidden_size, request.dtype, request.quant, values=sends_values(request))
         params.slot_bytes, params.gather_bytes = plan.rows * memory.slot, plan.rows * memory.gather
@@ -180,6 +195,14 @@ def fill_shape(params: Params, topology: Topology, request: Request, plan: Plan,
     params.header[0], params.header[1] = header.pack(
         algorithm, request.operation, request.dtype, request.residual, request.norm, request.wanted.norm, request.quant
     )
+
+
+def fill_shard(params: Params, shard: Output, out: Output) -> None:
+    """What an all-gather moves: values (as ``norm``), or codes and their scales."""
+    for source, target, name in (("shard_values", "norm", "norm"), ("shard_codes", "codes", "codes"), ("shard_scales", "scales", "scales")):
+        if getattr(shard, name) is not None:
+            setattr(params, source, getattr(shard, name).data_ptr())
+            setattr(params, target, getattr(out, name).data_ptr())
 
 
 def fill_epilogue(params: Params, norm: RMSNorm | None, quant: Quant | None, out: Output) -> None:
@@ -214,6 +237,7 @@ def _key_of_call(call: Call) -> tuple[object, ...]:
         norm is not None and norm.weight.dtype != call.partial.dtype,
         call.quant.label if call.quant is not None else None,
         call.wanted.norm,
+        call.wanted.residual,
         call.operation,
     )
 
@@ -227,6 +251,7 @@ def _key_of_request(request: Request) -> tuple[object, ...]:
         request.wide_weight,
         request.quant.label if request.quant is not None else None,
         request.wanted.norm,
+        request.wanted.residual,
         request.operation,
     )
 

@@ -195,8 +195,9 @@ def make_plan(topology: Topology, request: Request) -> Plan:
 
 
 def sends_values(request: Request) -> bool:
-    """Whether finished rows travel in the communicator's dtype."""
-    return request.wanted.norm or request.quant is None
+    """Whether rows travel in the communicator's dtype on their way from their owners."""
+    wanted = request.wanted
+    return wanted.norm or request.operation == "all_gather" and (wanted.reduced or wanted.residual)
 
 
 def _memory(topology: Topology, request: Request, algorithm: str) -> Memory:
@@ -205,6 +206,17 @@ def _memory(topology: Topology, request: Request, algorithm: str) -> Memory:
         algorithm, topology.world_size, request.hidden_size, request.dtype, request.quant, values=sends_values(request)
     )
     return memory if gathers else replace(memory, gather=0, wire=0)
+
+
+def one_shot_tokens(topology: Topology, hidden_size: int) -> int:
+    """The largest number of tokens, up to the capacity, for which an ``all_reduce`` is planned as one-shot."""
+    plain = Wanted.of(has_residual=True, has_norm=False, quant=None, keep_norm=False)
+    least, most = 0, topology.max_tokens
+    while least < most:
+        middle = (least + most + 1) // 2
+        request = Request(middle, hidden_size, topology.dtype, True, False, False, None, plain)
+        least, most = (middle, most) if _choose(topology, request)[0] == "one_shot" else (least, middle - 1)
+    return least
 
 
 def _choose(topology: Topology, request: Request) -> tuple[Literal["one_shot", "two_shot"], str]:
@@ -232,7 +244,7 @@ def launch_shape(topology: Topology, tokens: int, hidden_size: int, quant: Quant
     limit = topology.overrides.max_multiprocessors
     if topology.has_clusters and not QuantVariant.of(quant).needs_one_cta:
         threads = 64 if hidden_size <= 2048 else 128
-        wide = topology.overrides.cta_threads or (MAX_THREADS if limit else _wide(algorithm, tokens))
+        wide = topology.overrides.cta_threads or (MAX_THREADS if limit else _wide(topology, algorithm, tokens))
         if wide:
             threads = _round_up(-(-vectors_in_row // -(-vectors_in_row // wide)), 32)
         elif vectors_in_row <= 64:
@@ -260,10 +272,10 @@ def launch_shape(topology: Topology, tokens: int, hidden_size: int, quant: Quant
     return LaunchShape(threads, vectors, cluster, clusters)
 
 
-def _wide(algorithm: str, rows: int) -> int:
+def _wide(topology: Topology, algorithm: str, rows: int) -> int:
     """Most threads of a CTA where a call is large enough to keep every multiprocessor busy with whole rows; 0 where it is not."""
     if algorithm in ("two_shot", "sharded", "all_gather") and rows > 128:
-        return MAX_THREADS
+        return MAX_THREADS if topology.world_size == 2 and topology.dtype.itemsize == 2 else MAX_THREADS // 2
     return 0
 
 
@@ -284,10 +296,10 @@ def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: s
     every rank. With more than two CTAs to a multiprocessor, or several rows to a CTA, one-shot is faster with more registers.
     """
     crowded = loop or shape.clusters * shape.cluster > 2 * topology.multiprocessors
-    small = topology.world_size <= 4 and topology.dtype.itemsize == 2
+    world, narrow = topology.world_size, topology.dtype.itemsize == 2
     if shape.vectors > 1:
         resident_threads = 256
-    elif small and (algorithm in ("two_shot", "sharded", "all_gather") or not crowded):
+    elif narrow and (world <= 4 and not crowded if algorithm in ("one_shot", "local") else world == 2):
         resident_threads = 1024
     else:
         resident_threads = 512 if topology.world_size <= 6 else 384

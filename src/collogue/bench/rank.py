@@ -99,7 +99,8 @@ class Bench:
         variants = {}
         for case in dict.fromkeys(case for r in self.rounds for case in r.cases if case.possible):
             topology, request = self.comm(case).topology, request_of(case)
-            variants.update(dict.fromkeys(make_kernels(topology, request, make_plan(topology, request)).variants))
+            kernels = make_kernels(topology, request, make_plan(topology, request))
+            variants.update(dict.fromkeys(kernel.variant for kernel in kernels))
         if self.group.rank == 0:
             jit.build(list(variants), self.architecture)
         self.group.barrier()

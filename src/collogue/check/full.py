@@ -13,7 +13,7 @@ from typing import Any
 from collogue.check.case import Case
 from collogue.check.kernels import topology_on
 from collogue.check.sweep import DTYPES, VARIANTS, expand
-from collogue.plan import slot_bytes
+from collogue.plan import one_shot_tokens as most_of
 
 HIDDEN_SIZES = (8, 24, 576, 2048, 2880, 4096, 5120, 7168, 8192, 12800, 16384)
 WORLD_SIZES = tuple(range(2, 9))
@@ -51,7 +51,7 @@ def full_sweep() -> list[Case]:
 def one_shot_tokens(world: int, dtype: str) -> dict[int, int]:
     """The most rows that one-shot takes at each hidden size, on a communicator made for the largest of them and for many rows."""
     topology = topology_on([Case(MANY, max(HIDDEN_SIZES), dtype, world_size=world)], architecture=None, multiprocessors=0, gpus=1)
-    return {h: slot_bytes(topology) // (h * topology.dtype.itemsize) for h in HIDDEN_SIZES}
+    return {h: most_of(topology, h) for h in HIDDEN_SIZES}
 
 
 _Choice = tuple[int, int, str, str]  # T (0: one-shot's most, -1: one more), H, dtype, format

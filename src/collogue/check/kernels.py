@@ -50,7 +50,8 @@ def variants_on(cases: Iterable[Case], *, architecture: str, multiprocessors: in
         for case in mine:
             if case.possible and case.tokens:
                 request = request_of(case)
-                found.update(dict.fromkeys(make_kernels(topology, request, make_plan(topology, request)).variants))
+                kernels = make_kernels(topology, request, make_plan(topology, request))
+                found.update(dict.fromkeys(kernel.variant for kernel in kernels))
     return list(found)
 
 

@@ -28,9 +28,8 @@ struct Control {
   u32 claimed;  // the failure record has been taken
 };
 
-// Of this thread's own finding: bits of `stopped` beside another rank's stop word.
 enum Fault : u32 { kNoFault = 0, kTimeout = 1, kMismatch = 2 };
-constexpr u32 kFoundHere = 0x10000;
+constexpr u32 kFoundHere = 0x10000;      // in Ranks::stopped, in place of another rank's stop word: this warp has found it
 
 // In pinned host memory, one per communicator; written by the first thread of a rank that has something to say.
 struct Failure {
@@ -65,14 +64,10 @@ struct Ranks {
   u32 call;
   u32 stopped;           // do not send, do not wait; report() says why
   u32 generation;        // byte offset of this call's generation
-  u32 late_rank;         // what this thread found
-  u32 late_token;
-  u32 late_stage;
-  u32 late_call;
 
   // Needs no result of the previous kernel.
   COLLOGUE_DEVICE explicit Ranks(const Params& params)
-      : p(params), own(params.workspace[params.rank]), call(0), stopped(0), generation(0), late_rank(kNobody), late_token(0), late_stage(0), late_call(0) {
+      : p(params), own(params.workspace[params.rank]), call(0), stopped(0), generation(0) {
 #pragma unroll
     for (int k = 1; k < C::kWorld; k++) slot[k] = p.workspace[next_peer(k)] + kDataOffset + position(p.rank, next_peer(k)) * p.slot_bytes;
   }
@@ -174,8 +169,8 @@ struct Ranks {
       differs = h[0].w[0] == of_call + 1 && h[1].w[3] == hash(h) && h[1].w[3] != mine;
     }
     if (!any_in_warp(differs)) return;
-    stopped |= kFoundHere | kMismatch << 8;
-    if (differs) note(lane, 0, 0, of_call);
+    stopped = kFoundHere;
+    if (differs) found(kMismatch, lane, of_call, 0, 0);
   }
   // After the sends of this call, and after a while: the call before.
   COLLOGUE_DEVICE Seen look_at_previous_call(u32 warp_of_grid) const {
@@ -205,10 +200,12 @@ struct Ranks {
         stopped = load_peer_written_together(own).w[2];
         if (!stopped && any_in_warp(now - started_ns > kLongWaitNs)) compare_headers(call, look_at_headers(call));
         if (!stopped && over) {
-          stopped = kFoundHere | kTimeout << 8;
+          stopped = kFoundHere;
+          u32 rank = kNobody;
 #pragma unroll
           for (int b = 0; b < kCount; b++)
-            if (late(b)) note(sender(b), stage, token, call);
+            if (late(b)) rank = sender(b);
+          if (rank != kNobody) found(kTimeout, rank, call, stage, token);
         }
       }
     }
@@ -232,7 +229,7 @@ struct Ranks {
   // Adds every rank's term of one vector in rank order; `mine` is this rank's, disguised. All lanes of the warp together.
   COLLOGUE_DEVICE void receive_and_add(const Vector& mine, u32 offset, bool active, u32 token, float (&sum)[8]) {
     // As many terms at a time as registers hold: all of them where a thread has one 16-bit vector.
-    constexpr int kMost = (C::kVectors == 1 ? 8 : 4) / D::kParts;
+    constexpr int kMost = (C::kVectors == 1 && !C::kLoop ? 8 : 4) / D::kParts;
     constexpr int kBatch = C::kWorld < kMost ? C::kWorld : kMost;
 #pragma unroll
     for (int first = 0; first < C::kWorld; first += kBatch) {
@@ -277,29 +274,28 @@ struct Ranks {
 
   // ---- failing
 
-  COLLOGUE_DEVICE void note(u32 rank, u32 stage, u32 token, u32 of_call) {
-    late_rank = rank;
-    late_stage = stage;
-    late_token = token;
-    late_call = of_call;
-  }
-  // At the end of a kernel that stopped: fill the failure record, once per communicator, and tell every rank to stop.
-  COLLOGUE_DEVICE void report() const {
-    const bool here = stopped & kFoundHere;
-    if (here ? late_rank == kNobody : thread_index() % 32 != 0) return;
+  // This thread has found a fault: fill the failure record, once per communicator, and tell every rank to stop.
+  COLLOGUE_DEVICE void found(u32 fault, u32 rank, u32 of_call, u32 stage, u32 token) const {
     if (!claim(&control()->claimed)) return;
-    const u32 fault = stopped >> 8 & 0xffu;
+    write_record(fault, p.rank, rank, of_call, stage, token);
+#pragma unroll 1
+    for (u32 k = 0; k < C::kWorld; k++) store_word_to_peer(&reinterpret_cast<Control*>(p.workspace[k])->stop, fault << 8 | (p.rank + 1));
+  }
+  // At the end of a kernel that stopped: whatever stopped it, this rank has a record.
+  COLLOGUE_DEVICE void report() const {
+    if (stopped & kFoundHere || thread_index() % 32 != 0 || !claim(&control()->claimed)) return;
+    write_record(stopped >> 8, (stopped & 0xffu) - 1, C::kWorld, call, 0, 0);
+  }
+  COLLOGUE_DEVICE void write_record(u32 fault, u32 finder, u32 rank, u32 of_call, u32 stage, u32 token) const {
     Failure* const f = p.failure;
-    f->rank = here ? p.rank : (stopped & 0xffu) - 1;
-    f->late_rank = here ? late_rank : C::kWorld;
-    f->call = here ? late_call : call;
-    f->token = here ? late_token : 0;
-    f->stage = here ? late_stage : 0;
+    f->rank = finder;
+    f->late_rank = rank;
+    f->call = of_call;
+    f->token = token;
+    f->stage = stage;
     f->waited_ms = static_cast<u32>(p.timeout_ns / 1000000u);
     fence_system();
     store_word_to_peer(&f->fault, fault);
-#pragma unroll 1
-    for (u32 k = 0; here && k < C::kWorld; k++) store_word_to_peer(&reinterpret_cast<Control*>(p.workspace[k])->stop, fault << 8 | (p.rank + 1));
   }
 };
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 
 from collogue.jit import ARCHITECTURES
 from collogue.plan import Request, launch_shape, make_variant
-from collogue.spec import VALUE_DTYPES, Wanted, parse
+from collogue.spec import VALUE_DTYPES, Operation, Wanted, parse
 from collogue.topology import Topology
 from collogue.variant import Variant
 
@@ -48,13 +49,23 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "hidden_size": (24, 576, 2880, 7168, 12800, 16384),
     "architecture": ARCHITECTURES,
     "dtype": VALUE_DTYPES,
-    "kernel": ("one_shot", "local"),
+    "kernel": ("one_shot", "two_shot", "sharded", "reduce_scatter", "all_gather", "local"),
     "norm": (True, False),
     "keep_norm": (False, True),
     "wide_weight": (False, True),
     "residual": (True, False),
     # One row a cluster, and many.
     "tokens": (1, 4096),
+}
+
+
+_OPERATIONS: dict[str, Operation] = {
+    "one_shot": "all_reduce",
+    "two_shot": "all_reduce",
+    "sharded": "sharded",
+    "reduce_scatter": "reduce_scatter",
+    "all_gather": "all_gather",
+    "local": "all_reduce",
 }
 
 
@@ -67,12 +78,15 @@ def possible(choice: Choice) -> bool:
         return False
     if choice.get("wide_weight", False) and choice.get("dtype") is torch.float32:
         return False
-    if choice.get("kernel") == "one_shot":
-        return bool(choice.get("world", 2) > 1)
-    if choice.get("kernel") == "local" and choice.get("world", 1) > 1:
-        # Terms of several ranks in own memory: the transport's addition, which does nothing else.
-        return quant is None and choice.get("norm") is not True
-    return True
+    kernel = choice.get("kernel")
+    if kernel is None:
+        return True
+    if (kernel == "local") != (choice.get("world", 1 if kernel == "local" else 2) == 1):
+        return False
+    if kernel == "sharded":
+        return choice.get("norm", True) or quant is not None or "format" not in choice
+    # Moves what is finished: nothing is added or normalised.
+    return kernel != "all_gather" or not (choice.get("residual", False) or choice.get("norm", False))
 
 
 def variant_of(choice: Choice) -> Variant:
@@ -82,7 +96,11 @@ def variant_of(choice: Choice) -> Variant:
     wanted = Wanted.of(has_residual=residual, has_norm=norm, quant=quant, keep_norm=choice["keep_norm"])
     request = Request(tokens, hidden_size, dtype, residual, norm, choice["wide_weight"], quant, wanted)
     topology = Topology(choice["world"], tokens, hidden_size, dtype, choice["architecture"], multiprocessors=132, ranks_per_gpu=1)
-    return make_variant(topology, request, launch_shape(topology, tokens, hidden_size, quant), choice["kernel"], choice["world"])
+    algorithm = "sharded" if choice["kernel"] == "reduce_scatter" else choice["kernel"]
+    if algorithm == "all_gather":
+        request = replace(request, wanted=replace(wanted, norm=quant is None, residual=False, reduced=False))
+    request = replace(request, operation=_OPERATIONS[choice["kernel"]])
+    return make_variant(topology, request, launch_shape(topology, tokens, hidden_size, quant, algorithm), algorithm)
 
 
 def pairs_of(choice: Choice) -> set[Pair]:

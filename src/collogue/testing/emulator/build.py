@@ -7,14 +7,14 @@ import hashlib
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from collogue import plan
 from collogue.jit import KERNELS
-from collogue.spec import Quant, Wanted
+from collogue.spec import Operation, Quant, Wanted
 from collogue.topology import Topology
 from collogue.variant import Variant
 
@@ -37,6 +37,9 @@ OPTIONS = (
 @dataclass(frozen=True)
 class Case:
     """What is emulated: one kernel in one launch shape, for calls of up to ``max_tokens`` tokens.
+
+    ``kernel``: ``one_shot``, ``two_shot``, ``local``, or an operation: ``sharded``, ``reduce_scatter``, ``all_gather``, whose gathered rows are
+    the norm, or codes where ``quant`` is given.
 
     ``rows`` clusters of CTAs do all rows of a call in turns; ``None``: one cluster a row. Each thread holds ``vectors`` times 8 elements.
     """
@@ -61,7 +64,26 @@ class Case:
 
     @property
     def wanted(self) -> Wanted:
-        return Wanted.of(has_residual=self.residual, has_norm=self.norm, quant=self.quant, keep_norm=self.keep_norm)
+        wanted = Wanted.of(has_residual=self.residual, has_norm=self.norm, quant=self.quant, keep_norm=self.keep_norm)
+        return replace(wanted, residual=False, reduced=False) if self.kernel == "all_gather" else wanted
+
+    @property
+    def operation(self) -> Operation:
+        return "all_reduce" if self.kernel in ("one_shot", "two_shot", "local") else self.kernel  # type: ignore[return-value]
+
+    @property
+    def algorithm(self) -> plan.Algorithm:
+        return "sharded" if self.kernel == "reduce_scatter" else self.kernel  # type: ignore[return-value]
+
+    def request(self, tokens: int) -> plan.Request:
+        """Of one call."""
+        moves = self.kernel == "all_gather"
+        residual, norm = self.residual and not moves, self.norm and not moves
+        return plan.Request(tokens, self.hidden_size, self.dtype, residual, norm, False, self.quant, self.wanted, self.operation)
+
+    def rows_of(self, tokens: int) -> int:
+        """Rows of one launch: of the call, or of each owner."""
+        return tokens if self.kernel in ("one_shot", "two_shot", "local") else -(-tokens // self.world)
 
     @property
     def topology(self) -> Topology:
@@ -70,10 +92,9 @@ class Case:
     @property
     def variant(self) -> Variant:
         """What a GPU would run in this shape, by the plan's own rules."""
-        clusters = self.rows or self.max_tokens
-        shape = plan.LaunchShape(self.threads, self.vectors, self.cluster, clusters)
-        request = plan.Request(self.max_tokens, self.hidden_size, self.dtype, self.residual, self.norm, False, self.quant, self.wanted)
-        return plan.make_variant(self.topology, request, shape, self.kernel, self.world)
+        shape = plan.LaunchShape(self.threads, self.vectors, self.cluster, self.rows or self.rows_of(self.max_tokens))
+        request = self.request(self.max_tokens)
+        return plan.make_variant(self.topology, request, shape, self.algorithm)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ inline void sync_block() {
   emulator::Cta& cta = *self().cta;
   if (++cta.at_block_barrier == cta.kernel->threads) {
     cta.at_block_barrier = 0;
+    machine->join_stores(cta.fibres.data(), cta.kernel->threads);
     machine->wake(cta.block_waiters);
     machine->point();
   } else {
@@ -108,8 +109,17 @@ inline u32 exchange_lanes(u32 x, int distance) {
   return warp.answer[lane.thread % 32 ^ static_cast<u32>(distance)];
 }
 inline float exchange_lanes(float x, int distance) { return from_bits(exchange_lanes(bits(x), distance)); }
+// What a lane fences afterwards includes what the others stored before.
 inline void sync_warp() {
-  meet_in_warp(emulator::Collective::kSync, 0, [](emulator::Warp&) {});
+  emulator::Fibre* const first = &self() - self().thread % 32;
+  meet_in_warp(emulator::Collective::kSync, 0, [first](emulator::Warp&) { machine->join_stores(first, 32); });
+}
+inline u32 of_lane(u32 x, u32 source) {
+  emulator::Fibre& lane = self();
+  emulator::Warp& warp = lane.cta->warps[lane.thread / 32];
+  warp.value[lane.thread % 32] = x;
+  meet_in_warp(emulator::Collective::kExchange, 64 + source, [](emulator::Warp& w) { std::memcpy(w.answer, w.value, sizeof w.value); });
+  return warp.answer[source];
 }
 // What one instruction of a converged warp reads at one address: the same for all lanes.
 template <class T>
@@ -180,12 +190,33 @@ inline u32 load_peer_written_word(const u32* p) {
   machine->point();
   return *p;
 }
-inline u32 load_peer_written_word_together(const u32* p) { return read_together(emulator::Collective::kLoad, p); }
+inline Words load_peer_written_together(const void* p) { return read_together(emulator::Collective::kLoad, static_cast<const Words*>(p)); }
+struct Pair {
+  u32 w[2];
+};
+inline Pair load_peer_written_pair(const void* p) {
+  machine->point();
+  Pair v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store_pair_to_peer(void* p, const Pair& v) {
+  for (u32 i = 0; i < 2; i++) machine->store_later(static_cast<u8*>(p) + 4 * i, v.w[i]);
+  machine->count_sent(2);
+  machine->point();
+}
+inline void store_word(void* p, u32 v) {
+  if (machine->is_peer_memory(p, 4)) {
+    machine->store_later(p, v);
+    machine->point();
+  } else {
+    std::memcpy(p, &v, 4);
+  }
+}
 inline void store_word_to_peer(u32* p, u32 v) {
   machine->store_later(p, v);
   machine->point();
 }
-inline Words load_control(const void* p) { return read_together(emulator::Collective::kLoad, static_cast<const Words*>(p)); }
 inline void count(u64* p, u64 n) {
   machine->point();
   *p += n;

@@ -138,6 +138,12 @@ class Machine {
     return false;
   }
   void count_sent(u32 words) { current->cta->kernel->words_sent += words; }
+  // A barrier: whoever fences after it fences what all of them stored before it.
+  static void join_stores(Fibre* fibres, u32 count) {
+    u64 last = 0;
+    for (u32 i = 0; i < count; i++) last = std::max(last, fibres[i].last_due);
+    for (u32 i = 0; i < count; i++) fibres[i].last_due = last;
+  }
   void fence() { current->stores_not_before = current->last_due + 1; }
 
   // Arrives at a barrier with `bytes` still to come, or counts bytes that came.

@@ -8,23 +8,23 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from collogue import reference
 from collogue.call import Call, allocate
-from collogue.cuda import fill_epilogue
+from collogue.cuda import fill_epilogue, fill_shape, fill_shard
 from collogue.formats import scale_storage
 from collogue.launch import Params
-from collogue.plan import GENERATIONS, slot_bytes
-from collogue.spec import Output, RMSNorm
+from collogue.plan import GENERATIONS, Plan, generation_bytes
+from collogue.spec import Output, RMSNorm, owned_rows
 from collogue.testing.compare import compare
 from collogue.testing.emulator.build import Case, Library
 from collogue.testing.inputs import make_inputs
-from collogue.testing.oracle import by_reference
 from collogue.workspace import CONTROL_BYTES, SENTINELS, FailureRecord
 
 #: What the adversary does, in the order of ``Mode`` in `machine.hpp`: treats all alike; holds a rank up; lets a rank run ahead;
 #: holds CTAs up; keeps a rank from launching one of its kernels until all others have ended.
 MODES = ("fair", "late", "ahead", "slow_ctas", "absent")
 _POISON = 0xEE
-_STOP_WORD = 4  # of the control words (kernels/protocol.cuh)
+_STOP_WORD = 2  # of the control words (kernels/protocol.cuh)
 
 
 class _Job(ctypes.Structure):
@@ -45,7 +45,7 @@ class Run:
 
     error: str
     outputs: list[list[Output]]
-    expected: list[Output]
+    expected: list[list[Output]]
     failures: list[FailureRecord]
     stops: list[int]
     sent: list[list[int]]
@@ -57,11 +57,11 @@ class Run:
         if self.error:
             return self.error
         for record in self.failures:
-            if record.kind:
-                return f"rank {record.rank} failed at call {record.call}: kind {record.kind}, late rank {record.late_rank}"
+            if record.fault:
+                return f"rank {record.rank} failed at call {record.call}: fault {record.fault}, late rank {record.late_rank}"
         for call, (outputs, expected) in enumerate(zip(self.outputs, self.expected, strict=True)):
             for rank, actual in enumerate(outputs):
-                for difference in compare(actual, expected).values():
+                for difference in compare(actual, expected[rank]).values():
                     if difference.count:
                         return f"call {call}, rank {rank}: {difference.first}"
         if self.leftover:
@@ -79,7 +79,6 @@ def emulate(
     absent_call: int | None = None,
     kind: str = "normal",
     timeout: float = 1.0,
-    generations: int = GENERATIONS,
 ) -> Run:
     """One call after the other on every rank, queued at once; call ``i`` has ``tokens[i]`` tokens.
 
@@ -88,26 +87,18 @@ def emulate(
         mode: a name of :data:`MODES`; ``victim`` is its rank, ``absent_call`` the call that it does not launch.
         kind: of inputs (:data:`collogue.testing.inputs.KINDS`). Words that look like the sentinel are sprinkled over the partials.
         timeout: in emulated seconds, of one million scheduling points each.
-        generations: of slots that the library was compiled with; differs only in mutated twins, at most :data:`GENERATIONS`.
     """
     case = library.case
-    partials, residuals, weights = zip(*(_inputs(case, t, kind, seed + i) for i, t in enumerate(tokens)), strict=True)
-    norms = [RMSNorm(w, eps=1e-6, weight_offset=1.0) if case.norm else None for w in weights]
-    expected = [by_reference(p, r, n, case.quant, case.keep_norm) for p, r, n in zip(partials, residuals, norms, strict=True)]
-    # The local kernel reads all terms from the memory of one rank, so they lie behind each other.
-    terms = [torch.stack(p) for p in partials]
-    ranks = 1 if case.kernel == "local" else case.world
-    calls = [
-        [Call(term, residual, norm, case.quant, case.wanted) for term in stack[:ranks]]
-        for stack, residual, norm in zip(terms, residuals, norms, strict=True)
-    ]
+    ranks = case.world
+    every = [_call(case, t, kind, seed + i) for i, t in enumerate(tokens)]
+    calls, expected = [calls for calls, _ in every], [outputs for _, outputs in every]
     outputs = [[_poisoned(call) for call in of_ranks] for of_ranks in calls]
     memory = _Memory(case, ranks)
     params = (Params * (len(calls) * ranks))()
     for i, of_ranks in enumerate(calls):
         for rank, call in enumerate(of_ranks):
-            _fill(params[i * ranks + rank], rank, call, outputs[i][rank], memory, int(timeout * 1e9))
-    rows = (ctypes.c_uint32 * len(calls))(*(min(t, case.rows or t) for t in tokens))
+            _fill(params[i * ranks + rank], case, rank, call, outputs[i][rank], memory, int(timeout * 1e9))
+    rows = (ctypes.c_uint32 * len(calls))(*(min(case.rows_of(t), case.rows or t) for t in tokens))
     sent = (ctypes.c_uint64 * len(params))()
     never = len(calls)
     job = _Job(ranks, len(calls), case.cluster, case.threads, MODES.index(mode), victim, never if absent_call is None else absent_call)
@@ -123,7 +114,7 @@ def emulate(
         failures=list(memory.failures),
         stops=[int(workspace[_STOP_WORD]) for workspace in memory.workspaces],
         sent=[list(sent[i * ranks : (i + 1) * ranks]) for i in range(len(calls))],
-        leftover=memory.leftover((len(calls) - 1) % generations),
+        leftover=memory.leftover(),
         ticks=job.ticks,
     )
 
@@ -132,38 +123,59 @@ class _Memory:
     """What lies in symmetric and pinned memory: as :class:`collogue.workspace.Workspace` makes it, workspaces as int32 words."""
 
     def __init__(self, case: Case, ranks: int) -> None:
-        self.slot_bytes = slot_bytes(case.topology)
+        self.generation_bytes = generation_bytes(case.topology)
         self.sentinel = SENTINELS[case.dtype.itemsize] - (1 << 32)
-        self.slots = (GENERATIONS, case.world, self.slot_bytes // 4)
-        self.workspaces = [
-            torch.full(((CONTROL_BYTES + GENERATIONS * case.world * self.slot_bytes) // 4,), self.sentinel, dtype=torch.int32)
-            for _ in range(ranks)
-        ]
+        words = (CONTROL_BYTES + GENERATIONS * self.generation_bytes) // 4
+        self.workspaces = [torch.full((words,), self.sentinel, dtype=torch.int32) for _ in range(ranks)]
         for workspace in self.workspaces:
             workspace[: CONTROL_BYTES // 4] = 0
         self.failures = (FailureRecord * ranks)()
 
-    def leftover(self, last: int) -> int:
-        """Words that are not sentinels where the next call expects them: other ranks' slots of generation ``last`` hold the last call."""
-        total = 0
-        for rank, workspace in enumerate(self.workspaces):
-            dirty = (workspace[CONTROL_BYTES // 4 :].view(self.slots) != self.sentinel).sum(dim=2)
-            dirty[last, torch.arange(self.slots[1]) != rank] = 0
-            total += int(dirty.sum())
-        return total
+    def leftover(self) -> int:
+        """Words that are not sentinels although every kernel has ended."""
+        return sum(int((workspace[CONTROL_BYTES // 4 :] != self.sentinel).sum()) for workspace in self.workspaces)
 
 
-def _fill(p: Params, rank: int, call: Call, out: Output, memory: _Memory, timeout_ns: int) -> None:
+def _fill(p: Params, case: Case, rank: int, call: Call, out: Output, memory: _Memory, timeout_ns: int) -> None:
     """The parameters of one launch."""
-    p.partial, p.partial_stride = call.partial.data_ptr(), call.partial.nbytes
-    if call.residual is not None:
-        p.residual = call.residual.data_ptr()
-    fill_epilogue(p, call.norm, call.quant, out)
-    p.tokens, p.hidden, p.rank, p.slot_bytes = call.tokens, call.hidden_size, rank, memory.slot_bytes
-    p.column_stride = -(-call.tokens // 4) * 4
-    p.timeout_ns, p.failure = timeout_ns, ctypes.addressof(memory.failures[rank])
+    request = case.request(call.tokens)
+    fill_shape(p, case.topology, request, Plan(case.algorithm, "", None, 0, 0.0, 0.0, case.rows_of(call.tokens)), rank)
+    if call.shard is not None:
+        fill_shard(p, call.shard, out)
+    else:
+        p.partial = call.partial.data_ptr()
+        if call.residual is not None:
+            p.residual = call.residual.data_ptr()
+        fill_epilogue(p, call.norm, call.quant, out)
+    p.generation_bytes, p.timeout_ns, p.failure = memory.generation_bytes, timeout_ns, ctypes.addressof(memory.failures[rank])
     for peer, workspace in enumerate(memory.workspaces):
         p.workspace[peer] = workspace.data_ptr()
+
+
+def _call(case: Case, tokens: int, kind: str, seed: int) -> tuple[list[Call], list[Output]]:
+    """What every rank calls, and what every rank must get."""
+    partials, residual, weight = _inputs(case, tokens, kind, seed)
+    norm = RMSNorm(weight, eps=1e-6, weight_offset=1.0) if case.norm else None
+    epilogue = {"residual": residual, "norm": norm, "quant": case.quant, "keep_norm": case.keep_norm}
+    rows = [owned_rows(tokens, case.world, rank) for rank in range(case.world)]
+    if case.operation == "all_reduce":
+        expected = [reference.all_reduce(partials, **epilogue)] * case.world  # type: ignore[arg-type]
+        return [Call(p, residual, norm, case.quant, case.wanted) for p in partials], expected
+    if case.kernel == "sharded":
+        expected = reference.sharded(partials, **epilogue)  # type: ignore[arg-type]
+    else:
+        expected = reference.reduce_scatter(partials, **epilogue)  # type: ignore[arg-type]
+    if case.kernel == "all_gather":
+        names = ("codes", "scales") if case.quant is not None else ("norm",)
+        shards = [Output(**{name: getattr(one, name) for name in names}) for one in expected]
+        whole = torch.empty(tokens, case.hidden_size, dtype=case.dtype, device="meta")
+        calls = [Call(whole, None, None, case.quant, case.wanted, "all_gather", r, s) for r, s in zip(rows, shards, strict=True)]
+        return calls, [reference.all_gather(shards, quant=case.quant)] * case.world
+    own = [None if residual is None else residual[r.start : r.stop].clone() for r in rows]
+    calls = [
+        Call(p, mine, norm, case.quant, case.wanted, case.operation, r) for p, mine, r in zip(partials, own, rows, strict=True)
+    ]
+    return calls, expected
 
 
 def _inputs(case: Case, tokens: int, kind: str, seed: int) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor]:
