@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
@@ -14,7 +14,7 @@ from collogue.gather import check_gather, check_tokens
 from collogue.group import as_group
 from collogue.plan import Plan, Request, make_plan
 from collogue.spec import VALUE_DTYPES, Operation, Output, Quant, RMSNorm, Wanted, owned_rows
-from collogue.topology import Topology, agree
+from collogue.topology import Overrides, Topology, agree
 
 
 class Engine(Protocol):
@@ -37,6 +37,9 @@ class Communicator:
         dtype: of partials, residual and norm: bfloat16, float16 or float32.
         device: the device of every tensor; default: this process's CUDA device if the group has NCCL, else the CPU.
         timeout: seconds that a kernel waits for a peer before it gives up.
+        algorithm: ``"one_shot"`` or ``"two_shot"`` for every ``all_reduce`` that the workspace has room for; default: what the
+            plan expects to be faster. Never changes a bit.
+        max_multiprocessors: most multiprocessors that a call may use, to leave the others to a GEMM; default: all.
     Synchronisation:
         Making one is collective: every rank of the group, with the same arguments.
     Raises:
@@ -52,6 +55,8 @@ class Communicator:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
         timeout: float = 30.0,
+        algorithm: Literal["one_shot", "two_shot"] | None = None,
+        max_multiprocessors: int | None = None,
     ) -> None:
         self._engine: Engine | None = None
         self._group = as_group(group, device)
@@ -59,7 +64,7 @@ class Communicator:
         self.max_tokens, self.hidden_size, self.dtype, self.timeout = max_tokens, hidden_size, dtype, timeout
         self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank)
         self._check_capacity()
-        self.topology: Topology = agree(self._group, self._capacity)
+        self.topology: Topology = agree(self._group, self._capacity, Overrides(algorithm, max_multiprocessors))
         self._engine = self._make_engine()
 
     def _check_capacity(self) -> None:

@@ -197,14 +197,12 @@ def make_plan(topology: Topology, request: Request) -> Plan:
 def sends_values(request: Request) -> bool:
     """Whether rows travel in the communicator's dtype on their way from their owners."""
     wanted = request.wanted
-    return wanted.norm or request.operation == "all_gather" and (wanted.reduced or wanted.residual)
+    return wanted.norm or (request.operation == "all_gather" and (wanted.reduced or wanted.residual))
 
 
 def _memory(topology: Topology, request: Request, algorithm: str) -> Memory:
     gathers = request.operation != "reduce_scatter"
-    memory = memory_of(
-        algorithm, topology.world_size, request.hidden_size, request.dtype, request.quant, values=sends_values(request)
-    )
+    memory = memory_of(algorithm, topology.world_size, request.hidden_size, request.dtype, request.quant, values=sends_values(request))
     return memory if gathers else replace(memory, gather=0, wire=0)
 
 
@@ -318,9 +316,7 @@ def make_kernels(topology: Topology, request: Request, plan: Plan) -> tuple[Kern
     if request.quant is not None:
         parts.append(replace(request, wanted=replace(request.wanted, norm=False)))
     shapes = [launch_shape(topology, plan.rows, part.hidden_size, part.quant, "all_gather") for part in parts]
-    return tuple(
-        Kernel(part, shape, make_variant(topology, part, shape, "all_gather")) for part, shape in zip(parts, shapes, strict=True)
-    )
+    return tuple(Kernel(part, shape, make_variant(topology, part, shape, "all_gather")) for part, shape in zip(parts, shapes, strict=True))
 
 
 def make_variant(topology: Topology, request: Request, shape: LaunchShape, algorithm: str) -> Variant:

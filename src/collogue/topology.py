@@ -21,6 +21,13 @@ class Overrides:
     max_multiprocessors: int | None = None
     cta_threads: int | None = None
 
+    def check(self) -> None:
+        """Raise :class:`ArgumentError` for what cannot be meant."""
+        if self.algorithm not in (None, "one_shot", "two_shot"):
+            raise ArgumentError(f"algorithm is {self.algorithm!r}", hint="give 'one_shot', 'two_shot' or nothing")
+        if self.max_multiprocessors is not None and self.max_multiprocessors < 1:
+            raise ArgumentError(f"max_multiprocessors is {self.max_multiprocessors!r}", hint="give a positive number or nothing")
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -41,13 +48,14 @@ class Topology:
         return self.architecture is not None and not self.architecture.startswith("sm_8")
 
 
-def agree(group: Group, capacity: Capacity) -> Topology:
+def agree(group: Group, capacity: Capacity, overrides: Overrides = Overrides()) -> Topology:
     """Exchange what every rank sees and return what all share. Collective.
 
     Raises :class:`ArgumentError` where ranks were given different arguments, :class:`PlatformError` where they cannot
     reach each other's memory.
     """
-    every = group.all_gather_object(_facts(group, capacity))
+    overrides.check()
+    every = group.all_gather_object(_facts(group, capacity, overrides))
     for rank, facts in enumerate(every):
         if facts["capacity"] != every[0]["capacity"]:
             raise ArgumentError(
@@ -55,7 +63,7 @@ def agree(group: Group, capacity: Capacity) -> Topology:
                 hint="make the communicator with the same arguments on every rank",
             )
     if group.device.type == "cpu":
-        return Topology(group.size, capacity.max_tokens, capacity.hidden_size, capacity.dtype, None, 0, 1)
+        return Topology(group.size, capacity.max_tokens, capacity.hidden_size, capacity.dtype, None, 0, 1, overrides)
     _check_reach(group, every)
     architectures = sorted({facts["architecture"] for facts in every})
     if len(architectures) > 1:
@@ -68,12 +76,13 @@ def agree(group: Group, capacity: Capacity) -> Topology:
         architectures[0],
         min(facts["multiprocessors"] for facts in every),
         max(sum(other["gpu"] == facts["gpu"] for other in every) for facts in every),
+        overrides,
     )
 
 
-def _facts(group: Group, capacity: Capacity) -> dict[str, Any]:
+def _facts(group: Group, capacity: Capacity, overrides: Overrides) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "capacity": f"max_tokens={capacity.max_tokens}, hidden_size={capacity.hidden_size}, dtype={capacity.dtype}",
+        "capacity": f"max_tokens={capacity.max_tokens}, hidden_size={capacity.hidden_size}, dtype={capacity.dtype}, {overrides}",
         "host": socket.gethostname(),
     }
     if group.device.type == "cuda":

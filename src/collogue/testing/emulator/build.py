@@ -38,8 +38,8 @@ OPTIONS = (
 class Case:
     """What is emulated: one kernel in one launch shape, for calls of up to ``max_tokens`` tokens.
 
-    ``kernel``: ``one_shot``, ``two_shot``, ``local``, or an operation: ``sharded``, ``reduce_scatter``, ``all_gather``, whose gathered rows are
-    the norm, or codes where ``quant`` is given.
+    ``kernel``: ``one_shot``, ``two_shot``, ``local``, or an operation: ``sharded``, ``reduce_scatter``, ``all_gather`` (of the norm, or
+    of codes where ``quant`` is given).
 
     ``rows`` clusters of CTAs do all rows of a call in turns; ``None``: one cluster a row. Each thread holds ``vectors`` times 8 elements.
     """

@@ -161,10 +161,8 @@ def _call(case: Case, tokens: int, kind: str, seed: int) -> tuple[list[Call], li
     if case.operation == "all_reduce":
         expected = [reference.all_reduce(partials, **epilogue)] * case.world  # type: ignore[arg-type]
         return [Call(p, residual, norm, case.quant, case.wanted) for p in partials], expected
-    if case.kernel == "sharded":
-        expected = reference.sharded(partials, **epilogue)  # type: ignore[arg-type]
-    else:
-        expected = reference.reduce_scatter(partials, **epilogue)  # type: ignore[arg-type]
+    scatter = reference.sharded if case.kernel == "sharded" else reference.reduce_scatter
+    expected = scatter(partials, **epilogue)  # type: ignore[arg-type]
     if case.kernel == "all_gather":
         names = ("codes", "scales") if case.quant is not None else ("norm",)
         shards = [Output(**{name: getattr(one, name) for name in names}) for one in expected]
@@ -172,9 +170,7 @@ def _call(case: Case, tokens: int, kind: str, seed: int) -> tuple[list[Call], li
         calls = [Call(whole, None, None, case.quant, case.wanted, "all_gather", r, s) for r, s in zip(rows, shards, strict=True)]
         return calls, [reference.all_gather(shards, quant=case.quant)] * case.world
     own = [None if residual is None else residual[r.start : r.stop].clone() for r in rows]
-    calls = [
-        Call(p, mine, norm, case.quant, case.wanted, case.operation, r) for p, mine, r in zip(partials, own, rows, strict=True)
-    ]
+    calls = [Call(p, mine, norm, case.quant, case.wanted, case.operation, r) for p, mine, r in zip(partials, own, rows, strict=True)]
     return calls, expected
 
 
