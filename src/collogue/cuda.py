@@ -12,7 +12,7 @@ from collogue import header, jit
 from collogue.call import Call, Capacity, allocate
 from collogue.errors import NotPrepared
 from collogue.group import Group
-from collogue.launch import Launcher, Params
+from collogue.launch import Launcher, Params, timeouts
 from collogue.plan import Kernel, Plan, Request, make_kernels, make_plan, memory_of, sends_values
 from collogue.spec import Output, Quant, RMSNorm, owned_rows
 from collogue.topology import Topology
@@ -38,9 +38,9 @@ class KernelEngine:
     def __init__(self, group: Group, capacity: Capacity, topology: Topology, timeout: float) -> None:
         self.group = group
         self.topology = topology
-        self.timeout_ns = int(timeout * 1e9)
+        self.timeout = timeout
         self.index = group.device.index
-        self.workspace = Workspace(group, topology) if topology.world_size > 1 else None
+        self.workspace = Workspace(group, topology, timeout) if topology.world_size > 1 else None
         self._kernels: dict[Variant, Any] = {}
         self._ready: dict[tuple[object, ...], _Ready] = {}
 
@@ -80,7 +80,7 @@ class KernelEngine:
         launcher = Launcher(self._kernels[variant], shape, dependent=self.topology.has_clusters)
         params = launcher.params
         fill_shape(params, self.topology, request, plan, self.group.rank)
-        params.timeout_ns = self.timeout_ns
+        params.timeout, params.relay_timeout = timeouts(self.timeout)
         if self.workspace is not None:
             params.failure, params.generation_bytes = self.workspace.failure_pointer, self.workspace.generation_bytes
             for rank, pointer in enumerate(self.workspace.buffer.pointers):

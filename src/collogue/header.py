@@ -1,10 +1,9 @@
-"""The header of a call: what a kernel tells every rank that it was called with (kernels/protocol.cuh), and its text.
-
-Words: 1 + call number, tokens, hidden size, first row of the launch, two words of options, a mix of eps and weight offset, hash.
-"""
+"""What a call was, in a few words of memory: for the ranks to compare and for a journal to keep (kernels/protocol.cuh)."""
 
 from __future__ import annotations
 
+import struct
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
@@ -12,8 +11,8 @@ import torch
 from collogue.spec import Operation, Quant
 from collogue.variant import QuantVariant
 
-HEADER_WORDS = 8
-HEADER_BYTES = 4 * HEADER_WORDS
+#: Of one call in a journal (``collogue::Entry``).
+ENTRY_BYTES = 32
 _OPERATIONS = get_args(Operation)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FORMATS = ("kNone", "kNVFP4", "kMXFP4", "kMXFP8", "kFP8Static", "kFP8PerToken", "kFP8Group", "kFP8GroupE8M0")
@@ -46,25 +45,33 @@ def pack(
     return word, q.group
 
 
-def text(words: tuple[int, ...] | list[int]) -> str:
-    """What a header says, for people."""
-    number, tokens, hidden, first, word, group, mix, _ = words
+@dataclass(frozen=True)
+class Entry:
+    """One call as a journal keeps it."""
 
-    def take(bits: int) -> int:
-        nonlocal word
-        value, word = word & ((1 << bits) - 1), word >> bits
-        return value
+    call: int
+    text: str
 
-    algorithm, operation, dtype = _ALGORITHMS[take(4)], _OPERATIONS[take(4)], _DTYPES[take(2)]
-    residual, norm, keep_norm, quant, layout, ceil = take(1), take(1), take(1), take(4), take(3), take(1)
-    parts = [f"call {number - 1}: {operation} by {algorithm}", f"tokens={tokens}", f"hidden_size={hidden}"]
-    parts.append(f"dtype={str(dtype).removeprefix('torch.')}")
-    parts += ["residual"] * residual + ["norm"] * norm + ["keep_norm"] * keep_norm
-    if quant:
-        extra = [_LAYOUT_NAMES[layout]] + [f"group {group}"] * (group > 0) + ["ceil"] * ceil
-        parts.append(f"quant={_NAMES[quant]} ({', '.join(extra)})")
-    if norm:
-        parts.append(f"eps and offset {mix:#010x}")
-    if first:
-        parts.append(f"from row {first}")
-    return ", ".join(parts)
+    @classmethod
+    def of(cls, entry: bytes) -> Entry | None:
+        """``None`` where nothing has been written yet."""
+        number, tokens, hidden, first, options, group, eps, offset = struct.unpack("<6I2f", entry)
+        if not number:
+            return None
+
+        word = int(options)
+
+        def take(bits: int) -> int:
+            nonlocal word
+            value, word = word & ((1 << bits) - 1), word >> bits
+            return value
+
+        algorithm, operation, dtype = _ALGORITHMS[take(4)], _OPERATIONS[take(4)], _DTYPES[take(2)]
+        residual, norm, keep_norm, quant, layout, ceil = take(1), take(1), take(1), take(4), take(3), take(1)
+        parts = [f"{operation} by {algorithm}", f"tokens={tokens}", f"hidden_size={hidden}", f"dtype={str(dtype).removeprefix('torch.')}"]
+        parts += ["residual"] * residual + [f"norm(eps={eps:g}, weight_offset={offset:g})"] * norm
+        if quant:
+            extra = [_LAYOUT_NAMES[layout]] + [f"group {group}"] * (group > 0) + ["ceil"] * ceil
+            parts.append(f"quant={_NAMES[quant]} ({', '.join(extra)})")
+        parts += ["keep_norm"] * (keep_norm and quant > 0) + [f"from row {first}"] * (first > 0)
+        return cls(number - 1, ", ".join(parts))

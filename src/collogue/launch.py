@@ -21,13 +21,24 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("shard_values", "shard_codes", "shard_scales")),
         ("workspace", ctypes.c_void_p * MAX_WORLD),
         ("failure", ctypes.c_void_p),
-        ("timeout_ns", ctypes.c_uint64),
-        *((name, ctypes.c_uint32) for name in ("tokens", "hidden", "rank", "generation_bytes", "slot_bytes", "gather_bytes")),
+        *(
+            (name, ctypes.c_uint32)
+            for name in ("timeout", "relay_timeout", "tokens", "hidden", "rank", "generation_bytes", "slot_bytes", "gather_bytes")
+        ),
         *((name, ctypes.c_uint32) for name in ("first", "count", "block", "width", "wire_bytes", "pad")),
         *((name, ctypes.c_uint32) for name in ("column_stride", "shard_column_stride")),
         *((name, ctypes.c_float) for name in ("eps", "weight_offset", "scale_value", "smallest")),
         ("header", ctypes.c_uint32 * 2),
     ]
+
+
+def timeouts(seconds: float) -> tuple[int, int]:
+    """``Params.timeout`` and ``Params.relay_timeout``: whoever waits for what others relay gives up an eighth later, at most 0.25 s."""
+
+    def units(t: float) -> int:
+        return max(1, round(t * 1e9 / (1 << 20)))
+
+    return units(seconds), units(seconds + min(seconds / 8, 0.25)) + 1
 
 
 class Launcher:

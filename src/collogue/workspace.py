@@ -10,18 +10,19 @@ import ctypes
 from dataclasses import dataclass
 
 import torch
+from cuda.bindings import driver
 
-from collogue import header
 from collogue.errors import CollectiveTimeout, MismatchedCall
 from collogue.group import Group
+from collogue.header import ENTRY_BYTES, Entry
 from collogue.plan import GENERATIONS, generation_bytes
 from collogue.topology import Topology
 
 CONTROL_BYTES = 4096
 #: A word that has not arrived, by bytes of a value (kernels/values.cuh).
 SENTINELS = {2: 0x80008000, 4: 0x80000000}
-_STAGES = {1: "the partial sums", 2: "the reduced rows", 3: "the start"}
-HEADERS_OFFSET, HEADERS, MAX_RANKS = 256, 4, 8
+#: What a wait was for, by ``collogue::Stage``.
+_STAGES = ("the partial sums", "the reduced rows", "the start", "the call before")
 JOURNAL_OFFSET, JOURNAL = 2048, 64
 TIMEOUT, MISMATCH = 1, 2
 
@@ -29,7 +30,7 @@ TIMEOUT, MISMATCH = 1, 2
 class FailureRecord(ctypes.Structure):
     """Mirrors ``collogue::Failure``. ``fault``: 0 nothing, 1 a wait took too long, 2 calls do not match; ``rank`` found it."""
 
-    _fields_ = [(name, ctypes.c_uint32) for name in ("fault", "rank", "late_rank", "call", "token", "stage", "waited_ms", "reserved")]
+    _fields_ = [(name, ctypes.c_uint32) for name in ("fault", "rank", "late_rank", "call", "token", "stage")]
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Workspace:
 
     group: Group
     topology: Topology
+    timeout: float
 
     def __post_init__(self) -> None:
         self.generation_bytes = generation_bytes(self.topology)
@@ -66,39 +68,37 @@ class Workspace:
         """Raise what a kernel wrote into the failure record."""
         f = self.failure
         hint = "call comm.reset() on every rank to use the communicator again; if a rank has died, make a new one without it"
-        mine, named = f.rank == self.group.rank, f.late_rank < self.topology.world_size
+        made = {rank: journal.get(f.call) for rank, journal in self.journals().items()}
         if f.fault == MISMATCH:
-            sides = self._headers(f.call) if mine else self._headers(f.call) or self._headers(f.call - 1)
-            text = "; ".join(f"rank {rank} made {header}" for rank, header in sides.items())
-            raise MismatchedCall(f"ranks made different calls: {text or f'rank {f.rank} says so at call {f.call}'}", hint=hint)
-        if not mine:
-            raise CollectiveTimeout(f"rank {f.rank} gave up waiting and stopped the group at call {f.call}", hint=hint)
-        # The kernel looks once more before it names a rank: by then the words may have come.
-        late = f"rank {f.late_rank}" if named else "a rank that came while this was written"
-        sides = self._headers(f.call)
-        own = sides.get(f.rank)
+            sides = "; ".join(f"rank {rank} made {call.text}" for rank, call in made.items() if call is not None)
+            raise MismatchedCall(f"the ranks' calls {f.call} differ, says rank {f.rank}: {sides}", hint=hint)
+        own = made.get(self.group.rank)
+        text = f" ({own.text})" if own is not None else ""
+        if f.rank != self.group.rank:
+            raise CollectiveTimeout(f"rank {f.rank} gave up waiting and stopped the group at call {f.call}{text}", hint=hint)
+        theirs = made.get(f.late_rank)
         raise CollectiveTimeout(
-            f"rank {f.rank} waited {f.waited_ms / 1000:.1f} s for {_STAGES.get(f.stage, f.stage)} of {late}, "
-            f"call {f.call}, token {f.token}" + (f" ({own}; {late} made {sides.get(f.late_rank, 'no such call')})" if own else ""),
+            f"rank {f.rank} waited {self.timeout:g} s for {_STAGES[f.stage]} of rank {f.late_rank}, call {f.call}, token {f.token}{text}; "
+            f"rank {f.late_rank} " + (f"made {theirs.text}" if theirs is not None else "made no such call"),
             hint=hint,
         )
 
-    def control_words(self) -> torch.Tensor:
-        """The control words as they are now, on the CPU (int32), over a stream of their own: kernels may be running."""
-        stream = torch.cuda.Stream(self.group.device)  # type: ignore[no-untyped-call]
-        words = torch.empty(CONTROL_BYTES // 4, dtype=torch.int32, pin_memory=True)
-        with torch.cuda.stream(stream):
-            words.copy_(self.buffer.local[:CONTROL_BYTES].view(torch.int32), non_blocking=True)
-        stream.synchronize()
-        return words
-
-    def _headers(self, call: int) -> dict[int, str]:
-        """What each rank made as its call of this number, as far as it is known here."""
-        words = self.control_words()
+    def journals(self) -> dict[int, dict[int, Entry]]:
+        """The last calls of every rank, by rank and call number, as they are now. Kernels may be running; a process may have died."""
         found = {}
-        for rank in range(self.topology.world_size):
-            first = HEADERS_OFFSET // 4 + (call % HEADERS * MAX_RANKS + rank) * header.HEADER_WORDS
-            one = [w & 0xFFFFFFFF for w in words[first : first + header.HEADER_WORDS].tolist()]
-            if one[0] == call + 1:
-                found[rank] = header.text(one)
+        for rank, pointer in enumerate(self.buffer.pointers):
+            words = self._read(pointer + JOURNAL_OFFSET, JOURNAL * ENTRY_BYTES)
+            entries = (Entry.of(words[i : i + ENTRY_BYTES]) for i in range(0, len(words), ENTRY_BYTES))
+            found[rank] = {entry.call: entry for entry in sorted(filter(None, entries), key=lambda entry: entry.call)}
         return found
+
+    def _read(self, pointer: int, nbytes: int) -> bytes:
+        """Bytes of device memory, over a stream of their own. Empty where they cannot be had."""
+        with torch.cuda.device(self.group.device):
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            target = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            (error,) = driver.cuMemcpyDtoHAsync(target.data_ptr(), pointer, nbytes, stream.cuda_stream)
+            if error:
+                return b""
+            stream.synchronize()
+        return bytes(target.tolist())

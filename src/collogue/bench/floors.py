@@ -9,7 +9,7 @@ import torch
 
 from collogue import jit
 from collogue.group import Group
-from collogue.launch import Launcher
+from collogue.launch import Launcher, timeouts
 from collogue.plan import LaunchShape
 
 EMPTY, EXCHANGE, WIRE = "empty kernel", "one-word exchange", "wire"
@@ -17,7 +17,7 @@ EMPTY, EXCHANGE, WIRE = "empty kernel", "one-word exchange", "wire"
 WIRE_BYTES = 64 << 20
 #: Where kernels/floor.cuh keeps its words, in bytes.
 _STRIDE, _COUNTER, _LATE, _DATA = 128, 2048, 2176, 4096
-_TIMEOUT_NS = 5_000_000_000
+_TIMEOUT = 5.0
 
 
 def source(world_size: int) -> str:
@@ -77,7 +77,8 @@ class Floors:
         shape = LaunchShape(threads=threads, vectors=1, cluster=1, clusters=ctas)
         launcher = Launcher(kernel, shape, dependent=self._dependent)
         params = launcher.params
-        params.rank, params.slot_bytes, params.timeout_ns = self._group.rank, self._slot_bytes, _TIMEOUT_NS
+        params.rank, params.slot_bytes = self._group.rank, self._slot_bytes
+        params.timeout, params.relay_timeout = timeouts(_TIMEOUT)
         for rank, pointer in enumerate(self._buffer.pointers):
             params.workspace[rank] = pointer
         return _Floor(launcher, self._group.device, spoil, wrong)

@@ -25,7 +25,8 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
   ranks.start();
   const u32 thread = cta * C::kThreads + thread_index();
   ranks.announce(thread, ctas * C::kThreads / 32);
-  const Seen seen = ranks.look_at_previous_call(thread / 32);
+  Pair seen = {{0, 0}};
+  if (thread / 32 == 0) seen = ranks.look_at_marks(ranks.call - 1);
   if constexpr (Wire::kCodes)
     if (p.pad) row.quant.pad(thread, ctas * C::kThreads, p.tokens);
 
@@ -68,10 +69,9 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
     if (peer) fence_system();
     if (peer && !ranks.stopped)
       store_word_to_peer(reinterpret_cast<u32*>(p.workspace[lane] + kDataOffset + ranks.generation + flags_offset) + ranks.position(p.rank, lane) * ctas + cta, 1u);
-    if (cta == 0) ranks.compare_previous_call(0, seen);
     u32* const flag = reinterpret_cast<u32*>(ranks.own + kDataOffset + ranks.generation + flags_offset) + ranks.position(lane, p.rank) * ctas + cta;
     const auto missing = [&] { return peer && load_peer_written_word(flag) == D::kSentinel; };
-    ranks.template wait<1>(missing, [&](int) { return missing(); }, [&](int) { return lane; }, kStageRows, 0);
+    ranks.wait(missing, [&] { return missing() ? lane : kNobody; }, kStageRows, 0);
     fence_system();
     if (peer && !ranks.stopped) store_word(reinterpret_cast<u8*>(flag), D::kSentinel);
     if (lane == 0) shared.stopped = ranks.stopped;
@@ -95,6 +95,7 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
       }
     }
   }
+  if (thread / 32 == 0) ranks.compare_previous_call(seen);
   if (ranks.stopped) ranks.report();
 }
 

@@ -30,14 +30,14 @@ COLLOGUE_DEVICE void exchange_floor(const Params& p) {
   launch_next_kernel();
   if (has_peer) store_word_to_peer(slot, call);
   if (lane == 0) count(reinterpret_cast<u64*>(own + kFloorCounter), 1);
-  u64 started_ns = 0;
-  u32 polls = 0;
+  u32 started = 0, polls = 0;
   bool missing;
   do {
     missing = any_in_warp(has_peer && static_cast<int>(load_peer_written_word(own + lane * kFloorStride) - call) < 0);
     if (missing && ++polls % 256 == 0) {
-      if (started_ns == 0) started_ns = time_ns();
-      if (any_in_warp(time_ns() - started_ns > p.timeout_ns)) {
+      const u32 now = static_cast<u32>(time_ns() >> 20);
+      if (started == 0) started = now;
+      if (any_in_warp(now - started > p.timeout)) {
         if (lane == 0) store_word_to_peer(own + kFloorLate, call);
         missing = false;
       }

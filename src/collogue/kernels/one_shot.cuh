@@ -29,7 +29,8 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
   ranks.ask();
   launch_next_kernel();
   ranks.start();
-  Seen seen;
+  Pair seen = {{0, 0}};
+  bool first_warp = false;
   for (u32 turn = 0;; turn++) {
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
@@ -46,14 +47,14 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
       compute_now(tokens);
       const u32 thread = cta * C::kThreads + thread_index(), threads = grid_rows() * blocks_in_row() * C::kThreads;
       ranks.announce(thread, threads / 32);
-      seen = ranks.look_at_previous_call(thread / 32);
+      first_warp = thread / 32 == 0;
+      if (first_warp) seen = ranks.look_at_marks(ranks.call - 1);
       if constexpr (C::kFormat != Format::kNone) row.quant.pad(thread, threads, tokens);
       row.wait_for_barriers();
     }
     // Polling lines that are being written slows their arrival: leave the wire alone until the words can be here.
     while (clock_cycles() - sent < C::kFirstPoll) {
     }
-    if (turn == 0) ranks.compare_previous_call(grid_row() * blocks_in_row() + block_in_row() == 0 ? thread_index() / 32 : ~0u, seen);
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       if constexpr (C::kVectors > 1) {
@@ -82,6 +83,7 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
     for (int i = 0; i < C::kVectors; i++) x[i] = row.load(p.partial + row.offset(t), i);
     if constexpr (C::kResidual && C::kVectors == 1) r = row.load(p.residual + row.offset(t), 0);
   }
+  if (first_warp) ranks.compare_previous_call(seen);
   if (ranks.stopped) ranks.report();
 }
 

@@ -11,15 +11,6 @@ enum class Layout { kLinear, k128x4, k8x4, kColumn };
 
 struct Failure;
 
-// What ranks compare with each other (read by collogue/header.py).
-struct Header {
-  u32 number;  // 1 + call
-  u32 tokens, hidden, first;
-  u32 options[2];    // Params::header
-  u32 eps_and_offset;
-  u32 hash;          // of the rest
-};
-
 struct Params {
   const u8* partial;         // [T, H] this rank's term
   const u8* residual;        // [T, H], or the rows that this rank owns
@@ -34,7 +25,8 @@ struct Params {
   const u8* shard_scales;
   u8* workspace[kMaxWorld];  // every rank's symmetric buffer, mapped here
   Failure* failure;          // pinned host memory
-  u64 timeout_ns;
+  u32 timeout;               // of a wait, in units of 2^20 ns
+  u32 relay_timeout;         // of a wait for what another rank relays
   u32 tokens;
   u32 hidden;                // H, a multiple of 8
   u32 rank;

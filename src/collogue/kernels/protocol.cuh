@@ -11,14 +11,13 @@
 namespace collogue {
 
 constexpr u32 kGenerations = 2;
-constexpr u32 kHeadersOffset = 256;      // of the headers of the last calls in the workspace: [call % kHeaders][rank]
-constexpr u32 kHeaders = 4;
-constexpr u32 kJournalOffset = 2048;     // of this rank's headers, more of them: [call % kJournal]
+constexpr u32 kMarksOffset = 256;        // of the marks of the last calls in the workspace: [call % kMarks][rank]
+constexpr u32 kMarks = 4;
+constexpr u32 kJournalOffset = 2048;     // of this rank's last calls: [call % kJournal]
 constexpr u32 kJournal = 64;
 constexpr u32 kDataOffset = 4096;        // of generation 0
 constexpr u32 kPollsBetweenLooks = 256;  // at the clock and the stop word
-constexpr u64 kLongWaitNs = 100000000;   // a wait longer than this compares headers
-constexpr u64 kMostRelayNs = 250000000;
+constexpr u32 kLongWait = 96;            // in units of 2^20 ns: a wait longer than this compares marks
 constexpr u32 kNobody = ~0u;
 
 // In the first bytes of every workspace.
@@ -29,7 +28,19 @@ struct Control {
 };
 
 enum Fault : u32 { kNoFault = 0, kTimeout = 1, kMismatch = 2 };
-constexpr u32 kFoundHere = 0x10000;      // in Ranks::stopped, in place of another rank's stop word: this warp has found it
+constexpr u32 kFoundHere = 0x10000;  // in Ranks::stopped: a Fault << 8 that this warp has found, not another rank's stop word
+
+// What a rank was called with, as its journal keeps it (collogue/header.py reads it).
+struct Entry {
+  u32 number;  // 1 + call
+  u32 tokens, hidden, first;
+  u32 options[2];  // Params::header
+  float eps, weight_offset;
+};
+// The same in eight bytes, which arrive together: number and hash, on every rank.
+struct Mark {
+  u32 number, hash;
+};
 
 // In pinned host memory, one per communicator; written by the first thread of a rank that has something to say.
 struct Failure {
@@ -39,17 +50,10 @@ struct Failure {
   u32 call;
   u32 token;
   u32 stage;
-  u32 waited_ms;
-  u32 reserved;
 };
 
 // What a wait is for.
-enum Stage : u32 { kStagePartials = 1, kStageRows = 2, kStageStart = 3 };
-
-// Headers of the call before, as one lane of a warp reads them.
-struct Seen {
-  u32 number, hash;
-};
+enum Stage : u32 { kStagePartials = 0, kStageRows = 1, kStageStart = 2, kStagePrevious = 3 };
 
 template <class C>
 struct Ranks {
@@ -64,10 +68,11 @@ struct Ranks {
   u32 call;
   u32 stopped;           // do not send, do not wait; report() says why
   u32 generation;        // byte offset of this call's generation
+  u32 late;              // what this thread has found: token << 8 | stage << 4 | rank
 
   // Needs no result of the previous kernel.
   COLLOGUE_DEVICE explicit Ranks(const Params& params)
-      : p(params), own(params.workspace[params.rank]), call(0), stopped(0), generation(0) {
+      : p(params), own(params.workspace[params.rank]), call(0), stopped(0), generation(0), late(kNobody) {
 #pragma unroll
     for (int k = 1; k < C::kWorld; k++) slot[k] = p.workspace[next_peer(k)] + kDataOffset + position(p.rank, next_peer(k)) * p.slot_bytes;
   }
@@ -118,94 +123,65 @@ struct Ranks {
     for (int i = 0; i < D::kParts; i++) store(place + 16 * i, Words{{D::kSentinel, D::kSentinel, D::kSentinel, D::kSentinel}});
   }
 
-  // ---- the call's number and header
+  // ---- the call's number and arguments
 
   // This warp has read the control words and will not again; the last of the grid advances the call number. Thread 0 of the grid
-  // tells every rank what this one was called with.
+  // writes the journal and marks the call on every rank.
   COLLOGUE_DEVICE void announce(u32 thread, u32 warps) const {
     if (thread % 32) return;
     count(&control()->counter, thread == 0 ? (1ull << 32) - (warps - 1) : 1ull);
     if (thread != 0 || stopped) return;
-    Words h[2];
-    h[0] = Words{{call + 1, p.tokens, p.hidden, p.first}};
-    h[1] = Words{{p.header[0], p.header[1], bits(p.eps) ^ bits(p.weight_offset) * 3u, 0}};
-    h[1].w[3] = hash(h);
-    const u32 place = kHeadersOffset + (call % kHeaders * kMaxWorld + p.rank) * sizeof(Header);
+    const Words entry[2] = {{{call + 1, p.tokens, p.hidden, p.first}}, {{p.header[0], p.header[1], bits(p.eps), bits(p.weight_offset)}}};
+    u32 hash = 0;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 8; i++) hash = (hash ^ entry[i / 4].w[i % 4]) * 0x9e3779b1u;
+    const u32 place = mark_offset(call, p.rank);
 #pragma unroll
-      for (int k = 0; k < C::kWorld; k++) store_to_peer(p.workspace[next_peer(k)] + place + 16 * i, h[i]);
-      store_to_peer(own + kJournalOffset + call % kJournal * sizeof(Header) + 16 * i, h[i]);
-    }
+    for (int k = 0; k < C::kWorld; k++) store_pair_together_to_peer(p.workspace[k] + place, Pair{{call + 1, hash}});
+    u8* const journal = own + kJournalOffset + call % kJournal * sizeof(Entry);
+    store(journal, entry[0]);
+    store(journal + 16, entry[1]);
   }
-  static COLLOGUE_DEVICE u32 hash(const Words (&h)[2]) {
-    u32 x = 0;
-#pragma unroll
-    for (int i = 0; i < 7; i++) x = (x ^ h[i / 4].w[i % 4]) * 0x9e3779b1u;
-    return x;
-  }
-  COLLOGUE_DEVICE const u8* header_of(u32 of_call, u32 rank) const {
-    return own + kHeadersOffset + (of_call % kHeaders * kMaxWorld + rank) * sizeof(Header);
-  }
-  // What every rank was called with in call `of_call`: lane r reads rank r's. The first warp of the grid.
-  COLLOGUE_DEVICE Seen look_at_headers(u32 of_call) const {
+  static COLLOGUE_DEVICE u32 mark_offset(u32 of_call, u32 rank) { return kMarksOffset + (of_call % kMarks * kMaxWorld + rank) * sizeof(Mark); }
+  // The marks of call `of_call`: lane r reads rank r's.
+  COLLOGUE_DEVICE Pair look_at_marks(u32 of_call) const {
     const u32 lane = thread_index() % 32;
-    Seen seen = {0, 0};
-    if (lane < C::kWorld) {
-      const u32* const h = reinterpret_cast<const u32*>(header_of(of_call, lane));
-      seen.number = load_peer_written_word(h);
-      seen.hash = load_peer_written_word(h + 7);
-    }
-    return seen;
+    return lane < C::kWorld ? load_pair_written_together(own + mark_offset(of_call, lane)) : Pair{{0, 0}};
   }
-  // Whether another rank's arguments differ from this one's. A header that has not come, or only in part, says nothing. All lanes.
-  COLLOGUE_DEVICE void compare_headers(u32 of_call, const Seen& seen) {
-    const u32 lane = thread_index() % 32;
-    const u32 mine = of_lane(seen.hash, p.rank);
-    bool differs = lane < C::kWorld && seen.number == of_call + 1 && seen.hash != mine;
+  // Whether another rank's arguments differ from this one's. A mark that has not come says nothing. All lanes.
+  COLLOGUE_DEVICE void compare_marks(u32 of_call, const Pair& seen, u32 stage) {
+    const u32 mine = of_lane(seen.w[1], p.rank);
+    const bool differs = seen.w[0] == of_call + 1 && seen.w[1] != mine;
     if (!any_in_warp(differs)) return;
-    if (differs) {
-      const Words h[2] = {load_peer_written(header_of(of_call, lane)), load_peer_written(header_of(of_call, lane) + 16)};
-      differs = h[0].w[0] == of_call + 1 && h[1].w[3] == hash(h) && h[1].w[3] != mine;
-    }
-    if (!any_in_warp(differs)) return;
-    stopped = kFoundHere;
-    if (differs) found(kMismatch, lane, of_call, 0, 0);
+    stopped = kFoundHere | kMismatch << 8;
+    if (differs) late = stage << 4 | (thread_index() % 32);
   }
-  // After the sends of this call, and after a while: the call before.
-  COLLOGUE_DEVICE Seen look_at_previous_call(u32 warp_of_grid) const {
-    return warp_of_grid == 0 && call != 0 ? look_at_headers(call - 1) : Seen{0, 0};
-  }
-  COLLOGUE_DEVICE void compare_previous_call(u32 warp_of_grid, const Seen& seen) {
-    if (warp_of_grid == 0 && call != 0 && !stopped) compare_headers(call - 1, seen);
+  // At the end of a call, of what was seen after its sends: the call before. The first warp of the grid.
+  COLLOGUE_DEVICE void compare_previous_call(const Pair& seen) {
+    if (call != 0 && !stopped) compare_marks(call - 1, seen, kStagePrevious);
   }
 
   // ---- waiting
 
-  // Until `missing()` is false in every lane of the warp, or the call is stopped. `late(b)`: whether the b-th of `kCount` senders is
-  // missing in this lane, `sender(b)`: its rank. All lanes together.
-  template <int kCount, class Missing, class Late, class Sender>
-  COLLOGUE_DEVICE void wait(Missing missing, Late late, Sender sender, u32 stage, u32 token) {
-    u64 started_ns = 0;
+  // Until `missing()` is false in every lane of the warp, or the call is stopped. `missing_rank()`: whom this lane waits for, or
+  // kNobody. All lanes together.
+  template <class Missing, class MissingRank>
+  COLLOGUE_DEVICE void wait(Missing missing, MissingRank missing_rank, u32 stage, u32 token) {
+    u32 started = 0;
     bool waiting = true;
     while (waiting && !stopped) {
       for (u32 polls = 0; waiting && polls < kPollsBetweenLooks; polls++) waiting = any_in_warp(missing());
       if (waiting) {
         // The wait has become long: has a peer stopped the call, is the time over, was a peer called with something else?
-        const u64 now = time_ns();
-        if (started_ns == 0) started_ns = now;
-        // Whoever waits for what others relay gives up a little later than those who know whom they miss.
-        const u64 most = stage == kStagePartials ? p.timeout_ns : p.timeout_ns + (p.timeout_ns / 8 < kMostRelayNs ? p.timeout_ns / 8 : kMostRelayNs);
-        const bool over = any_in_warp(now - started_ns > most);
+        const u32 now = static_cast<u32>(time_ns() >> 20);
+        if (started == 0) started = now;
         stopped = load_peer_written_together(own).w[2];
-        if (!stopped && any_in_warp(now - started_ns > kLongWaitNs)) compare_headers(call, look_at_headers(call));
-        if (!stopped && over) {
-          stopped = kFoundHere;
-          u32 rank = kNobody;
-#pragma unroll
-          for (int b = 0; b < kCount; b++)
-            if (late(b)) rank = sender(b);
-          if (rank != kNobody) found(kTimeout, rank, call, stage, token);
+        if (!stopped && any_in_warp(now - started > kLongWait)) compare_marks(call, look_at_marks(call), stage);
+        // Whoever waits for what others relay gives up a little later than those who know whom they miss.
+        if (!stopped && any_in_warp(now - started > (stage == kStagePartials ? p.timeout : p.relay_timeout))) {
+          stopped = kFoundHere | kTimeout << 8;
+          const u32 rank = missing_rank();
+          if (rank != kNobody) late = token << 8 | stage << 4 | rank;
         }
       }
     }
@@ -228,13 +204,26 @@ struct Ranks {
 
   // Adds every rank's term of one vector in rank order; `mine` is this rank's, disguised. All lanes of the warp together.
   COLLOGUE_DEVICE void receive_and_add(const Vector& mine, u32 offset, bool active, u32 token, float (&sum)[8]) {
+    if constexpr (C::kWorld == 2) {
+      const u8* const place = arrivals(1 - p.rank) + offset;
+      Vector term{};
+      wait(
+          [&] {
+            if (active) term = load_arrived(place);
+            return is_missing(term);
+          },
+          [&] { return is_missing(term) ? 1 - p.rank : kNobody; }, kStagePartials, token);
+      begin<D>(sum, mine);
+      add<D>(sum, term);  // the order of two terms changes no bit
+      return;
+    }
     // As many terms at a time as registers hold: all of them where a thread has one 16-bit vector.
     constexpr int kMost = (C::kVectors == 1 && !C::kLoop ? 8 : 4) / D::kParts;
     constexpr int kBatch = C::kWorld < kMost ? C::kWorld : kMost;
 #pragma unroll
     for (int first = 0; first < C::kWorld; first += kBatch) {
       Vector term[kBatch];
-      wait<kBatch>(
+      wait(
           [&] {
             bool missing = false;
 #pragma unroll
@@ -246,7 +235,14 @@ struct Ranks {
             }
             return missing;
           },
-          [&](int b) { return is_missing(term[b]); }, [&](int b) { return static_cast<u32>(first + b); }, kStagePartials, token);
+          [&] {
+            u32 rank = kNobody;
+#pragma unroll
+            for (int b = 0; b < kBatch; b++)
+              if (is_missing(term[b])) rank = first + b;
+            return rank;
+          },
+          kStagePartials, token);
 #pragma unroll
       for (int b = 0; b < kBatch; b++) {
         if (first + b == 0)
@@ -260,42 +256,34 @@ struct Ranks {
   COLLOGUE_DEVICE void wipe_terms(u32 offset, bool active) const {
     if (stopped || !active) return;
 #pragma unroll
-    for (int k = 0; k < C::kWorld; k++)
-      if (k != p.rank) wipe_vector(arrivals(k) + offset);
+    for (int k = 1; k < C::kWorld; k++) wipe_vector(arrivals(next_peer(k)) + offset);
   }
 
   // Until every rank has started this call. One warp of the grid.
-  COLLOGUE_DEVICE void wait_for_headers() {
+  COLLOGUE_DEVICE void wait_for_marks() {
     const u32 lane = thread_index() % 32;
-    const u32* const number = reinterpret_cast<const u32*>(header_of(call, lane));
-    const auto missing = [&] { return lane < C::kWorld && static_cast<int>(load_peer_written_word(number) - (call + 1)) < 0; };
-    wait<1>(missing, [&](int) { return missing(); }, [&](int) { return lane; }, kStageStart, 0);
+    const auto missing = [&] { return lane < C::kWorld && static_cast<int>(look_at_marks(call).w[0] - (call + 1)) < 0; };
+    wait(missing, [&] { return missing() ? lane : kNobody; }, kStageStart, 0);
   }
 
   // ---- failing
 
-  // This thread has found a fault: fill the failure record, once per communicator, and tell every rank to stop.
-  COLLOGUE_DEVICE void found(u32 fault, u32 rank, u32 of_call, u32 stage, u32 token) const {
-    if (!claim(&control()->claimed)) return;
-    write_record(fault, p.rank, rank, of_call, stage, token);
-#pragma unroll 1
-    for (u32 k = 0; k < C::kWorld; k++) store_word_to_peer(&reinterpret_cast<Control*>(p.workspace[k])->stop, fault << 8 | (p.rank + 1));
-  }
-  // At the end of a kernel that stopped: whatever stopped it, this rank has a record.
+  // At the end of a kernel that stopped: fill the failure record, once per communicator; who found the fault tells every rank to stop.
   COLLOGUE_DEVICE void report() const {
-    if (stopped & kFoundHere || thread_index() % 32 != 0 || !claim(&control()->claimed)) return;
-    write_record(stopped >> 8, (stopped & 0xffu) - 1, C::kWorld, call, 0, 0);
-  }
-  COLLOGUE_DEVICE void write_record(u32 fault, u32 finder, u32 rank, u32 of_call, u32 stage, u32 token) const {
+    const bool here = stopped & kFoundHere;
+    if (here ? late == kNobody : thread_index() % 32 != 0) return;
+    if (!claim(&control()->claimed)) return;
+    const u32 fault = stopped >> 8 & 0xffu, stage = late >> 4 & 0xfu;
     Failure* const f = p.failure;
-    f->rank = finder;
-    f->late_rank = rank;
-    f->call = of_call;
-    f->token = token;
-    f->stage = stage;
-    f->waited_ms = static_cast<u32>(p.timeout_ns / 1000000u);
+    f->rank = here ? p.rank : (stopped & 0xffu) - 1;
+    f->late_rank = here ? late & 0xfu : C::kWorld;
+    f->call = here && stage == kStagePrevious ? call - 1 : call;
+    f->token = here ? late >> 8 : 0;
+    f->stage = here ? stage : 0;
     fence_system();
     store_word_to_peer(&f->fault, fault);
+#pragma unroll 1
+    for (u32 k = 0; here && k < C::kWorld; k++) store_word_to_peer(&reinterpret_cast<Control*>(p.workspace[k])->stop, fault << 8 | (p.rank + 1));
   }
 };
 

@@ -114,6 +114,15 @@ COLLOGUE_DEVICE Pair load_peer_written_pair(const void* p) {
 COLLOGUE_DEVICE void store_pair_to_peer(void* p, const Pair& v) {
   asm volatile("st.relaxed.sys.global.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]) : "memory");
 }
+// Eight bytes that arrive together.
+COLLOGUE_DEVICE Pair load_pair_written_together(const void* p) {
+  Pair v;
+  asm volatile("{.reg .b64 x; ld.relaxed.sys.global.b64 x, [%2]; mov.b64 {%0, %1}, x;}" : "=r"(v.w[0]), "=r"(v.w[1]) : "l"(p) : "memory");
+  return v;
+}
+COLLOGUE_DEVICE void store_pair_together_to_peer(void* p, const Pair& v) {
+  asm volatile("{.reg .b64 x; mov.b64 x, {%1, %2}; st.relaxed.sys.global.b64 [%0], x;}" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]) : "memory");
+}
 COLLOGUE_DEVICE u32 load_peer_written_word(const u32* p) {
   u32 v;
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");

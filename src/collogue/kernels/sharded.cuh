@@ -55,7 +55,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
 #pragma unroll
       for (int i = 0; i < C::kVectors; i++) {
         Arrival<C> arrival(row, wire, place + (of - p.first) * p.wire_bytes, i);
-        ranks.template wait<1>([&] { return arrival.load(); }, [&](int) { return arrival.load(); }, [&](int) { return owner; }, kStageRows, t);
+        ranks.wait([&] { return arrival.load(); }, [&] { return arrival.load() ? owner : kNobody; }, kStageRows, t);
         if (!ranks.stopped) arrival.put(row, i);
       }
     }
@@ -65,11 +65,11 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
   const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();
   const u32 thread = cta * C::kThreads + thread_index(), threads = ctas * C::kThreads;
   ranks.announce(thread, threads / 32);
-  const Seen seen = ranks.look_at_previous_call(thread / 32);
+  Pair seen = {{0, 0}};
+  if (thread / 32 == 0) seen = ranks.look_at_marks(ranks.call - 1);
   if constexpr (C::kFormat != Format::kNone)
     if (p.pad) row.quant.pad(thread, threads, C::kGather ? p.tokens : p.pad);
   row.wait_for_barriers();
-  ranks.compare_previous_call(cta == 0 ? thread_index() / 32 : ~0u, seen);
 
   u32 turn = 0;
   for (; r < end; r += step) {
@@ -120,7 +120,8 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
   }
   if (C::kGather && p.count > grid_row()) take(r - step);
   // A rank that owns no row waits for nobody, and would run ahead: it must know that all have come this far.
-  if (!C::kGather && cta == 0 && thread_index() / 32 == 0) ranks.wait_for_headers();
+  if (!C::kGather && cta == 0 && thread_index() / 32 == 0) ranks.wait_for_marks();
+  if (thread / 32 == 0) ranks.compare_previous_call(seen);
   if (ranks.stopped) ranks.report();
 }
 

@@ -53,12 +53,12 @@ struct TwoShot {
     if (any_in_warp(others)) {
       const u8* const place = others ? ranks.arrivals(owner(i)) + y_offset(t, i) : nullptr;
       Vector arrived{};
-      ranks.template wait<1>(
+      ranks.wait(
           [&] {
             if (others) arrived = ranks.load_arrived(place);
             return ranks.is_missing(arrived);
           },
-          [&](int) { return ranks.is_missing(arrived); }, [&](int) { return owner(i); }, kStageRows, t);
+          [&] { return ranks.is_missing(arrived) ? owner(i) : kNobody; }, kStageRows, t);
       if (others) y = arrived;
     }
     return y;
@@ -101,11 +101,11 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();
   const u32 thread = cta * C::kThreads + thread_index(), threads = ctas * C::kThreads;
   ranks.announce(thread, threads / 32);
-  const Seen seen = ranks.look_at_previous_call(thread / 32);
+  Pair seen = {{0, 0}};
+  if (thread / 32 == 0) seen = ranks.look_at_marks(ranks.call - 1);
   if constexpr (C::kFormat != Format::kNone)
     if (p.pad) row.quant.pad(thread, threads, p.tokens);
   row.wait_for_barriers();
-  ranks.compare_previous_call(cta == 0 ? thread_index() / 32 : ~0u, seen);
 
   for (u32 turn = 0;; turn++) {
     const bool more = C::kLoop && t + step < end;
@@ -137,6 +137,7 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
     for (int i = 0; i < C::kVectors; i++) x[i] = next[i];
     r = next_r;
   }
+  if (thread / 32 == 0) ranks.compare_previous_call(seen);
   if (ranks.stopped) ranks.report();
 }
 

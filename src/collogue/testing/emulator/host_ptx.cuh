@@ -205,6 +205,11 @@ inline void store_pair_to_peer(void* p, const Pair& v) {
   machine->count_sent(2);
   machine->point();
 }
+inline Pair load_pair_written_together(const void* p) { return load_peer_written_pair(p); }
+inline void store_pair_together_to_peer(void* p, const Pair& v) {
+  machine->store_pair_later(p, v.w[0], v.w[1]);
+  machine->point();
+}
 inline void store_word(void* p, u32 v) {
   if (machine->is_peer_memory(p, 4)) {
     machine->store_later(p, v);

@@ -43,6 +43,8 @@ struct Flight {
   Kernel* kernel;
   Cta* cta;
   u32 barrier;  // offset in the CTA's shared memory
+  bool two;     // a second word arrives with the first
+  u32 second;
   bool operator>(const Flight& other) const { return due != other.due ? due > other.due : number > other.number; }
 };
 
@@ -124,12 +126,18 @@ class Machine {
   void store_later(void* address, u32 word) {
     u8* const first = static_cast<u8*>(address);
     if (!is_peer_memory(first, 4)) return fail("a store to a peer missed its memory");
-    send({0, 0, first, word, current->cta->kernel, nullptr, 0});
+    send({0, 0, first, word, current->cta->kernel, nullptr, 0, false, 0});
+  }
+  // Two words that arrive together.
+  void store_pair_later(void* address, u32 low, u32 high) {
+    u8* const first = static_cast<u8*>(address);
+    if (!is_peer_memory(first, 8)) return fail("a store to a peer missed its memory");
+    send({0, 0, first, low, current->cta->kernel, nullptr, 0, true, high});
   }
   void send_to_cta(Cta& cta, u32 offset, u32 word, u32 barrier) {
     if (!cta.shared) return fail("a word was sent to a CTA that has no barriers yet");
     if (offset + 4 > cta.shared_bytes || barrier + 8 > cta.shared_bytes) return fail("a word missed the other CTA's shared memory");
-    send({0, 0, cta.shared.get() + offset, word, current->cta->kernel, &cta, barrier});
+    send({0, 0, cta.shared.get() + offset, word, current->cta->kernel, &cta, barrier, false, 0});
   }
   bool is_peer_memory(const void* address, u32 bytes) const {
     const u8* const first = static_cast<const u8*>(address);
@@ -187,6 +195,7 @@ class Machine {
       flights_.pop();
       if (flight.cta && flight.cta->running == 0) return fail("a word was sent to a CTA that has ended");
       std::memcpy(flight.address, &flight.word, 4);
+      if (flight.two) std::memcpy(flight.address + 4, &flight.second, 4);
       if (flight.cta) change_barrier(*flight.cta, flight.cta->shared.get() + flight.barrier, -4, false);
       flight.kernel->stores_in_flight--;
       end_if_done(*flight.kernel);

@@ -12,7 +12,7 @@ from collogue import reference
 from collogue.call import Call, allocate
 from collogue.cuda import fill_epilogue, fill_shape, fill_shard
 from collogue.formats import scale_storage
-from collogue.launch import Params
+from collogue.launch import Params, timeouts
 from collogue.plan import GENERATIONS, Plan, generation_bytes
 from collogue.spec import Output, RMSNorm, owned_rows
 from collogue.testing.compare import compare
@@ -97,7 +97,7 @@ def emulate(
     params = (Params * (len(calls) * ranks))()
     for i, of_ranks in enumerate(calls):
         for rank, call in enumerate(of_ranks):
-            _fill(params[i * ranks + rank], case, rank, call, outputs[i][rank], memory, int(timeout * 1e9))
+            _fill(params[i * ranks + rank], case, rank, call, outputs[i][rank], memory, timeout)
     rows = (ctypes.c_uint32 * len(calls))(*(min(case.rows_of(t), case.rows or t) for t in tokens))
     sent = (ctypes.c_uint64 * len(params))()
     never = len(calls)
@@ -136,7 +136,7 @@ class _Memory:
         return sum(int((workspace[CONTROL_BYTES // 4 :] != self.sentinel).sum()) for workspace in self.workspaces)
 
 
-def _fill(p: Params, case: Case, rank: int, call: Call, out: Output, memory: _Memory, timeout_ns: int) -> None:
+def _fill(p: Params, case: Case, rank: int, call: Call, out: Output, memory: _Memory, timeout: float) -> None:
     """The parameters of one launch."""
     request = case.request(call.tokens)
     fill_shape(p, case.topology, request, Plan(case.algorithm, "", None, 0, 0.0, 0.0, case.rows_of(call.tokens)), rank)
@@ -147,7 +147,8 @@ def _fill(p: Params, case: Case, rank: int, call: Call, out: Output, memory: _Me
         if call.residual is not None:
             p.residual = call.residual.data_ptr()
         fill_epilogue(p, call.norm, call.quant, out)
-    p.generation_bytes, p.timeout_ns, p.failure = memory.generation_bytes, timeout_ns, ctypes.addressof(memory.failures[rank])
+    p.generation_bytes, p.failure = memory.generation_bytes, ctypes.addressof(memory.failures[rank])
+    p.timeout, p.relay_timeout = timeouts(timeout)
     for peer, workspace in enumerate(memory.workspaces):
         p.workspace[peer] = workspace.data_ptr()
 
