@@ -363,8 +363,9 @@ def test_a_request_is_that_of_the_call() -> None:
     run_virtual(2, rank)
 
 
-def test_calls_carry_the_rows() -> None:
-    capacity = Capacity(MAX_TOKENS, H, BF16, torch.device("cpu"), 3, 1)
+@formats_by_label
+def test_what_is_allocated_is_what_a_call_needs(quant: Quant) -> None:
+    """Engines of GPUs write into :func:`allocate`'s tensors: those that the reference returns, and that ``out=`` must be."""
     x, norm = torch.zeros(7, H, dtype=BF16), RMSNorm(torch.ones(H))
     rows: dict[Operation, Any] = {
         "all_reduce": (None, 7, 7),
@@ -372,11 +373,21 @@ def test_calls_carry_the_rows() -> None:
         "reduce_scatter": (range(3, 6), 3, 3),
         "finish": (None, 7, 7),
     }
-    for operation, expected in rows.items():
-        call = check_call(capacity, x, None, norm, None, False, operation=operation)
-        assert (call.rows, call.stream_rows, call.finished_rows) == expected
+    for operation in OPERATIONS:
+        capacity = Capacity(MAX_TOKENS, H, BF16, torch.device("cpu"), 3, 1)
+        expected = by_rank(by_reference, operation, [x] * 3, None, norm, quant, True)[1]
+        if operation == "all_gather":
+            half = by_rank(by_reference, "reduce_scatter", [x] * 3, None, norm, quant, True)[1]
+            call = check_gather(capacity, half, 7, quant)
+            assert (call.rows, call.stream_rows, call.finished_rows) == (range(3, 6), 7, 7)
+        else:
+            call = check_call(capacity, x, None, norm, quant, True, operation=operation)
+            assert (call.rows, call.stream_rows, call.finished_rows) == rows[operation]
         assert call.tokens == 7
-        check_out(call, allocate(call))
+        out = allocate(call)
+        check_out(call, out)
+        forms = [{name: (t.shape, t.stride(), t.dtype) for name, t in o.items()} for o in (out, expected)]
+        assert forms[0] == forms[1]
 
 
 def test_a_closed_communicator_says_so() -> None:
