@@ -76,6 +76,9 @@ def _devices(values: Many) -> list[str]:
     return _words(values)
 
 
+Operations = Annotated[Many, _many("--operation", "all_reduce, sharded, reduce_scatter, all_gather, finish.")]
+
+
 def _lists(world_size: Many, tokens: Many, hidden_size: Many, dtype: Many, format: Many) -> dict[str, list[Any]]:
     """The lists that were given, checked, by the name of :func:`collogue.check.sweep`'s arguments."""
     lists: dict[str, list[Any]] = {
@@ -149,12 +152,15 @@ def demo(
     world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks.")] = 3,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text that the perplexity is of.")] = 1024,
     format: Formats = None,
+    sharded: Annotated[bool, typer.Option(help="Each rank keeps only its rows of the residual; the same logits.")] = False,
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Save the plot here (needs matplotlib).")] = None,
 ) -> None:
     """Run a real language model tensor-parallel and compare the formats."""
     _check_target(json)
     chosen: dict[str, Any] = {"formats": tuple(_words(format))} if format else {}
+    if sharded:
+        chosen["sharded"] = True
     with _exit_codes(extra="demo"):
         from collogue.demo.main import run
 
@@ -170,6 +176,7 @@ def check(
     hidden_size: HiddenSizes = None,
     dtype: DTypes = None,
     format: Formats = None,
+    operation: Operations = None,
     sweep: Annotated[str, typer.Option(help="default or full; only where no list is given.")] = "default",
     commit: Commit = None,
     json: Json = None,
@@ -178,14 +185,16 @@ def check(
 
     With no list given: a sweep over every dtype, format and layout, odd shapes and special values, on every device there is.
     --sweep full is for GPUs: also hidden sizes up to 16384, calls up to what one kernel takes and beyond, world sizes 2 to 8; minutes.
-    With any list given: the product of the lists; the others are world size 2, 7 tokens, hidden size 2880, all dtypes, all formats.
-    A bare format name stands for all its layouts and options.
+    With any list given: the product of the lists; the others are all_reduce, world size 2, 7 tokens, hidden size 2880, all dtypes, all
+    formats. A bare format name stands for all its layouts and options.
 
     CPU: the communicator runs the reference; the answer is a separate version in scalar numpy. CUDA: kernels against the reference;
     a process for each GPU, or virtual ranks where the world is larger than the machine.
     """
     _check_target(json)
     devices, lists = _devices(device), _lists(world_size, tokens, hidden_size, dtype, format)
+    if operation:
+        lists["operation"] = _words(operation)
     if sweep not in ("default", "full"):
         raise typer.BadParameter(f"{sweep!r} is neither default nor full", param_hint="--sweep")
     if sweep == "full" and (lists or "cpu" in devices):

@@ -311,12 +311,17 @@ class Communicator:
             )
         if quant is not None:
             quant.check_hidden_size(width)
-        has_norm = norm if isinstance(norm, bool) else norm is not None
-        wide_weight = isinstance(norm, RMSNorm) and norm.weight.dtype != self.dtype
-        wanted = Wanted.of(has_residual=residual, has_norm=has_norm, quant=quant, keep_norm=keep_norm, operation=operation)
-        if operation == "all_gather":  # adds and finishes nothing: `wanted` says what it moves
-            return Request(tokens, width, self.dtype, False, False, False, quant, wanted, operation)
-        return Request(tokens, width, self.dtype, residual and operation != "finish", has_norm, wide_weight, quant, wanted, operation)
+        return make_request(
+            tokens,
+            width,
+            self.dtype,
+            residual=residual,
+            norm=norm if isinstance(norm, bool) else norm is not None,
+            wide_weight=isinstance(norm, RMSNorm) and norm.weight.dtype != self.dtype,
+            quant=quant,
+            keep_norm=keep_norm,
+            operation=operation,
+        )
 
     def check(self) -> None:
         """Raise what a kernel of an earlier call found (:class:`CollectiveError`); return if there is nothing. Waits for no kernel."""
@@ -356,3 +361,22 @@ def _run(engine: Engine, call: Call, out: Output | None) -> Output:
     if call.tokens == 0:
         return out if out is not None else allocate(call)
     return engine.run(call, out)
+
+
+def make_request(
+    tokens: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    *,
+    residual: bool,
+    norm: bool,
+    wide_weight: bool,
+    quant: Quant | None,
+    keep_norm: bool,
+    operation: Operation,
+) -> Request:
+    """What is planned for such a call. For ``all_gather`` residual, norm and quant say what the shard holds."""
+    wanted = Wanted.of(has_residual=residual, has_norm=norm, quant=quant, keep_norm=keep_norm, operation=operation)
+    if operation == "all_gather":  # adds and finishes nothing
+        residual = norm = wide_weight = False
+    return Request(tokens, hidden_size, dtype, residual and operation != "finish", norm, wide_weight, quant, wanted, operation)

@@ -11,10 +11,10 @@ import torch
 from collogue import Communicator
 from collogue.check import Answers, Case, CaseResult, Report, check_rank, default_sweep, expand, run_case, run_cases, sweep
 from collogue.check.run import _process, merge
-from collogue.check.sweep import DTYPES, VARIANTS
+from collogue.check.sweep import DTYPES, OPERATIONS, VARIANTS
 from collogue.errors import CollectiveTimeout, FormatError, PlatformError
 from collogue.formats import scale_storage
-from collogue.spec import Output, describe, parse
+from collogue.spec import Operation, Output, describe, parse
 from collogue.testing import run_virtual
 from collogue.testing.compare import compare
 from collogue.testing.inputs import KINDS, make_inputs, make_partials
@@ -30,6 +30,15 @@ class Faulty:
 
     def all_reduce(self, *args: Any, **kwargs: Any) -> Output:
         return self._spoil(self._comm.all_reduce(*args, **kwargs))
+
+    def reduce_scatter(self, *args: Any, **kwargs: Any) -> Output:
+        return self._spoil(self._comm.reduce_scatter(*args, **kwargs))
+
+    def all_gather(self, *args: Any, **kwargs: Any) -> Output:
+        return self._spoil(self._comm.all_gather(*args, **kwargs))
+
+    def finish(self, *args: Any, **kwargs: Any) -> Output:
+        return self._spoil(self._comm.finish(*args, **kwargs))
 
 
 def run_faulty(case: Case, spoil: Callable[[Output], Output], faulty_rank: int = 1) -> CaseResult:
@@ -56,6 +65,7 @@ def test_default_sweep_covers_what_it_says(device: str) -> None:
     assert len(cases) >= 20
     assert len(set(cases)) == len(cases)
     assert {c.dtype for c in cases} == set(DTYPES)
+    assert {c.operation for c in cases} == set(OPERATIONS)
     assert {describe(parse(c.format)) for c in cases if c.possible} >= {label for labels in VARIANTS.values() for label in labels}
     assert {c.hidden_size for c in cases} >= {8, 24, 576, 2880}
     assert {c.tokens for c in cases} >= {0, 1, 3, 129}
@@ -73,6 +83,11 @@ def test_sweep_is_the_product_of_the_lists() -> None:
         sweep(dtype=["float64"])
     with pytest.raises(FormatError, match="nvfp5"):
         sweep(format=["nvfp5"])
+    with pytest.raises(FormatError, match="'gather'"):
+        sweep(operation=["gather"])
+    cases = sweep(tokens=[1], dtype=["float16"], format=["none"], operation=["sharded", "finish"])
+    assert [c.operation for c in cases] == ["sharded", "finish"]
+    assert str(cases[0]).endswith("operation=sharded")
 
 
 def test_a_bare_format_name_stands_for_its_variants() -> None:
@@ -111,6 +126,24 @@ def test_one_wrong_bit_is_found(name: str) -> None:
     assert result.differing == {**dict.fromkeys(("residual", "norm", "codes", "scales"), 0), name: 2}
     assert result.first is not None
     assert result.first.startswith(f"rank 1: {name}[2, 1]: 0x")
+
+
+@pytest.mark.parametrize("operation", ["sharded", "reduce_scatter", "all_gather", "finish"])
+def test_one_wrong_bit_of_every_operation_is_found(operation: Operation) -> None:
+    def spoil(out: Output) -> Output:
+        flip(out.codes, 0, 1)  # type: ignore[arg-type]
+        return out
+
+    result = run_faulty(Case(5, 64, format="nvfp4/8x4", operation=operation), spoil)
+    assert result.differing == {**dict.fromkeys(result.case.outputs, 0), "codes": 2}
+    assert not result.passed
+
+
+@pytest.mark.parametrize("operation", ["sharded", "all_gather", "finish"])
+def test_operations_refuse_what_the_format_cannot_do(operation: Operation) -> None:
+    (result,) = run_cases("cpu", [Case(3, 24, format="nvfp4", operation=operation)])
+    assert result.passed, result.error
+    assert result.expected_error == "FormatError"
 
 
 @pytest.mark.parametrize("label", ["nvfp4/128x4", "nvfp4/8x4", "fp8_group32/float32/column", "fp8_group32/ue8m0/column"])

@@ -12,15 +12,16 @@ from typer.testing import CliRunner
 
 from collogue import Communicator, RMSNorm, jit
 from collogue.check import Answers, Case, default_sweep, full_sweep, run_case
-from collogue.check.full import HIDDEN_SIZES, LABELS, MANY, TOKENS, one_shot_tokens
+from collogue.check.full import HIDDEN_SIZES, LABELS, MANY, OWNED_TOKENS, TOKENS, one_shot_tokens
 from collogue.check.kernels import capacity_of, request_of, topology_on, variants_on
-from collogue.check.sweep import DTYPES, VARIANTS
+from collogue.check.sweep import DTYPES, OPERATIONS, VARIANTS
 from collogue.cli import app
 from collogue.plan import make_plan
 from collogue.testing import run_virtual
 
 MACHINE: dict[str, Any] = {"architecture": "sm_90a", "multiprocessors": 132}
-FULL = full_sweep()
+EVERY = full_sweep()
+FULL = [c for c in EVERY if c.operation == "all_reduce"]
 
 
 def plan_of(case: Case, cases: list[Case]) -> str:
@@ -67,6 +68,21 @@ def test_calls_beyond_one_shot_are_in_the_full_sweep() -> None:
     assert {(c.format, c.dtype) for c in two if c.tokens == MANY} >= set(itertools.product(LABELS, DTYPES))
 
 
+def test_the_full_sweep_meets_every_operation() -> None:
+    cases = [c for c in EVERY if c.operation != "all_reduce"]
+    assert all(c.possible for c in cases)
+    assert {(c.operation, c.format) for c in cases if c.world_size == 2} == set(itertools.product(OPERATIONS[1:], LABELS))
+    assert {(c.tokens, c.dtype) for c in cases if c.world_size == 2 and c.operation == "sharded"} == set(
+        itertools.product(OWNED_TOKENS, DTYPES)
+    )
+    for world in range(3, 9):
+        mine = [c for c in cases if c.world_size == world]
+        assert {c.format for c in mine if c.operation == "sharded"} == set(LABELS)
+        assert {c.operation for c in mine} == set(OPERATIONS[1:])
+        assert {c.tokens for c in mine} == set(OWNED_TOKENS)
+    assert {(c.residual, c.norm, c.keep_norm) for c in cases} >= {(c.residual, c.norm, c.keep_norm) for c in FULL if c.norm}
+
+
 def test_topology_and_request_are_those_of_the_communicator() -> None:
     cases = [c for c in default_sweep("cuda") if c.world_size == 3 and c.dtype == "bfloat16" and c.possible]
     tokens, width = capacity_of(cases)
@@ -77,9 +93,8 @@ def test_topology_and_request_are_those_of_the_communicator() -> None:
         for case in cases:
             weight = torch.ones(case.hidden_size, dtype=torch.float32 if case.weight_dtype else torch.bfloat16)
             made = request_of(case)
-            quant = case.quant("cpu")
-            keep = case.keep_norm and case.norm and quant is not None
-            asked = comm._request(case.tokens, case.residual, RMSNorm(weight) if case.norm else None, quant, keep, case.hidden_size)
+            norm = RMSNorm(weight) if case.asked["norm"] else None
+            asked = comm._request(case.tokens, quant=case.quant("cpu"), hidden_size=case.hidden_size, **{**case.asked, "norm": norm})
             assert {**vars(asked), "quant": None} == {**vars(made), "quant": None}
 
     run_virtual(3, rank)

@@ -159,8 +159,17 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     target = tmp_path / "demo.json"
     assert call("demo", "--device", "cpu", "--world-size", "2", "--format", "none,nvfp4", "--json", str(target)).exit_code == OK
     assert calls == [(("cpu", 2, 1024), {"json": str(target), "plot": None, "formats": ("none", "nvfp4")})]
+    assert call("demo", "--sharded").exit_code == OK
+    assert calls[1] == (("auto", 3, 1024), {"json": None, "plot": None, "sharded": True})
     fake(monkeypatch, "collogue.demo.main", types.SimpleNamespace(passed=False))
     assert call("demo").exit_code == FAILED
+
+
+def test_check_takes_a_list_of_operations() -> None:
+    result = call("check", "--device", "cpu", *SMALL, "--format", "nvfp4/8x4", "--operation", "sharded,finish", "--json", "-")
+    assert result.exit_code == OK
+    assert [case["operation"] for case in json.loads(result.stdout)["cases"]] == ["sharded", "finish"]
+    assert call("check", "--device", "cpu", "--operation", "gather").exit_code == USAGE
 
 
 def test_bench_passes_its_lists_on(monkeypatch: pytest.MonkeyPatch) -> None:

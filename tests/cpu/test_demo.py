@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 from collogue import Communicator  # noqa: E402
 from collogue.demo import formats, main, table, worker  # noqa: E402
 from collogue.demo.model import Cache, ShardedLlama  # noqa: E402
+from collogue.demo.sequence import SequenceParallelLlama  # noqa: E402
 from collogue.demo.weights import ModelShape, Weights, attach, share  # noqa: E402
 from collogue.errors import FormatError, ShapeError  # noqa: E402
 from collogue.group import Group  # noqa: E402
@@ -68,6 +69,42 @@ def test_logits_are_those_of_the_unsharded_model(model: Any, task: worker.Task, 
         expected = model(task.tokens[None]).logits[0]
     assert float(expected.abs().max()) > 1.0
     assert float((logits - expected).abs().max()) < BOUND
+
+
+@pytest.mark.parametrize("name", ["none", "nvfp4", "fp8_per_token"])
+@pytest.mark.parametrize("steps", [[17], [5, 1, 1, 10]], ids=["at-once", "from-the-cache"])
+def test_a_sharded_residual_gives_the_same_logits(task: worker.Task, weights: Weights, name: str, steps: list[int]) -> None:
+    """Bit for bit, with calls of one token, which two of the three ranks own no row of. No rank holds more than its rows."""
+
+    def rank(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = []
+        quants = formats.quants_for(name, [3.0] * task.shape.fused_calls)
+        for kind in (ShardedLlama, SequenceParallelLlama):
+            comm = Communicator(group, max_tokens=task.max_tokens, hidden_size=task.shape.hidden_size, dtype=torch.float32)
+            llama = kind(task.shape, weights, comm)
+            cache = Cache(llama, len(task.tokens))
+            logits.append(torch.cat([llama.forward(tokens, cache, quants) for tokens in task.tokens.split(steps)]))
+        return logits[0], logits[1]
+
+    for replicated, sharded_ in run_virtual(WORLD, rank):
+        assert torch.equal(replicated.view(torch.int32), sharded_.view(torch.int32))
+
+
+def test_the_sharded_stream_is_the_replicated_one_cut_into_rows(task: worker.Task, weights: Weights) -> None:
+    def rank(group: Group) -> None:
+        comm = Communicator(group, max_tokens=task.max_tokens, hidden_size=task.shape.hidden_size, dtype=torch.float32)
+        streams: dict[type, list[torch.Tensor]] = {}
+        for kind in (ShardedLlama, SequenceParallelLlama):
+            llama, seen = kind(task.shape, weights, comm), streams.setdefault(kind, [])
+            inner = llama._fused
+            llama._fused = lambda *given, inner=inner, seen=seen: (out := inner(*given), seen.append(out.residual))[0]  # type: ignore
+            llama.forward(task.tokens, Cache(llama, len(task.tokens)), [None] * task.shape.fused_calls)
+        assert len(streams[ShardedLlama]) == task.shape.fused_calls
+        for whole, mine in zip(*streams.values(), strict=True):
+            assert len(mine) == len(comm.owned_rows(17))
+            assert torch.equal(comm.unshard(mine, 17), whole)
+
+    run_virtual(WORLD, rank)
 
 
 def test_losses_of_shards_are_those_of_the_whole(task: worker.Task) -> None:
@@ -144,6 +181,18 @@ def test_three_processes_end_to_end(model: Any, task: worker.Task, weights: Weig
         assert row["difference"] == row["perplexity"] - saved["unsharded_perplexity"]
     table.save_plot(result, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_worker_measures_the_sharded_residual(model: Any, task: worker.Task, weights: Weights) -> None:
+    unsharded = main.run_unsharded(model, task)
+    task = dataclasses.replace(task, formats=("none", "nvfp4"))
+    found = [dict(run_worker(dataclasses.replace(task, sharded=on), weights, unsharded.logits)) for on in (False, True)]
+    assert found[0]["text"] == found[1]["text"] == unsharded.generated
+    assert found[0]["logits"] == found[1]["logits"] < BOUND
+    replicated, sharded_ = found[0]["row"], found[1]["row"]
+    assert sharded_.error is None
+    assert sharded_.perplexity == replicated.perplexity
+    assert 0 < sharded_.bytes_all_tokens != replicated.bytes_all_tokens
 
 
 def test_ranks_that_end_early_leave_an_error_in_every_row(model: Any, task: worker.Task, weights: Weights) -> None:

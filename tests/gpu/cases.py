@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 from collogue.check import Case, default_sweep, full_sweep
-from collogue.check.sweep import DTYPES
+from collogue.check.sweep import DTYPES, OPERATIONS
 
 #: Most rows and widest row of a random sequence. One-shot holds 32 rows in every world; 300 rows take the transport.
 ROWS, MANY_ROWS, WIDTH = 32, 300, 7168
@@ -45,4 +45,25 @@ def random_cases(size: int, count: int = 100) -> list[Case]:
         )
         if case.possible:
             cases.append(case)
+    return cases
+
+
+def operation_cases(size: int) -> list[Case]:
+    """Every operation at a few numbers of rows, fewer than ranks among them, in random order, for one communicator; seeded."""
+    labels = (
+        "none",
+        "nvfp4/128x4",
+        "fp8_per_token",
+        "mxfp8/ceil/8x4",
+        "fp8_group128/float32/column",
+        "fp8_static",
+        "fp8_group64/ue8m0/column",
+    )
+    cases = [
+        Case(t, width, DTYPES[size % 3], labels[(i + j) % len(labels)], size, j % 3 > 0, keep_norm=j % 2 == 0, seed=j, operation=operation)
+        for i, operation in enumerate(OPERATIONS)
+        for j, (t, width) in enumerate(((1, WIDTH), (2, 576), (3, 2880), (5, WIDTH), (7, 576), (129, WIDTH), (1000, 2880)))
+    ]
+    cases = [case if case.possible else replace(case, hidden_size=WIDTH) for case in cases]
+    random.Random(size).shuffle(cases)
     return cases

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu.cases import MANY_ROWS, ROWS, WIDTH, random_cases, sweep_of
+from gpu.cases import MANY_ROWS, ROWS, WIDTH, operation_cases, random_cases, sweep_of
 from gpu.world import Prepared, World, answer_with, call_number, communicator, copy_output, require_clean, slots
 
-from collogue import NVFP4, FP8Static, Output, RMSNorm
+from collogue import NVFP4, Communicator, FP8PerToken, FP8Static, Output, RMSNorm
 from collogue import errors as e
 from collogue.check import Answers, Case, check_rank
-from collogue.check.rank import poisoned
+from collogue.check.rank import poison, poisoned
 
 POISON = 0x5B5B5B5B
 
@@ -28,7 +29,7 @@ def sweep(world: World) -> None:
 def random_sequence(world: World) -> None:
     """100 calls in random order without a pause; every output is kept, compared afterwards, and old words are wiped."""
     cases = random_cases(world.size)
-    prepared = [Prepared.of(world, case) for case in cases]
+    prepared = [Prepared.on(world, case) for case in cases]
     comm = communicator(world, cases, max_tokens=MANY_ROWS, hidden_size=WIDTH)
     for p in prepared:
         p.prepare(comm)
@@ -51,6 +52,91 @@ def random_sequence(world: World) -> None:
     comm.close()
 
 
+def operations(world: World) -> None:
+    """Every operation, one after the other without a pause, and twice from a graph; the halves make the whole; mistakes launch nothing."""
+    with torch.cuda.stream(torch.cuda.Stream(world.device)):
+        _operations(world)
+
+
+def _operations(world: World) -> None:
+    prepared = [Prepared.on(world, case) for case in operation_cases(world.size)]
+    comm = communicator(world, [p.case for p in prepared])
+    for p in prepared:
+        p.prepare(comm)
+    warm = [torch.empty(64 << 20, dtype=torch.uint8, device=world.device), *(poisoned(p.expected) for p in prepared)]
+    del warm
+    world.settle()
+    kept = [p.call(comm, p.out if i % 2 else None) for i, p in enumerate(prepared)]
+    world.settle()
+    comm.check()
+    for p, out in zip(prepared, kept, strict=True):
+        world.same(p.case, out, p.expected)
+    graph = torch.cuda.CUDAGraph()
+
+    def capture() -> None:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            for p in prepared:
+                p.call(comm, p.out)
+
+    world.in_turn(capture)
+    for _ in range(2):
+        for p in prepared:
+            poison(p.out)
+        world.settle()
+        graph.replay()
+        world.settle()
+        comm.check()
+        for p in prepared:
+            world.same(f"from a graph: {p.case}", p.out, p.expected)
+    world.in_turn(graph.reset)
+    _halves(world, comm, next(p for p in prepared if p.case.operation == "all_reduce" and p.case.residual and p.case.tokens == 129))
+    comm.close()
+
+
+def _halves(world: World, comm: Communicator, p: Prepared) -> None:
+    """What the halves and the sharded call return is cut from, or makes, what ``all_reduce`` returns."""
+    tokens, quant = p.case.tokens, FP8PerToken()
+    assert p.residual is not None
+    given: dict[str, Any] = {"norm": p.kwargs["norm"], "quant": quant, "keep_norm": True}
+    mine = comm.shard(p.residual)
+    for operation in ("all_reduce", "sharded", "reduce_scatter", "finish"):
+        comm.prepare(tokens, hidden_size=p.case.hidden_size, operation=operation, **given)
+    comm.prepare(tokens, hidden_size=p.case.hidden_size, operation="all_gather", norm=given["norm"], quant=quant)
+    comm.prepare(tokens, hidden_size=p.case.hidden_size, operation="all_gather")
+    world.settle()
+    whole = comm.all_reduce(p.partial, residual=p.residual, **given)
+    sharded = comm.all_reduce(p.partial, residual=mine, sharded=True, **given)
+    half = comm.reduce_scatter(p.partial, residual=mine, **given)
+    gathered = comm.all_gather(half, tokens, quant=quant)
+    assert whole.residual is not None
+    assert sharded.residual is not None
+    finished = comm.finish(whole.residual, **given)
+    stream = comm.unshard(sharded.residual, tokens)
+    world.settle()
+    comm.check()
+    own = Output(residual=comm.shard(whole.residual))
+    world.same("the sharded stream", Output(residual=sharded.residual), own)
+    world.same("the stream of a half", Output(residual=half.residual), own)
+    world.same("gathered halves", gathered, whole)
+    world.same("the gathered stream", Output(residual=stream), Output(residual=whole.residual))
+    for what, out in ("sharded", sharded), ("finished", finished):
+        world.same(what, replace(out, residual=None), replace(whole, residual=None))
+    before = call_number(comm) if world.size > 1 else 0
+    mistakes: list[tuple[str, type[Exception], Callable[[], object]]] = [
+        ("nothing to finish", e.ArgumentError, lambda: comm.all_reduce(p.partial, residual=mine, sharded=True)),
+        ("a shard on the CPU", e.DeviceError, lambda: comm.unshard(mine.cpu(), tokens)),
+        ("codes without a format", e.FormatError, lambda: comm.all_gather(half, tokens)),
+        ("into its own shard", e.OverlapError, lambda: comm.all_gather(own, tokens, out=Output(residual=whole.residual))),
+    ]
+    if world.size > 1:
+        mistakes.append(("a whole residual", e.ShapeError, lambda: comm.reduce_scatter(p.partial, residual=p.residual)))
+    for what, kind, action in mistakes:
+        world.require("\nhint: " in world.raises(kind, action, what), f"{what}: no hint")
+    world.settle()
+    world.require(world.size == 1 or call_number(comm) == before, "a refused call was launched")
+    world.settle()
+
+
 def graphs(world: World) -> None:
     """Two graphs, replayed in another order than captured, between eager calls of other sizes, without a pause."""
     with torch.cuda.stream(torch.cuda.Stream(world.device)):
@@ -66,7 +152,7 @@ def _graphs(world: World) -> None:
         "b": cases(20, (64, "none"), (1, "nvfp4/128x4")),
     }
     eager = cases(30, (3, "none"), (64, "nvfp4/128x4"), (1, "none"), (7, "fp8_per_token"))
-    static = {name: [Prepared.of(world, case) for case in mine] for name, mine in captured.items()}
+    static = {name: [Prepared.on(world, case) for case in mine] for name, mine in captured.items()}
     comm = communicator(world, [*captured["a"], *captured["b"], *eager])
     steps = ["b", 0, "a", 1, "a", "b", "b", 2, "a", 3, "b", 0, 2, "a", "a"]
     work: list[tuple[str | int, list[Prepared]]] = []
@@ -75,7 +161,7 @@ def _graphs(world: World) -> None:
         again = [
             Case(c.tokens, c.hidden_size, format=c.format, world_size=c.world_size, seed=100 + 10 * n + i) for i, c in enumerate(chosen)
         ]
-        work.append((step, [Prepared.of(world, case) for case in again]))
+        work.append((step, [Prepared.on(world, case) for case in again]))
     for p in (q for _, mine in work for q in mine):
         p.prepare(comm)
     recorded: dict[str, torch.cuda.CUDAGraph] = {}
@@ -122,7 +208,7 @@ def not_prepared(world: World) -> None:
     """A call under capture whose kernel is not loaded says so and captures nothing; after ``prepare`` it works."""
     with torch.cuda.stream(torch.cuda.Stream(world.device)):
         case = Case(2, 1152, format="fp8_static", world_size=world.size)
-        p, comm = Prepared.of(world, case), communicator(world, [case])
+        p, comm = Prepared.on(world, case), communicator(world, [case])
         scratch = torch.ones(1, device=world.device)
         graph = torch.cuda.CUDAGraph()
 
@@ -154,7 +240,7 @@ def scale_tensors(world: World) -> None:
     values = (0.0, -0.0, -1.5, math.nan, math.inf, -math.inf, 1e-40, 3e38, 448.0)
     case = Case(3, 576, world_size=world.size, inputs="outlier")
     comm = communicator(world, [case])
-    p = Prepared.of(world, case)
+    p = Prepared.on(world, case)
     norm = p.kwargs["norm"]
     todo = []
     for value in values:
@@ -177,7 +263,7 @@ def two_communicators(world: World) -> None:
     """Two on one group, of different dtype and width, their calls interleaved on one stream."""
     cases = [Case(t, h, d, "nvfp4/8x4", world.size, seed=t) for h, d in ((576, "bfloat16"), (2880, "float32")) for t in (1, 4, 2)]
     comms = {d: communicator(world, [c for c in cases if c.dtype == d]) for d in ("bfloat16", "float32")}
-    prepared = [Prepared.of(world, cases[i]) for i in (0, 3, 1, 4, 5, 2, 0, 0, 3)]
+    prepared = [Prepared.on(world, cases[i]) for i in (0, 3, 1, 4, 5, 2, 0, 0, 3)]
     for p in prepared:
         p.prepare(comms[p.case.dtype])
     world.settle()
@@ -201,7 +287,7 @@ def subgroups(world: World) -> None:
     index, group = next((i, g) for i, g in enumerate(groups) if g is not None)
     mine = World(group, Answers(), findings=world.findings)
     cases = [Case(t, 2880, "bfloat16", "fp8_per_token", mine.size, seed=100 * index + t) for t in (1, 6, 3, 1)]
-    prepared = [Prepared.of(mine, case) for case in cases]
+    prepared = [Prepared.on(mine, case) for case in cases]
     comm = communicator(mine, cases)
     for p in prepared:
         p.prepare(comm)
@@ -222,7 +308,7 @@ def late_rank(world: World) -> None:
         return
     late = world.size - 1
     case = Case(1, 2880, world_size=world.size)
-    p, comm = Prepared.of(world, case), communicator(world, [case], timeout=1.0)
+    p, comm = Prepared.on(world, case), communicator(world, [case], timeout=1.0)
     p.prepare(comm)
     world.settle()
     p.call(comm, p.out)
@@ -256,7 +342,7 @@ def late_rank(world: World) -> None:
 def bad_input(world: World) -> None:
     """Each mistake has its error, nothing is launched, and the communicator still works."""
     case = Case(4, 576, world_size=world.size)
-    p, comm = Prepared.of(world, case), communicator(world, [case])
+    p, comm = Prepared.on(world, case), communicator(world, [case])
     x, device = p.partial, world.device
     p.prepare(comm)
     weight = torch.ones(576, dtype=x.dtype, device=device)
@@ -309,7 +395,8 @@ def bad_input(world: World) -> None:
 
 
 SCENARIOS: dict[str, Callable[[World], None]] = {
-    f.__name__: f for f in (sweep, random_sequence, graphs, not_prepared, scale_tensors, two_communicators, subgroups, late_rank, bad_input)
+    f.__name__: f
+    for f in (sweep, random_sequence, operations, graphs, not_prepared, scale_tensors, two_communicators, subgroups, late_rank, bad_input)
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu.cases import random_cases, sweep_of
+from gpu.cases import operation_cases, random_cases, sweep_of
 from gpu.scenarios import SCENARIOS
 from gpu.world import World
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.fixture(scope="module")
 def kernels() -> None:
-    build_kernels([case for size in SIZES for case in (*sweep_of(size, thorough=False), *random_cases(size))])
+    build_kernels([case for size in SIZES for case in (*sweep_of(size, thorough=False), *random_cases(size), *operation_cases(size))])
 
 
 def run(size: int, scenario: str, device: str = "cuda") -> list[str]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from collogue import Communicator, reference
 from collogue.check import Answers, Case
-from collogue.check.rank import arguments, poisoned
+from collogue.check.rank import Given, arguments, poisoned
 from collogue.formats import scale_storage
 from collogue.group import as_group
 from collogue.plan import GENERATIONS
@@ -85,29 +85,17 @@ class World:
 
 
 @dataclass
-class Prepared:
+class Prepared(Given):
     """A case with its inputs on this rank, the right answer, and poisoned outputs to write."""
 
-    case: Case
-    kwargs: dict[str, Any]
-    partial: torch.Tensor
-    residual: torch.Tensor | None
-    expected: Output
-    out: Output
+    expected: Output = field(default_factory=Output)
+    out: Output = field(default_factory=Output)
 
     @classmethod
-    def of(cls, world: World, case: Case, rank: int | None = None) -> Prepared:
-        partial, residual, norm = arguments(case, world.rank if rank is None else rank, world.device)
-        quant = case.quant(world.device)
-        kwargs = {"norm": norm, "quant": quant, "keep_norm": case.keep_norm and case.norm and quant is not None}
-        expected = world.answers(case, world.device)
-        return cls(case, kwargs, partial, residual, expected, poisoned(expected))
-
-    def prepare(self, comm: Communicator) -> None:
-        comm.prepare(self.case.tokens, residual=self.case.residual, hidden_size=self.case.hidden_size, **self.kwargs)
-
-    def call(self, comm: Communicator, out: Output | None = None) -> Output:
-        return comm.all_reduce(self.partial, residual=self.residual, out=out, **self.kwargs)
+    def on(cls, world: World, case: Case, rank: int | None = None) -> Prepared:
+        given = Given.of(case, world.rank if rank is None else rank, world.device, world.answers)
+        expected = world.answers(case, world.device, world.rank)
+        return cls(**vars(given), expected=expected, out=poisoned(expected))
 
 
 def communicator(world: World, cases: list[Case], **options: Any) -> Communicator:

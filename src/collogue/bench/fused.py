@@ -9,9 +9,9 @@ import torch
 
 from collogue.bench.timing import SETS
 from collogue.check.case import Case
-from collogue.check.rank import Answer, arguments, poison, poisoned
+from collogue.check.rank import Answers, Given, poison, poisoned
 from collogue.communicator import Communicator
-from collogue.spec import Output, RMSNorm
+from collogue.spec import Output
 from collogue.testing.compare import compare
 
 
@@ -19,38 +19,35 @@ from collogue.testing.compare import compare
 class _Set:
     """One input set, the outputs that calls on it write, and what these must be."""
 
-    partial: torch.Tensor
-    residual: torch.Tensor | None
-    norm: RMSNorm | None
+    given: Given
     out: Output
     expected: Output
 
 
 class FusedCall:
-    """``comm.all_reduce`` of one case, on :data:`SETS` input sets in turn; each has its own residual, weight and outputs."""
+    """The communicator's call of one case, on :data:`SETS` input sets in turn; each has its own residual, weight and outputs."""
 
     repeatable = True
 
-    def __init__(self, comm: Communicator, case: Case, answer: Answer) -> None:
+    def __init__(self, comm: Communicator, case: Case, answers: Answers) -> None:
         self.comm = comm
-        self._quant = case.quant(comm.device)
-        if self._quant is not None:
-            self._quant.check_hidden_size(case.hidden_size)
-        self._keep = case.keep_norm and case.norm and case.format != "none"
+        quant = case.quant(comm.device)
+        if quant is not None:
+            quant.check_hidden_size(case.hidden_size)
         self._sets = []
         for seed in range(SETS):
-            expected = answer(replace(case, seed=seed), comm.device)
-            self._sets.append(_Set(*arguments(replace(case, seed=seed), comm.rank, comm.device), poisoned(expected), expected))
+            mine = replace(case, seed=seed)
+            expected = answers(mine, comm.device, comm.rank)
+            self._sets.append(_Set(Given.of(mine, comm.rank, comm.device, answers), poisoned(expected), expected))
 
     def call(self, turn: int) -> Output:
         """One call with ``out=``."""
         s = self._sets[turn % SETS]
-        return self.comm.all_reduce(s.partial, residual=s.residual, norm=s.norm, quant=self._quant, keep_norm=self._keep, out=s.out)
+        return s.given.call(self.comm, s.out)
 
     def fresh(self, turn: int) -> Output:
         """The same call, which allocates its outputs."""
-        s = self._sets[turn % SETS]
-        return self.comm.all_reduce(s.partial, residual=s.residual, norm=s.norm, quant=self._quant, keep_norm=self._keep)
+        return self._sets[turn % SETS].given.call(self.comm)
 
     def gate(self, run: Callable[[], None]) -> str | None:
         """Every bit of every output of every set equals the reference."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from collogue.spec import FP8Static, Quant, parse
+from collogue.spec import FP8Static, Operation, Quant, parse
 
 #: A multiplier and a divisor that suit values of deviation 1; neither is a power of two.
 GLOBAL_SCALE = 448.0 * 6.0 / 5.0
@@ -39,6 +39,7 @@ class Case:
     eps: float = 1e-6
     scale_tensors: bool = False
     seed: int = 0
+    operation: Operation = "all_reduce"
 
     def quant(self, device: torch.device | str) -> Quant | None:
         """The format with the check's own scales: numbers, or tensors on ``device``."""
@@ -65,10 +66,22 @@ class Case:
         return quant is None or not quant.block or self.hidden_size % quant.block == 0
 
     @property
+    def keeps_norm(self) -> bool:
+        """The ``keep_norm`` of the call: only where there is a norm and something else is made of it."""
+        return self.keep_norm and self.norm and self.format != "none"
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Operation, residual, norm and keep_norm as ``comm.explain`` takes them; of ``all_gather``, what the shard holds."""
+        if self.operation == "all_gather":
+            return {"residual": True, "norm": "norm" in self.outputs, "keep_norm": False, "operation": self.operation}
+        return {"residual": self.residual, "norm": self.norm, "keep_norm": self.keeps_norm, "operation": self.operation}
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs of this call."""
         quant = self.quant("cpu")
-        names = ["residual" if self.residual or self.norm else "reduced"]
+        names = [] if self.operation == "finish" else ["residual" if self.residual or self.norm else "reduced"]
         if self.norm and (quant is None or self.keep_norm):
             names.append("norm")
         if quant is not None:

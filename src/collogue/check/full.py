@@ -2,6 +2,7 @@
 
 World 2 meets every (format, dtype, H), and with spot values of T every (T, format), (T, dtype) and (T, H), up to the largest call
 that one-shot takes; then calls beyond it. Worlds 3 to 8 meet every (format, dtype), and together every (format, H).
+The operations other than ``all_reduce`` meet every format in every world, and with odd numbers of rows every (T, dtype).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collogue.check.case import Case
 from collogue.check.kernels import topology_on
 from collogue.check.sweep import DTYPES, VARIANTS, expand
 from collogue.plan import one_shot_tokens as most_of
+from collogue.spec import Operation
 
 HIDDEN_SIZES = (8, 24, 576, 2048, 2880, 4096, 5120, 7168, 8192, 12800, 16384)
 WORLD_SIZES = tuple(range(2, 9))
@@ -23,6 +25,8 @@ TOKENS = (1, 2, 3, 7, 64, 0)
 LABELS = (*(v for variants in VARIANTS.values() for v in variants), *expand("fp8_group64"), "fp8_group16", "fp8_group48")
 #: Rows that are beyond one-shot at the hidden sizes they are used with.
 MANY = 4096
+#: Rows of calls whose rows have owners: fewer than ranks, no multiple of a world size, many.
+OWNED_TOKENS = (1, 2, 3, 5, 127, 129, 1000, 4097)
 #: What is added, done and returned: mostly everything, and everything else sometimes.
 _CALLS: tuple[dict[str, Any], ...] = (
     {},
@@ -45,6 +49,7 @@ def full_sweep() -> list[Case]:
             most = largest[dtype][h]
             tokens = {0: most, -1: most + 1}.get(t, t)
             cases.append(Case(tokens, h, dtype, label, world, seed=i, **_CALLS[i % len(_CALLS)]))
+        cases += _owned(world)
     return list(dict.fromkeys(cases))
 
 
@@ -92,6 +97,28 @@ def _virtual(world: int) -> Iterator[_Choice]:
 def _virtual_beyond() -> Iterator[_Choice]:
     for dtype, (t, h, label) in product(DTYPES, ((-1, 16384, "none"), (-1, 576, "nvfp4/128x4"), (MANY, 7168, "fp8_per_token"))):
         yield t, h, dtype, label
+
+
+#: Beside ``sharded``, which has more cases.
+_PARTS: tuple[Operation, ...] = ("reduce_scatter", "all_gather", "finish")
+
+
+def _owned(world: int) -> Iterator[Case]:
+    """The sharded residual with every format (at world 2 in half of all T each), its two halves and ``finish`` with some."""
+    for i, label in enumerate(LABELS):
+        turns = range(i % 2, len(OWNED_TOKENS), 2) if world == 2 else (i + world,)
+        for n, turn in enumerate(turns):
+            yield _owned_case("sharded", OWNED_TOKENS[turn % len(OWNED_TOKENS)], label, world, i + n)
+        for n, operation in enumerate(_PARTS):
+            if world == 2 or (i + n + world) % 4 == 0:
+                yield _owned_case(operation, OWNED_TOKENS[(i + 3 * n + world) % len(OWNED_TOKENS)], label, world, i + n)
+
+
+def _owned_case(operation: Operation, tokens: int, label: str, world: int, turn: int) -> Case:
+    widths = [h for h in _widths(label) if h <= 7168 or tokens < 1000]
+    options = _CALLS[turn % len(_CALLS)] if label != "none" else {"residual": turn % 2 == 0}
+    h, dtype = widths[turn % len(widths)], DTYPES[(turn + world) % len(DTYPES)]
+    return Case(tokens, h, dtype, label, world, seed=turn, operation=operation, **options)
 
 
 def _widths(label: str) -> Sequence[int]:

@@ -9,8 +9,8 @@ import torch
 
 from collogue import jit
 from collogue.check.case import Case
+from collogue.communicator import make_request
 from collogue.plan import Request, make_kernels, make_plan
-from collogue.spec import Wanted
 from collogue.topology import Topology
 from collogue.variant import Variant
 
@@ -30,11 +30,14 @@ def topology_on(cases: Sequence[Case], *, architecture: str | None, multiprocess
 
 def request_of(case: Case) -> Request:
     """What the communicator will plan for ``case``."""
-    quant = case.quant("cpu")
-    keep = case.keep_norm and case.norm and quant is not None
-    wanted = Wanted.of(has_residual=case.residual, has_norm=case.norm, quant=quant, keep_norm=keep)
-    wide = case.norm and case.weight_dtype not in (None, case.dtype)
-    return Request(case.tokens, case.hidden_size, case.value_dtype, case.residual, case.norm, wide, quant, wanted)
+    return make_request(
+        case.tokens,
+        case.hidden_size,
+        case.value_dtype,
+        wide_weight=case.norm and case.weight_dtype not in (None, case.dtype),
+        quant=case.quant("cpu"),
+        **case.asked,
+    )
 
 
 def variants_on(cases: Iterable[Case], *, architecture: str, multiprocessors: int, gpus: int) -> list[Variant]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -17,13 +18,11 @@ from collogue.check.kernels import capacity_of
 from collogue.communicator import Communicator
 from collogue.errors import CollogueError, FormatError
 from collogue.formats import scale_storage
-from collogue.spec import Output, RMSNorm
+from collogue.spec import Output, RMSNorm, owned_rows
 from collogue.testing.compare import Difference, compare
 from collogue.testing.inputs import make_inputs, make_partials
-from collogue.testing.oracle import by_reference, by_scalar
+from collogue.testing.oracle import by_rank, by_reference, by_scalar
 from collogue.testing.virtual import VirtualGroup
-
-Answer: TypeAlias = Callable[[Case, torch.device], Output]
 
 #: The byte that fills outputs before a call.
 _POISON = 0xA5
@@ -32,22 +31,29 @@ _FATAL = ("CollectiveError", "CollectiveTimeout", "MismatchedCall", "Accelerator
 
 
 class Answers:
-    """The right output of a case: by the scalar version on the CPU, by the reference elsewhere; once for all threads of a device."""
+    """What a case must return on each rank: by the scalar version on the CPU, by the reference elsewhere; once for a device's threads."""
+
+    #: Cases that are kept: ranks are at most one case apart, and a case of ``all_gather`` begins with the answer to another.
+    KEPT = 4
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._last: dict[torch.device, tuple[Case, Output]] = {}
+        self._known: dict[tuple[torch.device, Case], list[Output]] = {}
 
-    def __call__(self, case: Case, device: torch.device) -> Output:
+    def __call__(self, case: Case, device: torch.device, rank: int = 0) -> Output:
         with self._lock:
-            if device not in self._last or self._last[device][0] != case:
-                self._last[device] = (case, self._work_out(case, device))
+            key = (device, case)
+            if key not in self._known:
+                mine = [known for known in self._known if known[0] == device]
+                if len(mine) == self.KEPT:
+                    del self._known[mine[0]]
+                self._known[key] = self._work_out(case, device)
                 if device.type == "cuda":  # other threads read it on streams of their own
                     torch.cuda.current_stream(device).synchronize()
-            return self._last[device][1]
+            return self._known[key][rank]
 
     @staticmethod
-    def _work_out(case: Case, device: torch.device) -> Output:
+    def _work_out(case: Case, device: torch.device) -> list[Output]:
         partials = make_partials(
             case.inputs,
             case.world_size,
@@ -57,13 +63,13 @@ class Answers:
             seed=case.seed,
             device=device,
         )
-        _, residual, norm = arguments(case, 0, device)
-        answer = by_scalar if device.type == "cpu" else by_reference
-        return answer(partials, residual, norm, case.quant(device), case.keep_norm and case.norm)
+        _, residual, norm = arguments(replace(case, operation="all_reduce"), 0, device)
+        all_reduce = by_scalar if device.type == "cpu" else by_reference
+        return by_rank(all_reduce, case.operation, partials, residual, norm, case.quant(device), case.keeps_norm)
 
 
 def arguments(case: Case, rank: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None, RMSNorm | None]:
-    """What ``rank`` passes to the call: partial, residual and norm, the last two ``None`` where the case has none."""
+    """What ``rank`` passes to the call: partial, residual (all rows, or its own) and norm. The last two may be ``None``."""
     made = make_inputs(
         case.inputs,
         rank=rank,
@@ -75,10 +81,58 @@ def arguments(case: Case, rank: int, device: torch.device) -> tuple[torch.Tensor
         device=device,
     )
     norm = RMSNorm(made.weight, eps=case.eps, weight_offset=case.weight_offset) if case.norm else None
-    return made.partial, made.residual if case.residual else None, norm
+    residual = made.residual if case.residual else None
+    if residual is not None and case.operation in ("sharded", "reduce_scatter"):
+        rows = owned_rows(case.tokens, case.world_size, rank)
+        residual = residual[rows.start : rows.stop].clone()
+    return made.partial, residual, norm
 
 
-def run_case(comm: Communicator, case: Case, answers: Answer, settle: Callable[[], None] | None = None) -> CaseResult:
+@dataclass
+class Given:
+    """What one rank passes to the call of a case."""
+
+    case: Case
+    partial: torch.Tensor
+    residual: torch.Tensor | None
+    kwargs: dict[str, Any]  # norm, quant, keep_norm
+    shard: Output | None = None  # of all_gather
+
+    @classmethod
+    def of(cls, case: Case, rank: int, device: torch.device, answers: Answers) -> Given:
+        """The shard of ``all_gather`` is the right answer to ``reduce_scatter``, or nothing that the format could have made."""
+        partial, residual, norm = arguments(case, rank, device)
+        shard = None
+        if case.operation == "all_gather":
+            shard = answers(replace(case, operation="reduce_scatter"), device, rank) if case.possible else Output(residual=partial)
+        return cls(case, partial, residual, {"norm": norm, "quant": case.quant(device), "keep_norm": case.keeps_norm}, shard)
+
+    @property
+    def in_place(self) -> torch.Tensor | None:
+        """The residual, where the call adds it and may update it in place."""
+        return self.residual if self.case.operation not in ("all_gather", "finish") else None
+
+    def prepare(self, comm: Communicator) -> None:
+        """Build and load the kernels of the call. Collective."""
+        norm = self.kwargs["norm"] if self.case.operation != "all_gather" or self.case.asked["norm"] else None
+        comm.prepare(self.case.tokens, hidden_size=self.case.hidden_size, quant=self.kwargs["quant"], **{**self.case.asked, "norm": norm})
+
+    def call(self, comm: Communicator, out: Output | None = None) -> Output:
+        """Make the call. Collective."""
+        operation = self.case.operation
+        if operation == "all_gather":
+            assert self.shard is not None
+            return comm.all_gather(self.shard, self.case.tokens, quant=self.kwargs["quant"], out=out)
+        if operation == "finish":
+            return comm.finish(self.partial, out=out, **self.kwargs)
+        if operation == "reduce_scatter":
+            return comm.reduce_scatter(self.partial, residual=self.residual, out=out, **self.kwargs)
+        if operation == "sharded":
+            return comm.all_reduce(self.partial, residual=self.residual, sharded=True, out=out, **self.kwargs)
+        return comm.all_reduce(self.partial, residual=self.residual, out=out, **self.kwargs)
+
+
+def run_case(comm: Communicator, case: Case, answers: Answers, settle: Callable[[], None] | None = None) -> CaseResult:
     """Call the communicator twice and compare: once with outputs of its own, once with poisoned ``out=`` and the residual in place.
 
     Collective: every rank of ``comm``, with the same case. Where ranks share GPUs, ``settle`` waits for all of them: kernels are
@@ -88,28 +142,23 @@ def run_case(comm: Communicator, case: Case, answers: Answer, settle: Callable[[
     zero = dict.fromkeys(case.outputs, 0)
     expected_error = None if case.possible else FormatError.__name__
     try:
-        partial, residual, norm = arguments(case, comm.rank, comm.device)
-        kwargs: dict[str, Any] = {
-            "norm": norm,
-            "quant": case.quant(comm.device),
-            "keep_norm": case.keep_norm and case.norm and case.format != "none",
-        }
+        given = Given.of(case, comm.rank, comm.device, answers)
         if settle is not None and case.tokens:
-            comm.prepare(case.tokens, residual=case.residual, hidden_size=case.hidden_size, **kwargs)
+            given.prepare(comm)
             settle()
-        fresh = comm.all_reduce(partial, residual=residual, **kwargs)
+        fresh = given.call(comm)
         if settle is not None:
             settle()
-        expected = answers(case, comm.device)
+        expected = answers(case, comm.device, comm.rank)
         out = poisoned(expected)
-        if residual is not None:
-            out.residual = residual
+        if given.in_place is not None:
+            out.residual = given.in_place
         if settle is not None:
             settle()
-        given = comm.all_reduce(partial, residual=residual, out=out, **kwargs)
+        written = given.call(comm, out)
         if settle is not None:
             settle()
-        found = [compare(fresh, expected), compare(given, expected)]
+        found = [compare(fresh, expected), compare(written, expected)]
         comm.check()
     except Exception as error:  # a case must not end the sweep; the error is its result
         return CaseResult(case, zero, _text(error), expected_error, None, time.perf_counter() - start)
@@ -141,7 +190,7 @@ def poison(output: Output) -> None:
         memory.fill_(_POISON)
 
 
-def check_rank(group: Any, cases: Sequence[Case], answers: Answer, tell: Callable[[str], None]) -> list[CaseResult]:
+def check_rank(group: Any, cases: Sequence[Case], answers: Answers, tell: Callable[[str], None]) -> list[CaseResult]:
     """Run all cases on this rank of ``group``. One communicator per dtype serves them all. ``tell`` hears of each case that starts.
 
     After a failed collective the remaining cases are not run, and say so.

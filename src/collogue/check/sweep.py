@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from typing import cast, get_args
 
 import torch
 
 from collogue.check.case import Case
 from collogue.errors import FormatError
-from collogue.spec import describe, parse
+from collogue.spec import Operation, describe, parse
 from collogue.testing.inputs import KINDS
 
 DTYPES = ("bfloat16", "float16", "float32")
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
 _BLOCK_LAYOUTS = ("128x4", "8x4", "linear")
 _MX = tuple(f"{rounding}/{layout}" for rounding, layout in product(("floor", "ceil"), _BLOCK_LAYOUTS))
@@ -49,6 +51,7 @@ def sweep(
     hidden_size: Sequence[int] = (2880,),
     dtype: Sequence[str] = DTYPES,
     format: Sequence[str] = tuple(VARIANTS),
+    operation: Sequence[str] = ("all_reduce",),
 ) -> list[Case]:
     """The product of the lists. A bare format name stands for all its variants; every second case has a float32 weight.
 
@@ -57,22 +60,26 @@ def sweep(
     for name in dtype:
         if name not in DTYPES:
             raise FormatError(f"there is no dtype {name!r} here", hint=f"choose from {', '.join(DTYPES)}")
+    for name in operation:
+        if name not in OPERATIONS:
+            raise FormatError(f"there is no operation {name!r}", hint=f"choose from {', '.join(OPERATIONS)}")
     labels = list(dict.fromkeys(label for name in format for label in expand(name)))
     return [
-        Case(t, h, d, label, n, weight_dtype="float32" if i % 2 else None)
+        Case(t, h, d, label, n, weight_dtype="float32" if i % 2 else None, operation=cast(Operation, o))
+        for o in operation
         for i, (n, d, h, t, label) in enumerate(product(world_size, dtype, hidden_size, tokens, labels))
     ]
 
 
 def default_sweep(device: str) -> list[Case]:
-    """Every dtype, format and layout; odd T; H of 8, 24, 576, 2880; every kind of input; every combination of outputs.
+    """Every dtype, format and layout; odd T; H of 8, 24, 576, 2880; every kind of input; every combination of outputs; every operation.
 
     World sizes are 2, 3 and 4 on CPU. On CUDA they are 2, 3, and the number of GPUs, and a few larger calls are added.
     """
     worlds = [2, 3, 4]
     if device == "cuda":
         worlds = sorted({2, 3, max(2, min(8, torch.cuda.device_count()))})
-    cases = _formats(worlds) + _inputs(worlds) + _calls(worlds) + _shapes(worlds)
+    cases = _formats(worlds) + _inputs(worlds) + _calls(worlds) + _shapes(worlds) + _operations(worlds)
     if device == "cuda":
         cases += [
             Case(t, 7168, format=f, world_size=n) for n in worlds for t in (1, 8, 64, 1025) for f in ("none", "nvfp4", "fp8_per_token")
@@ -126,3 +133,20 @@ def _shapes(worlds: list[int]) -> list[Case]:
     ]
     cases += [Case(0, 576, dtype, f, worlds[0]) for dtype, f in zip(DTYPES, ("none", "nvfp4", "fp8_group64/float32/column"), strict=True)]
     return cases + [Case(3, 24, "bfloat16", f, 2) for f in ("nvfp4", "mxfp4", "mxfp8", "fp8_group")]
+
+
+def _operations(worlds: list[int]) -> list[Case]:
+    """The other operations: every format, fewer rows than ranks, short last blocks, with and without residual, norm and both outputs."""
+    others = [o for o in OPERATIONS if o != "all_reduce"]
+    cases = []
+    for (i, operation), (j, label) in product(enumerate(others), enumerate(_ONE_EACH)):
+        t, n = (1, 5, 129, 7, 2)[(i + j) % 5], worlds[(i + j) % len(worlds)]
+        norm = label == "none" or j % 3 != 1
+        cases.append(
+            Case(
+                t, 576, DTYPES[j % 3], label, n, j % 2 == 0, norm, keep_norm=j % 4 < 2, inputs=("order", "nan")[j % 2], operation=operation
+            )
+        )
+    halves: tuple[Operation, ...] = ("reduce_scatter", "all_gather")
+    cases += [Case(t, 24, world_size=n, residual=False, norm=False, operation=o) for t in (1, 5) for n in worlds for o in halves]
+    return cases + [Case(0, 576, format="nvfp4", world_size=worlds[0], operation=o) for o in others]

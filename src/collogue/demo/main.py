@@ -58,6 +58,7 @@ class Result:
     machine: dict[str, str]
     unsharded_perplexity: float
     prompt: str
+    sharded: bool = False
     rows: list[Row] = field(default_factory=list)
     generated: str = ""
     same_text: bool | None = None
@@ -79,6 +80,7 @@ def run(
     *,
     formats: tuple[str, ...] = FORMATS,
     new_tokens: int = 32,
+    sharded: bool = False,
     json: str | Path | None = None,
     plot: str | Path | None = None,
 ) -> Result:
@@ -89,6 +91,7 @@ def run(
         tokens: how many tokens of the evaluation text are read.
         formats: rows of the table, in order, as :func:`collogue.spec.parse` reads them.
         new_tokens: how many tokens are generated.
+        sharded: each rank keeps only the rows of the residual stream that it owns (:mod:`collogue.demo.sequence`).
         json: where to save the table; ``"-"`` is stdout, which then holds nothing else.
         plot: where to save the plot (needs matplotlib).
     """
@@ -115,6 +118,7 @@ def run(
             new_tokens=new_tokens,
             tokens=encode(text.evaluation_text()[: 16 * tokens + 1024], tokens),
             calibration=encode(text.calibration_text(), min(tokens, 512)),
+            sharded=sharded,
         )
         advance("running it unsharded")
         unsharded = run_unsharded(model, task)
@@ -126,6 +130,7 @@ def run(
             machine=machine(device),
             unsharded_perplexity=unsharded.perplexity,
             prompt=text.PROMPT,
+            sharded=sharded,
         )
         advance("starting the ranks")
         generated = measure(result, task, model.state_dict(), unsharded, advance)

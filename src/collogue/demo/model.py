@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from collogue import Communicator, Quant, RMSNorm, dequantize
+from collogue import Communicator, Output, Quant, RMSNorm, dequantize
 from collogue.demo.weights import ModelShape, Weights, columns, rows
 
 #: Sees the index of a fused call and the norm that came out of it.
@@ -104,9 +104,9 @@ class ShardedLlama:
     def _finish(
         self, call: int, partial: torch.Tensor, stream: torch.Tensor | None, quants: Sequence[Quant | None], observe: Observer | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fused call ``call``: what the next projection reads, and the new residual stream, both ``[T, H]``."""
+        """Fused call ``call``: what the next projection reads, ``[T, H]``, and the new residual stream."""
         quant = quants[call]
-        out = self.comm.all_reduce(partial, residual=stream, norm=self.norms[call], quant=quant)
+        out = self._fused(partial, stream, self.norms[call], quant)
         assert out.residual is not None
         if quant is None:
             assert out.norm is not None
@@ -118,6 +118,10 @@ class ShardedLlama:
         if observe is not None:
             observe(call, normed)
         return normed, out.residual
+
+    def _fused(self, partial: torch.Tensor, stream: torch.Tensor | None, norm: RMSNorm, quant: Quant | None) -> Output:
+        """The call itself: the norm or its codes, ``[T, H]``, and the new residual stream as this model keeps it."""
+        return self.comm.all_reduce(partial, residual=stream, norm=norm, quant=quant)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """The rows of the tokens that this rank holds, zeros for the others: ``[T, H]``, a partial sum."""

@@ -62,8 +62,9 @@ def show(result: Result, *, quiet: bool = False) -> None:
 
 def as_table(result: Result) -> Table:
     """One line a format: its result, or that there was an error."""
+    how = f"{result.device}, {result.dtype}" + (", sharded residual" if result.sharded else "")
     table = Table(
-        title=f"SmolLM2-135M on {result.world_size} ranks ({result.device}, {result.dtype}), perplexity on {result.tokens:,} tokens; "
+        title=f"SmolLM2-135M on {result.world_size} ranks ({how}), perplexity on {result.tokens:,} tokens; "
         f"unsharded {result.unsharded_perplexity:.4f}",
         caption="Bytes: what one rank sends in one fused call, by the plan. Time: of one fused call, measured here, "
         + ("host included." if result.device == "cuda" else "of the CPU reference: says nothing about GPUs."),

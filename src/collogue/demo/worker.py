@@ -11,6 +11,7 @@ import torch
 from collogue import Communicator, Quant
 from collogue.demo.formats import calibrate, quants_for
 from collogue.demo.model import Cache, ShardedLlama
+from collogue.demo.sequence import SequenceParallelLlama
 from collogue.demo.weights import ModelShape, Weights
 from collogue.group import Group
 
@@ -29,6 +30,7 @@ class Task:
     tokens: torch.Tensor  # [T], evaluated
     calibration: torch.Tensor  # [C], other text
     dtype: torch.dtype = torch.float32
+    sharded: bool = False  # the residual
 
     @property
     def max_tokens(self) -> int:
@@ -60,7 +62,7 @@ def work(group: Group, task: Task, weights: Weights, unsharded_logits: torch.Ten
         unsharded_logits: ``[T, V]`` float32, what the unsharded model says on ``task.tokens``.
     """
     with Communicator(group, max_tokens=task.max_tokens, hidden_size=task.shape.hidden_size, dtype=task.dtype) as comm:
-        model = ShardedLlama(task.shape, weights, comm)
+        model = (SequenceParallelLlama if task.sharded else ShardedLlama)(task.shape, weights, comm)
         unquantised: list[Quant | None] = [None] * task.shape.fused_calls
         tell = report if comm.rank == 0 else lambda kind, value: None
         tell("text", generate(model, group, task.prompt.to(comm.device), task.new_tokens, unquantised))
@@ -120,15 +122,17 @@ def token_losses(logits: torch.Tensor, tokens: torch.Tensor, group: Group, vocab
 def _fused_call(comm: Communicator, model: ShardedLlama, quant: Quant | None, tokens: int, repeats: int = 5) -> tuple[int, float]:
     """Bytes that this rank sends in one fused call, and the median time of a call in microseconds, host included."""
     partial = torch.randn(tokens, model.shape.hidden_size, generator=torch.Generator().manual_seed(comm.rank)).to(comm.device, comm.dtype)
-    residual = torch.zeros_like(partial)
+    sharded = isinstance(model, SequenceParallelLlama)
+    residual = torch.zeros_like(comm.shard(partial) if sharded else partial)
     times = []
     for _ in range(repeats + 1):  # The first call warms up.
         _synchronise(comm.device)
         start = time.perf_counter()
-        comm.all_reduce(partial, residual=residual, norm=model.norms[1], quant=quant)
+        comm.all_reduce(partial, residual=residual, norm=model.norms[1], quant=quant, sharded=sharded)
         _synchronise(comm.device)
         times.append((time.perf_counter() - start) * 1e6)
-    return comm.explain(tokens, residual=True, norm=True, quant=quant).bytes_sent, sorted(times[1:])[repeats // 2]
+    plan = comm.explain(tokens, quant=quant, operation="sharded" if sharded else "all_reduce")
+    return plan.bytes_sent, sorted(times[1:])[repeats // 2]
 
 
 def _synchronise(device: torch.device) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 
 from collogue import reference
-from collogue.spec import Output, Quant, RMSNorm
+from collogue.spec import Operation, Output, Quant, RMSNorm
 from collogue.testing import scalar
+
+#: :func:`by_reference` or :func:`by_scalar`.
+AllReduce: TypeAlias = Callable[[list[torch.Tensor], torch.Tensor | None, RMSNorm | None, Quant | None, bool], Output]
 
 _INTEGER = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
 
@@ -47,6 +52,38 @@ def by_scalar(
         codes=codes,
         scales=None if result.scales is None else _scales(result.scales),
     )
+
+
+def by_rank(
+    all_reduce: AllReduce,
+    operation: Operation,
+    partials: list[torch.Tensor],
+    residual: torch.Tensor | None,
+    norm: RMSNorm | None,
+    quant: Quant | None,
+    keep_norm: bool,
+) -> list[Output]:
+    """What ``operation`` returns on each rank, from nothing but ``all_reduce`` and the rule of who owns which rows.
+
+    Args:
+        residual: [T, H], the shards of all ranks one below the other.
+        operation: ``all_gather`` gathers what ``reduce_scatter`` of the same arguments returns; ``finish`` takes a rank's partial for y.
+    """
+    world, tokens = len(partials), partials[0].shape[0]
+    rows = [torch.from_numpy(scalar.rows_of(rank, tokens, world)).to(partials[0].device) for rank in range(world)]
+    if operation == "finish":
+        return [replace(all_reduce([y], None, norm, quant, keep_norm), reduced=None, residual=None) for y in partials]
+    if operation == "reduce_scatter":
+        terms = [[p[own] for p in partials] for own in rows]
+        streams = [None if residual is None else residual[own] for own in rows]
+        return [all_reduce(x, y, norm, quant, keep_norm) for x, y in zip(terms, streams, strict=True)]
+    whole = all_reduce(partials, residual, norm, quant, keep_norm)
+    if operation != "sharded":
+        return [whole] * world
+    y = whole.reduced if whole.residual is None else whole.residual
+    assert y is not None
+    name = "reduced" if whole.residual is None else "residual"
+    return [replace(whole, **{name: y[own]}) for own in rows]
 
 
 def _bits(tensor: torch.Tensor) -> scalar.Array:

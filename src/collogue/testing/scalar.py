@@ -276,3 +276,10 @@ def all_reduce(
         codes=codes,
         scales=scales,
     )
+
+
+def rows_of(rank: int, tokens: int, world_size: int) -> Array:
+    """Indices of the rows that ``rank`` owns: row t belongs to rank ``t // ceil(T / N)``."""
+    t = np.arange(tokens)
+    own: Array = t[t // max(1, -(-tokens // world_size)) == rank]
+    return own
