@@ -11,6 +11,7 @@ import torch
 from collogue import header, jit
 from collogue.call import Call, Capacity, allocate
 from collogue.errors import NotPrepared
+from collogue.formats import scale_storage
 from collogue.group import Group
 from collogue.launch import Launcher, Params, timeouts
 from collogue.plan import Kernel, Plan, Request, make_kernels, make_plan, memory_of, sends_values
@@ -59,6 +60,8 @@ class KernelEngine:
     def _build(self, request: Request) -> _Ready:
         plan = make_plan(self.topology, request)
         main = values = None
+        if request.operation == "all_gather" and plan.algorithm == "local":
+            return _Ready(None)  # the shard is the whole
         for kernel in make_kernels(self.topology, request, plan):
             launcher = self._launcher(kernel, plan)
             if request.operation == "all_gather" and kernel.variant.keep_norm:
@@ -124,6 +127,11 @@ class KernelEngine:
         """One kernel for each tensor of values, one for codes and their scales."""
         shard = call.shard
         assert shard is not None
+        if ready.values is None and ready.main is None:
+            for name, tensor in shard.items():
+                target = getattr(out, name)
+                (scale_storage(target) if name == "scales" else target).copy_(scale_storage(tensor) if name == "scales" else tensor)
+            return
         if ready.values is not None:
             for name in ("reduced", "residual", "norm"):
                 if getattr(shard, name) is not None:
