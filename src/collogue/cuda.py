@@ -14,7 +14,7 @@ from collogue.errors import NotPrepared
 from collogue.formats import scale_storage
 from collogue.group import Group
 from collogue.launch import Launcher, Params, timeouts
-from collogue.plan import Kernel, Plan, Request, make_kernels, make_plan, memory_of, sends_values
+from collogue.plan import CONTROL_BYTES, Extent, Kernel, Plan, Request, make_kernels, make_plan, memory_of, sends_values
 from collogue.spec import Output, Quant, RMSNorm, owned_rows
 from collogue.topology import Topology
 from collogue.variant import Variant
@@ -85,7 +85,8 @@ class KernelEngine:
         fill_shape(params, self.topology, request, plan, self.group.rank)
         params.timeout, params.relay_timeout = timeouts(self.timeout)
         if self.workspace is not None:
-            params.failure, params.generation_bytes = self.workspace.failure_pointer, self.workspace.generation_bytes
+            params.failure = self.workspace.failure_pointer
+            fill_workspace(params, self.workspace.extent, plan.algorithm)
             for rank, pointer in enumerate(self.workspace.buffer.pointers):
                 params.workspace[rank] = pointer
         return launcher
@@ -161,6 +162,15 @@ class KernelEngine:
         self._kernels.clear()
         self.workspace = None
         self.group.barrier()  # unloading a kernel may wait for the GPU: virtual ranks must not launch before all have done it
+
+
+def fill_workspace(params: Params, extent: Extent, algorithm: str) -> None:
+    """Which part of the workspace the kernel of ``algorithm`` uses."""
+    params.one_shot_bytes = extent.one_shot
+    if algorithm == "one_shot":
+        params.data_offset, params.generation_bytes = CONTROL_BYTES, extent.one_shot
+    else:
+        params.data_offset, params.generation_bytes = extent.offset, extent.generation
 
 
 def _launch_more(launcher: Launcher, more: tuple[tuple[int, int, int], ...], stream: int) -> None:

@@ -23,7 +23,18 @@ class Params(ctypes.Structure):
         ("failure", ctypes.c_void_p),
         *(
             (name, ctypes.c_uint32)
-            for name in ("timeout", "relay_timeout", "tokens", "hidden", "rank", "generation_bytes", "slot_bytes", "gather_bytes")
+            for name in (
+                "timeout",
+                "relay_timeout",
+                "tokens",
+                "hidden",
+                "rank",
+                "one_shot_bytes",
+                "data_offset",
+                "generation_bytes",
+                "slot_bytes",
+                "gather_bytes",
+            )
         ),
         *((name, ctypes.c_uint32) for name in ("first", "count", "block", "width", "wire_bytes", "pad")),
         *((name, ctypes.c_uint32) for name in ("column_stride", "shard_column_stride")),

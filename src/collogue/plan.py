@@ -18,12 +18,12 @@ from collogue.variant import QuantVariant, Variant, block_class
 
 Algorithm = Literal["reference", "local", "one_shot", "two_shot", "sharded", "all_gather"]
 
-#: Generations of memory that peers write: one in use, one clean (kernels/protocol.cuh).
-GENERATIONS = 2
-#: Bytes of one generation, unless a single row needs more; larger calls are done in several launches.
-GENERATION_BYTES = 128 << 20
-#: A one-shot call may send each peer this much, even where two-shot would need less memory.
-ONE_SHOT_BYTES = 4 << 20
+#: Generations of memory that peers write (kernels/protocol.cuh): of one-shot, of the other kernels.
+ONE_SHOT_GENERATIONS, GENERATIONS = 4, 2
+#: Bytes of one generation, unless a single row needs more; calls that need more are not one-shot, or are done in several launches.
+ONE_SHOT_BYTES, GENERATION_BYTES = 8 << 20, 128 << 20
+#: Control words, marks and the journal at the start of every workspace.
+CONTROL_BYTES = 4096
 #: Cycles between a rank's last send and its first poll: about one NVLink hop.
 FIRST_POLL_CYCLES = 900
 #: Largest cluster that every GPU with clusters accepts.
@@ -135,25 +135,38 @@ def _wire_bytes(hidden_size: int, dtype: torch.dtype, quant: Quant | None, value
     return _round_up(total, 16)
 
 
-def generation_bytes(topology: Topology) -> int:
-    """Bytes of one generation of a rank's workspace.
+@dataclass(frozen=True)
+class Extent:
+    """A rank's workspace: control words, then the generations of one-shot, then those of the other kernels. Bytes."""
 
-    As much as the largest call needs in one launch by any algorithm that may be planned for it, at most
-    :data:`GENERATION_BYTES`, at least one row. The whole workspace is two generations and 4096 bytes of control words: at most
-    three times the largest message plus 64 MiB.
+    one_shot: int
+    generation: int
+
+    @property
+    def offset(self) -> int:
+        """Of the other kernels' generations."""
+        return CONTROL_BYTES + ONE_SHOT_GENERATIONS * self.one_shot
+
+    @property
+    def total(self) -> int:
+        return self.offset + GENERATIONS * self.generation
+
+
+def workspace_extent(topology: Topology) -> Extent:
+    """As much as the largest call needs in one launch by any algorithm, at most :data:`GENERATION_BYTES`, at least one row; for
+    one-shot at most :data:`ONE_SHOT_BYTES`. In all at most three times the largest message plus 64 MiB.
     """
     world, tokens = topology.world_size, topology.max_tokens
     row = topology.hidden_size * topology.dtype.itemsize
 
     def needs(algorithm: str, rows: int) -> int:
-        memory = memory_of(algorithm, world, topology.hidden_size, topology.dtype, None, values=algorithm != "one_shot")
-        return memory.generation(world, rows)
+        return memory_of(algorithm, world, topology.hidden_size, topology.dtype, None, values=True).generation(world, rows)
 
-    block = -(-tokens // world)
-    most = max(needs("two_shot", tokens), needs("sharded", block), needs("one_shot", min(tokens, max(1, ONE_SHOT_BYTES // row))))
+    one_shot = max(needs("one_shot", 1), min(needs("one_shot", tokens), ONE_SHOT_BYTES // row // (world - 1) * (world - 1) * row))
+    most = max(needs("two_shot", tokens), needs("sharded", -(-tokens // world)))
     # A row of a call that quantises and keeps the norm as well is the widest that has to travel.
-    least = max(needs("two_shot", 1), needs("one_shot", 1), (world - 1) * (4 * row + 4 * MAX_CTAS + 4096))
-    return _round_up(max(least, min(most, GENERATION_BYTES)), 4096)
+    least = max(needs("two_shot", 1), (world - 1) * (4 * row + 4 * MAX_CTAS + 4096))
+    return Extent(_round_up(one_shot, 4096), _round_up(max(least, min(most, GENERATION_BYTES)), 4096))
 
 
 def make_plan(topology: Topology, request: Request) -> Plan:
@@ -180,7 +193,7 @@ def make_plan(topology: Topology, request: Request) -> Plan:
     launches = 1
     if algorithm in ("two_shot", "sharded", "all_gather"):
         memory = _memory(topology, request, algorithm)
-        fits = max(1, (generation_bytes(topology) // (world - 1) - memory.flags) // (memory.slot + memory.gather))
+        fits = max(1, (workspace_extent(topology).generation // (world - 1) - memory.flags) // (memory.slot + memory.gather))
         launches = -(-rows // fits)
         rows = -(-rows // launches)
         if launches > 1:
@@ -221,7 +234,7 @@ def _choose(topology: Topology, request: Request) -> tuple[Literal["one_shot", "
     """One-shot or two-shot."""
     message = request.tokens * request.hidden_size * request.dtype.itemsize
     world = topology.world_size
-    fits = (world - 1) * message <= generation_bytes(topology)
+    fits = (world - 1) * message <= workspace_extent(topology).one_shot
     if topology.overrides.algorithm is not None and (fits or topology.overrides.algorithm == "two_shot"):
         return topology.overrides.algorithm, "asked for"
     one, _ = cost.predict("one_shot", world, (world - 1) * message)
@@ -234,15 +247,15 @@ def _choose(topology: Topology, request: Request) -> tuple[Literal["one_shot", "
 def launch_shape(topology: Topology, tokens: int, hidden_size: int, quant: Quant | None, algorithm: str = "one_shot") -> LaunchShape:
     """Threads, vectors and clusters for ``tokens`` rows of this width.
 
-    With clusters a thread holds one vector. A few rows are spread over up to 8 CTAs each: the fewest cycles between the first
-    load and the last store. Many rows (:func:`_wide`) take as few CTAs as they can. In one CTA (no clusters, or groups that only
-    one CTA can reduce) threads hold several.
+    With clusters a thread holds one vector and a row is spread over up to 8 CTAs: the fewest cycles between the first load and the
+    last store, and at large sizes the most CTAs whose waits overlap. Where few multiprocessors may be used, a row takes as few
+    CTAs as it can. In one CTA (no clusters, or groups that only one CTA can reduce) threads hold several vectors.
     """
     vectors_in_row = hidden_size // 8
     limit = topology.overrides.max_multiprocessors
     if topology.has_clusters and not QuantVariant.of(quant).needs_one_cta:
         threads = 64 if hidden_size <= 2048 else 128
-        wide = topology.overrides.cta_threads or (MAX_THREADS if limit else _wide(topology, algorithm, tokens))
+        wide = topology.overrides.cta_threads or (MAX_THREADS if limit else 0)
         if wide:
             threads = _round_up(-(-vectors_in_row // -(-vectors_in_row // wide)), 32)
         elif vectors_in_row <= 64:
@@ -268,13 +281,6 @@ def launch_shape(topology: Topology, tokens: int, hidden_size: int, quant: Quant
         rounds = -(-tokens // (max(1, min(many, limit // cluster)) if limit else many))
         clusters = -(-tokens // rounds)  # the same number of rows for all, as far as it goes
     return LaunchShape(threads, vectors, cluster, clusters)
-
-
-def _wide(topology: Topology, algorithm: str, rows: int) -> int:
-    """Most threads of a CTA where a call is large enough to keep every multiprocessor busy with whole rows; 0 where it is not."""
-    if algorithm in ("two_shot", "sharded", "all_gather") and rows > 128:
-        return MAX_THREADS if topology.world_size == 2 and topology.dtype.itemsize == 2 else MAX_THREADS // 2
-    return 0
 
 
 def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str, *, loop: bool = False) -> int:

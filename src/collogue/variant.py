@@ -81,6 +81,7 @@ class Variant:
         q = self.quant
         constants = {
             "int kWorld": self.world,
+            "bool kOneShot": _flag(self.kernel == "one_shot"),
             "bool kResidual": _flag(self.residual),
             "bool kStream": _flag(self.stream),
             "bool kNorm": _flag(self.norm),

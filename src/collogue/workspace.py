@@ -1,7 +1,7 @@
 """The memory a communicator works in: slots in symmetric memory, control words, and the failure record.
 
-Layout of a rank's symmetric buffer (kernels/protocol.cuh): control words, headers and the journal in the first 4096 bytes,
-then two generations of ``generation_bytes`` each.
+Layout of a rank's symmetric buffer (kernels/protocol.cuh): control words, marks and the journal in the first 4096 bytes, then the
+generations (:class:`collogue.plan.Extent`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from cuda.bindings import driver
 from collogue.errors import CollectiveTimeout, MismatchedCall
 from collogue.group import Group
 from collogue.header import ENTRY_BYTES, Entry
-from collogue.plan import GENERATIONS, generation_bytes
+from collogue.plan import CONTROL_BYTES, workspace_extent
 from collogue.topology import Topology
 
-CONTROL_BYTES = 4096
 #: A word that has not arrived, by bytes of a value (kernels/values.cuh).
 SENTINELS = {2: 0x80008000, 4: 0x80000000}
 #: What a wait was for, by ``collogue::Stage``.
@@ -42,8 +41,8 @@ class Workspace:
     timeout: float
 
     def __post_init__(self) -> None:
-        self.generation_bytes = generation_bytes(self.topology)
-        self.buffer = self.group.symmetric(CONTROL_BYTES + GENERATIONS * self.generation_bytes)
+        self.extent = workspace_extent(self.topology)
+        self.buffer = self.group.symmetric(self.extent.total)
         self._pinned = torch.zeros(ctypes.sizeof(FailureRecord), dtype=torch.uint8, pin_memory=True)
         self.failure = FailureRecord.from_address(self._pinned.data_ptr())
         self.failure_pointer = self._pinned.data_ptr()

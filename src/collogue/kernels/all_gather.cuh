@@ -27,6 +27,7 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
   ranks.announce(thread, ctas * C::kThreads / 32);
   Pair seen = {{0, 0}};
   if (thread / 32 == 0) seen = ranks.look_at_marks(ranks.call - 1);
+  ranks.clean(thread, ctas * C::kThreads);
   if constexpr (Wire::kCodes)
     if (p.pad) row.quant.pad(thread, ctas * C::kThreads, p.tokens);
 
@@ -68,8 +69,8 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
     const bool peer = lane < C::kWorld && lane != p.rank;
     if (peer) fence_system();
     if (peer && !ranks.stopped)
-      store_word_to_peer(reinterpret_cast<u32*>(p.workspace[lane] + kDataOffset + ranks.generation + flags_offset) + ranks.position(p.rank, lane) * ctas + cta, 1u);
-    u32* const flag = reinterpret_cast<u32*>(ranks.own + kDataOffset + ranks.generation + flags_offset) + ranks.position(lane, p.rank) * ctas + cta;
+      store_word_to_peer(reinterpret_cast<u32*>(p.workspace[lane] + p.data_offset + ranks.generation + flags_offset) + ranks.position(p.rank, lane) * ctas + cta, 1u);
+    u32* const flag = reinterpret_cast<u32*>(ranks.own + p.data_offset + ranks.generation + flags_offset) + ranks.position(lane, p.rank) * ctas + cta;
     const auto missing = [&] { return peer && load_peer_written_word(flag) == D::kSentinel; };
     ranks.wait(missing, [&] { return missing() ? lane : kNobody; }, kStageRows, 0);
     fence_system();

@@ -46,9 +46,10 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
       compute_now(cta);
       compute_now(tokens);
       const u32 thread = cta * C::kThreads + thread_index(), threads = grid_rows() * blocks_in_row() * C::kThreads;
-      ranks.announce(thread, threads / 32);
+      ranks.announce(thread, threads / 32, Ranks<C>::kPeers * p.slot_bytes);
       first_warp = thread / 32 == 0;
       if (first_warp) seen = ranks.look_at_marks(ranks.call - 1);
+      ranks.clean(thread, threads);
       if constexpr (C::kFormat != Format::kNone) row.quant.pad(thread, threads, tokens);
       row.wait_for_barriers();
     }
@@ -66,13 +67,7 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
       if constexpr (C::kResidual) add<D>(sum, r);
       x[i] = row.store_stream(i, sum);
     }
-    row.finish(
-        turn, x,
-        [&] {
-#pragma unroll
-          for (int i = 0; i < C::kVectors; i++) ranks.wipe_terms(slot_offset + i * row.kVectorStep, row.active(i));
-        },
-        NoWire{});
+    row.finish(turn, x, [] {}, NoWire{});
 
     if constexpr (!C::kLoop) break;
     t += grid_rows();

@@ -30,7 +30,9 @@ struct Params {
   u32 tokens;
   u32 hidden;                // H, a multiple of 8
   u32 rank;
-  u32 generation_bytes;
+  u32 one_shot_bytes;        // of a generation of one-shot
+  u32 data_offset;           // of generation 0 of this kernel
+  u32 generation_bytes;      // of this kernel
   u32 slot_bytes;            // what one rank may send another in one step of this call
   u32 gather_bytes;          // the same in the second step
   u32 first, count;          // rows that this launch does; of each owner, where rows have owners
@@ -50,6 +52,7 @@ struct Params {
 // struct Config {                        generated per variant
 //   using D, WeightD                     value dtype, weight dtype
 //   kWorld                               ranks
+//   kOneShot                             whether this is the one-shot kernel
 //   kResidual, kStream, kNorm, kKeepNorm what is added, stored, done, stored
 //   kFormat, kLayout, kGroup, kCeil      quantisation; kGroup elements share a scale
 //   kThreads, kVectors, kClustered       a row is kVectors * 8 elements of each thread of a CTA, of each CTA of a cluster

@@ -1,21 +1,22 @@
 // Ranks: generations, slots, sentinels, headers, bounded waits, failures. Moves packed words and knows no arithmetic.
 //
-// Every rank has two generations of memory that its peers write. Call c uses generation c % 2: whoever sends something to a
-// rank writes it there, in places that follow from the call's arguments. A word that still holds the sentinel has not arrived.
-// Every word that is sent is awaited by exactly one thread in the same call, and that thread puts the sentinel back: when a
-// kernel has ended, its generation is clean. No rank can finish call c + 1 before every other rank has started it, and so has
-// ended call c; so nobody writes a generation for call c + 2 that is still being read for call c.
+// Whoever sends something to a rank writes it into that rank's workspace, in places that follow from the call's arguments. A word
+// that still holds the sentinel has not arrived. Every word that is sent is awaited by one thread in the same call. There are
+// several generations of memory, used in turn. One-shot has four: the next call puts the sentinels back while it waits anyway. The
+// other kernels have two, and the thread that awaited a word puts the sentinel back. No rank can finish call c + 1 before
+// every other rank has started it, and so has ended call c: nobody writes a generation that is still being read or cleaned.
 #pragma once
 #include "params.cuh"
 
 namespace collogue {
 
-constexpr u32 kGenerations = 2;
+constexpr u32 kGenerations = 2, kOneShotGenerations = 4;
 constexpr u32 kMarksOffset = 256;        // of the marks of the last calls in the workspace: [call % kMarks][rank]
 constexpr u32 kMarks = 4;
 constexpr u32 kJournalOffset = 2048;     // of this rank's last calls: [call % kJournal]
 constexpr u32 kJournal = 64;
-constexpr u32 kDataOffset = 4096;        // of generation 0
+constexpr u32 kDataOffset = 4096;        // of what one-shot uses; the other kernels' memory lies behind
+constexpr u32 kLeftUnit = 256;           // bytes
 constexpr u32 kPollsBetweenLooks = 256;  // at the clock and the stop word
 constexpr u32 kLongWait = 96;            // in units of 2^20 ns: a wait longer than this compares marks
 constexpr u32 kNobody = ~0u;
@@ -24,6 +25,7 @@ constexpr u32 kNobody = ~0u;
 struct Control {
   u64 counter;  // calls in the high half, warps of the current call that have read these words in the low half
   u32 stop;     // Fault << 8 | 1 + rank of whoever found it, written on every rank: kernels end without sending or waiting
+  u16 left[2];  // by call % 2: units of its generation that a one-shot call left to be cleaned
   u32 claimed;  // the failure record has been taken
 };
 
@@ -67,21 +69,21 @@ struct Ranks {
   Words head;            // the control words, as read
   u32 call;
   u32 stopped;           // do not send, do not wait; report() says why
-  u32 generation;        // byte offset of this call's generation
+  u32 generation;        // byte offset of this call's generation from the first
   u32 late;              // what this thread has found: token << 8 | stage << 4 | rank
 
   // Needs no result of the previous kernel.
   COLLOGUE_DEVICE explicit Ranks(const Params& params)
       : p(params), own(params.workspace[params.rank]), call(0), stopped(0), generation(0), late(kNobody) {
 #pragma unroll
-    for (int k = 1; k < C::kWorld; k++) slot[k] = p.workspace[next_peer(k)] + kDataOffset + position(p.rank, next_peer(k)) * p.slot_bytes;
+    for (int k = 1; k < C::kWorld; k++) slot[k] = p.workspace[next_peer(k)] + p.data_offset + position(p.rank, next_peer(k)) * p.slot_bytes;
   }
   COLLOGUE_DEVICE Control* control() const { return reinterpret_cast<Control*>(own); }
   COLLOGUE_DEVICE u32 next_peer(u32 k) const { return p.rank + k < C::kWorld ? p.rank + k : p.rank + k - C::kWorld; }
   // Slots lie one behind the other in order of their senders; nobody has one for itself.
   static COLLOGUE_DEVICE u32 position(u32 sender, u32 receiver) { return sender < receiver ? sender : sender - 1; }
   // Where what `sender` sends in this call arrives.
-  COLLOGUE_DEVICE u8* arrivals(u32 sender) const { return own + kDataOffset + generation + position(sender, p.rank) * p.slot_bytes; }
+  COLLOGUE_DEVICE u8* arrivals(u32 sender) const { return own + p.data_offset + generation + position(sender, p.rank) * p.slot_bytes; }
 
   COLLOGUE_DEVICE void compute_pointers_now() {
     compute_now(own);
@@ -94,7 +96,7 @@ struct Ranks {
     call = head.w[1];
     compute_now(call);
     stopped = head.w[2];
-    generation = call % kGenerations * p.generation_bytes;
+    generation = call % (C::kOneShot ? kOneShotGenerations : kGenerations) * p.generation_bytes;
   }
 
   // ---- sending
@@ -126,11 +128,13 @@ struct Ranks {
   // ---- the call's number and arguments
 
   // This warp has read the control words and will not again; the last of the grid advances the call number. Thread 0 of the grid
-  // writes the journal and marks the call on every rank.
-  COLLOGUE_DEVICE void announce(u32 thread, u32 warps) const {
+  // writes the journal and marks the call on every rank. One-shot leaves `left` bytes for the next call to clean.
+  COLLOGUE_DEVICE void announce(u32 thread, u32 warps, u32 left = 0) const {
     if (thread % 32) return;
     count(&control()->counter, thread == 0 ? (1ull << 32) - (warps - 1) : 1ull);
-    if (thread != 0 || stopped) return;
+    if (thread != 0) return;
+    control()->left[call % 2] = static_cast<u16>((left + kLeftUnit - 1) / kLeftUnit);
+    if (stopped) return;
     const Words entry[2] = {{{call + 1, p.tokens, p.hidden, p.first}}, {{p.header[0], p.header[1], bits(p.eps), bits(p.weight_offset)}}};
     u32 hash = 0;
 #pragma unroll
@@ -141,6 +145,13 @@ struct Ranks {
     u8* const journal = own + kJournalOffset + call % kJournal * sizeof(Entry);
     store(journal, entry[0]);
     store(journal + 16, entry[1]);
+  }
+  // What the call before has left. All threads of the grid together, while they would wait anyway.
+  COLLOGUE_DEVICE void clean(u32 thread, u32 threads) const {
+    const u32 bytes = (call % 2 ? head.w[3] & 0xffffu : head.w[3] >> 16) * kLeftUnit;
+    u8* const first = own + kDataOffset + (call - 1) % kOneShotGenerations * p.one_shot_bytes;
+#pragma unroll 1
+    for (u32 at = thread * 16; at < bytes; at += threads * 16) store(first + at, Words{{D::kSentinel, D::kSentinel, D::kSentinel, D::kSentinel}});
   }
   static COLLOGUE_DEVICE u32 mark_offset(u32 of_call, u32 rank) { return kMarksOffset + (of_call % kMarks * kMaxWorld + rank) * sizeof(Mark); }
   // The marks of call `of_call`: lane r reads rank r's.

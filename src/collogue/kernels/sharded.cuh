@@ -50,7 +50,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
     for (u32 k = 1; k < C::kWorld; k++) {
       const u32 owner = ranks.next_peer(k), t = owner * p.block + of;
       if (t >= p.tokens) continue;
-      u8* const place = ranks.own + kDataOffset + ranks.generation + gather_offset + ranks.position(owner, p.rank) * p.gather_bytes;
+      u8* const place = ranks.own + p.data_offset + ranks.generation + gather_offset + ranks.position(owner, p.rank) * p.gather_bytes;
       row.aim_finished(t);
 #pragma unroll
       for (int i = 0; i < C::kVectors; i++) {
@@ -67,6 +67,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
   ranks.announce(thread, threads / 32);
   Pair seen = {{0, 0}};
   if (thread / 32 == 0) seen = ranks.look_at_marks(ranks.call - 1);
+  ranks.clean(thread, threads);
   if constexpr (C::kFormat != Format::kNone)
     if (p.pad) row.quant.pad(thread, threads, C::kGather ? p.tokens : p.pad);
   row.wait_for_barriers();
@@ -91,7 +92,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
 #pragma unroll
         for (int k = 1; k < C::kWorld; k++) {
           const u32 peer = ranks.next_peer(k);
-          targets[k] = p.workspace[peer] + kDataOffset + ranks.generation + gather_offset + ranks.position(p.rank, peer) * p.gather_bytes + (r - p.first) * p.wire_bytes;
+          targets[k] = p.workspace[peer] + p.data_offset + ranks.generation + gather_offset + ranks.position(p.rank, peer) * p.gather_bytes + (r - p.first) * p.wire_bytes;
         }
       }
 #pragma unroll

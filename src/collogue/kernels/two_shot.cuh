@@ -31,7 +31,7 @@ struct TwoShot {
   COLLOGUE_DEVICE void give(const Vector& x, u32 t, int i) const {
     if (ranks.stopped || !gives(i) || offset(t, i) >= p.slot_bytes) return;
     const u32 to = owner(i);
-    ranks.send_vector(p.workspace[to] + kDataOffset + ranks.generation + ranks.position(p.rank, to) * p.slot_bytes + offset(t, i), ranks.disguise(x));
+    ranks.send_vector(p.workspace[to] + p.data_offset + ranks.generation + ranks.position(p.rank, to) * p.slot_bytes + offset(t, i), ranks.disguise(x));
   }
   // y of vector i of row t; sends it where this rank owns it, waits for it elsewhere. All lanes.
   COLLOGUE_DEVICE Vector reduce(const Vector& x, const Vector& residual, u32 t, int i) const {
@@ -103,6 +103,7 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   ranks.announce(thread, threads / 32);
   Pair seen = {{0, 0}};
   if (thread / 32 == 0) seen = ranks.look_at_marks(ranks.call - 1);
+  ranks.clean(thread, threads);
   if constexpr (C::kFormat != Format::kNone)
     if (p.pad) row.quant.pad(thread, threads, p.tokens);
   row.wait_for_barriers();

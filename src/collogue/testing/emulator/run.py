@@ -10,15 +10,15 @@ import torch
 
 from collogue import reference
 from collogue.call import Call, allocate
-from collogue.cuda import fill_epilogue, fill_shape, fill_shard
+from collogue.cuda import fill_epilogue, fill_shape, fill_shard, fill_workspace
 from collogue.formats import scale_storage
 from collogue.launch import Params, timeouts
-from collogue.plan import GENERATIONS, Plan, generation_bytes
+from collogue.plan import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Plan, workspace_extent
 from collogue.spec import Output, RMSNorm, owned_rows
 from collogue.testing.compare import compare
 from collogue.testing.emulator.build import Case, Library
 from collogue.testing.inputs import make_inputs
-from collogue.workspace import CONTROL_BYTES, SENTINELS, FailureRecord
+from collogue.workspace import SENTINELS, FailureRecord
 
 #: What the adversary does, in the order of ``Mode`` in `machine.hpp`: treats all alike; holds a rank up; lets a rank run ahead;
 #: holds CTAs up; keeps a rank from launching one of its kernels until all others have ended.
@@ -114,7 +114,7 @@ def emulate(
         failures=list(memory.failures),
         stops=[int(workspace[_STOP_WORD]) for workspace in memory.workspaces],
         sent=[list(sent[i * ranks : (i + 1) * ranks]) for i in range(len(calls))],
-        leftover=memory.leftover(),
+        leftover=memory.leftover(len(calls) - 1),
         ticks=job.ticks,
     )
 
@@ -123,17 +123,22 @@ class _Memory:
     """What lies in symmetric and pinned memory: as :class:`collogue.workspace.Workspace` makes it, workspaces as int32 words."""
 
     def __init__(self, case: Case, ranks: int) -> None:
-        self.generation_bytes = generation_bytes(case.topology)
+        self.extent = workspace_extent(case.topology)
         self.sentinel = SENTINELS[case.dtype.itemsize] - (1 << 32)
-        words = (CONTROL_BYTES + GENERATIONS * self.generation_bytes) // 4
+        words = self.extent.total // 4
         self.workspaces = [torch.full((words,), self.sentinel, dtype=torch.int32) for _ in range(ranks)]
         for workspace in self.workspaces:
             workspace[: CONTROL_BYTES // 4] = 0
         self.failures = (FailureRecord * ranks)()
 
-    def leftover(self) -> int:
-        """Words that are not sentinels although every kernel has ended."""
-        return sum(int((workspace[CONTROL_BYTES // 4 :] != self.sentinel).sum()) for workspace in self.workspaces)
+    def leftover(self, last: int) -> int:
+        """Words that are not sentinels although every kernel has ended; one-shot call ``last`` leaves its own for the next call."""
+        total = 0
+        for workspace in self.workspaces:
+            dirty = workspace[CONTROL_BYTES // 4 :] != self.sentinel
+            dirty[: self.extent.one_shot * ONE_SHOT_GENERATIONS // 4].view(ONE_SHOT_GENERATIONS, -1)[last % ONE_SHOT_GENERATIONS] = False
+            total += int(dirty.sum())
+        return total
 
 
 def _fill(p: Params, case: Case, rank: int, call: Call, out: Output, memory: _Memory, timeout: float) -> None:
@@ -147,7 +152,8 @@ def _fill(p: Params, case: Case, rank: int, call: Call, out: Output, memory: _Me
         if call.residual is not None:
             p.residual = call.residual.data_ptr()
         fill_epilogue(p, call.norm, call.quant, out)
-    p.generation_bytes, p.failure = memory.generation_bytes, ctypes.addressof(memory.failures[rank])
+    fill_workspace(p, memory.extent, case.algorithm)
+    p.failure = ctypes.addressof(memory.failures[rank])
     p.timeout, p.relay_timeout = timeouts(timeout)
     for peer, workspace in enumerate(memory.workspaces):
         p.workspace[peer] = workspace.data_ptr()
