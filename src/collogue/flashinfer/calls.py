@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from collogue.errors import ArgumentError, ShapeError
-from collogue.flashinfer.outputs import place
+from collogue.flashinfer.outputs import ARGUMENTS, place
 from collogue.flashinfer.patterns import AllReduceFusionPattern, Form, form_of, quant_of, refuse_moe
 from collogue.flashinfer.workspace import AllReduceFusionWorkspace, NotOursError, TRTLLMAllReduceFusionWorkspace, workspace_of
 from collogue.formats import round_up
@@ -81,7 +81,7 @@ def allreduce_fusion(
     form = form_of(pattern)
     if input.ndim != 2:
         raise ShapeError(f"input has shape {list(input.shape)}", hint="flatten leading dimensions: x.view(-1, H)")
-    buffers = {"reduced": output, "residual": residual_out, "norm": norm_out, "codes": quant_out, "scales": scale_out}
+    buffers = {"output": output, "residual_out": residual_out, "norm_out": norm_out, "quant_out": quant_out, "scale_out": scale_out}
     made = _run(
         workspace,
         form,
@@ -96,7 +96,7 @@ def allreduce_fusion(
     name = "reduced" if not form.norm else "norm" if form.family == "none" else "codes"
     if form.keep_norm and norm_out is not None and workspace.backend != "mnnvl":
         name = "norm"
-    given, result = buffers[name], getattr(made, name)
+    given, result = buffers[ARGUMENTS[name]], getattr(made, name)
     assert isinstance(result, torch.Tensor)
     return given if given is not None else result
 
@@ -139,7 +139,7 @@ def trtllm_allreduce_fusion(
             f"rank {world_rank} of {world_size} calls with the workspace of rank {workspace.rank} of {workspace.world_size}",
             hint="pass the workspace that this rank made",
         )
-    buffers = {"reduced": allreduce_out, "residual": residual_out, "norm": norm_out, "codes": quant_out, "scales": scale_out}
+    buffers = {"output": allreduce_out, "residual_out": residual_out, "norm_out": norm_out, "quant_out": quant_out, "scale_out": scale_out}
     _run(
         workspace,
         form,

@@ -17,6 +17,9 @@ from collogue.errors import DTypeError, LayoutError, OverlapError, ShapeError
 from collogue.formats import code_spec, empty_scales, scale_spec, scale_storage
 from collogue.spec import Output, Quant, Wanted
 
+#: What FlashInfer calls the outputs of :class:`collogue.Output`.
+ARGUMENTS = {"reduced": "output", "residual": "residual_out", "norm": "norm_out", "codes": "quant_out", "scales": "scale_out"}
+
 
 @dataclass
 class Placed:
@@ -34,24 +37,24 @@ class Placed:
 def place(
     partial: torch.Tensor, residual: torch.Tensor | None, quant: Quant | None, wanted: Wanted, given: Mapping[str, torch.Tensor | None]
 ) -> Placed:
-    """Outputs for a call of this shape, in the buffers that are ``given`` by the names of :class:`collogue.Output`, else fresh."""
+    """Outputs for a call of this shape, in the buffers that are ``given`` by FlashInfer's names, else fresh."""
     placed = Placed(Output(), [])
     targets: list[tuple[str, torch.Tensor]] = []
     tokens, width = partial.shape
-    for name in ("reduced", "residual", "norm", "codes", "scales"):
+    for name, argument in ARGUMENTS.items():
         if not getattr(wanted, name):
             continue
-        buffer = given.get(name)
+        buffer = given[argument]
         if name == "scales":
             assert quant is not None
             view, whole = _scales(buffer, quant, tokens, width, partial.device)
         elif name == "codes":
             assert quant is not None
-            view, whole = _bytes(name, buffer, *code_spec(quant, tokens, width), partial.device), True
+            view, whole = _bytes(argument, buffer, *code_spec(quant, tokens, width), partial.device), True
         else:
-            view, whole = _values(name, buffer, partial), True
+            view, whole = _values(argument, buffer, partial), True
         if buffer is not None:
-            targets.append((name, view))
+            targets.append((argument, view))
         inputs = (partial,) if name == "residual" else (partial, residual)
         if not whole:
             assert quant is not None
@@ -72,7 +75,7 @@ def _values(name: str, buffer: torch.Tensor | None, like: torch.Tensor) -> torch
     if buffer is None:
         return torch.empty_like(like)
     if buffer.dtype != like.dtype:
-        raise DTypeError(f"{name} output has dtype {buffer.dtype}, the input {like.dtype}", hint="allocate it like the input")
+        raise DTypeError(f"{name} has dtype {buffer.dtype}, the input {like.dtype}", hint="allocate it like the input")
     return _first(name, buffer, like.shape)
 
 
@@ -104,7 +107,7 @@ def _scales(buffer: torch.Tensor | None, quant: Quant, tokens: int, width: int, 
     if buffer is None:
         raise ShapeError("scale_out is not given", hint="allocate it: without the scales the codes cannot be read")
     if spec.stride[1] == 1:
-        return _bytes("scales", buffer, spec.shape, spec.dtype, device), True
+        return _bytes("scale_out", buffer, spec.shape, spec.dtype, device), True
     if tuple(buffer.shape) != spec.shape or buffer.stride() != spec.stride or buffer.dtype != spec.dtype:
         raise ShapeError(
             f"scale_out is {buffer.dtype} {list(buffer.shape)} with strides {buffer.stride()}",
@@ -130,11 +133,9 @@ def _check_apart(targets: list[tuple[str, torch.Tensor]]) -> None:
 
 def _check_contiguous(name: str, buffer: torch.Tensor) -> None:
     if not buffer.is_contiguous():
-        raise LayoutError(f"{name} output has strides {buffer.stride()}, not contiguous", hint="allocate it contiguous")
+        raise LayoutError(f"{name} has strides {buffer.stride()}, not contiguous", hint="allocate it contiguous")
 
 
 def _check_size(name: str, held: int, needed: int, unit: str) -> None:
     if held < needed:
-        raise ShapeError(
-            f"{name} output holds {held} {unit}; the call writes {needed}", hint="allocate it with its padding (docs/contract.md)"
-        )
+        raise ShapeError(f"{name} holds {held} {unit}; the call writes {needed}", hint="allocate it with its padding (docs/contract.md)")
