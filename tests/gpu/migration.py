@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import collogue.flashinfer as comm  # was: import flashinfer.comm as comm
+import collogue.flashinfer.workspace
 from collogue import reference
 from collogue.check import Case
 from collogue.formats import scale_storage
@@ -19,6 +21,8 @@ from collogue.group import as_group
 from collogue.spec import NVFP4, FP8Group, FP8PerToken, FP8Static, Output, Quant, RMSNorm
 from collogue.testing import VirtualGroup
 from collogue.testing.inputs import make_inputs, make_partials
+
+collogue.flashinfer.workspace.TIMEOUT = 20.0
 
 P = comm.AllReduceFusionPattern
 DTYPES = (torch.bfloat16, torch.float16)
@@ -315,8 +319,8 @@ def in_a_graph(group: Any, call: Call) -> list[str]:
 def in_place(group: Any, call: Call) -> list[str]:
     """The norm over the input and the stream over the residual, as vLLM calls; ``group`` may be one without NCCL."""
     known = as_group(group)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else known.device
-    answers = Answers(known, device)
+    on_gpu = torch.cuda.is_available() and not isinstance(group, VirtualGroup)
+    answers = Answers(known, torch.device("cuda", torch.cuda.current_device()) if on_gpu else known.device)
     workspace = comm.create_allreduce_fusion_workspace(
         "trtllm", known.size, known.rank, call.tokens, call.hidden, call.dtype, comm_backend=comm.TorchDistBackend(group), group=None
     )
@@ -326,4 +330,24 @@ def in_place(group: Any, call: Call) -> list[str]:
     unified(workspace, call, inputs, out)
     found = [f"in place: {text}" for text in differences(call, out, expected)]
     workspace.destroy()
+    return found
+
+
+IN_A_GRAPH = [Call(8, 7168, DTYPES[0], pattern) for pattern in (P.kAllReduce, P.kARResidualRMSNorm, P.kARResidualRMSNormOutFP4Quant)]
+IN_A_GRAPH.append(Call(5, 4096, DTYPES[1], P.kARResidualRMSNormPerTokenGroupFP8PackedQuant))
+IN_PLACE = [Call(tokens, 7168, DTYPES[0], P.kARResidualRMSNorm) for tokens in (1, 4096)]
+
+
+def user(group: dist.ProcessGroup, tell: Any) -> list[str]:
+    """One process of the user's."""
+    todo = calls(TOKENS)
+    found = migrate(group, todo, tell=tell)
+    tell("the older calls")
+    found += migrate(group, [call for call in todo if call.tokens <= 256][::3], tell=tell, old=True)
+    tell("graphs")
+    for call in IN_A_GRAPH:
+        found += in_a_graph(group, call)
+    tell("a group without NCCL")
+    for call in IN_PLACE:
+        found += in_place(dist.new_group(backend="gloo"), call)
     return found

@@ -15,6 +15,10 @@ from collogue.errors import ArgumentError, CapacityError, ClosedError, GroupErro
 from collogue.group import as_group
 from collogue.spec import VALUE_DTYPES
 
+#: Seconds that a call waits for a rank before it fails, as long as PyTorch waits for NCCL. FlashInfer waits for ever, and an engine's
+#: ranks may be minutes apart while one of them compiles.
+TIMEOUT = 600.0
+
 
 class NotOursError(UnsupportedError):
     """A workspace or a backend of FlashInfer's own. Where FlashInfer is installed, :func:`install` lets it serve the call."""
@@ -152,7 +156,7 @@ class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
                 f"the workspace has nothing yet for rows of {hidden_size} in {dtype}, and a CUDA graph is being captured",
                 hint="make such a call once before the capture",
             )
-        made = Communicator(self._group, max_tokens=max_tokens, hidden_size=hidden_size, dtype=dtype, device=self._device)
+        made = Communicator(self._group, max_tokens=max_tokens, hidden_size=hidden_size, dtype=dtype, timeout=TIMEOUT)
         self._communicators.append(made)
         return made
 
