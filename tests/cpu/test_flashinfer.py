@@ -20,6 +20,7 @@ from collogue.errors import (
     FormatError,
     GroupError,
     LayoutError,
+    NotPrepared,
     OverlapError,
     ScaleError,
     ShapeError,
@@ -395,6 +396,18 @@ def test_communicators_are_made_once() -> None:
             assert len(workspace._communicators) == made
 
     run_virtual(2, rank)
+
+
+def test_nothing_is_made_under_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rank(group: VirtualGroup) -> None:
+        workspace, x = make(group), torch.ones(1, 512, dtype=torch.bfloat16)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        comm.allreduce_fusion(x[:, :256].contiguous(), workspace, 0)
+        with pytest.raises(NotPrepared, match="before the capture"):
+            comm.allreduce_fusion(x, workspace, 0)
+
+    run_virtual(1, rank)
 
 
 def test_destroyed_workspaces_refuse_calls() -> None:

@@ -22,7 +22,7 @@ from collogue.spec import NVFP4, FP8Group, FP8PerToken, FP8Static, Output, Quant
 from collogue.testing import VirtualGroup
 from collogue.testing.inputs import make_inputs, make_partials
 
-collogue.flashinfer.workspace.TIMEOUT = 20.0
+collogue.flashinfer.workspace.TIMEOUT = 20.0  # a test does not wait for minutes
 
 P = comm.AllReduceFusionPattern
 DTYPES = (torch.bfloat16, torch.float16)
