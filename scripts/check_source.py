@@ -40,6 +40,7 @@ ORDER = (
     "record",
     "fusion",
     "flashinfer",
+    "engines",
     "testing",
     "demo",
     "check",

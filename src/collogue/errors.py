@@ -11,7 +11,8 @@ CollogueError
 │   ├── FormatError                 a format this hidden size or option set does not have
 │   ├── CapacityError               more tokens than the communicator was made for
 │   ├── GradError                   a tensor that requires grad, in grad mode
-│   └── GroupError                  a group that cannot be used (rank not in it, too large, not given)
+│   ├── GroupError                  a group that cannot be used (rank not in it, too large, not given)
+│   └── UnsupportedError            (NotImplementedError) a part of another library's interface that Collogue does not serve
 ├── ClosedError                     the communicator was closed
 ├── NotPrepared                     a kernel was needed under graph capture before it was loaded
 ├── PlatformError                   this machine cannot do it (no peer access, several hosts, no symmetric memory)
@@ -77,6 +78,10 @@ class GradError(ArgumentError):
 
 class GroupError(ArgumentError):
     """The process group cannot carry a communicator."""
+
+
+class UnsupportedError(ArgumentError, NotImplementedError):
+    """A part of another library's interface that Collogue does not serve."""
 
 
 class ClosedError(CollogueError):

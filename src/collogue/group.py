@@ -83,7 +83,10 @@ def as_group(group: Any, device: torch.device | str | None = None) -> Group:
 
 
 class TorchGroup:
-    """A ``torch.distributed`` process group. CPU tensors travel by gloo, CUDA tensors by NCCL."""
+    """A ``torch.distributed`` process group. CPU tensors travel by gloo, CUDA tensors by NCCL.
+
+    Ranks with GPUs may meet in a gloo group if ``device`` says so: kernels move the tensors of calls, not the group.
+    """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device | str | None = None) -> None:
         rank = dist.get_rank(group)

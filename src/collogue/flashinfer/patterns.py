@@ -1,0 +1,108 @@
+"""What a pattern code asks for: FlashInfer's integers as a norm, a format and the outputs to return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NoReturn
+
+import torch
+
+from collogue.errors import ArgumentError, FormatError, ScaleError, UnsupportedError
+from collogue.spec import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, ScaleLayout
+
+
+class AllReduceFusionPattern:
+    """Codes of the fusion patterns, as ``flashinfer.comm`` numbers them. 6, 7 and 12 (MoE) are not served."""
+
+    kAllReduce = 0
+    kARResidualRMSNorm = 1
+    kARResidualRMSNormFP8Quant = 2
+    kARResidualRMSNormFP4Quant = 3
+    kARResidualRMSNormOutFP8Quant = 4
+    kARResidualRMSNormOutFP4Quant = 5
+    kMoEReductionARResidualRMSNorm = 6
+    kMoEFinalizeARResidualRMSNorm = 7
+    kARResidualRMSNormPerTokenGroupFP8PackedQuant = 8
+    kARResidualRMSNormOutPerTokenGroupFP8PackedQuant = 9
+    kARResidualRMSNormDynamicFP8Quant = 10
+    kARResidualRMSNormOutDynamicFP8Quant = 11
+    kMoEFinalizeARResidualRMSNormFP8Quant = 12
+
+
+class QuantizationSFLayout:
+    """Codes of the layouts of NVFP4's block scales."""
+
+    SWIZZLED_128x4 = 0
+    SWIZZLED_8x4 = 1
+    LINEAR = 2
+
+
+Family = Literal["none", "fp8_static", "nvfp4", "fp8_group", "fp8_per_token"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A pattern taken apart: with residual and norm or without, the format, and whether the norm is returned beside its codes."""
+
+    norm: bool
+    family: Family = "none"
+    keep_norm: bool = False
+
+
+_FORMS = {
+    0: Form(norm=False),
+    1: Form(norm=True),
+    2: Form(norm=True, family="fp8_static"),
+    3: Form(norm=True, family="nvfp4"),
+    4: Form(norm=True, family="fp8_static", keep_norm=True),
+    5: Form(norm=True, family="nvfp4", keep_norm=True),
+    8: Form(norm=True, family="fp8_group"),
+    9: Form(norm=True, family="fp8_group", keep_norm=True),
+    10: Form(norm=True, family="fp8_per_token"),
+    11: Form(norm=True, family="fp8_per_token", keep_norm=True),
+}
+_MOE = (6, 7, 12)
+_LAYOUTS: dict[int, ScaleLayout] = {0: "128x4", 1: "8x4", 2: "linear"}
+#: Smallest scale of the packed group formats; FlashInfer's own bound, before it rounds up to a power of two.
+_SMALLEST_GROUP_SCALE = 1e-10
+
+
+def refuse_moe(pattern: int) -> NoReturn:
+    """Raise :class:`UnsupportedError`."""
+    raise UnsupportedError(
+        f"pattern {pattern} fuses an MoE reduction, which Collogue does not do yet",
+        hint="reduce the experts first, then call with kARResidualRMSNorm",
+    )
+
+
+def form_of(pattern: int) -> Form:
+    """The form of a pattern code. Raises :class:`UnsupportedError` for the MoE patterns."""
+    if pattern in _MOE:
+        refuse_moe(pattern)
+    if pattern not in _FORMS:
+        raise ArgumentError(f"there is no pattern {pattern!r}", hint="use a constant of AllReduceFusionPattern")
+    return _FORMS[pattern]
+
+
+def quant_of(form: Form, scale_factor: torch.Tensor | float | None, layout_code: int | None, group_size: int | None) -> Quant | None:
+    """The format of a call. Arguments that the pattern does not use are not looked at, as in FlashInfer."""
+    if form.family == "none":
+        return None
+    if form.family == "fp8_per_token":
+        return FP8PerToken()
+    if form.family == "fp8_group":
+        if group_size is None:
+            raise FormatError("block_quant_group_size is not given", hint="patterns 8 and 9 need it; usually 128")
+        return FP8Group(group_size, "ue8m0", "column", smallest=_SMALLEST_GROUP_SCALE)
+    if scale_factor is None:
+        raise ScaleError(
+            "scale_factor is not given", hint="FP8 patterns take a divisor, FP4 patterns a multiplier: a float or a one-element tensor"
+        )
+    if isinstance(scale_factor, torch.Tensor) and scale_factor.dtype != torch.float32:
+        scale_factor = scale_factor.float()
+    if form.family == "fp8_static":
+        return FP8Static(scale_factor)
+    layout = _LAYOUTS.get(0 if layout_code is None else layout_code)
+    if layout is None:
+        raise FormatError(f"there is no layout code {layout_code!r}", hint="use a constant of QuantizationSFLayout")
+    return NVFP4(scale_factor, layout)
