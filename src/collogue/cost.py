@@ -12,11 +12,11 @@ EXCHANGE_US = 1.23
 FINISH_US = 0.7
 #: Payload per GPU and direction: 16-byte stores and nothing else.
 WIRE_BYTES_PER_US = 367e3
-#: The same as one-shot reaches it: the receiver reads, adds and wipes as well.
-ONE_SHOT_BYTES_PER_US = 280e3
-#: What the second hop of two-shot adds, and the rates that the streaming kernels reach.
+#: The same as one-shot reaches it: the receiver reads, adds and cleans as well.
+ONE_SHOT_BYTES_PER_US = 300e3
+#: What the second hop of the other kernels adds, and the rate that they reach.
 SECOND_HOP_US = 1.4
-STREAM_BYTES_PER_US = 310e3
+STREAM_BYTES_PER_US = 335e3
 
 
 def predict(algorithm: str, world_size: int, bytes_sent: int) -> tuple[float, float]:

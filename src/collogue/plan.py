@@ -162,7 +162,7 @@ def workspace_extent(topology: Topology) -> Extent:
     def needs(algorithm: str, rows: int) -> int:
         return memory_of(algorithm, world, topology.hidden_size, topology.dtype, None, values=True).generation(world, rows)
 
-    one_shot = max(needs("one_shot", 1), min(needs("one_shot", tokens), ONE_SHOT_BYTES // row // (world - 1) * (world - 1) * row))
+    one_shot = max(needs("one_shot", 1), min(needs("one_shot", tokens), ONE_SHOT_BYTES // row * row))
     most = max(needs("two_shot", tokens), needs("sharded", -(-tokens // world)))
     # A row of a call that quantises and keeps the norm as well is the widest that has to travel.
     least = max(needs("two_shot", 1), (world - 1) * (4 * row + 4 * MAX_CTAS + 4096))
@@ -277,15 +277,14 @@ def launch_shape(topology: Topology, tokens: int, hidden_size: int, quant: Quant
     if limit:
         resident = max(1, min(resident, limit // cluster))
     if clusters > resident:
-        many = _resident_clusters(topology, LaunchShape(threads, vectors, cluster, clusters), algorithm, loop=True)
-        rounds = -(-tokens // (max(1, min(many, limit // cluster)) if limit else many))
-        clusters = -(-tokens // rounds)  # the same number of rows for all, as far as it goes
+        # Where rows have owners, all that can be resident; else the same number of rows for all, as far as it goes.
+        clusters = resident if algorithm in ("sharded", "all_gather") else -(-tokens // -(-tokens // resident))
     return LaunchShape(threads, vectors, cluster, clusters)
 
 
-def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str, *, loop: bool = False) -> int:
+def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str) -> int:
     """Clusters that are sure to be on the GPU together, so that ranks cannot wait for rows that have not started."""
-    ctas = topology.multiprocessors * ctas_per_multiprocessor(topology, shape, algorithm, loop=loop)
+    ctas = topology.multiprocessors * ctas_per_multiprocessor(topology, shape, algorithm)
     if topology.ranks_per_gpu > 1:
         ctas //= 2 * topology.ranks_per_gpu  # this kernel and the next of every rank are resident together
     if shape.cluster > 1:
@@ -293,17 +292,15 @@ def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str, *
     return max(1, min(ctas, MAX_CTAS) // shape.cluster)
 
 
-def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: str, *, loop: bool) -> int:
+def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: str) -> int:
     """CTAs that a multiprocessor is sure to hold: launch bounds ask for no more registers than that leaves to each thread.
 
-    Few registers make a small kernel start sooner (docs/speed.md), as long as nothing spills: a thread holds a vector of
-    every rank. With more than two CTAs to a multiprocessor, or several rows to a CTA, one-shot is faster with more registers.
+    Few registers let the next kernel start beside this one and more rows be on their way at a time (docs/speed.md), as long as
+    nothing spills: a thread holds a vector of every rank.
     """
-    crowded = loop or shape.clusters * shape.cluster > 2 * topology.multiprocessors
-    world, narrow = topology.world_size, topology.dtype.itemsize == 2
     if shape.vectors > 1:
         resident_threads = 256
-    elif narrow and (world <= 4 and not crowded if algorithm in ("one_shot", "local") else world == 2):
+    elif topology.dtype.itemsize == 2 and topology.world_size <= (4 if algorithm in ("one_shot", "local") else 2):
         resident_threads = 1024
     else:
         resident_threads = 512 if topology.world_size <= 6 else 384
@@ -343,7 +340,7 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         clustered=shape.cluster > 1,
         blocks=block_class(request.hidden_size),
         loop=loop,
-        ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, algorithm, loop=loop),
+        ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, algorithm),
         first_poll=FIRST_POLL_CYCLES if algorithm == "one_shot" else 0,
         stream=request.wanted.reduced or request.wanted.residual,
         gather=request.operation == "sharded",
