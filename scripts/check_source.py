@@ -26,6 +26,7 @@ ORDER = (
     "call",
     "gather",
     "variant",
+    "header",
     "jit",
     "topology",
     "cost",

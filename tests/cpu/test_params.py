@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from collogue import jit
+from collogue import jit, workspace
 from collogue.errors import CompileError
+from collogue.header import ENTRY_BYTES
 from collogue.launch import MAX_WORLD, Params
 from collogue.plan import GENERATIONS
 from collogue.workspace import CONTROL_BYTES, SENTINELS, FailureRecord
@@ -35,7 +36,7 @@ def test_members_have_the_same_order(name: str, structure: type[ctypes.Structure
     header = "".join(file.read_text() for file in jit.KERNELS.glob("*.cuh"))
     body = re.search(rf"struct {name} {{(.*?)\n}};", header, re.DOTALL)
     assert body is not None
-    members = re.findall(r"(\w+)(?:\[\w+\])?;", re.sub(r"//.*", "", body[1]))
+    members = re.findall(r"(\w+)(?:\[\w+\])?(?=[,;])", re.sub(r"//.*", "", body[1]))
     assert members == [field for field, *_ in structure._fields_]
 
 
@@ -56,7 +57,10 @@ def test_constants_are_mirrored() -> None:
         f"kMaxWorld == {MAX_WORLD}",
         f"kGenerations == {GENERATIONS}",
         f"kDataOffset == {CONTROL_BYTES}",
-        f"sizeof(Control) <= {CONTROL_BYTES}",
+        "sizeof(Control) <= kMarksOffset && kMarksOffset + kMarks * kMaxWorld * sizeof(Mark) <= kJournalOffset",
+        f"kJournalOffset + kJournal * sizeof(Entry) <= {CONTROL_BYTES}",
+        f"kJournalOffset == {workspace.JOURNAL_OFFSET} && kJournal == {workspace.JOURNAL} && sizeof(Entry) == {ENTRY_BYTES}",
+        f"kTimeout == {workspace.TIMEOUT} && kMismatch == {workspace.MISMATCH}",
         f"BFloat16::kSentinel == {SENTINELS[2]}u && Float16::kSentinel == {SENTINELS[2]}u",
         f"Float32::kSentinel == {SENTINELS[4]}u",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -115,15 +114,16 @@ class Library:
 
 
 def compile_case(case: Case, directory: Path, edits: tuple[Edit, ...] = ()) -> Library:
-    """Compile ``case`` in ``directory``, unless it has been. ``edits`` are made in a copy of the sources."""
+    """Compile ``case`` in ``directory``, unless the same sources have been. ``edits`` are made in a copy of them."""
     variant = case.variant
-    source = variant.source() + f"#define COLLOGUE_KERNEL {variant.name}\n" + '#include "driver.hpp"\n'
-    folder = directory / hashlib.sha256(repr((source, edits)).encode()).hexdigest()[:16]
+    files = _sources(edits)
+    files["kernel.cpp"] = variant.source() + f"#define COLLOGUE_KERNEL {variant.name}\n" + '#include "driver.hpp"\n'
+    folder = directory / hashlib.sha256(repr((OPTIONS, files)).encode()).hexdigest()[:16]
     library = folder / "kernel.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _copy_sources(folder, edits)
-        (folder / "kernel.cpp").write_text(source)
+        for name, text in files.items():
+            (folder / name).write_text(text)
         command = [COMPILER, *OPTIONS, "-o", str(library), str(folder / "kernel.cpp")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
@@ -133,13 +133,13 @@ def compile_case(case: Case, directory: Path, edits: tuple[Edit, ...] = ()) -> L
     return Library(case, function)
 
 
-def _copy_sources(folder: Path, edits: tuple[Edit, ...]) -> None:
-    """The kernels as they are, with the emulator's own file under the name of the one that holds PTX."""
-    for file in (*KERNELS.glob("*.cuh"), *HERE.glob("*.hpp")):
-        shutil.copy(file, folder / file.name)
-    shutil.copy(HERE / "host_ptx.cuh", folder / "ptx.cuh")
+def _sources(edits: tuple[Edit, ...]) -> dict[str, str]:
+    """The kernels as they are but for ``edits``, with the emulator's own file under the name of the one that holds PTX."""
+    files = {file.name: file.read_text() for file in sorted((*KERNELS.glob("*.cuh"), *HERE.glob("*.hpp")))}
+    files["ptx.cuh"] = (HERE / "host_ptx.cuh").read_text()
     for edit in edits:
-        text = (folder / edit.file).read_text()
+        text = files[edit.file]
         if text.count(edit.old) != 1:
             raise ValueError(f"{edit.file} holds {edit.old!r} {text.count(edit.old)} times")
-        (folder / edit.file).write_text(text.replace(edit.old, edit.new))
+        files[edit.file] = text.replace(edit.old, edit.new)
+    return files
