@@ -21,6 +21,10 @@ class Overrides:
     max_multiprocessors: int | None = None
     cta_threads: int | None = None
 
+    def __str__(self) -> str:
+        """What has been fixed, to be read behind other arguments."""
+        return "".join(f", {name}={value}" for name, value in vars(self).items() if value is not None)
+
     def check(self) -> None:
         """Raise :class:`ArgumentError` for what cannot be meant."""
         if self.algorithm not in (None, "one_shot", "two_shot"):
@@ -82,7 +86,7 @@ def agree(group: Group, capacity: Capacity, overrides: Overrides = Overrides()) 
 
 def _facts(group: Group, capacity: Capacity, overrides: Overrides) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "capacity": f"max_tokens={capacity.max_tokens}, hidden_size={capacity.hidden_size}, dtype={capacity.dtype}, {overrides}",
+        "capacity": f"max_tokens={capacity.max_tokens}, hidden_size={capacity.hidden_size}, dtype={capacity.dtype}{overrides}",
         "host": socket.gethostname(),
     }
     if group.device.type == "cuda":

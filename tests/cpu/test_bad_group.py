@@ -76,6 +76,8 @@ def test_nine_ranks_are_too_many() -> None:
         ({"dtype": torch.float64}, DTypeError, "torch.float64 is not supported\nhint: use torch.bfloat16"),
         ({"timeout": 0.0}, ArgumentError, "timeout is 0.0\nhint: give a positive number"),
         ({"timeout": float("nan")}, ArgumentError, "timeout is nan"),
+        ({"algorithm": "three_shot"}, ArgumentError, "algorithm is 'three_shot'\nhint: give 'one_shot'"),
+        ({"max_multiprocessors": 0}, ArgumentError, "max_multiprocessors is 0\nhint: give a positive number"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], error: type[CollogueError], message: str) -> None:
@@ -83,11 +85,16 @@ def test_wrong_arguments(options: dict[str, Any], error: type[CollogueError], me
         assert message in text
 
 
-@pytest.mark.parametrize("options", [{"max_tokens": 16}, {"hidden_size": 128}, {"dtype": torch.float16}])
+@pytest.mark.parametrize(
+    "options",
+    [{"max_tokens": 16}, {"hidden_size": 128}, {"dtype": torch.float16}, {"algorithm": "two_shot"}, {"max_multiprocessors": 8}],
+)
 def test_ranks_that_ask_for_different_communicators(options: dict[str, Any]) -> None:
     texts = refusals(3, lambda group: communicator(group, **(options if group.rank == 2 else {})), ArgumentError)
     assert len(set(texts)) == 1
-    assert "rank 0 asked for max_tokens=8, hidden_size=64, dtype=torch.bfloat16, rank 2 for" in texts[0]
+    assert "rank 0 asked for max_tokens=8, hidden_size=64, dtype=torch.bfloat16, rank 2 for max_tokens=" in texts[0]
+    ((name, value),) = options.items()
+    assert f"{name}={value}" in texts[0]
     assert "hint: make the communicator with the same arguments on every rank" in texts[0]
 
 
@@ -99,7 +106,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Four GPUs that reach each other on one host. A test changes the facts of a rank; a rank's GPU has its number."""
     facts = [{"capacity": "", "host": "alpha", "architecture": "sm_90a", "multiprocessors": 132, "gpu": f"GPU-{r}"} for r in range(4)]
     made = SimpleNamespace(facts=facts, refused=set())
-    monkeypatch.setattr(topology, "_facts", lambda group, capacity: facts[group.rank])
+    monkeypatch.setattr(topology, "_facts", lambda group, *_: facts[group.rank])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: (a, b) not in made.refused)

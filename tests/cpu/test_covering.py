@@ -8,11 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from cuda.bindings import nvrtc
 
 from collogue import jit
 from collogue.spec import parse
-from collogue.testing.covering import FORMATS, Choice, all_pairs, covering_set, pairs_of, variant_of
+from collogue.testing.covering import FACTORS, FORMATS, Choice, all_pairs, covering_set, pairs_of, variant_of
 from collogue.variant import Variant
 
 E2M1_INSTRUCTION = "cvt.rn.satfinite.e2m1x2.f32"
@@ -31,14 +32,20 @@ def test_impossible_pairs_are_those_that_no_plan_makes() -> None:
     for label, quant in FORMATS.items():
         block = quant.block if quant is not None else 0
         blocks |= {(("format", label), ("hidden_size", h)) for h in (24, 576, 2880, 7168, 12800, 16384) if block and h % block}
-    others = {tuple(sorted((a, b) for a, b in pair)) for pair in impossible - blocks}
-    assert blocks <= impossible
-    assert {str(pair) for pair in others} == {
-        "(('dtype', torch.float32), ('wide_weight', True))",
-        "(('keep_norm', True), ('norm', False))",
-        "(('norm', False), ('wide_weight', True))",
-        "(('kernel', 'one_shot'), ('world', 1))",
-    }
+    alone = {(("world", 1), ("kernel", kernel)) for kernel in FACTORS["kernel"] if kernel != "local"}
+    together = {(("world", world), ("kernel", "local")) for world in range(2, 9)}
+    moves = {(("kernel", "all_gather"), (name, True)) for name in ("norm", "keep_norm", "wide_weight", "residual")}
+    assert impossible == (
+        blocks
+        | alone
+        | together
+        | moves
+        | {
+            (("dtype", torch.float32), ("wide_weight", True)),
+            (("norm", False), ("keep_norm", True)),
+            (("norm", False), ("wide_weight", True)),
+        }
+    )
 
 
 def test_the_set_is_the_same_every_time() -> None:
