@@ -298,12 +298,13 @@ def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: s
     Few registers let the next kernel start beside this one and more rows be on their way at a time (docs/speed.md), as long as
     nothing spills: a thread holds a vector of every rank.
     """
-    if shape.vectors > 1:
+    world, narrow = topology.world_size, topology.dtype.itemsize == 2
+    if shape.vectors > 1 or (algorithm == "sharded" and world > 4 and not narrow):
         resident_threads = 256
-    elif topology.dtype.itemsize == 2 and topology.world_size <= (4 if algorithm in ("one_shot", "local") else 2):
+    elif narrow and world <= (4 if algorithm in ("one_shot", "local") else 2):
         resident_threads = 1024
     else:
-        resident_threads = 512 if topology.world_size <= 6 else 384
+        resident_threads = 512 if world <= 6 else 384
     # 16: as many CTAs as every architecture holds.
     return max(1, min(16, resident_threads // shape.threads))
 

@@ -24,23 +24,27 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
   launch_next_kernel();
   ranks.start();
 
-  // Row `of` of every other owner: this rank's terms.
+  // Row `of` of every other owner: this rank's terms, as many at a time as registers hold.
   const auto give = [&](u32 of) {
-    Vector x[C::kWorld];
+    constexpr int kBatch = 8 / D::kParts;
     const u32 offset = (of - p.first) * row_bytes;
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       const u32 at = offset + row.vector(i) * 8 * D::kBytes;
 #pragma unroll
-      for (int k = 1; k < C::kWorld; k++) {
-        const u32 t = ranks.next_peer(k) * p.block + of;
-        if (t < p.tokens) x[k] = row.load(p.partial + row.offset(t), i);
-      }
+      for (int first = 1; first < C::kWorld; first += kBatch) {
+        Vector x[kBatch];
 #pragma unroll
-      for (int k = 1; k < C::kWorld; k++) {
-        const u32 t = ranks.next_peer(k) * p.block + of;
-        if (t < p.tokens && row.active(i) && !ranks.stopped && at < p.slot_bytes)
-          ranks.send_vector(ranks.slot[k] + (ranks.generation + at), ranks.disguise(x[k]));
+        for (int k = first; k < C::kWorld && k < first + kBatch; k++) {
+          const u32 t = ranks.next_peer(k) * p.block + of;
+          if (t < p.tokens) x[k - first] = row.load(p.partial + row.offset(t), i);
+        }
+#pragma unroll
+        for (int k = first; k < C::kWorld && k < first + kBatch; k++) {
+          const u32 t = ranks.next_peer(k) * p.block + of;
+          if (t < p.tokens && row.active(i) && !ranks.stopped && at < p.slot_bytes)
+            ranks.send_vector(ranks.slot[k] + (ranks.generation + at), ranks.disguise(x[k - first]));
+        }
       }
     }
   };
