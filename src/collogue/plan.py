@@ -298,11 +298,15 @@ def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: s
     Few registers let the next kernel start beside this one and more rows be on their way at a time (docs/speed.md), as long as
     nothing spills: a thread holds a vector of every rank.
     """
-    world, narrow = topology.world_size, topology.dtype.itemsize == 2
-    if shape.vectors > 1 or (algorithm == "sharded" and world > 4 and not narrow):
+    world, narrow, streams = topology.world_size, topology.dtype.itemsize == 2, algorithm not in ("one_shot", "local")
+    if shape.vectors > 1 or (streams and world > 4 and not narrow):
         resident_threads = 256
-    elif narrow and world <= (4 if algorithm in ("one_shot", "local") else 2):
+    elif narrow and world <= 2:
         resident_threads = 1024
+    elif narrow and world <= 4 and not streams:
+        resident_threads = 768
+    elif not narrow and streams and world >= 4:
+        resident_threads = 384
     else:
         resident_threads = 512 if world <= 6 else 384
     # 16: as many CTAs as every architecture holds.

@@ -38,7 +38,7 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
     row.aim_finished(t);
     u8* targets[C::kWorld];
 #pragma unroll
-    for (int k = 1; k < C::kWorld; k++) targets[k] = ranks.slot[k] + (ranks.generation + at);
+    for (int k = 1; k < C::kWorld; k++) targets[k] = ranks.target(k) + at;
     const WireSender<C> sender{wire, targets, row.vector(0), p.hidden, ranks.stopped || at + p.wire_bytes > p.slot_bytes};
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {

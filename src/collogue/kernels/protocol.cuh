@@ -65,7 +65,7 @@ struct Ranks {
 
   const Params& p;
   u8* own;               // this rank's workspace
-  u8* slot[C::kWorld];   // this rank's slot in generation 0 of its k-th next peer
+  u8* slot[C::kOneShot ? C::kWorld : 1];  // one-shot: target(k) of generation 0, worked out before it is needed
   Words head;            // the control words, as read
   u32 call;
   u32 stopped;           // do not send, do not wait; report() says why
@@ -75,17 +75,24 @@ struct Ranks {
   // Needs no result of the previous kernel.
   COLLOGUE_DEVICE explicit Ranks(const Params& params)
       : p(params), own(params.workspace[params.rank]), call(0), stopped(0), generation(0), late(kNobody) {
+    if constexpr (C::kOneShot) {
 #pragma unroll
-    for (int k = 1; k < C::kWorld; k++) slot[k] = p.workspace[next_peer(k)] + p.data_offset + position(p.rank, next_peer(k)) * p.slot_bytes;
+      for (int k = 1; k < C::kWorld; k++) slot[k] = target(k);
+    }
   }
   COLLOGUE_DEVICE Control* control() const { return reinterpret_cast<Control*>(own); }
   COLLOGUE_DEVICE u32 next_peer(u32 k) const { return p.rank + k < C::kWorld ? p.rank + k : p.rank + k - C::kWorld; }
   // Slots lie one behind the other in order of their senders; nobody has one for itself.
   static COLLOGUE_DEVICE u32 position(u32 sender, u32 receiver) { return sender < receiver ? sender : sender - 1; }
+  // Where what this rank sends its k-th next peer goes, in the current generation.
+  COLLOGUE_DEVICE u8* target(u32 k) const {
+    return p.workspace[next_peer(k)] + p.data_offset + generation + position(p.rank, next_peer(k)) * p.slot_bytes;
+  }
   // Where what `sender` sends in this call arrives.
   COLLOGUE_DEVICE u8* arrivals(u32 sender) const { return own + p.data_offset + generation + position(sender, p.rank) * p.slot_bytes; }
 
   COLLOGUE_DEVICE void compute_pointers_now() {
+    static_assert(C::kOneShot);
     compute_now(own);
 #pragma unroll
     for (int k = 1; k < C::kWorld; k++) compute_now(slot[k]);

@@ -43,7 +43,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
         for (int k = first; k < C::kWorld && k < first + kBatch; k++) {
           const u32 t = ranks.next_peer(k) * p.block + of;
           if (t < p.tokens && row.active(i) && !ranks.stopped && at < p.slot_bytes)
-            ranks.send_vector(ranks.slot[k] + (ranks.generation + at), ranks.disguise(x[k - first]));
+            ranks.send_vector(ranks.target(k) + at, ranks.disguise(x[k - first]));
         }
       }
     }
@@ -75,6 +75,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
   if constexpr (C::kFormat != Format::kNone)
     if (p.pad) row.quant.pad(thread, threads, C::kGather ? p.tokens : p.pad);
   row.wait_for_barriers();
+  if (C::kLoop && thread / 32 == 0) ranks.compare_previous_call(seen);
 
   u32 turn = 0;
   for (; r < end; r += step) {
@@ -126,7 +127,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
   if (C::kGather && p.count > grid_row()) take(r - step);
   // A rank that owns no row waits for nobody, and would run ahead: it must know that all have come this far.
   if (!C::kGather && cta == 0 && thread_index() / 32 == 0) ranks.wait_for_marks();
-  if (thread / 32 == 0) ranks.compare_previous_call(seen);
+  if (!C::kLoop && thread / 32 == 0) ranks.compare_previous_call(seen);
   if (ranks.stopped) ranks.report();
 }
 

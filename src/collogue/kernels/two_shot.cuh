@@ -46,7 +46,7 @@ struct TwoShot {
         y = D::round(sum);
         if (!ranks.stopped && offset(t, i) < p.slot_bytes) {
 #pragma unroll
-          for (int k = 1; k < C::kWorld; k++) ranks.send_vector(ranks.slot[k] + (ranks.generation + y_offset(t, i)), y);
+          for (int k = 1; k < C::kWorld; k++) ranks.send_vector(ranks.target(k) + y_offset(t, i), y);
         }
       }
     }
@@ -107,6 +107,7 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   if constexpr (C::kFormat != Format::kNone)
     if (p.pad) row.quant.pad(thread, threads, p.tokens);
   row.wait_for_barriers();
+  if (C::kLoop && thread / 32 == 0) ranks.compare_previous_call(seen);
 
   for (u32 turn = 0;; turn++) {
     const bool more = C::kLoop && t + step < end;
@@ -114,7 +115,7 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
       fetch(t + step, next, next_r);
       give(t + step, next);
     }
-    row.aim(t);
+    if (!C::kLoop) row.aim(t);
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       if constexpr (C::kVectors > 1) {
@@ -122,8 +123,10 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
         if constexpr (C::kResidual) r = row.load(p.residual + row.offset(t), i);
       }
       x[i] = shot.reduce(x[i], r, t, i);
-      row.store_rounded(i, x[i]);
     }
+    if (C::kLoop) row.aim(t);  // not before: registers
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++) row.store_rounded(i, x[i]);
     row.finish(
         turn, x,
         [&] {
@@ -138,7 +141,7 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
     for (int i = 0; i < C::kVectors; i++) x[i] = next[i];
     r = next_r;
   }
-  if (thread / 32 == 0) ranks.compare_previous_call(seen);
+  if (!C::kLoop && thread / 32 == 0) ranks.compare_previous_call(seen);
   if (ranks.stopped) ranks.report();
 }
 
