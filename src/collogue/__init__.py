@@ -7,6 +7,7 @@
 from collogue import errors, formats, reference
 from collogue.communicator import Communicator
 from collogue.errors import CollectiveError, CollectiveTimeout, CollogueError, MismatchedCall, NotPrepared
+from collogue.journal import Journal
 from collogue.plan import Plan
 from collogue.reference import dequantize, quantize
 from collogue.spec import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Output, Quant, RMSNorm
@@ -24,6 +25,7 @@ __all__ = [
     "FP8Group",
     "FP8PerToken",
     "FP8Static",
+    "Journal",
     "MismatchedCall",
     "NotPrepared",
     "Output",

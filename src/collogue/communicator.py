@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 
 from collogue.call import Call, Capacity, allocate, check_call, check_hidden_size, check_out
-from collogue.errors import ArgumentError, CapacityError, ClosedError, DTypeError, ShapeError
+from collogue.errors import ArgumentError, CapacityError, ClosedError, CollectiveError, DTypeError, ShapeError
 from collogue.gather import check_gather, check_tokens
 from collogue.group import as_group
+from collogue.journal import Journal
 from collogue.plan import Plan, Request, make_plan
 from collogue.spec import VALUE_DTYPES, Operation, Output, Quant, RMSNorm, Wanted, owned_rows
 from collogue.topology import Overrides, Topology, agree
+from collogue.watch import Watch
 
 
 class Engine(Protocol):
@@ -24,7 +26,9 @@ class Engine(Protocol):
     def prepare(self, requests: Iterable[Request]) -> None: ...
     def check(self) -> None: ...
     def reset(self) -> None: ...
-    def close(self) -> None: ...
+    def close(self, collective: bool) -> None: ...
+    def failed(self) -> bool: ...
+    def journal(self) -> Journal: ...
 
 
 class Communicator:
@@ -324,7 +328,15 @@ class Communicator:
         )
 
     def check(self) -> None:
-        """Raise what a kernel of an earlier call found (:class:`CollectiveError`); return if there is nothing. Waits for no kernel."""
+        """Raise what was found in an earlier call; return if there is nothing. Waits for no kernel.
+
+        Looks at the failure record and, by a copy of the control words over a stream of its own, at what other ranks say of the
+        group: a stop word, or marks of the last call that differ. Every call looks at the record alone.
+
+        Raises:
+            CollectiveTimeout, MismatchedCall; CorruptedWorkspace where something has written over the control words. With the
+            environment variable ``COLLOGUE_DEBUG`` set, every call does the same.
+        """
         self._open().check()
 
     def reset(self) -> None:
@@ -336,11 +348,27 @@ class Communicator:
         """
         self._open().reset()
 
-    def close(self) -> None:
-        """Give the workspace back. Collective; later calls raise :class:`ClosedError`."""
+    def watch(self, on_failure: Callable[[CollectiveError], None], interval: float = 0.1) -> Watch:
+        """Call ``on_failure(error)`` once, in a thread of its own, when a kernel has failed: for replays of CUDA graphs, when nobody calls.
+
+        Looks every ``interval`` seconds at the failure record, in host memory; the GPU is not asked. Stop it before :meth:`reset` or
+        :meth:`close`: the returned object has ``stop()`` and is a context manager.
+        """
+        engine = self._open()
+        return Watch(engine.failed, engine.check, on_failure, interval)
+
+    def journal(self) -> Journal:
+        """The last calls of every rank, read from the ranks' GPUs over a stream of its own. Waits for no kernel, is not collective."""
+        return self._open().journal()
+
+    def close(self, *, collective: bool = True) -> None:
+        """Give the workspace back; later calls raise :class:`ClosedError`. Collective, unless ``collective=False``: after a rank has died.
+
+        Not collective, no other rank may still be in a call that sends to this one.
+        """
         engine, self._engine = self._engine, None
         if engine is not None:
-            engine.close()
+            engine.close(collective)
 
     def _open(self) -> Engine:
         if self._engine is None:

@@ -12,6 +12,7 @@ from collogue.call import Call, Capacity
 from collogue.errors import MismatchedCall
 from collogue.formats import place_scales, read_scales, scale_storage
 from collogue.group import Group
+from collogue.journal import Journal
 from collogue.plan import Request
 from collogue.spec import Output, describe
 
@@ -100,8 +101,16 @@ class ReferenceEngine:
         """Nothing to clean; the ranks meet, as on GPUs."""
         self.group.barrier()
 
-    def close(self) -> None:
+    def close(self, collective: bool) -> None:
         """Nothing to free."""
+
+    def failed(self) -> bool:
+        """A call on the CPU raises what it finds."""
+        return False
+
+    def journal(self) -> Journal:
+        """Kept by GPUs."""
+        return Journal(self.group.rank, self.group.size, 0, dict.fromkeys(range(self.group.size), ()))
 
 
 def _header(call: Call) -> bytes:

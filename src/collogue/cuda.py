@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from collogue import header, jit
+from collogue import jit
 from collogue.call import Call, Capacity, allocate
-from collogue.errors import NotPrepared
+from collogue.errors import ConcurrentUseError, NotPrepared
 from collogue.formats import scale_storage
 from collogue.group import Group
-from collogue.launch import Launcher, Params, timeouts
-from collogue.plan import CONTROL_BYTES, Extent, Kernel, Plan, Request, make_kernels, make_plan, memory_of, sends_values
-from collogue.spec import Output, Quant, RMSNorm, owned_rows
+from collogue.journal import Journal
+from collogue.launch import Launcher, timeouts
+from collogue.parameters import fill_epilogue, fill_shape, fill_shard, fill_workspace, later_launches
+from collogue.plan import Kernel, Plan, Request, make_kernels, make_plan
+from collogue.spec import Output
 from collogue.topology import Topology
 from collogue.variant import Variant
 from collogue.workspace import Workspace
@@ -44,6 +48,9 @@ class KernelEngine:
         self.workspace = Workspace(group, topology, timeout) if topology.world_size > 1 else None
         self._kernels: dict[Variant, Any] = {}
         self._ready: dict[tuple[object, ...], _Ready] = {}
+        self._in_use = threading.Lock()
+        self._stream: int | None = None  # of the last call outside a capture
+        self._debug = bool(os.environ.get("COLLOGUE_DEBUG"))
 
     # ---- planning and loading
 
@@ -94,22 +101,43 @@ class KernelEngine:
     # ---- running
 
     def run(self, call: Call, out: Output | None) -> Output:
-        if self.workspace is not None and self.workspace.failure.fault:
-            self.workspace.raise_failure()
-        ready = self._ready.get(_key_of_call(call))
-        if ready is None:
-            ready = self._make_ready(_request_of(call))
-        if out is None:
-            out = allocate(call)
-        if torch.cuda.current_device() != self.index:
-            with torch.cuda.device(self.index):
+        if not self._in_use.acquire(blocking=False):
+            raise ConcurrentUseError(
+                "another thread is making a call of this communicator", hint="make one communicator for each thread, or use a lock"
+            )
+        try:
+            if self.workspace is not None and self.workspace.failure.fault:
+                self.workspace.raise_failure()
+            if self._debug:
+                self.check()
+            ready = self._ready.get(_key_of_call(call))
+            if ready is None:
+                ready = self._make_ready(_request_of(call))
+            if out is None:
+                out = allocate(call)
+            if torch.cuda.current_device() != self.index:
+                with torch.cuda.device(self.index):
+                    self._launch(ready, call, out)
+            else:
                 self._launch(ready, call, out)
-        else:
-            self._launch(ready, call, out)
-        return out
+            return out
+        finally:
+            self._in_use.release()
+
+    def _follow(self, stream: int) -> None:
+        """Calls use one workspace in turn: on another stream than the last call's, wait for what was queued there."""
+        if torch.cuda.is_current_stream_capturing():
+            return  # replays are the user's to order
+        if self._stream is not None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.ExternalStream(self._stream, device=self.index))  # type: ignore[no-untyped-call]
+            event.wait(torch.cuda.ExternalStream(stream, device=self.index))  # type: ignore[no-untyped-call]
+        self._stream = stream
 
     def _launch(self, ready: _Ready, call: Call, out: Output) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self.index)
+        if stream != self._stream:
+            self._follow(stream)
         launcher = ready.main
         if call.operation == "all_gather":
             self._all_gather(ready, call, out, stream)
@@ -146,31 +174,35 @@ class KernelEngine:
 
     # ---- failures
 
+    def failed(self) -> bool:
+        """Whether a kernel has filled the failure record."""
+        return self.workspace is not None and bool(self.workspace.failure.fault)
+
     def check(self) -> None:
-        if self.workspace is not None and self.workspace.failure.fault:
-            self.workspace.raise_failure()
+        if self.workspace is not None:
+            control = self.workspace.control()
+            self.workspace.raise_failure(control)
+            self.workspace.check_canaries(control)
+
+    def journal(self) -> Journal:
+        if self.workspace is None:
+            return Journal(0, 1, 0, {0: ()})
+        return self.workspace.journal()
 
     def reset(self) -> None:
         torch.cuda.synchronize(self.index)
         if self.workspace is not None:
             self.workspace.reset()
 
-    def close(self) -> None:
+    def close(self, collective: bool) -> None:
         torch.cuda.synchronize(self.index)
-        self.group.barrier()
+        if collective:
+            self.group.barrier()
         self._ready.clear()
         self._kernels.clear()
         self.workspace = None
-        self.group.barrier()  # unloading a kernel may wait for the GPU: virtual ranks must not launch before all have done it
-
-
-def fill_workspace(params: Params, extent: Extent, algorithm: str) -> None:
-    """Which part of the workspace the kernel of ``algorithm`` uses."""
-    params.one_shot_bytes = extent.one_shot
-    if algorithm == "one_shot":
-        params.data_offset, params.generation_bytes = CONTROL_BYTES, extent.one_shot
-    else:
-        params.data_offset, params.generation_bytes = extent.offset, extent.generation
+        if collective:
+            self.group.barrier()  # unloading a kernel may wait for the GPU: virtual ranks must not launch before all have done it
 
 
 def _launch_more(launcher: Launcher, more: tuple[tuple[int, int, int], ...], stream: int) -> None:
@@ -180,70 +212,6 @@ def _launch_more(launcher: Launcher, more: tuple[tuple[int, int, int], ...], str
     for params.first, params.count, params.pad in more:
         launcher(stream)
     params.first, params.count, params.pad = before
-
-
-def rows_of_scales(topology: Topology, request: Request, rank: int) -> int:
-    """Rows of the scale tensor that a call writes on ``rank``."""
-    if request.operation == "reduce_scatter":
-        return len(owned_rows(request.tokens, topology.world_size, rank))
-    return request.tokens
-
-
-def later_launches(topology: Topology, request: Request, plan: Plan, rank: int) -> tuple[tuple[int, int, int], ...]:
-    """First row, number of rows and padding of the launches after the first; the last one writes the padding."""
-    total = request.tokens if plan.algorithm == "two_shot" else -(-request.tokens // topology.world_size)
-    starts = range(plan.rows, plan.rows * plan.launches, plan.rows) if plan.launches > 1 else ()
-    pad = rows_of_scales(topology, request, rank)
-    return tuple((first, min(plan.rows, total - first), pad if first + plan.rows >= total else 0) for first in starts)
-
-
-def fill_shape(params: Params, topology: Topology, request: Request, plan: Plan, rank: int) -> None:
-    """What follows from the shape of a call: extents and places in the workspace. The first launch, where there are several."""
-    world, tokens, algorithm = topology.world_size, request.tokens, plan.algorithm
-    owned = len(owned_rows(tokens, world, rank))
-    params.hidden, params.tokens, params.rank = request.hidden_size, tokens, rank
-    params.first, params.count, params.block = 0, plan.rows, -(-tokens // world)
-    rows = rows_of_scales(topology, request, rank)
-    params.pad = rows if plan.launches == 1 else 0
-    params.column_stride, params.shard_column_stride = -(-rows // 4) * 4, -(-owned // 4) * 4
-    if algorithm != "local":
-        memory = memory_of(algorithm, world, request.hidden_size, request.dtype, request.quant, values=sends_values(request))
-        params.slot_bytes, params.gather_bytes = plan.rows * memory.slot, plan.rows * memory.gather
-        params.wire_bytes, params.width = memory.wire, memory.width
-    params.header[0], params.header[1] = header.pack(
-        algorithm, request.operation, request.dtype, request.residual, request.norm, request.wanted.norm, request.quant
-    )
-
-
-def fill_shard(params: Params, shard: Output, out: Output) -> None:
-    """What an all-gather moves: values (as ``norm``), or codes and their scales."""
-    for source, target, name in (("shard_values", "norm", "norm"), ("shard_codes", "codes", "codes"), ("shard_scales", "scales", "scales")):
-        if getattr(shard, name) is not None:
-            setattr(params, source, getattr(shard, name).data_ptr())
-            setattr(params, target, getattr(out, name).data_ptr())
-
-
-def fill_epilogue(params: Params, norm: RMSNorm | None, quant: Quant | None, out: Output) -> None:
-    """Outputs, weights and scales of one call."""
-    stream = out.residual if out.residual is not None else out.reduced
-    if stream is not None:
-        params.stream = stream.data_ptr()
-    if norm is not None:
-        params.weight = norm.weight.data_ptr()
-        params.eps, params.weight_offset = norm.eps, norm.weight_offset
-        if out.norm is not None:
-            params.norm = out.norm.data_ptr()
-    if quant is None:
-        return
-    params.codes = out.codes.data_ptr()  # type: ignore[union-attr]
-    if out.scales is not None:
-        params.scales = out.scales.data_ptr()
-    scale = quant.given_scale
-    if isinstance(scale, torch.Tensor):
-        params.scale = scale.data_ptr()
-    elif scale is not None:
-        params.scale, params.scale_value = None, scale
-    params.smallest = getattr(quant, "smallest", 0.0)
 
 
 def _key_of_call(call: Call) -> tuple[object, ...]:

@@ -110,3 +110,11 @@ class CollectiveTimeout(CollectiveError):
 
 class MismatchedCall(CollectiveError):
     """Ranks called the same collective with different arguments."""
+
+
+class CorruptedWorkspace(CollectiveError):
+    """Something wrote into a communicator's control words."""
+
+
+class ConcurrentUseError(CollogueError):
+    """Two threads used one communicator at once."""

@@ -10,9 +10,9 @@ import torch
 
 from collogue import reference
 from collogue.call import Call, allocate
-from collogue.cuda import fill_epilogue, fill_shape, fill_shard, fill_workspace
 from collogue.formats import scale_storage
 from collogue.launch import Params, timeouts
+from collogue.parameters import fill_epilogue, fill_shape, fill_shard, fill_workspace
 from collogue.plan import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Plan, workspace_extent
 from collogue.spec import Output, RMSNorm, owned_rows
 from collogue.testing.compare import compare

@@ -1,0 +1,66 @@
+"""What the ranks of a communicator called last, and what went wrong: for people, after a failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from collogue.errors import ArgumentError
+from collogue.header import Entry
+from collogue.jit import cache_directory
+
+FORMAT = "collogue journal 1"
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The last calls of every rank as rank ``rank`` could read them, oldest first.
+
+    ``started``: calls that this rank's GPU has started. ``failure``: what the failure record says, or ``None``. A rank whose calls end
+    before the others' is the late one.
+    """
+
+    rank: int
+    world_size: int
+    started: int
+    calls: dict[int, tuple[Entry, ...]]
+    failure: dict[str, int] | None = None
+    error: str = ""
+    written: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Journal:
+        """Read what :meth:`save` wrote."""
+        try:
+            data: dict[str, Any] = json.loads(path.read_text())
+            if data.pop("format") != FORMAT:
+                raise ValueError("another format")
+            data["calls"] = {int(rank): tuple(Entry(**entry) for entry in entries) for rank, entries in data["calls"].items()}
+            return cls(**data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArgumentError(f"{path} is no journal: {error}", hint="give a file that a failed call or Journal.save wrote") from error
+
+    def text(self, last: int = 8) -> str:
+        """The failure and each rank's ``last`` calls."""
+        lines = [f"Journal of rank {self.rank} of {self.world_size}, written {self.written}; {self.started} calls started here."]
+        lines += [self.error] if self.error else []
+        for rank, entries in self.calls.items():
+            lines.append(f"rank {rank}:" if entries else f"rank {rank}: nothing could be read")
+            lines += [f"  call {entry.call}: {entry.text}" for entry in entries[-last:]]
+        return "\n".join(lines)
+
+
+def default_path(rank: int) -> Path:
+    """Where a failure of this process's ``rank`` is written: in ``$COLLOGUE_JOURNAL_DIR``, or beside the kernels' cache."""
+    folder = os.environ.get("COLLOGUE_JOURNAL_DIR")
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-rank{rank}.json"
+    return (Path(folder) if folder else cache_directory() / "journals") / name

@@ -1,0 +1,84 @@
+"""What a call puts into the parameters of its kernels (kernels/params.cuh)."""
+
+from __future__ import annotations
+
+import torch
+
+from collogue import header
+from collogue.launch import Params
+from collogue.plan import CONTROL_BYTES, Extent, Plan, Request, memory_of, sends_values
+from collogue.spec import Output, Quant, RMSNorm, owned_rows
+from collogue.topology import Topology
+
+
+def fill_shape(params: Params, topology: Topology, request: Request, plan: Plan, rank: int) -> None:
+    """What follows from the shape of a call: extents and places in the workspace. The first launch, where there are several."""
+    world, tokens, algorithm = topology.world_size, request.tokens, plan.algorithm
+    owned = len(owned_rows(tokens, world, rank))
+    params.hidden, params.tokens, params.rank = request.hidden_size, tokens, rank
+    params.first, params.count, params.block = 0, plan.rows, -(-tokens // world)
+    rows = rows_of_scales(topology, request, rank)
+    params.pad = rows if plan.launches == 1 else 0
+    params.column_stride, params.shard_column_stride = -(-rows // 4) * 4, -(-owned // 4) * 4
+    if algorithm != "local":
+        memory = memory_of(algorithm, world, request.hidden_size, request.dtype, request.quant, values=sends_values(request))
+        params.slot_bytes, params.gather_bytes = plan.rows * memory.slot, plan.rows * memory.gather
+        params.wire_bytes, params.width = memory.wire, memory.width
+    params.header[0], params.header[1] = header.pack(
+        algorithm, request.operation, request.dtype, request.residual, request.norm, request.wanted.norm, request.quant
+    )
+
+
+def fill_workspace(params: Params, extent: Extent, algorithm: str) -> None:
+    """Which part of the workspace the kernel of ``algorithm`` uses."""
+    params.one_shot_bytes = extent.one_shot
+    if algorithm == "one_shot":
+        params.data_offset, params.generation_bytes = CONTROL_BYTES, extent.one_shot
+    else:
+        params.data_offset, params.generation_bytes = extent.offset, extent.generation
+
+
+def fill_shard(params: Params, shard: Output, out: Output) -> None:
+    """What an all-gather moves: values (as ``norm``), or codes and their scales."""
+    for source, target, name in (("shard_values", "norm", "norm"), ("shard_codes", "codes", "codes"), ("shard_scales", "scales", "scales")):
+        if getattr(shard, name) is not None:
+            setattr(params, source, getattr(shard, name).data_ptr())
+            setattr(params, target, getattr(out, name).data_ptr())
+
+
+def fill_epilogue(params: Params, norm: RMSNorm | None, quant: Quant | None, out: Output) -> None:
+    """Outputs, weights and scales of one call."""
+    stream = out.residual if out.residual is not None else out.reduced
+    if stream is not None:
+        params.stream = stream.data_ptr()
+    if norm is not None:
+        params.weight = norm.weight.data_ptr()
+        params.eps, params.weight_offset = norm.eps, norm.weight_offset
+        if out.norm is not None:
+            params.norm = out.norm.data_ptr()
+    if quant is None:
+        return
+    params.codes = out.codes.data_ptr()  # type: ignore[union-attr]
+    if out.scales is not None:
+        params.scales = out.scales.data_ptr()
+    scale = quant.given_scale
+    if isinstance(scale, torch.Tensor):
+        params.scale = scale.data_ptr()
+    elif scale is not None:
+        params.scale, params.scale_value = None, scale
+    params.smallest = getattr(quant, "smallest", 0.0)
+
+
+def rows_of_scales(topology: Topology, request: Request, rank: int) -> int:
+    """Rows of the scale tensor that a call writes on ``rank``."""
+    if request.operation == "reduce_scatter":
+        return len(owned_rows(request.tokens, topology.world_size, rank))
+    return request.tokens
+
+
+def later_launches(topology: Topology, request: Request, plan: Plan, rank: int) -> tuple[tuple[int, int, int], ...]:
+    """First row, number of rows and padding of the launches after the first; the last one writes the padding."""
+    total = request.tokens if plan.algorithm == "two_shot" else -(-request.tokens // topology.world_size)
+    starts = range(plan.rows, plan.rows * plan.launches, plan.rows) if plan.launches > 1 else ()
+    pad = rows_of_scales(topology, request, rank)
+    return tuple((first, min(plan.rows, total - first), pad if first + plan.rows >= total else 0) for first in starts)

@@ -1,0 +1,45 @@
+"""A thread that notices failures while nobody calls: during replays of CUDA graphs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from collogue.errors import CollectiveError
+
+
+class Watch:
+    """Asks ``failed`` every ``interval`` seconds and calls ``on_failure`` with the error of ``check`` once, in its own thread.
+
+    It must not be used to call the communicator; tell the thread that owns it. ``stop()`` ends it; also a context manager.
+    """
+
+    def __init__(
+        self, failed: Callable[[], bool], check: Callable[[], None], on_failure: Callable[[CollectiveError], None], interval: float
+    ) -> None:
+        self._failed, self._check, self._on_failure, self._interval = failed, check, on_failure, interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="collogue-watch", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            if self._failed():
+                try:
+                    self._check()
+                except CollectiveError as error:
+                    self._on_failure(error)
+                return
+
+    def stop(self) -> None:
+        """End the thread; returns when it has ended."""
+        self._stop.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
