@@ -46,7 +46,9 @@ ORDER = (
     "demo",
     "check",
     "doctor",
+    "resources",
     "bench",
+    "commands",
     "cli",
 )
 

@@ -58,9 +58,7 @@ def build(variants: Iterable[Variant], architecture: str, *, built: Callable[[st
 
     ``built`` hears of each, in this thread. Raises the first :class:`CompileError`.
     """
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    with ThreadPoolExecutor(min(cores, 64)) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         work = {pool.submit(cubin, variant, architecture): variant.name for variant in dict.fromkeys(variants)}
         try:
             for done in as_completed(work):
@@ -68,6 +66,12 @@ def build(variants: Iterable[Variant], architecture: str, *, built: Callable[[st
                 built(work.pop(done))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def cores() -> int:
+    """Cores that this process may use, at most 64: how many kernels are compiled at a time."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return min(64, len(affinity(0)) if affinity is not None else os.cpu_count() or 1)
 
 
 def compile_source(source: str, architecture: str, name: str, *, verbose: bool = False) -> tuple[bytes, str]:
@@ -93,20 +97,21 @@ def options(name: str, architecture: str, *, verbose: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the assembler reports of one kernel: registers a thread, and bytes in local memory, which should be none."""
+    """What the assembler reports of one kernel: registers a thread, bytes in local memory, which should be none, and in shared memory."""
 
     registers: int
     stack: int
     spilled: int
+    shared: int = 0
 
 
 def resources(log: str) -> Resources:
     """Read the log of :func:`compile_source` with ``verbose``."""
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    used = re.search(r"Used (\d+) registers", log)
+    used = re.search(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?", log)
     if frame is None or used is None:
         raise CompileError(f"the compiler gave no resource report:\n{log}", hint="compile with verbose=True")
-    return Resources(int(used[1]), int(frame[1]), int(frame[2]) + int(frame[3]))
+    return Resources(int(used[1]), int(frame[1]), int(frame[2]) + int(frame[3]), int(used[2] or 0))
 
 
 def load(code: bytes, name: str) -> Any:

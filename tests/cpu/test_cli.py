@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import collogue.check
 import collogue.doctor
 from collogue.check import CaseResult
-from collogue.cli import FAILED, IMPOSSIBLE, OK, USAGE, app
+from collogue.cli import app
+from collogue.commands.options import FAILED, IMPOSSIBLE, OK, USAGE
 from collogue.errors import PlatformError
 
 SMALL = ["--tokens", "3", "--hidden-size", "64", "--dtype", "bfloat16"]
