@@ -44,6 +44,7 @@ ORDER = (
     "engines",
     "testing",
     "demo",
+    "accuracy",
     "check",
     "doctor",
     "resources",
