@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from collogue.commands.accuracy import accuracy, calibrate
+from collogue.commands.bench import app as bench_app
 from collogue.commands.options import (
     EXIT_CODES,
     FAILED,
@@ -54,6 +55,7 @@ app = typer.Typer(
 )
 for command in (resources, accuracy, calibrate):
     app.command(epilog=EXIT_CODES)(command)
+app.add_typer(bench_app, name="bench")
 
 
 Operations = Annotated[Many, many("--operation", "all_reduce, sharded, reduce_scatter, all_gather, finish.")]
@@ -181,28 +183,6 @@ def _show_report(console: Console, report: Report, shown: int = 20) -> None:
     expected = sum(r.passed and r.expected_error is not None for r in report.results)
     refused = f" ({expected} of them calls that must be refused, and were)" if expected else ""
     console.print(f"{len(report.results) - len(failures)} of {len(report.results)} cases passed{refused}")
-
-
-@app.command(epilog=EXIT_CODES)
-def bench(
-    world_size: WorldSizes = None,
-    tokens: Tokens = None,
-    hidden_size: HiddenSizes = None,
-    dtype: DTypes = None,
-    format: Formats = None,
-    commit: Commit = None,
-    json: Json = None,
-) -> None:
-    """Measure latency on this machine's GPUs, floors and NCCL in the same run. A number is shown only if its output is right."""
-    check_target(json)
-    given: dict[str, Any] = lists(world_size, tokens, hidden_size, dtype, format)
-    if commit is not None:
-        given["commit"] = commit
-    with exit_codes(extra="bench"):
-        from collogue.bench.latency import run
-
-        passed = run(**given, json=json)
-        raise typer.Exit(OK if passed else FAILED)
 
 
 @app.command(epilog=EXIT_CODES)
