@@ -49,6 +49,7 @@ ORDER = (
     "doctor",
     "resources",
     "bench",
+    "ablation",
     "commands",
     "cli",
 )

@@ -1,4 +1,4 @@
-"""The command line: ``collogue demo | check | bench | explain | doctor | resources | accuracy | calibrate``.
+"""The command line: ``collogue demo | check | bench | explain | doctor | resources | ablate | accuracy | calibrate``.
 
 Data goes to stdout, progress and logs go to stderr. Exit codes: 0 all is well; 1 a check failed; 2 wrong usage; 3 this machine
 cannot do it. torch is imported by the commands that need it, so ``--help`` answers at once.
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from collogue.commands.ablate import ablate
 from collogue.commands.accuracy import accuracy, calibrate
 from collogue.commands.bench import app as bench_app
 from collogue.commands.options import (
@@ -53,7 +54,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (resources, accuracy, calibrate):
+for command in (resources, ablate, accuracy, calibrate):
     app.command(epilog=EXIT_CODES)(command)
 app.add_typer(bench_app, name="bench")
 

@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,12 +74,24 @@ def cores() -> int:
     return min(64, len(affinity(0)) if affinity is not None else os.cpu_count() or 1)
 
 
-def compile_source(source: str, architecture: str, name: str, *, verbose: bool = False) -> tuple[bytes, str]:
-    """Compile one translation unit; returns the cubin and the compiler's log (the resource report with ``verbose``)."""
+def compile_source(
+    source: str,
+    architecture: str,
+    name: str,
+    *,
+    verbose: bool = False,
+    kernels: Path | None = None,
+    changes: Mapping[str, bool] | None = None,
+) -> tuple[bytes, str]:
+    """Compile one translation unit; returns the cubin and the compiler's log (the resource report with ``verbose``).
+
+    ``kernels`` and ``changes``: other sources and other options than the contract's, for comparison.
+    """
     core = _cuda_core()
     log = io.StringIO()
     try:
-        code = core.Program(source, "c++", options(name, architecture, verbose=verbose)).compile("cubin", logs=log)
+        chosen = options(name, architecture, verbose=verbose, kernels=kernels, changes=changes)
+        code = core.Program(source, "c++", chosen).compile("cubin", logs=log)
     except Exception as error:
         raise CompileError(
             f"NVRTC refused {name} for {architecture}: {error}\n{log.getvalue()}",
@@ -88,11 +100,13 @@ def compile_source(source: str, architecture: str, name: str, *, verbose: bool =
     return bytes(code.code), log.getvalue()
 
 
-def options(name: str, architecture: str, *, verbose: bool = False) -> Any:
-    """The ``cuda.core.ProgramOptions`` that every kernel is compiled with."""
-    return _cuda_core().ProgramOptions(
-        name=name, arch=architecture, include_path=str(KERNELS), ptxas_options=["-v"] if verbose else None, **_OPTIONS
-    )
+def options(
+    name: str, architecture: str, *, verbose: bool = False, kernels: Path | None = None, changes: Mapping[str, bool] | None = None
+) -> Any:
+    """The ``cuda.core.ProgramOptions`` that every kernel is compiled with, but for ``kernels`` and ``changes``."""
+    chosen = {**_OPTIONS, **(changes or {})}
+    ptxas = ["-v"] if verbose else None
+    return _cuda_core().ProgramOptions(name=name, arch=architecture, include_path=str(kernels or KERNELS), ptxas_options=ptxas, **chosen)
 
 
 @dataclass(frozen=True)

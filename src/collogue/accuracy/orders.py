@@ -10,11 +10,12 @@ each addition   ``s = round(s + x_r)`` for each rank, then ``y = round(s + resid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from collogue.formats import round_value
-from collogue.reference import finish, sum_partials
+from collogue.reference import all_reduce, sum_partials
 from collogue.spec import Output, Quant, RMSNorm
 from collogue.testing import VirtualGroup
 
@@ -56,13 +57,15 @@ class OrderedSum:
     def all_reduce(
         self, partial: torch.Tensor, *, residual: torch.Tensor | None = None, norm: RMSNorm | None = None, quant: Quant | None = None
     ) -> Output:
-        """As :meth:`collogue.Communicator.all_reduce`. All ranks get the same tensors, which none may write."""
+        """As :meth:`collogue.Communicator.all_reduce`; y is always ``residual``. All ranks get the same tensors: none may write them."""
         if self.device.type == "cuda":
             self._group.stream().synchronize()
         partials = [x.to(self.device) for x in self._group.all_gather_object(partial)] if self.rank == 0 else self._sent(partial)
         out = None
         if partials:
-            out = finish(self._order(partials, residual), norm, quant, False, residual is not None)
+            y = self._order(partials, residual)
+            # A sum of one term is that term.
+            out = replace(all_reduce([y], norm=norm, quant=quant), reduced=None, residual=y)
             if self.device.type == "cuda":
                 self._group.stream().synchronize()
         shared: Output = self._group.all_gather_object(out)[0]

@@ -84,22 +84,29 @@ def resources(
         raise typer.Exit(FAILED if wrong else OK)
 
 
+def check_architectures(names: list[str]) -> list[str]:
+    """``names`` themselves. Raises for one that kernels are not compiled for."""
+    from collogue.errors import FormatError
+    from collogue.jit import ARCHITECTURES
+
+    for name in names:
+        if name not in ARCHITECTURES:
+            raise FormatError(f"there is no architecture {name!r} here", hint=f"choose from {', '.join(ARCHITECTURES)}")
+    return names
+
+
 def _levels(given: dict[str, list[Any]], architectures: list[str]) -> dict[str, list[Any]]:
     """The lists as levels of the covering set's factors. Raises for what does not exist."""
     import torch
 
-    from collogue.errors import DTypeError, FormatError
-    from collogue.jit import ARCHITECTURES
+    from collogue.errors import DTypeError
     from collogue.spec import VALUE_DTYPES, describe, parse
 
-    for name in architectures:
-        if name not in ARCHITECTURES:
-            raise FormatError(f"there is no architecture {name!r} here", hint=f"choose from {', '.join(ARCHITECTURES)}")
     dtypes = {str(d).removeprefix("torch."): d for d in VALUE_DTYPES}
     for name in given.get("dtype", ()):
         if name not in dtypes:
             raise DTypeError(f"there is no dtype {name!r}", hint=f"choose from {', '.join(dtypes)}")
-    levels: dict[str, list[Any]] = {**given, "architecture": architectures}
+    levels: dict[str, list[Any]] = {**given, "architecture": check_architectures(architectures)}
     levels["dtype"] = [dtypes[name] for name in given.get("dtype", ())]
     levels["format"] = [describe(parse(name)) for name in given.get("format", ())]
     assert all(isinstance(d, torch.dtype) for d in levels["dtype"])
