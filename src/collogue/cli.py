@@ -30,6 +30,7 @@ from collogue.commands.options import (
     HiddenSizes,
     Json,
     Many,
+    Operations,
     Tokens,
     WorldSizes,
     check_target,
@@ -57,9 +58,6 @@ app = typer.Typer(
 for command in (resources, ablate, accuracy, calibrate):
     app.command(epilog=EXIT_CODES)(command)
 app.add_typer(bench_app, name="bench")
-
-
-Operations = Annotated[Many, many("--operation", "all_reduce, sharded, reduce_scatter, all_gather, finish.")]
 
 
 def _devices(values: Many) -> list[str]:

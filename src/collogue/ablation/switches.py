@@ -68,7 +68,6 @@ _ADD = """        if (first + b == 0)
           add<D>(sum, term[b]);
 """
 _REPORT = "  if (ranks.stopped) ranks.report();\n"
-_CLEAN = "Words{{D::kSentinel, D::kSentinel, D::kSentinel, D::kSentinel}}"
 _LAUNCH_NEXT = "  launch_next_kernel();\n  ranks.start();\n"
 
 _TWO_RECIPROCALS = Edit(
@@ -185,13 +184,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch(
         "wipe off",
         "slots are not made clean again: later calls take old words",
-        (
-            Edit(
-                "protocol.cuh",
-                f"    for (int i = 0; i < D::kParts; i++) store(place + 16 * i, {_CLEAN});",
-                f"    for (int i = 0; i < 0; i++) store(place + 16 * i, {_CLEAN});",
-            ),
-        ),
+        (Edit("one_shot.cuh", "      ranks.clean(thread, threads);\n", ""),),
         valid=False,
     ),
     Switch("no first wait", "polling starts at once after the sends", (Edit("one_shot.cuh", "- sent < C::kFirstPoll", "- sent < 0u"),)),
