@@ -50,6 +50,7 @@ ORDER = (
     "resources",
     "bench",
     "ablation",
+    "pages",
     "commands",
     "cli",
 )
