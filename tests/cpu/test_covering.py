@@ -17,7 +17,7 @@ from collogue.resources.compare import violations
 from collogue.resources.measure import chosen, describe
 from collogue.resources.worker import compile_choice
 from collogue.spec import parse
-from collogue.testing.covering import FACTORS, FORMATS, Choice, all_pairs, covering_set, pairs_of, variant_of
+from collogue.testing.covering import FACTORS, FORMATS, all_pairs, covering_set, pairs_of, variant_of
 from collogue.variant import Variant
 
 RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "resources.json"
