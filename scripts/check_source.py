@@ -47,9 +47,14 @@ ORDER = (
     "engines",
     "testing",
     "demo",
+    "accuracy",
     "check",
     "doctor",
+    "resources",
     "bench",
+    "ablation",
+    "pages",
+    "commands",
     "cli",
 )
 

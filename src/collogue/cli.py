@@ -1,4 +1,4 @@
-"""The command line: ``collogue demo | check | bench | explain | doctor``.
+"""The command line: ``collogue demo | check | bench | explain | doctor | resources | ablate | accuracy | calibrate``.
 
 Data goes to stdout, progress and logs go to stderr. Exit codes: 0 all is well; 1 a check failed; 2 wrong usage; 3 this machine
 cannot do it. torch is imported by the commands that need it, so ``--help`` answers at once.
@@ -6,24 +6,46 @@ cannot do it. torch is imported by the commands that need it, so ``--help`` answ
 
 from __future__ import annotations
 
-import json as json_module
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from collogue.commands.ablate import ablate
+from collogue.commands.accuracy import accuracy, calibrate
+from collogue.commands.bench import app as bench_app
+from collogue.commands.options import (
+    EXIT_CODES,
+    FAILED,
+    FORMAT_NAMES,
+    IMPOSSIBLE,
+    OK,
+    Commit,
+    Devices,
+    DTypes,
+    Formats,
+    HiddenSizes,
+    Json,
+    Many,
+    Operations,
+    Tokens,
+    WorldSizes,
+    check_target,
+    console,
+    exit_codes,
+    lists,
+    progress,
+    words,
+    write_json,
+)
+from collogue.commands.resources import resources
 
 if TYPE_CHECKING:
     from collogue.check import Case, Report
     from collogue.doctor import Examination
-
-OK, FAILED, USAGE, IMPOSSIBLE = 0, 1, 2, 3
-EXIT_CODES = "Exit codes: 0 all is well; 1 a check failed; 2 wrong usage; 3 this machine cannot do it."
 
 app = typer.Typer(
     name="collogue",
@@ -33,117 +55,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Many = list[str] | None
-Commit = Annotated[str | None, typer.Option(help="The commit to record; default: what git says.")]
-Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON to FILE; - is stdout.")]
-
-
-def _many(flag: str, what: str) -> Any:
-    return typer.Option(flag, help=f"{what} May be repeated, or comma-separated.", show_default=False)
-
-
-Devices = Annotated[Many, _many("--device", "cpu, cuda.")]
-WorldSizes = Annotated[Many, _many("--world-size", "Ranks, 1 to 8.")]
-Tokens = Annotated[Many, _many("--tokens", "Rows T.")]
-HiddenSizes = Annotated[Many, _many("--hidden-size", "Row length H, a multiple of 8.")]
-DTypes = Annotated[Many, _many("--dtype", "bfloat16, float16, float32.")]
-FORMAT_NAMES = (
-    "none, nvfp4, mxfp4, mxfp8, fp8_static, fp8_per_token, fp8_group; options follow, as in nvfp4/8x4 or fp8_group64/ue8m0/column."
-)
-Formats = Annotated[Many, _many("--format", FORMAT_NAMES)]
-
-
-def _words(values: Many) -> list[str]:
-    """Repeated and comma-separated values as one list."""
-    return [word.strip() for value in values or [] for word in value.split(",") if word.strip()]
-
-
-def _numbers(flag: str, values: Many, *, low: int, high: int | None = None, step: int = 1) -> list[int]:
-    numbers = []
-    for word in _words(values):
-        if not word.isdigit() or int(word) < low or (high is not None and int(word) > high) or int(word) % step:
-            bounds = f"from {low}" + (f" to {high}" if high is not None else "") + (f", a multiple of {step}" if step > 1 else "")
-            raise typer.BadParameter(f"{word!r} is not a number {bounds}", param_hint=flag)
-        numbers.append(int(word))
-    return numbers
+for command in (resources, ablate, accuracy, calibrate):
+    app.command(epilog=EXIT_CODES)(command)
+app.add_typer(bench_app, name="bench")
 
 
 def _devices(values: Many) -> list[str]:
-    for word in _words(values):
+    for word in words(values):
         if word not in ("cpu", "cuda"):
             raise typer.BadParameter(f"{word!r} is neither cpu nor cuda", param_hint="--device")
-    return _words(values)
-
-
-Operations = Annotated[Many, _many("--operation", "all_reduce, sharded, reduce_scatter, all_gather, finish.")]
-
-
-def _lists(world_size: Many, tokens: Many, hidden_size: Many, dtype: Many, format: Many) -> dict[str, list[Any]]:
-    """The lists that were given, checked, by the name of :func:`collogue.check.sweep`'s arguments."""
-    lists: dict[str, list[Any]] = {
-        "world_size": _numbers("--world-size", world_size, low=1, high=8),
-        "tokens": _numbers("--tokens", tokens, low=0),
-        "hidden_size": _numbers("--hidden-size", hidden_size, low=8, step=8),
-        "dtype": _words(dtype),
-        "format": _words(format),
-    }
-    return {name: values for name, values in lists.items() if values}
-
-
-@contextmanager
-def _exit_codes(extra: str | None = None) -> Iterator[None]:
-    """Turn Collogue's errors, and packages of ``extra`` that are not installed, into a message on stderr and an exit code."""
-    from collogue.errors import ArgumentError, CollogueError, PlatformError
-
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if extra is None:
-            raise
-        typer.echo(f"error: this needs {error.name}, which is not installed\nhint: pip install 'collogue[{extra}]'", err=True)
-        raise typer.Exit(IMPOSSIBLE) from error
-    except CollogueError as error:
-        typer.echo(f"error: {error}", err=True)
-        code = USAGE if isinstance(error, ArgumentError) else IMPOSSIBLE if isinstance(error, PlatformError) else FAILED
-        raise typer.Exit(code) from error
-
-
-@contextmanager
-def _progress(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr. The function it yields says what starts next; the bar then counts what came before as done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total, now="")
-        begun = 0
-
-        def start(name: str) -> None:
-            nonlocal begun
-            progress.update(task, completed=begun, now=name[:40])
-            begun += 1
-
-        yield start
-        progress.update(task, completed=begun)
-
-
-def _check_target(target: str | None) -> None:
-    if target not in (None, "-") and not Path(str(target)).resolve().parent.is_dir():
-        raise typer.BadParameter(f"there is no directory {Path(str(target)).parent}", param_hint="--json")
-
-
-def _write_json(data: dict[str, Any], target: str | None) -> None:
-    if target is None:
-        return
-    text = json_module.dumps(data, indent=2, allow_nan=False) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-    else:
-        Path(target).write_text(text)
-
-
-def _console(json: str | None) -> Console:
-    """For people: stdout, unless that carries the JSON."""
-    return Console(stderr=json == "-")
+    return words(values)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -157,11 +78,11 @@ def demo(
     plot: Annotated[Path | None, typer.Option(help="Save the plot here (needs matplotlib).")] = None,
 ) -> None:
     """Run a real language model tensor-parallel and compare the formats."""
-    _check_target(json)
-    chosen: dict[str, Any] = {"formats": tuple(_words(format))} if format else {}
+    check_target(json)
+    chosen: dict[str, Any] = {"formats": tuple(words(format))} if format else {}
     if sharded:
         chosen["sharded"] = True
-    with _exit_codes(extra="demo"):
+    with exit_codes(extra="demo"):
         from collogue.demo.main import run
 
         result = run(device, world_size, tokens, json=json, plot=plot, **chosen)
@@ -191,24 +112,24 @@ def check(
     CPU: the communicator runs the reference; the answer is a separate version in scalar numpy. CUDA: kernels against the reference;
     a process for each GPU, or virtual ranks where the world is larger than the machine.
     """
-    _check_target(json)
-    devices, lists = _devices(device), _lists(world_size, tokens, hidden_size, dtype, format)
+    check_target(json)
+    devices, given = _devices(device), lists(world_size, tokens, hidden_size, dtype, format)
     if operation:
-        lists["operation"] = _words(operation)
+        given["operation"] = words(operation)
     if sweep not in ("default", "full"):
         raise typer.BadParameter(f"{sweep!r} is neither default nor full", param_hint="--sweep")
-    if sweep == "full" and (lists or "cpu" in devices):
+    if sweep == "full" and (given or "cpu" in devices):
         raise typer.BadParameter("the full sweep is for --device cuda and takes no lists", param_hint="--sweep")
-    with _exit_codes():
-        report = _run_checks(devices, lists, full=sweep == "full", commit=commit)
-        _write_json(report.as_json(), json)
-        _show_report(_console(json), report)
+    with exit_codes():
+        report = _run_checks(devices, given, full=sweep == "full", commit=commit)
+        write_json(report.as_json(), json)
+        _show_report(console(json), report)
         if report.impossible:
             raise typer.Exit(IMPOSSIBLE)
         raise typer.Exit(OK if report.passed else FAILED)
 
 
-def _run_checks(devices: list[str], lists: dict[str, list[Any]], *, full: bool, commit: str | None) -> Report:
+def _run_checks(devices: list[str], given: dict[str, list[Any]], *, full: bool, commit: str | None) -> Report:
     from collogue.testing import environment
 
     environment.set_defaults()
@@ -221,13 +142,13 @@ def _run_checks(devices: list[str], lists: dict[str, list[Any]], *, full: bool, 
         devices = ["cuda"] if full else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
     def cases_on(device: str) -> list[Case]:
-        return checks.full_sweep() if full else checks.sweep(**lists) if lists else checks.default_sweep(device)
+        return checks.full_sweep() if full else checks.sweep(**given) if given else checks.default_sweep(device)
 
     cases: dict[str, list[Case]] = {d: cases_on(d) for d in devices}
     if "cuda" in cases and torch.cuda.is_available():
         _compile(cases["cuda"])
     results = []
-    with _progress(sum(map(len, cases.values())), "check") as start:
+    with progress(sum(map(len, cases.values())), "check") as start:
         for name, mine in cases.items():
             results += checks.run_cases(name, mine, started=lambda case: start(str(case)))
     return checks.Report(results, circumstances(commit))
@@ -240,7 +161,7 @@ def _compile(cases: list[Case]) -> None:
     from collogue.check import build_kernels
 
     with ExitStack() as stack:
-        build_kernels(cases, total=lambda count: stack.enter_context(_progress(count, "compile")))
+        build_kernels(cases, total=lambda count: stack.enter_context(progress(count, "compile")))
 
 
 def _show_report(console: Console, report: Report, shown: int = 20) -> None:
@@ -264,28 +185,6 @@ def _show_report(console: Console, report: Report, shown: int = 20) -> None:
 
 
 @app.command(epilog=EXIT_CODES)
-def bench(
-    world_size: WorldSizes = None,
-    tokens: Tokens = None,
-    hidden_size: HiddenSizes = None,
-    dtype: DTypes = None,
-    format: Formats = None,
-    commit: Commit = None,
-    json: Json = None,
-) -> None:
-    """Measure latency on this machine's GPUs, floors and NCCL in the same run. A number is shown only if its output is right."""
-    _check_target(json)
-    lists: dict[str, Any] = _lists(world_size, tokens, hidden_size, dtype, format)
-    if commit is not None:
-        lists["commit"] = commit
-    with _exit_codes(extra="bench"):
-        from collogue.bench.latency import run
-
-        passed = run(**lists, json=json)
-        raise typer.Exit(OK if passed else FAILED)
-
-
-@app.command(epilog=EXIT_CODES)
 def explain(
     tokens: Annotated[int, typer.Option(min=1, help="Rows T of the call.")] = 1,
     hidden_size: Annotated[int, typer.Option(min=8, help="Row length H, a multiple of 8.")] = 7168,
@@ -298,14 +197,14 @@ def explain(
     json: Json = None,
 ) -> None:
     """Show the plan of a call on this machine: algorithm, launch shape, why, bytes sent, predicted time."""
-    _check_target(json)
-    with _exit_codes():
+    check_target(json)
+    with exit_codes():
         plan = _plan(tokens, hidden_size, world_size, dtype, format, residual, norm, device)
-        _write_json(plan, json)
-        console = _console(json)
+        write_json(plan, json)
+        out = console(json)
         width = max(map(len, plan))
         for name, value in plan.items():
-            console.print(f"{name:{width}}  {value}", highlight=False, markup=False, soft_wrap=True)
+            out.print(f"{name:{width}}  {value}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _plan(
@@ -351,11 +250,11 @@ def doctor(json: Json = None) -> None:
     """
     from collogue.doctor import PROBES, examine
 
-    _check_target(json)
-    with _progress(len(PROBES), "doctor") as start:
+    check_target(json)
+    with progress(len(PROBES), "doctor") as start:
         report = examine(started=start)
-    _write_json(report.as_json(), json)
-    _show_findings(_console(json), report)
+    write_json(report.as_json(), json)
+    _show_findings(console(json), report)
     raise typer.Exit(OK if report.usable else IMPOSSIBLE)
 
 

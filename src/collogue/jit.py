@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +58,7 @@ def build(variants: Iterable[Variant], architecture: str, *, built: Callable[[st
 
     ``built`` hears of each, in this thread. Raises the first :class:`CompileError`.
     """
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    with ThreadPoolExecutor(min(cores, 64)) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         work = {pool.submit(cubin, variant, architecture): variant.name for variant in dict.fromkeys(variants)}
         try:
             for done in as_completed(work):
@@ -70,12 +68,30 @@ def build(variants: Iterable[Variant], architecture: str, *, built: Callable[[st
             pool.shutdown(cancel_futures=True)
 
 
-def compile_source(source: str, architecture: str, name: str, *, verbose: bool = False) -> tuple[bytes, str]:
-    """Compile one translation unit; returns the cubin and the compiler's log (the resource report with ``verbose``)."""
+def cores() -> int:
+    """Cores that this process may use, at most 64: how many kernels are compiled at a time."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return min(64, len(affinity(0)) if affinity is not None else os.cpu_count() or 1)
+
+
+def compile_source(
+    source: str,
+    architecture: str,
+    name: str,
+    *,
+    verbose: bool = False,
+    kernels: Path | None = None,
+    changes: Mapping[str, bool] | None = None,
+) -> tuple[bytes, str]:
+    """Compile one translation unit; returns the cubin and the compiler's log (the resource report with ``verbose``).
+
+    ``kernels`` and ``changes``: other sources and other options than the contract's, for comparison.
+    """
     core = _cuda_core()
     log = io.StringIO()
     try:
-        code = core.Program(source, "c++", options(name, architecture, verbose=verbose)).compile("cubin", logs=log)
+        chosen = options(name, architecture, verbose=verbose, kernels=kernels, changes=changes)
+        code = core.Program(source, "c++", chosen).compile("cubin", logs=log)
     except Exception as error:
         raise CompileError(
             f"NVRTC refused {name} for {architecture}: {error}\n{log.getvalue()}",
@@ -84,29 +100,32 @@ def compile_source(source: str, architecture: str, name: str, *, verbose: bool =
     return bytes(code.code), log.getvalue()
 
 
-def options(name: str, architecture: str, *, verbose: bool = False) -> Any:
-    """The ``cuda.core.ProgramOptions`` that every kernel is compiled with."""
-    return _cuda_core().ProgramOptions(
-        name=name, arch=architecture, include_path=str(KERNELS), ptxas_options=["-v"] if verbose else None, **_OPTIONS
-    )
+def options(
+    name: str, architecture: str, *, verbose: bool = False, kernels: Path | None = None, changes: Mapping[str, bool] | None = None
+) -> Any:
+    """The ``cuda.core.ProgramOptions`` that every kernel is compiled with, but for ``kernels`` and ``changes``."""
+    chosen = {**_OPTIONS, **(changes or {})}
+    ptxas = ["-v"] if verbose else None
+    return _cuda_core().ProgramOptions(name=name, arch=architecture, include_path=str(kernels or KERNELS), ptxas_options=ptxas, **chosen)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What the assembler reports of one kernel: registers a thread, and bytes in local memory, which should be none."""
+    """What the assembler reports of one kernel: registers a thread, bytes in local memory, which should be none, and in shared memory."""
 
     registers: int
     stack: int
     spilled: int
+    shared: int = 0
 
 
 def resources(log: str) -> Resources:
     """Read the log of :func:`compile_source` with ``verbose``."""
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    used = re.search(r"Used (\d+) registers", log)
+    used = re.search(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?", log)
     if frame is None or used is None:
         raise CompileError(f"the compiler gave no resource report:\n{log}", hint="compile with verbose=True")
-    return Resources(int(used[1]), int(frame[1]), int(frame[2]) + int(frame[3]))
+    return Resources(int(used[1]), int(frame[1]), int(frame[2]) + int(frame[3]), int(used[2] or 0))
 
 
 def load(code: bytes, name: str) -> Any:

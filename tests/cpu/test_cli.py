@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import collogue.check
 import collogue.doctor
 from collogue.check import CaseResult
-from collogue.cli import FAILED, IMPOSSIBLE, OK, USAGE, app
+from collogue.cli import app
+from collogue.commands.options import FAILED, IMPOSSIBLE, OK, USAGE
 from collogue.errors import PlatformError
 
 SMALL = ["--tokens", "3", "--hidden-size", "64", "--dtype", "bfloat16"]
@@ -25,7 +26,7 @@ def call(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 
 
-@pytest.mark.parametrize("command", ["demo", "check", "bench", "explain", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "check", "bench", "explain", "doctor", "resources", "accuracy"])
 def test_every_command_has_help_with_its_exit_codes(command: str) -> None:
     result = call(command, "--help")
     assert result.exit_code == OK
@@ -176,6 +177,10 @@ def test_bench_passes_its_lists_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake(monkeypatch, "collogue.bench.latency", True)
     assert call("bench", "--tokens", "1,8", "--tokens", "32", "--format", "nvfp4", "--json", "-").exit_code == OK
     assert calls == [((), {"tokens": [1, 8, 32], "format": ["nvfp4"], "json": "-"})]
+    calls = fake(monkeypatch, "collogue.bench.latency", True)
+    assert call("bench", "--suite", "latency,hidden", "--world-size", "2").exit_code == OK
+    assert calls == [((), {"world_size": [2], "suites": ["latency", "hidden"], "json": None})]
+    assert call("bench", "--suite", "latency", "--tokens", "1").exit_code == USAGE
     fake(monkeypatch, "collogue.bench.latency", PlatformError("there is no GPU", hint="get one"))
     assert call("bench").exit_code == IMPOSSIBLE
 

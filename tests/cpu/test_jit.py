@@ -94,7 +94,8 @@ def test_the_resource_report_is_read() -> None:
         "ptxas         .     128 bytes stack frame, 480 bytes spill stores, 432 bytes spill loads\n"
         "ptxas info    : Used 96 registers, used 1 barriers, 1072 bytes smem\n"
     )
-    assert jit.resources(log) == jit.Resources(registers=96, stack=128, spilled=912)
+    assert jit.resources(log) == jit.Resources(registers=96, stack=128, spilled=912, shared=1072)
+    assert jit.resources(log.replace(", 1072 bytes smem", "")).shared == 0
     with pytest.raises(CompileError, match="no resource report"):
         jit.resources("")
 

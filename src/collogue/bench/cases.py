@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal
 
+from collogue.bench import epilogue
 from collogue.check.case import Case
 from collogue.check.sweep import DTYPES
 from collogue.errors import FormatError
@@ -21,18 +23,38 @@ KEPT = ("nvfp4", "fp8_static", "fp8_group128")
 #: Formats timed where the shape is the question.
 FEW = ("none", "nvfp4", "fp8_static")
 
+#: Layouts and options beyond the defaults of :data:`FORMATS`.
+OTHER_LAYOUTS = ("nvfp4/linear", "nvfp4/8x4", "fp8_group128/float32/column", "fp8_group128/ue8m0/column")
+
 NCCL, ONE_SHOT, TWO_SHOT = "nccl all_reduce", "symm_mem one_shot_all_reduce", "symm_mem two_shot_all_reduce"
+VLLM, FLASHINFER = "vllm custom all_reduce", "flashinfer allreduce_fusion"
+#: All-reduce alone: no residual, no norm, no format.
 BASELINES = (NCCL, ONE_SHOT, TWO_SHOT)
+#: Behind the name of an all-reduce: and then residual, norm and format in a kernel that torch.compile made.
+COMPILED = " + compiled epilogue"
+#: What other libraries do for the whole call; each is timed for the cases that it has.
+DECODE_CHAINS = (NCCL + COMPILED, ONE_SHOT + COMPILED, VLLM + COMPILED, FLASHINFER)
+LARGE_CHAINS = (NCCL + COMPILED, TWO_SHOT + COMPILED, FLASHINFER)
+#: Tokens at which the chains are timed: every shape is compiled for itself, which takes seconds.
+CHAIN_TOKENS = (1, 8, 64, 512, 4096)
+SUITES = ("latency", "bandwidth", "epilogues", "hidden", "world", "eager")
+#: The suites of a run that names none: what README and docs/speed.md show.
+DEFAULT_SUITES = ("latency", "hidden", "bandwidth")
 
 
 @dataclass(frozen=True)
 class Round:
-    """Calls of one shape on one world. Floors and ``baselines`` are timed in turn with them."""
+    """Calls of one shape on one world. Floors, ``baselines`` and, for the cases that have one, ``chains`` are timed in turn with them.
+
+    ``timing``: ``"graph"``, by slope of CUDA graphs; ``"eager"``, calls from Python, host included.
+    """
 
     section: str
     cases: tuple[Case, ...]
     baselines: tuple[str, ...] = BASELINES
     replays: int = 21
+    chains: tuple[str, ...] = ()
+    timing: Literal["graph", "eager"] = "graph"
 
     @property
     def shape(self) -> Case:
@@ -52,19 +74,79 @@ def _sum(world_size: int, tokens: int, hidden_size: int) -> Case:
     return Case(tokens, hidden_size, world_size=world_size, residual=False, norm=False, keep_norm=False)
 
 
+def has_chain(case: Case) -> bool:
+    """Whether the chains can do what ``case`` does."""
+    plain = case.residual and case.norm and case.weight_dtype is None and not case.weight_offset
+    return plain and not (case.keep_norm and case.format != "none") and case.format in epilogue.FORMATS
+
+
+def suite(name: str, world_size: int) -> list[Round]:
+    """The rounds of a suite of :data:`SUITES` on one world. Raises :class:`FormatError` for another name."""
+    if name not in SUITES:
+        raise FormatError(f"there is no suite {name!r}", hint=f"choose from {', '.join(SUITES)}")
+    makers = {
+        "latency": _latency,
+        "bandwidth": _bandwidth,
+        "epilogues": _epilogues,
+        "hidden": _hidden,
+        "world": _world,
+        "eager": _eager,
+    }
+    return makers[name](world_size)
+
+
 def default_rounds(world_size: int) -> list[Round]:
     """Decode sizes in every format, other hidden sizes, and large calls, which go beyond one-shot."""
+    return [round for name in DEFAULT_SUITES for round in suite(name, world_size)]
+
+
+def _latency(world_size: int) -> list[Round]:
     rounds = []
     for t in TOKENS:
         cases = [_case(world_size, t, HIDDEN_SIZE, f) for f in FORMATS]
         cases += [_case(world_size, t, HIDDEN_SIZE, f, keep_norm=True) for f in KEPT]
-        rounds.append(Round("decode", (*cases, _sum(world_size, t, HIDDEN_SIZE))))
-    for h, t in product(OTHER_HIDDEN_SIZES, (1, 8, 32)):
-        rounds.append(Round("hidden size", tuple(_case(world_size, t, h, f) for f in FEW), (NCCL,)))
+        chains = DECODE_CHAINS if t in CHAIN_TOKENS else ()
+        rounds.append(Round("decode", (*cases, _sum(world_size, t, HIDDEN_SIZE)), chains=chains))
+    return rounds
+
+
+def _bandwidth(world_size: int) -> list[Round]:
+    rounds = []
     for t in LARGE_TOKENS:
         cases = [_case(world_size, t, HIDDEN_SIZE, f) for f in FEW]
-        rounds.append(Round("large", (*cases, _sum(world_size, t, HIDDEN_SIZE)), replays=9))
+        chains = LARGE_CHAINS if t in CHAIN_TOKENS else ()
+        rounds.append(Round("large", (*cases, _sum(world_size, t, HIDDEN_SIZE)), replays=9, chains=chains))
     return rounds
+
+
+def _epilogues(world_size: int) -> list[Round]:
+    """What each part of the epilogue costs: formats and their scale layouts, with and without residual, norm, kept norm, float32 weight."""
+    rounds = []
+    for t in (1, 16, 128):
+        base = _case(world_size, t, HIDDEN_SIZE, "none")
+        cases = [_case(world_size, t, HIDDEN_SIZE, f, keep_norm=kept) for f in (*FORMATS, *OTHER_LAYOUTS) for kept in (False, True)]
+        cases += [replace(base, residual=False), replace(base, norm=False), replace(base, weight_dtype="float32")]
+        cases += [replace(c, norm=False, keep_norm=False) for c in cases if c.format in ("fp8_static", "nvfp4/128x4") and not c.keep_norm]
+        rounds.append(Round("epilogues", tuple(dict.fromkeys((*cases, _sum(world_size, t, HIDDEN_SIZE)))), ()))
+    return rounds
+
+
+def _hidden(world_size: int) -> list[Round]:
+    shapes = product(OTHER_HIDDEN_SIZES, (1, 8, 32))
+    return [Round("hidden size", tuple(_case(world_size, t, h, f) for f in FEW), (NCCL,)) for h, t in shapes]
+
+
+def _world(world_size: int) -> list[Round]:
+    """The same calls on every world size; the run repeats it for each."""
+    return [Round("world", tuple(_case(world_size, t, HIDDEN_SIZE, f) for f in FEW), (NCCL,)) for t in (1, 8, 64, 512)]
+
+
+def _eager(world_size: int) -> list[Round]:
+    """Calls from Python, one after the other, without a graph."""
+    return [
+        Round("eager", tuple(_case(world_size, t, HIDDEN_SIZE, f) for f in FEW), (NCCL,), 9, (NCCL + COMPILED, FLASHINFER), "eager")
+        for t in (1, 8, 64, 512)
+    ]
 
 
 def chosen_rounds(

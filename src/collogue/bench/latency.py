@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from collogue.bench import report
-from collogue.bench.cases import Round, chosen_rounds, default_rounds
+from collogue.bench.cases import DEFAULT_SUITES, Round, chosen_rounds, suite
 from collogue.bench.rank import bench_rank, start_again
 from collogue.check.case import Case
 from collogue.errors import PlatformError
@@ -32,6 +32,7 @@ _COMPILED = 3
 
 def run(
     *,
+    suites: Sequence[str] | None = None,
     world_size: Sequence[int] | None = None,
     tokens: Sequence[int] | None = None,
     hidden_size: Sequence[int] | None = None,
@@ -43,8 +44,9 @@ def run(
     """Measure, write the JSON, print the tables; whether everything of Collogue's has a number.
 
     Args:
-        world_size: default: the number of GPUs. The other lists are those of :func:`collogue.bench.cases.chosen_rounds`; with
-            none, :func:`collogue.bench.cases.default_rounds`.
+        suites: names of :data:`collogue.bench.cases.SUITES`; default: :data:`collogue.bench.cases.DEFAULT_SUITES`. Not with lists.
+        world_size: default: the number of GPUs; the suite ``world``: 2 to that number. The other lists are those of
+            :func:`collogue.bench.cases.chosen_rounds`.
         json: a file, or ``"-"`` for stdout (the tables then go to stderr).
         commit: recorded; default: what git says of the directory that this package is in.
     Raises:
@@ -57,7 +59,10 @@ def run(
     for world in worlds:
         if not 2 <= world <= gpus:
             raise PlatformError(f"{world} ranks on {gpus} GPUs", hint="timings need a GPU for each of two or more ranks")
-    rounds = {n: chosen_rounds(n, **lists) if any(lists.values()) else default_rounds(n) for n in worlds}  # type: ignore[arg-type]
+    if any(lists.values()):
+        rounds = {n: chosen_rounds(n, **lists) for n in worlds}  # type: ignore[arg-type]
+    else:
+        rounds = suite_rounds(suites or DEFAULT_SUITES, worlds, given=world_size is not None)
     data = {
         "passed": False,
         **circumstances(commit),
@@ -68,11 +73,20 @@ def run(
         "compile": [],
     }
     with _empty_kernel_cache(), _progress(sum(map(len, rounds.values()))) as progress:
-        for world in worlds:
-            _run_world(world, rounds[world], data, progress)
+        for world, mine in rounds.items():
+            _run_world(world, mine, data, progress)
     data["passed"] = report.passed(data)
     _write(data, json)
     return bool(data["passed"])
+
+
+def suite_rounds(suites: Sequence[str], worlds: Sequence[int], *, given: bool = False) -> dict[int, list[Round]]:
+    """The rounds of each world. The suite ``world`` is for every world size up to the largest, unless world sizes were ``given``."""
+    found: dict[int, list[Round]] = {}
+    for name in suites:
+        for world in worlds if given or name != "world" else range(2, max(worlds) + 1):
+            found.setdefault(world, []).extend(suite(name, world))
+    return found
 
 
 def _run_world(world: int, rounds: list[Round], data: dict[str, Any], progress: Progress) -> None:

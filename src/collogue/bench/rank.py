@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
+from itertools import product
 from typing import Any, TypeAlias
 
 import torch
@@ -15,11 +16,11 @@ import torch.distributed as dist
 
 from collogue import jit
 from collogue.bench.baselines import Baselines
-from collogue.bench.cases import NCCL, Round
+from collogue.bench.cases import NCCL, Round, has_chain
 from collogue.bench.floors import EMPTY, EXCHANGE, WIRE, Floors
 from collogue.bench.fused import FusedCall
 from collogue.bench.gate import call_each_set, each, time_gated
-from collogue.bench.timing import Chain, Latency, Subject, measure
+from collogue.bench.timing import Chain, EagerCalls, Latency, Subject, measure, measure_eager
 from collogue.check.case import Case
 from collogue.check.kernels import request_of
 from collogue.check.rank import Answers, arguments
@@ -118,7 +119,10 @@ class Bench:
         for case in round.cases:
             makers[str(case)] = partial(self._fused, case)
             rows[str(case)] = {"what": "collogue", "section": round.section, **_shape(case), **_call(case), **self._plan(case)}
-        latencies, errors = self.time(makers, round.replays)
+        for name, case in product(round.chains, filter(has_chain, round.cases)):
+            makers[f"{name} {case}"] = partial(self.baselines.make, name, case)
+            rows[f"{name} {case}"] = {"what": name, "section": round.section, **_shape(case), **_call(case)}
+        latencies, errors = self.time(makers, round.replays, eager=round.timing == "eager")
         if any(error.startswith(_FATAL) for error in errors.values()):
             self.comm(round.shape).reset()
         for name, row in rows.items():
@@ -141,8 +145,12 @@ class Bench:
         )
         return {"algorithm": plan.algorithm, "bytes_sent": plan.bytes_sent}
 
-    def time(self, makers: dict[str, Callable[[], Subject]], replays: int) -> tuple[dict[str, Latency], dict[str, str]]:
+    def time(
+        self, makers: dict[str, Callable[[], Subject]], replays: int, *, eager: bool = False
+    ) -> tuple[dict[str, Latency], dict[str, str]]:
         """Latencies of what passed its gates on every rank, and errors of the rest."""
+        if eager:
+            return time_gated(self.group, makers, capture=EagerCalls, measure=lambda calls: measure_eager(calls, replays, self.meet))
         return time_gated(
             self.group, makers, capture=lambda call: Chain(call, self.stream), measure=lambda chains: measure(chains, replays, self.meet)
         )
@@ -192,7 +200,11 @@ def _shape(case: Case) -> Row:
 
 
 def _call(case: Case) -> Row:
-    return {"format": case.format, "residual": case.residual, "norm": case.norm, "keep_norm": _keeps(case)}
+    return {"format": case.format, "residual": case.residual, "norm": case.norm, "keep_norm": _keeps(case), **_weight(case)}
+
+
+def _weight(case: Case) -> Row:
+    return {} if case.weight_dtype is None else {"weight_dtype": case.weight_dtype}
 
 
 def _result(latency: Latency | None, error: str | None, replays: int) -> Row:
@@ -246,7 +258,9 @@ def summary(title: str, rows: Sequence[Row]) -> str:
 def label(row: Row) -> str:
     """What a row is of, in a few words."""
     if row["what"] != "collogue":
-        return str(row["what"])
-    if not row["norm"]:
+        return f"{row['what']}, {row['format']}" if "format" in row else str(row["what"])
+    if not row["norm"] and row["format"] == "none":
         return "residual" if row["residual"] else "sum"
-    return f"{row['format']}, norm kept" if row["keep_norm"] else str(row["format"])
+    parts = {"norm kept": row["keep_norm"], "no norm": not row["norm"], "no residual": not row["residual"]}
+    weight = row.get("weight_dtype")
+    return ", ".join([str(row["format"]), *(name for name, so in parts.items() if so), *([f"{weight} weight"] if weight else [])])

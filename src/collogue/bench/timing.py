@@ -6,6 +6,7 @@ The difference leaves out the launch of the graph and the skew in which the rank
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +25,13 @@ class Latency:
     us: float
     low_us: float
     high_us: float
+
+
+@dataclass(frozen=True)
+class EagerLatency(Latency):
+    """Of calls from Python: ``us`` from the first call to the end of the GPU's work, ``host_us`` until the last call returned."""
+
+    host_us: float
 
 
 class Subject(Protocol):
@@ -102,3 +110,45 @@ def measure(chains: Mapping[str, Chain], replays: int, meet: Callable[[], None])
                 if turn:
                     taken.append(us)
     return {name: slope(short, long) for name, (short, long) in times.items()}
+
+
+class EagerCalls:
+    """Calls from Python; stands where a :class:`Chain` does."""
+
+    #: Calls of one measurement.
+    COUNT = 200
+
+    def __init__(self, call: Callable[[int], object]) -> None:
+        self._call = call
+
+    def run(self) -> None:
+        """One call on every input set."""
+        for turn in range(SETS):
+            self._call(turn)
+
+    def time(self, meet: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> tuple[float, float]:
+        """Microseconds per call until all have returned, and until the GPU has done them."""
+        meet()
+        start = clock()
+        for turn in range(self.COUNT):
+            self._call(turn)
+        returned = clock()
+        torch.cuda.synchronize()
+        return (returned - start) / self.COUNT * 1e6, (clock() - start) / self.COUNT * 1e6
+
+
+def measure_eager(calls: Mapping[str, EagerCalls], replays: int, meet: Callable[[], None]) -> dict[str, EagerLatency]:
+    """Time all in turn, ``replays`` times round, after a round that warms up. Medians; percentiles as in :func:`slope`."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for turn in range(replays + 1):
+        for name, subject in calls.items():
+            taken = subject.time(meet)
+            if turn:
+                times[name].append(taken)
+    found = {}
+    for name, taken_all in times.items():
+        host, whole = (sorted(column) for column in zip(*taken_all, strict=True))
+        last = len(whole) - 1
+        low, high = whole[round(0.1 * last)], whole[round(0.9 * last)]
+        found[name] = EagerLatency(statistics.median(whole), low, high, statistics.median(host))
+    return found

@@ -12,15 +12,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-from collogue import Communicator, Output, Quant, RMSNorm, dequantize
+from collogue import Output, Quant, RMSNorm, dequantize
 from collogue.demo.weights import ModelShape, Weights, columns, rows
 
 #: Sees the index of a fused call and the norm that came out of it.
 Observer = Callable[[int, torch.Tensor], None]
+
+
+class Sum(Protocol):
+    """What the model asks of a :class:`collogue.Communicator`; `collogue.accuracy` has others, which add in another order."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def all_reduce(
+        self, partial: torch.Tensor, *, residual: torch.Tensor | None = None, norm: RMSNorm | None = None, quant: Quant | None = None
+    ) -> Output: ...
 
 
 @dataclass(frozen=True)
@@ -53,16 +71,22 @@ class Cache:
 
 
 class ShardedLlama:
-    """One rank of a tensor-parallel Llama. On the CPU in float32 the shards are views of the shared weights."""
+    """One rank of a tensor-parallel Llama. On the CPU in float32 the shards are views of the shared weights.
 
-    def __init__(self, shape: ModelShape, weights: Weights, comm: Communicator) -> None:
+    Args:
+        gemm_dtype: what weights, rounded to the communicator's dtype, are kept in, and what matrix products are worked out in; their
+            results are rounded to the communicator's dtype, but for the logits. Default: that dtype. float32 is what a bfloat16 GEMM
+            does that accumulates in float32, and on CPUs without bfloat16 units it is much faster.
+    """
+
+    def __init__(self, shape: ModelShape, weights: Weights, comm: Sum, gemm_dtype: torch.dtype | None = None) -> None:
         shape.check_world_size(comm.world_size)
         self.shape, self.comm = shape, comm
         self.heads = shape.heads // comm.world_size
         self.kv_heads = shape.kv_heads // comm.world_size
 
         def own(name: str, cut: Callable[[torch.Tensor, int, int], torch.Tensor]) -> torch.Tensor:
-            return cut(weights[name], comm.rank, comm.world_size).to(comm.device, comm.dtype)
+            return cut(weights[name], comm.rank, comm.world_size).to(comm.device, comm.dtype).to(gemm_dtype or comm.dtype)
 
         self.embedding = own("model.embed_tokens.weight", rows)  # [V / N, H]
         self.head = own("lm_head.weight", rows) if "lm_head.weight" in weights else self.embedding
@@ -96,10 +120,10 @@ class ShardedLlama:
         for i, layer in enumerate(self.layers):
             partial = self._attention(i, layer, normed, turn, cache)
             normed, stream = self._finish(2 * i + 1, partial, stream, quants, observe)
-            partial = F.linear(F.silu(F.linear(normed, layer.gate)) * F.linear(normed, layer.up), layer.down)
+            partial = _linear(F.silu(_linear(normed, layer.gate)) * _linear(normed, layer.up), layer.down)
             normed, stream = self._finish(2 * i + 2, partial, stream, quants, observe)
         cache.length += tokens.shape[0]
-        return F.linear(normed, self.head)
+        return F.linear(normed.to(self.head.dtype), self.head)
 
     def _finish(
         self, call: int, partial: torch.Tensor, stream: torch.Tensor | None, quants: Sequence[Quant | None], observe: Observer | None
@@ -127,27 +151,33 @@ class ShardedLlama:
         """The rows of the tokens that this rank holds, zeros for the others: ``[T, H]``, a partial sum."""
         local = tokens - self.vocab_start
         mine = (local >= 0) & (local < self.embedding.shape[0])
-        return F.embedding(torch.where(mine, local, 0), self.embedding) * mine[:, None]
+        return (F.embedding(torch.where(mine, local, 0), self.embedding) * mine[:, None]).to(self.comm.dtype)
 
     def _attention(self, i: int, layer: Layer, normed: torch.Tensor, turn: torch.Tensor, cache: Cache) -> torch.Tensor:
         tokens = normed.shape[0]
 
         def heads(weight: torch.Tensor, count: int) -> torch.Tensor:
-            return F.linear(normed, weight).view(tokens, count, self.shape.head_dim).transpose(0, 1)  # [heads, T, D]
+            return _linear(normed, weight).view(tokens, count, self.shape.head_dim).transpose(0, 1)  # [heads, T, D]
 
         query = _rotate(heads(layer.query, self.heads), turn)
         key, value = cache.append(i, _rotate(heads(layer.key, self.kv_heads), turn), heads(layer.value, self.kv_heads))
         share = self.heads // self.kv_heads
         key, value = key.repeat_interleave(share, dim=0), value.repeat_interleave(share, dim=0)
         seen = torch.ones(tokens, key.shape[1], dtype=torch.bool, device=normed.device).tril(key.shape[1] - tokens)
-        mixed = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=seen)[0]  # [heads, T, D]
-        return F.linear(mixed.transpose(0, 1).reshape(tokens, -1), layer.output)
+        query, key, value = (x[None].to(layer.query.dtype) for x in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)[0].to(self.comm.dtype)  # [heads, T, D]
+        return _linear(mixed.transpose(0, 1).reshape(tokens, -1), layer.output)
 
     def _rotation(self, start: int, tokens: int) -> torch.Tensor:
         """Cosine and sine of the rotary embedding for positions from ``start``: ``[2, T, D]``."""
         positions = torch.arange(start, start + tokens, dtype=torch.float32, device=self.frequencies.device)
         angles = (positions[:, None] * self.frequencies[None, :]).repeat(1, 2)
         return torch.stack((angles.cos(), angles.sin())).to(self.comm.dtype)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x @ weight.T`` in the dtype of the weight, rounded to that of ``x``."""
+    return F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
 def _rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:

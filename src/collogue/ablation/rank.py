@@ -1,0 +1,113 @@
+"""One rank of ``collogue ablate``: a communicator for each switch, whose calls are timed in turn."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, TypeAlias
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from collogue import cuda, jit
+from collogue.ablation.build import Builder, topology_of, variant_of
+from collogue.ablation.switches import Switch
+from collogue.bench.fused import FusedCall
+from collogue.bench.gate import call_each_set, each
+from collogue.bench.timing import Chain, measure, slowest
+from collogue.check.case import Case
+from collogue.check.rank import Answers
+from collogue.communicator import Communicator
+from collogue.group import as_group
+from collogue.launch import Launcher
+from collogue.plan import LaunchShape
+from collogue.variant import Variant
+
+Row: TypeAlias = dict[str, Any]
+_TIMEOUT = 5.0
+
+
+@contextmanager
+def built_by(builder: Builder, switch: Switch) -> Iterator[None]:
+    """Inside, engines of this process load their kernels from ``builder`` and launch them as the switch says."""
+
+    def cubin(variant: Variant, architecture: str) -> bytes:
+        return builder.compile(switch, variant)[0]
+
+    def launcher(kernel: Any, shape: LaunchShape, *, dependent: bool) -> Launcher:
+        return Launcher(kernel, shape, dependent=dependent and switch.dependent)
+
+    with patch.object(jit, "cubin", cubin), patch.object(cuda, "Launcher", launcher):
+        yield
+
+
+class _Shape:
+    """Everything of one case: a communicator and a captured call for each switch."""
+
+    def __init__(self, group: dist.ProcessGroup, case: Case, builder: Builder, answers: Answers) -> None:
+        self._group, self._case, self._builder, self._answers = group, case, builder, answers
+        self.calls: dict[str, FusedCall] = {}
+        #: What of the outputs is not the reference's, by switch.
+        self.differs: dict[str, str | None] = {}
+
+    def prepare(self, switch: Switch) -> None:
+        """Collective. Loads the switch's kernel and compares what it writes."""
+        case = self._case
+        comm = Communicator(self._group, max_tokens=case.tokens, hidden_size=case.hidden_size, dtype=case.value_dtype, timeout=_TIMEOUT)
+        if switch.threads is not None:
+            engine: Any = comm._engine
+            engine.topology = replace(engine.topology, overrides=replace(engine.topology.overrides, cta_threads=switch.threads))
+        call = self.calls[switch.name] = FusedCall(comm, case, self._answers)
+        with built_by(self._builder, switch):
+            self.differs[switch.name] = call.gate(partial(call_each_set, call))
+
+    def close(self) -> None:
+        for call in self.calls.values():
+            call.comm.close()
+
+
+def ablate_rank(
+    group: dist.ProcessGroup, tell: Callable[[str], None], switches: Sequence[Switch], cases: Sequence[Case], replays: int
+) -> list[Row]:
+    """Rows of every case and switch, the same on every rank; all switches of a case are replayed in turn."""
+    gc.disable()
+    ranks, stream, answers = as_group(group), torch.cuda.Stream(), Answers()  # type: ignore[no-untyped-call]
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    architecture = jit.architecture_of((properties.major, properties.minor))
+    rows: list[Row] = []
+
+    def meet() -> None:
+        torch.cuda.synchronize()
+        dist.barrier(group)
+        torch.cuda.synchronize()
+
+    with Builder(architecture) as builder:
+        tell("compiling")
+        pairs = [(s, c) for s in switches for c in cases if s.applies(c.format, architecture)]
+        builder.compile_all([(s, variant_of(s, topology_of(s, c, architecture, properties.multi_processor_count), c)) for s, c in pairs])
+        dist.barrier(group)
+        for case in cases:
+            tell(str(case))
+            mine = {s.name: s for s in switches if s.applies(case.format, architecture)}
+            shape, errors = _Shape(group, case, builder, answers), dict[str, str]()
+            each(ranks, mine, lambda name, shape=shape, mine=mine: shape.prepare(mine[name]), errors)  # type: ignore[misc]
+            chains = {name: Chain(shape.calls[name].call, stream) for name in mine if name not in errors}
+            everyone = ranks.all_gather_object((measure(chains, replays, meet), shape.differs))
+            for name, switch in mine.items():
+                row: Row = {"switch": name, "tokens": case.tokens, "format": case.format, "world_size": case.world_size}
+                row |= {"valid": switch.valid, "replays": replays}
+                if name in errors:
+                    row |= {"us": None, "low_us": None, "high_us": None, "bits_changed": None, "error": errors[name]}
+                else:
+                    wrong = [text for _, found in everyone if (text := found[name])]
+                    row |= asdict(slowest([found[name] for found, _ in everyone]))
+                    row |= {"bits_changed": bool(wrong), "first_difference": wrong[0] if wrong else None, "error": None}
+                rows.append(row)
+            tell(" | ".join([str(case), *(f"{r['switch']} {r['us']:.2f}" for r in rows[-len(mine) :] if r["us"])]))
+            del chains
+            shape.close()
+    return rows

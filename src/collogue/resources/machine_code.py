@@ -1,0 +1,85 @@
+"""What stands in a cubin: the size of its code, and how often each kind of instruction occurs (by ``nvdisasm``)."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from collogue.errors import CompileError, PlatformError
+
+#: The instructions that are counted, by what they are. Static counts: how often one stands in the code, not how often it runs.
+#: A division in line is one MUFU.RCP and its corrections; a subroutine for operands near the ends of the range holds one more.
+KINDS: dict[str, str] = {
+    "load_128": r"LDG?\.(?=.*\b128\b)",
+    "store_128": r"STG?\.(?=.*\b128\b)",
+    "load": r"LDG?\.",
+    "store": r"STG?\.",
+    "e2m1": r"F2FP\..*E2M1",
+    "e4m3": r"F2FP\..*E4M3",
+    "reciprocal": r"MUFU\.RCP",
+    "root": r"MUFU\.(RSQ|SQRT)",
+    "shuffle": r"SHFL",
+    "barrier": r"BAR\.|UCGABAR",
+    "mbarrier": r"SYNCS",
+    "fence": r"MEMBAR|FENCE",
+    "call": r"CALL",
+}
+_KINDS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+
+
+def code_bytes(cubin: bytes) -> int:
+    """Bytes of machine code in an ELF file: its sections called ``.text.*``."""
+    return sum(size for name, size in _sections(cubin) if name.startswith(".text."))
+
+
+def _sections(elf: bytes) -> Iterator[tuple[str, int]]:
+    """Name and size of every section of a 64-bit little-endian ELF file."""
+    if elf[:6] != b"\x7fELF\x02\x01":
+        raise CompileError("this is not a cubin: no 64-bit ELF file", hint="pass what jit.compile_source returns")
+    (start,) = struct.unpack_from("<Q", elf, 0x28)
+    step, count, names = struct.unpack_from("<HHH", elf, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", elf, start + i * step) for i in range(count)]
+    base = headers[names][4]
+    for name, _, _, _, _, size in headers:
+        text = elf[base + name : elf.index(b"\0", base + name)]
+        yield text.decode(), size
+
+
+@functools.cache
+def nvdisasm() -> Path:
+    """NVIDIA's disassembler, on the path or in the package ``nvidia-cuda-nvdisasm``. Raises :class:`PlatformError`."""
+    found = shutil.which("nvdisasm")
+    if found:
+        return Path(found)
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for file in sorted(Path(folder).glob("*/bin/nvdisasm*")):
+            return file
+    raise PlatformError("nvdisasm is not here, so instructions cannot be counted", hint="pip install nvidia-cuda-nvdisasm")
+
+
+def count_instructions(cubin: bytes) -> dict[str, int]:
+    """How often each of :data:`KINDS` stands in the code, and ``total``, which leaves out the padding."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([str(nvdisasm()), file.name], capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        raise CompileError(f"nvdisasm refused the cubin: {done.stderr.strip()}", hint="use an nvdisasm as new as NVRTC")
+    return count(done.stdout)
+
+
+def count(listing: str) -> dict[str, int]:
+    """The counts of a listing by ``nvdisasm``."""
+    opcodes = Counter(opcode for opcode in _INSTRUCTION.findall(listing) if opcode != "NOP")
+    found = {kind: sum(n for opcode, n in opcodes.items() if pattern.match(opcode)) for kind, pattern in _KINDS.items()}
+    return {**found, "total": sum(opcodes.values())}

@@ -1,0 +1,301 @@
+"""`collogue accuracy` and `collogue calibrate`: orders of accumulation, scores, errors by layer, scales in named conventions."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from collogue import FP8Static, reference
+from collogue.accuracy import calibrate, main
+from collogue.accuracy.measure import clipped, forward, losses, score, sqnr
+from collogue.accuracy.models import Model, random_model, random_shape
+from collogue.accuracy.orders import ORDERS, OrderedSum, contract
+from collogue.cli import app
+from collogue.commands import accuracy as command
+from collogue.commands.options import OK, USAGE
+from collogue.communicator import Communicator
+from collogue.demo.model import Cache, ShardedLlama
+from collogue.errors import FormatError, ScaleError
+from collogue.spec import NVFP4, FP8PerToken, RMSNorm
+from collogue.testing import VirtualGroup, run_virtual
+from collogue.testing.compare import compare, differing
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return random_model(random_shape(1, 96), tokens=10, calibration=6)
+
+
+# ---- orders
+
+
+def numbers(*values: float) -> torch.Tensor:
+    return torch.tensor([values], dtype=BF16)
+
+
+def test_orders_round_where_they_say() -> None:
+    """256 + 1 is lost in bfloat16 (8 bits); three terms and a residual show each rounding."""
+    partials, residual = [numbers(256.0), numbers(1.0), numbers(1.0)], numbers(1.0)
+    found = {name: order(partials, residual).item() for name, order in ORDERS.items()}
+    # 259 is a tie between 258 and 260: to even; 258 + 1 the same; (256 + 1 -> 256) three times.
+    assert found == {"contract": 260.0, "two roundings": 260.0, "each addition": 256.0}
+    partials, residual = [numbers(256.0), numbers(1.0)], numbers(1.0)
+    found = {name: order(partials, residual).item() for name, order in ORDERS.items()}
+    assert found == {"contract": 258.0, "two roundings": 256.0, "each addition": 256.0}
+
+
+def test_the_contract_is_the_references() -> None:
+    generator = torch.Generator().manual_seed(0)
+    partials = [torch.randn(3, 40, generator=generator).to(BF16) for _ in range(3)]
+    residual = torch.randn(3, 40, generator=generator).to(BF16)
+    expected = reference.all_reduce(partials, residual=residual).residual
+    assert torch.equal(contract(partials, residual), expected)  # type: ignore[arg-type]
+    assert torch.equal(contract(partials, None), reference.all_reduce(partials).reduced)  # type: ignore[arg-type]
+    assert not torch.equal(ORDERS["each addition"](partials, residual), expected)  # type: ignore[arg-type]
+
+
+def test_an_ordered_sum_is_what_a_communicator_gives() -> None:
+    """Also that all ranks get it, and that the sum is in rank order."""
+
+    def rank(group: VirtualGroup) -> Any:
+        generator = torch.Generator().manual_seed(group.rank)
+        partial, residual = torch.randn(3, 64, generator=generator).to(BF16), torch.ones(3, 64, dtype=BF16)
+        given: dict[str, Any] = {"residual": residual, "norm": RMSNorm(torch.full((64,), 0.5, dtype=BF16)), "quant": FP8PerToken()}
+        ordered = OrderedSum(group, BF16, contract).all_reduce(partial, **given)
+        with Communicator(group, max_tokens=3, hidden_size=64) as comm:
+            return differing(compare(ordered, comm.all_reduce(partial, **given)))
+
+    assert run_virtual(3, rank) == [0, 0, 0]
+
+
+def test_float32_products_of_a_bfloat16_model_are_rounded_once(model: Model) -> None:
+    """What a bfloat16 GEMM gives that accumulates in float32; the logits stay float32."""
+
+    def rank(group: VirtualGroup) -> torch.Tensor:
+        llama = ShardedLlama(model.shape, model.weights, OrderedSum(group, BF16, contract), gemm_dtype=torch.float32)
+        assert llama.layers[0].query.dtype == llama.head.dtype == torch.float32
+        assert torch.equal(llama.head, llama.head.to(BF16).float())  # rounded as the model's dtype asks
+        assert llama.norms[0].weight.dtype == BF16
+        return llama.forward(model.tokens, Cache(llama, 10), [None] * 3)
+
+    logits = run_virtual(1, rank)[0]
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.to(BF16).float())
+
+
+# ---- measures
+
+
+def test_a_score_is_what_it_says() -> None:
+    tokens = torch.tensor([0, 1, 1, 0])
+    expected = torch.log(torch.tensor([[0.1, 0.9], [0.5, 0.5 - 1e-6], [0.75, 0.25], [0.3, 0.7]]))
+    found = score(expected.clone(), expected, tokens)
+    assert found.perplexity == pytest.approx((1 / (0.9 * 0.5 * 0.75)) ** (1 / 3), rel=1e-5)
+    assert (found.standard_error, found.logit_rms, found.logit_max, found.agreement) == (0.0, 0.0, 0.0, 1.0)
+    other = expected + torch.tensor([[5.0, 5.0], [0.0, 0.0], [0.0, 0.0], [2.0, 0.0]])  # a shift of a whole row changes nothing
+    found = score(other, expected, tokens)
+    assert found.agreement == 0.75
+    assert found.logit_max == pytest.approx(1.0)
+    assert found.logit_rms == pytest.approx(0.5)
+    assert found.perplexity == pytest.approx(score(expected, expected, tokens).perplexity, rel=1e-5)  # the last row predicts nothing
+    assert losses(expected, tokens)[0].item() == pytest.approx(-math.log(0.9))
+
+
+def test_sqnr_of_known_errors() -> None:
+    n = torch.tensor([[1.0, 448.0, 17.0, 0.0]], dtype=torch.float32).repeat(1, 4)
+    # E4M3 holds 16 and 18: 17 is off by 1, all else is exact.
+    assert sqnr(n, FP8Static(1.0)) == pytest.approx(10 * math.log10((1 + 448**2 + 17**2) / 1))
+    assert sqnr(n[:, :1].repeat(1, 8), FP8Static(1.0)) == math.inf
+    assert clipped(n, 17.0) == 0.25
+
+
+def test_a_better_format_has_less_noise(model: Model) -> None:
+    norms = forward(model, model.tokens, world_size=3, dtype=BF16, order=contract, keep_norms=True).norms
+    assert len(norms) == model.shape.fused_calls
+    for norm in norms:
+        assert sqnr(norm, FP8PerToken()) > 30 > 24 > sqnr(norm, NVFP4(2688.0 / float(norm.abs().max()))) > 15
+
+
+def test_sharding_changes_little_and_quantisation_more(model: Model) -> None:
+    expected = forward(model, model.tokens, world_size=1, dtype=torch.float32, order=contract).logits
+    assert expected.shape == (10, model.shape.vocab_size)
+    sharded = forward(model, model.tokens, world_size=3, dtype=torch.float32, order=contract).logits
+    assert score(sharded, expected, model.tokens).logit_max < 1e-3
+    rounded = score(forward(model, model.tokens, world_size=3, dtype=BF16, order=contract).logits, expected, model.tokens)
+    quants = [NVFP4(100.0), NVFP4(100.0), None]
+    four = score(forward(model, model.tokens, world_size=3, dtype=BF16, order=contract, quants=quants).logits, expected, model.tokens)
+    assert 1e-3 < rounded.logit_rms < four.logit_rms
+
+
+# ---- the whole run
+
+
+@pytest.fixture(scope="module")
+def result(model: Model) -> dict[str, Any]:
+    started: list[str] = []
+    formats, static = ["none", "fp8_static", "nvfp4", "fp8_per_token"], ["fp8_static"]
+    found = main.run(model, world_size=3, formats=formats, static=static, started=started.append)
+    assert len(started) == main.passes(formats, static), started
+    return found
+
+
+def test_a_run_holds_what_is_promised(result: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert [(r["order"], r["world_size"], r["format"]) for r in result["orders"]] == [
+        ("contract", 1, "none"),
+        *((order, 3, format) for format in ("none", "nvfp4") for order in ORDERS),
+    ]
+    assert [r["format"] for r in result["formats"]] == ["none", "fp8_static", "nvfp4", "fp8_per_token"]
+    assert result["formats"][0]["logit_rms"] == result["orders"][1]["logit_rms"]  # made once
+    assert {(r["format"], r["call"]) for r in result["layers"]} == {
+        (f, c) for f in ("fp8_static", "nvfp4", "fp8_per_token") for c in (0, 1)
+    }
+    assert [r["factor"] for r in result["static_scales"]] == list(main.FACTORS)
+
+
+def test_a_static_scale_that_is_too_small_saturates(result: dict[str, Any]) -> None:
+    by_factor = {r["factor"]: r for r in result["static_scales"]}
+    assert by_factor[0.25]["clipped"] > by_factor[0.5]["clipped"] > by_factor[16.0]["clipped"] == 0.0
+    assert by_factor[0.25]["sqnr_worst_db"] < by_factor[0.5]["sqnr_worst_db"] < by_factor[2.0]["sqnr_worst_db"]
+
+
+def test_the_text_shows_every_row(result: dict[str, Any]) -> None:
+    text = main.text(result)
+    for row in (*result["orders"], *result["formats"], *result["static_scales"]):
+        assert f"{row['perplexity']:.4f}" in text
+    assert text.count("\nfp8_static ") == 1 + len(main.FACTORS)
+    assert "SQNR (dB)" in text
+
+
+def test_a_format_without_a_static_scale_cannot_be_swept(model: Model) -> None:
+    with pytest.raises(FormatError, match="static scale"):
+        main.run(model, static=["fp8_per_token"])
+    with pytest.raises(FormatError, match="nvfp5"):
+        main.run(model, formats=["nvfp5"])
+
+
+# ---- calibration
+
+
+def test_a_calibration_keeps_the_largest_magnitude() -> None:
+    found = calibrate.Calibration()
+    found.observe("a", torch.tensor([1.0, -3.0, float("nan")]))
+    found.observe("a", torch.tensor([[2.0]], dtype=BF16))
+    found.observe("a", torch.empty(0))
+    found.observe("b", torch.tensor([0.5]))
+    assert found.amax == {"a": 3.0, "b": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("convention", "format", "name", "value"),
+    [
+        ("collogue", "fp8_static", "a.scale", 21.0 / 448),
+        ("collogue", "nvfp4", "a.global_scale", 448 * 6 / 21.0),
+        ("modelopt", "fp8_static", "a.input_scale", 21.0 / 448),
+        ("modelopt", "nvfp4", "a.input_scale", 21.0 / (448 * 6)),
+        ("compressed-tensors", "fp8_static", "a.input_scale", 21.0 / 448),
+        ("compressed-tensors", "nvfp4", "a.input_global_scale", 448 * 6 / 21.0),
+        ("torchao", "nvfp4", "a.per_tensor_scale", 21.0 / (448 * 6)),
+    ],
+)
+def test_conventions(convention: str, format: str, name: str, value: float) -> None:
+    found = calibrate.Calibration({"a": 21.0}).scales(format, convention)
+    assert found == {name: float(torch.tensor(value, dtype=torch.float32))}
+
+
+def test_the_scales_of_this_library_decode_what_was_seen() -> None:
+    """Direction, checked by use: the largest magnitude comes back, and the next format step below it too."""
+    n = torch.tensor([[3.5, -7.0, 0.25, 1.0] * 4], dtype=torch.float32)
+    found = calibrate.Calibration()
+    found.observe("x", n)
+    for format, kind in (("fp8_static", FP8Static), ("nvfp4", NVFP4)):
+        quant = kind(next(iter(found.scales(format).values())))  # type: ignore[operator]
+        decoded = reference.dequantize(*reference.quantize(n, quant), quant, hidden_size=16)
+        assert decoded[0, 1] == pytest.approx(-7.0, rel=1e-6)
+        assert sqnr(n, quant) > 20
+
+
+def test_conventions_that_are_not_there_and_dead_tensors() -> None:
+    with pytest.raises(FormatError, match="no static scale for fp8_static"):
+        calibrate.Calibration({"a": 1.0}).scales("fp8_static", "torchao")
+    with pytest.raises(FormatError, match="no convention 'mine'"):
+        calibrate.convention_of("nvfp4", "mine")
+    for dead in (0.0, math.inf):
+        with pytest.raises(ScaleError, match="largest magnitude"):
+            calibrate.Calibration({"a": dead}).scales("nvfp4")
+
+
+def test_every_reader_of_a_norm_gets_its_scale(model: Model) -> None:
+    found = calibrate.calibrate(model)
+    assert set(found.amax) == {
+        *(f"model.layers.0.self_attn.{name}_proj" for name in "qkv"),
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.mlp.up_proj",
+    }
+    norms = forward(model, model.calibration, world_size=1, dtype=BF16, order=contract, keep_norms=True).norms
+    assert found.amax["model.layers.0.self_attn.q_proj"] == float(norms[0].abs().max())
+    assert found.amax["model.layers.0.mlp.up_proj"] == float(norms[1].abs().max())
+    assert calibrate.readers(model.shape, 2) == ("lm_head",)
+
+
+# ---- commands
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+    monkeypatch.setattr(command, "_model", lambda *args, **named: model)
+
+
+def test_accuracy_as_a_command(small: None) -> None:
+    result = call("accuracy", "--format", "none,fp8_per_token", "--json", "-")
+    assert result.exit_code == OK, result.stderr
+    data = json.loads(result.stdout)
+    assert {"commit", "versions", "machine", "method", "orders", "formats", "layers"} <= set(data)
+    assert data["static_scales"] == []
+    assert "order of accumulation" in result.stderr
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_calibrate_as_a_command(small: None, tmp_path: Path, suffix: str) -> None:
+    target = tmp_path / f"scales{suffix}"
+    result = call("calibrate", str(target), "--convention", "modelopt")
+    assert result.exit_code == OK, result.stderr
+    assert "5 scales (input_scale, a divisor)" in result.stdout
+    if suffix == ".json":
+        data = json.loads(target.read_text())
+        assert (data["direction"], data["divisor"], data["convention"]) == ("divisor", "amax / 2688", "modelopt")
+        assert data["scales"].keys() == {f"{name}.input_scale" for name in calibrate.readers(random_shape(1, 96), 0)} | {
+            f"{name}.input_scale" for name in calibrate.readers(random_shape(1, 96), 1)
+        }
+    else:
+        from safetensors import safe_open
+
+        with safe_open(str(target), "pt") as file:
+            assert file.metadata()["direction"] == "divisor"
+            assert file.get_tensor("model.layers.0.mlp.up_proj.input_scale").dtype == torch.float32
+
+
+def test_wrong_usage(tmp_path: Path) -> None:
+    target = str(tmp_path / "x.json")
+    for arguments in (
+        ("accuracy", "--model", "gpt"),
+        ("accuracy", "--model", "random", "--hidden-size", "100"),
+        ("accuracy", "--dtype", "int8"),
+        ("accuracy", "--model", "random", "--layers", "1", "--hidden-size", "96", "--tokens", "8", "--world-size", "5"),
+        ("calibrate", target, "--convention", "mine"),
+        ("calibrate", target, "--format", "mxfp8"),
+    ):
+        assert call(*arguments).exit_code == USAGE, arguments
+    assert not (tmp_path / "x.json").exists()
