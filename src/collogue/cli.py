@@ -243,11 +243,20 @@ def _plain(value: Any) -> dict[str, Any]:
 
 
 @app.command(epilog=EXIT_CODES)
-def doctor(json: Json = None) -> None:
+def doctor(
+    json: Json = None,
+    journal: Annotated[Path | None, typer.Option(help="Print a journal that a failed call wrote, no more.", dir_okay=False)] = None,
+) -> None:
     """Say what this machine has, what Collogue will use, and what to do about what is missing.
 
     Ends with 3 if something is missing that Collogue needs on this machine; a machine without GPUs is not that.
     """
+    if journal is not None:
+        from collogue.journal import Journal
+
+        with exit_codes():
+            typer.echo(Journal.load(journal).text())
+        return
     from collogue.doctor import PROBES, examine
 
     check_target(json)

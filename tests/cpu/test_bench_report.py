@@ -90,7 +90,7 @@ def test_the_page_shows_every_number_and_needs_nothing_else() -> None:
     assert "<td>3.21</td>" in text
     assert "CompileError: &lt;no&gt;" in text
     assert "Collogue, norm: 3.21 at 8 (3 to 3.4)" in text
-    assert text.count("<svg") == 2 + 2 * 3 + 2  # decode; hidden sizes at three T; large
+    assert text.count("<svg") == 2 + 2 * 3 + 2 + 2 * 3  # decode; hidden sizes at three T; large; large at other hidden sizes, three T
     assert not re.search(r"(src|href)=|@import|url\(", text)  # one file
     for section in ("decode, world 2, bfloat16", "hidden size, world 2, bfloat16", "large, world 2, bfloat16", "Wire, host, compiler"):
         assert f"<h2>{section}</h2>" in text

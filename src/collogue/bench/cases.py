@@ -14,8 +14,9 @@ from collogue.errors import FormatError
 from collogue.spec import describe, parse
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
-LARGE_TOKENS = (256, 512, 1024, 2048, 4096)
+LARGE_TOKENS = (192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
 HIDDEN_SIZE = 7168
+LARGE_HIDDEN_SIZES = (4096, 8192, 16384)
 OTHER_HIDDEN_SIZES = (2048, 2880, 4096, 5120, 8192, 12800, 16384)
 FORMATS = ("none", "nvfp4", "fp8_static", "fp8_per_token", "fp8_group128", "mxfp8/ceil", "mxfp4/ceil")
 #: Formats also timed with the norm kept beside the codes.
@@ -74,9 +75,13 @@ def _sum(world_size: int, tokens: int, hidden_size: int) -> Case:
     return Case(tokens, hidden_size, world_size=world_size, residual=False, norm=False, keep_norm=False)
 
 
+def _sharded(world_size: int, tokens: int, hidden_size: int, format: str) -> Case:
+    return replace(_case(world_size, tokens, hidden_size, format), operation="sharded")
+
+
 def has_chain(case: Case) -> bool:
     """Whether the chains can do what ``case`` does."""
-    plain = case.residual and case.norm and case.weight_dtype is None and not case.weight_offset
+    plain = case.operation == "all_reduce" and case.residual and case.norm and case.weight_dtype is None and not case.weight_offset
     return plain and not (case.keep_norm and case.format != "none") and case.format in epilogue.FORMATS
 
 
@@ -114,8 +119,12 @@ def _bandwidth(world_size: int) -> list[Round]:
     rounds = []
     for t in LARGE_TOKENS:
         cases = [_case(world_size, t, HIDDEN_SIZE, f) for f in FEW]
+        cases += [_sharded(world_size, t, HIDDEN_SIZE, f) for f in ("nvfp4", "fp8_per_token", "none")]
         chains = LARGE_CHAINS if t in CHAIN_TOKENS else ()
-        rounds.append(Round("large", (*cases, _sum(world_size, t, HIDDEN_SIZE)), replays=9, chains=chains))
+        rounds.append(Round("large", (*cases, _sum(world_size, t, HIDDEN_SIZE)), replays=9 if t <= 4096 else 5, chains=chains))
+    for h, t in product(LARGE_HIDDEN_SIZES, (512, 2048, 8192)):
+        cases = [*(_case(world_size, t, h, f) for f in FEW), _sharded(world_size, t, h, "nvfp4")]
+        rounds.append(Round("large, other hidden sizes", tuple(cases), (NCCL,), replays=5))
     return rounds
 
 

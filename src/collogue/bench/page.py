@@ -87,7 +87,7 @@ def _is_headline(row: Row) -> bool:
     """Whether the row is in the plot of latencies: other libraries, the exchange, and Collogue in a few formats. Tables have all."""
     if row["what"] != "collogue":
         return bool(row["what"] != EMPTY)
-    return label(row) in ("none", "nvfp4/128x4", "fp8_static")
+    return label(row) in ("none", "nvfp4/128x4", "fp8_static", "sharded, nvfp4/128x4", "sharded, fp8_per_token")
 
 
 def _latencies(rows: Iterable[Row], x: str) -> dict[str, list[Point]]:

@@ -135,15 +135,8 @@ class Bench:
     def _plan(self, case: Case) -> Row:
         if not case.possible:
             return {"algorithm": None, "bytes_sent": None}
-        plan = self.comm(case).explain(
-            case.tokens,
-            residual=case.residual,
-            norm=case.norm,
-            quant=case.quant("cpu"),
-            keep_norm=_keeps(case),
-            hidden_size=case.hidden_size,
-        )
-        return {"algorithm": plan.algorithm, "bytes_sent": plan.bytes_sent}
+        plan = self.comm(case).explain(case.tokens, quant=case.quant("cpu"), hidden_size=case.hidden_size, **case.asked)
+        return {"algorithm": plan.algorithm, "bytes_sent": plan.bytes_sent, "launches": plan.launches}
 
     def time(
         self, makers: dict[str, Callable[[], Subject]], replays: int, *, eager: bool = False
@@ -200,7 +193,8 @@ def _shape(case: Case) -> Row:
 
 
 def _call(case: Case) -> Row:
-    return {"format": case.format, "residual": case.residual, "norm": case.norm, "keep_norm": _keeps(case), **_weight(case)}
+    row = {"format": case.format, "residual": case.residual, "norm": case.norm, "keep_norm": _keeps(case), **_weight(case)}
+    return row if case.operation == "all_reduce" else {**row, "operation": case.operation}
 
 
 def _weight(case: Case) -> Row:
@@ -261,6 +255,9 @@ def label(row: Row) -> str:
         return f"{row['what']}, {row['format']}" if "format" in row else str(row["what"])
     if not row["norm"] and row["format"] == "none":
         return "residual" if row["residual"] else "sum"
+    operation = [str(row["operation"])] if "operation" in row else []
     parts = {"norm kept": row["keep_norm"], "no norm": not row["norm"], "no residual": not row["residual"]}
     weight = row.get("weight_dtype")
-    return ", ".join([str(row["format"]), *(name for name, so in parts.items() if so), *([f"{weight} weight"] if weight else [])])
+    return ", ".join(
+        [*operation, str(row["format"]), *(name for name, so in parts.items() if so), *([f"{weight} weight"] if weight else [])]
+    )
