@@ -60,6 +60,15 @@ class Control:
         return cls(words[1], words[2], marks, canaries)
 
 
+def clean_control() -> bytearray:
+    """The first bytes of a workspace in which nothing has been called: zeros, and canaries between them."""
+    page = bytearray(_CANARY * (CONTROL_BYTES // len(_CANARY)))
+    marks_end = MARKS_OFFSET + MARKS * MAX_RANKS * 8
+    for first, end in ((0, CONTROL_WORDS), (MARKS_OFFSET, marks_end), (JOURNAL_OFFSET, CONTROL_BYTES)):
+        page[first:end] = bytes(end - first)
+    return page
+
+
 @dataclass
 class Workspace:
     """Collective to make: every rank allocates, maps every rank's buffer, fills its slots with sentinels."""
@@ -84,11 +93,7 @@ class Workspace:
     def reset(self) -> None:
         """Clean slots, zero control words, forget failures. Collective; no kernel of any rank may be running."""
         self.group.barrier()
-        control = self.buffer.local[:CONTROL_BYTES]
-        control.copy_(torch.frombuffer(bytearray(_CANARY * (CONTROL_BYTES // 4)), dtype=torch.uint8))
-        control[:CONTROL_WORDS].zero_()
-        control[MARKS_OFFSET : MARKS_OFFSET + MARKS * MAX_RANKS * 8].zero_()
-        control[JOURNAL_OFFSET:].zero_()
+        self.buffer.local[:CONTROL_BYTES].copy_(torch.frombuffer(clean_control(), dtype=torch.uint8))
         sentinel = SENTINELS[self.topology.dtype.itemsize]
         self.buffer.local[CONTROL_BYTES:].view(torch.int32).fill_(sentinel - (1 << 32))
         ctypes.memset(self.failure_pointer, 0, ctypes.sizeof(FailureRecord))
@@ -153,7 +158,7 @@ class Workspace:
 
     def check_canaries(self, control: Control) -> None:
         """Raise :class:`CorruptedWorkspace` where something has written between the control words."""
-        if control.canaries != _CANARY * len(control.canaries):
+        if control.canaries != _CANARY * (len(control.canaries) // len(_CANARY)):
             raise CorruptedWorkspace(
                 f"rank {self.group.rank}'s control words have been written over",
                 hint="something on this GPU, or a peer, writes outside its memory: run it under compute-sanitizer; then comm.reset()",
