@@ -192,7 +192,7 @@ def make_plan(topology: Topology, request: Request) -> Plan:
             algorithm, why, sent = "sharded", "rows have owners who add and finish them", (world - 1) * rows * (row + gathered)
     launches = 1
     if algorithm in ("two_shot", "sharded", "all_gather"):
-        memory = _memory(topology, request, algorithm)
+        memory = launch_memory(topology, request, algorithm)
         fits = max(1, (workspace_extent(topology).generation // (world - 1) - memory.flags) // (memory.slot + memory.gather))
         launches = -(-rows // fits)
         rows = -(-rows // launches)
@@ -213,7 +213,8 @@ def sends_values(request: Request) -> bool:
     return wanted.norm or (request.operation == "all_gather" and (wanted.reduced or wanted.residual))
 
 
-def _memory(topology: Topology, request: Request, algorithm: str) -> Memory:
+def launch_memory(topology: Topology, request: Request, algorithm: str) -> Memory:
+    """What a row of ``request`` needs in the workspace."""
     gathers = request.operation != "reduce_scatter"
     memory = memory_of(algorithm, topology.world_size, request.hidden_size, request.dtype, request.quant, values=sends_values(request))
     return memory if gathers else replace(memory, gather=0, wire=0)

@@ -166,10 +166,10 @@ struct Ranks {
     const u32 lane = thread_index() % 32;
     return lane < C::kWorld ? load_pair_written_together(own + mark_offset(of_call, lane)) : Pair{{0, 0}};
   }
-  // Whether another rank's arguments differ from this one's. A mark that has not come says nothing. All lanes.
+  // Whether another rank's arguments differ from this one's. A mark that has not come, this rank's too, says nothing. All lanes.
   COLLOGUE_DEVICE void compare_marks(u32 of_call, const Pair& seen, u32 stage) {
-    const u32 mine = of_lane(seen.w[1], p.rank);
-    const bool differs = seen.w[0] == of_call + 1 && seen.w[1] != mine;
+    const u32 marked = of_lane(seen.w[0], p.rank), mine = of_lane(seen.w[1], p.rank);
+    const bool differs = marked == of_call + 1 && seen.w[0] == of_call + 1 && seen.w[1] != mine;
     if (!any_in_warp(differs)) return;
     stopped = kFoundHere | kMismatch << 8;
     if (differs) late = stage << 4 | (thread_index() % 32);
@@ -197,8 +197,8 @@ struct Ranks {
         if (!stopped && any_in_warp(now - started > kLongWait)) compare_marks(call, look_at_marks(call), stage);
         // Whoever waits for what others relay gives up a little later than those who know whom they miss.
         if (!stopped && any_in_warp(now - started > (stage == kStagePartials ? p.timeout : p.relay_timeout))) {
-          stopped = kFoundHere | kTimeout << 8;
           const u32 rank = missing_rank();
+          if (any_in_warp(rank != kNobody)) stopped = kFoundHere | kTimeout << 8;  // else it has come after all
           if (rank != kNobody) late = token << 8 | stage << 4 | rank;
         }
       }

@@ -1,11 +1,11 @@
-"""From a :class:`Case` to a shared library for the CPU."""
+"""From :class:`Case` to a shared library for the CPU."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +35,7 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Case:
-    """What is emulated: one kernel in one launch shape, for calls of up to ``max_tokens`` tokens.
+    """What is emulated: one kernel in one launch shape, for calls of up to ``max_tokens`` tokens, in up to ``launches`` launches each.
 
     ``kernel``: ``one_shot``, ``two_shot``, ``local``, or an operation: ``sharded``, ``reduce_scatter``, ``all_gather`` (of the norm, or
     of codes where ``quant`` is given).
@@ -55,6 +55,7 @@ class Case:
     max_tokens: int = 3
     rows: int | None = None
     vectors: int = 1
+    launches: int = 1
 
     @property
     def cluster(self) -> int:
@@ -80,9 +81,24 @@ class Case:
         residual, norm = self.residual and not moves, self.norm and not moves
         return plan.Request(tokens, self.hidden_size, self.dtype, residual, norm, False, self.quant, self.wanted, self.operation)
 
-    def rows_of(self, tokens: int) -> int:
-        """Rows of one launch: of the call, or of each owner."""
-        return tokens if self.kernel in ("one_shot", "two_shot", "local") else -(-tokens // self.world)
+    def plan_of(self, tokens: int) -> plan.Plan:
+        """Of one call: as many rows to a launch as in every other, of the call or of each owner."""
+        rows = tokens if self.kernel in ("one_shot", "two_shot", "local") else -(-tokens // self.world)
+        rows_of_launch = -(-rows // self.launches)
+        return plan.Plan(self.algorithm, "", None, 0, 0.0, 0.0, rows_of_launch, -(-rows // rows_of_launch))
+
+    def clusters_of(self, rows: int) -> int:
+        """Of a launch that does ``rows``."""
+        return min(rows, self.rows or rows)
+
+    def memory_of(self, tokens: int) -> int:
+        """Bytes of a generation that a call uses, and not one more."""
+        if self.kernel == "local":
+            return 0
+        request, made = self.request(tokens), self.plan_of(tokens)
+        memory = plan.launch_memory(self.topology, request, self.algorithm)
+        flags = 4 * self.cluster * self.clusters_of(made.rows) if memory.flags else 0
+        return replace(memory, flags=flags).generation(self.world, made.rows)
 
     @property
     def topology(self) -> Topology:
@@ -91,7 +107,7 @@ class Case:
     @property
     def variant(self) -> Variant:
         """What a GPU would run in this shape, by the plan's own rules."""
-        shape = plan.LaunchShape(self.threads, self.vectors, self.cluster, self.rows or self.rows_of(self.max_tokens))
+        shape = plan.LaunchShape(self.threads, self.vectors, self.cluster, self.clusters_of(self.plan_of(self.max_tokens).rows))
         request = self.request(self.max_tokens)
         return plan.make_variant(self.topology, request, shape, self.algorithm)
 
@@ -107,17 +123,22 @@ class Edit:
 
 @dataclass(frozen=True)
 class Library:
-    """A compiled case."""
+    """Compiled cases, of one world size and dtype."""
 
-    case: Case
+    cases: tuple[Case, ...]
     emulate: Callable[..., None]
 
+    @property
+    def world(self) -> int:
+        return self.cases[0].world
 
-def compile_case(case: Case, directory: Path, edits: tuple[Edit, ...] = ()) -> Library:
-    """Compile ``case`` in ``directory``, unless the same sources have been. ``edits`` are made in a copy of them."""
-    variant = case.variant
+
+def compile_cases(cases: Sequence[Case], directory: Path, edits: tuple[Edit, ...] = ()) -> Library:
+    """Compile ``cases`` in ``directory``, unless the same sources have been. ``edits`` are made in a copy of them."""
     files = _sources(edits)
-    files["kernel.cpp"] = variant.source() + f"#define COLLOGUE_KERNEL {variant.name}\n" + '#include "driver.hpp"\n'
+    names = ", ".join(f"kernel{i}" for i in range(len(cases)))
+    units = [_unit(case.variant, i) for i, case in enumerate(cases)]
+    files["kernel.cpp"] = "".join((*units, f"#define COLLOGUE_KERNELS {names}\n", '#include "driver.hpp"\n'))
     folder = directory / hashlib.sha256(repr((OPTIONS, files)).encode()).hexdigest()[:16]
     library = folder / "kernel.so"
     if not library.exists():
@@ -130,7 +151,12 @@ def compile_case(case: Case, directory: Path, edits: tuple[Edit, ...] = ()) -> L
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     function = ctypes.CDLL(str(library)).collogue_emulate
     function.restype = None
-    return Library(case, function)
+    return Library(tuple(cases), function)
+
+
+def _unit(variant: Variant, number: int) -> str:
+    """The translation unit of a variant, with names that several can have beside each other."""
+    return variant.source().replace("Config", f"Config{number}").replace(variant.name, f"kernel{number}")
 
 
 def _sources(edits: tuple[Edit, ...]) -> dict[str, str]:

@@ -1,49 +1,61 @@
-// What Python calls: included after the generated kernel, whose name is COLLOGUE_KERNEL.
+// What Python calls: included after the generated kernels, whose names are COLLOGUE_KERNELS.
 #pragma once
+#include "protocol.cuh"
 
 // Mirrored by collogue/testing/emulator/run.py.
+struct Launch {
+  const collogue::Params* params;
+  unsigned long long sent;  // 32-bit words stored to peers' slots
+  unsigned kernel, rank, number, cluster, rows, threads;  // number: of calls that the device has counted before
+};
 struct Job {
-  unsigned ranks, calls, cluster, threads, mode, victim, absent_call, bytes;
-  unsigned long long seed, workspace_bytes, failure_bytes;
-  const collogue::Params* params;  // [calls][ranks]
-  const unsigned* rows;            // [calls] clusters of the grid
-  unsigned long long* sent;        // [calls][ranks] 32-bit words stored to peers' slots
-  unsigned long long ticks;
+  unsigned ranks, launches, mode, victim, absent_launch, bytes;
+  unsigned long long seed, workspace_bytes, failures, failure_bytes, ticks;
+  Launch* launch;  // of every rank in the order of its stream
   char error[256];
 };
 
 extern "C" void collogue_emulate(Job* job) {
   using namespace collogue::emulator;
   if (job->bytes != sizeof(Job)) return;  // Python sees that nothing was done
+  static void (*const entries[])(collogue::Params) = {COLLOGUE_KERNELS};
   Machine machine;
   collogue::emulator::machine = &machine;
   machine.random.state = job->seed;
   machine.mode = static_cast<Mode>(job->mode);
   machine.victim = job->victim;
-  machine.absent_call = job->absent_call;
-  machine.entry = [](const void* params) { COLLOGUE_KERNEL(*static_cast<const collogue::Params*>(params)); };
+  machine.absent_launch = job->absent_launch;
+  machine.entry = [](u32 kernel, const void* params) { entries[kernel](*static_cast<const collogue::Params*>(params)); };
   machine.ranks.resize(job->ranks);
-  std::vector<std::unique_ptr<Kernel>> kernels;
-  for (u32 call = 0; call < job->calls; call++)
-    for (u32 rank = 0; rank < job->ranks; rank++) {
-      auto kernel = std::make_unique<Kernel>();
-      kernel->rank = rank;
-      kernel->call = call;
-      kernel->params = &job->params[call * job->ranks + rank];
-      kernel->threads = job->threads;
-      kernel->cluster_size = job->cluster;
-      kernel->rows = job->rows[call];
-      machine.ranks[rank].stream.push_back(kernel.get());
-      kernels.push_back(std::move(kernel));
-    }
+  machine.control_bytes = collogue::kDataOffset;
   for (u32 rank = 0; rank < job->ranks; rank++) {
-    u8* const workspace = job->params[rank].workspace[rank];
-    u8* const failure = reinterpret_cast<u8*>(job->params[rank].failure);
-    machine.peer_memory.push_back({workspace, workspace + job->workspace_bytes});
-    machine.peer_memory.push_back({failure, failure + job->failure_bytes});
+    const u64 workspace = reinterpret_cast<u64>(job->launch[0].params->workspace[rank]);
+    machine.workspaces.push_back({workspace, workspace + job->workspace_bytes});
+    machine.failures.push_back({job->failures + rank * job->failure_bytes, job->failures + (rank + 1) * job->failure_bytes});
+  }
+  std::vector<std::unique_ptr<Kernel>> kernels;
+  for (u32 i = 0; i < job->launches; i++) {
+    const Launch& launch = job->launch[i];
+    const collogue::Params& params = *launch.params;
+    auto kernel = std::make_unique<Kernel>();
+    kernel->entry = launch.kernel;
+    kernel->rank = launch.rank;
+    kernel->place = static_cast<u32>(machine.ranks[launch.rank].stream.size());
+    kernel->params = &params;
+    kernel->threads = launch.threads;
+    kernel->cluster_size = launch.cluster;
+    kernel->rows = launch.rows;
+    // The generation of this call on every rank, and the one that the call before has left to be cleaned on this one.
+    const u32 generations = params.data_offset == collogue::kDataOffset ? collogue::kOneShotGenerations : collogue::kGenerations;
+    const u64 send = params.data_offset + launch.number % generations * params.generation_bytes;
+    const u64 clean = collogue::kDataOffset + (launch.number - 1) % collogue::kOneShotGenerations * params.one_shot_bytes;
+    kernel->may_send = {send, send + params.generation_bytes};
+    kernel->may_clean = {clean, clean + params.one_shot_bytes};
+    machine.ranks[launch.rank].stream.push_back(kernel.get());
+    kernels.push_back(std::move(kernel));
   }
   machine.run();
-  for (std::size_t i = 0; i < kernels.size(); i++) job->sent[i] = kernels[i]->words_sent;
+  for (u32 i = 0; i < job->launches; i++) job->launch[i].sent = kernels[i]->words_sent;
   job->ticks = machine.tick;
   std::memcpy(job->error, machine.error, sizeof job->error);
   collogue::emulator::machine = nullptr;

@@ -46,6 +46,11 @@ struct Cluster {
   std::vector<Cta*> ctas;
 };
 
+struct Range {
+  u64 first, end;
+  bool holds(u64 at, u32 bytes) const { return at >= first && at + bytes <= end; }
+};
+
 struct Kernel;
 
 struct Cta {
@@ -66,8 +71,10 @@ struct Cta {
 
 // One launch. It has ended when its threads have ended and all they stored has arrived.
 struct Kernel {
-  u32 rank = 0, call = 0;
+  u32 entry = 0, rank = 0;
+  u32 place = 0;  // in its rank's stream
   const void* params = nullptr;
+  Range may_send{}, may_clean{};  // offsets in a workspace: of every rank, of its own
   u32 threads = 0, cluster_size = 0, rows = 0;
   std::vector<std::unique_ptr<Cta>> ctas;
   std::vector<std::unique_ptr<Cluster>> clusters;

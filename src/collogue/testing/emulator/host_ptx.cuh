@@ -149,8 +149,8 @@ inline u64 time_ns() { return read_together(emulator::Collective::kTime, &machin
 inline void wait_for_previous_kernel() {
   emulator::Kernel& kernel = *self().cta->kernel;
   machine->point();
-  if (!kernel.call) return;
-  emulator::Kernel& previous = *machine->ranks[kernel.rank].stream[kernel.call - 1];
+  if (!kernel.place) return;
+  emulator::Kernel& previous = *machine->ranks[kernel.rank].stream[kernel.place - 1];
   while (!previous.ended) machine->block_on(previous.waiters);
 }
 // The first thread speaks for its CTA.

@@ -64,11 +64,12 @@ class Machine {
 
   Random random{0};
   Mode mode = kFair;
-  u32 victim = 0, absent_call = ~0u;
+  u32 victim = 0, absent_launch = ~0u;
   u64 tick = 0;
-  void (*entry)(const void*) = nullptr;  // the kernel
+  void (*entry)(u32, const void*) = nullptr;  // a kernel by its number
   std::vector<Rank> ranks;
-  std::vector<std::pair<u8*, u8*>> peer_memory;  // where peers may store
+  std::vector<Range> workspaces, failures;  // addresses, by rank
+  u64 control_bytes = 0;                    // at the start of every workspace
   char error[256] = "";
   Fibre* current = nullptr;
 
@@ -125,13 +126,13 @@ class Machine {
   // Words of one store arrive one by one, in any order, but not before an earlier fence's stores.
   void store_later(void* address, u32 word) {
     u8* const first = static_cast<u8*>(address);
-    if (!is_peer_memory(first, 4)) return fail("a store to a peer missed its memory");
+    if (!may_store(first, 4)) return fail("a store left the memory of its call");
     send({0, 0, first, word, current->cta->kernel, nullptr, 0, false, 0});
   }
   // Two words that arrive together.
   void store_pair_later(void* address, u32 low, u32 high) {
     u8* const first = static_cast<u8*>(address);
-    if (!is_peer_memory(first, 8)) return fail("a store to a peer missed its memory");
+    if (!may_store(first, 8)) return fail("a store left the memory of its call");
     send({0, 0, first, low, current->cta->kernel, nullptr, 0, true, high});
   }
   void send_to_cta(Cta& cta, u32 offset, u32 word, u32 barrier) {
@@ -139,11 +140,22 @@ class Machine {
     if (offset + 4 > cta.shared_bytes || barrier + 8 > cta.shared_bytes) return fail("a word missed the other CTA's shared memory");
     send({0, 0, cta.shared.get() + offset, word, current->cta->kernel, &cta, barrier, false, 0});
   }
+  // Whether it lies where peers store.
   bool is_peer_memory(const void* address, u32 bytes) const {
-    const u8* const first = static_cast<const u8*>(address);
-    for (auto& range : peer_memory)
-      if (first >= range.first && first + bytes <= range.second) return true;
-    return false;
+    const auto holds = [&](const Range& range) { return range.holds(reinterpret_cast<u64>(address), bytes); };
+    return std::any_of(workspaces.begin(), workspaces.end(), holds) || std::any_of(failures.begin(), failures.end(), holds);
+  }
+  // Whether the current kernel may store there: control words, its generation, what it has to clean, its rank's failure record.
+  bool may_store(const void* address, u32 bytes) const {
+    const Kernel& kernel = *current->cta->kernel;
+    const u64 first = reinterpret_cast<u64>(address);
+    for (u32 r = 0; r < workspaces.size(); r++) {
+      if (!workspaces[r].holds(first, bytes)) continue;
+      const u64 offset = first - workspaces[r].first;
+      const bool may_clean = r == kernel.rank && kernel.may_clean.holds(offset, bytes);
+      return offset + bytes <= control_bytes || kernel.may_send.holds(offset, bytes) || may_clean;
+    }
+    return failures[kernel.rank].holds(first, bytes);
   }
   void count_sent(u32 words) { current->cta->kernel->words_sent += words; }
   // A barrier: whoever fences after it fences what all of them stored before it.
@@ -212,7 +224,7 @@ class Machine {
         if (kernel.started) continue;
         const Kernel* const previous = i ? rank.stream[i - 1] : nullptr;
         const bool allowed = !previous || previous->ended || previous->launched_next == previous->rows * previous->cluster_size;
-        if (!allowed || (mode == kAbsent && r == victim && i == absent_call && !others_ended(r))) break;
+        if (!allowed || (mode == kAbsent && r == victim && i == absent_launch && !others_ended(r))) break;
         kernel.started = true;
         kernel.ctas_running = kernel.rows * kernel.cluster_size;
         for (u32 row = 0; row < kernel.rows; row++) kernel.unstarted.push_back(row);
@@ -355,7 +367,7 @@ inline Machine* machine;
 // The first function of every fibre.
 inline void fibre_main() {
   Fibre& fibre = *machine->current;
-  machine->entry(fibre.cta->kernel->params);
+  machine->entry(fibre.cta->kernel->entry, fibre.cta->kernel->params);
   fibre.ready = false;
   fibre.ended = true;
   machine->leave();

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import TypeAlias
 
 import torch
 
@@ -12,8 +13,8 @@ from collogue import reference
 from collogue.call import Call, allocate
 from collogue.formats import scale_storage
 from collogue.launch import Params, timeouts
-from collogue.parameters import fill_epilogue, fill_shape, fill_shard, fill_workspace
-from collogue.plan import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Plan, workspace_extent
+from collogue.parameters import fill_epilogue, fill_shape, fill_shard, fill_workspace, later_launches
+from collogue.plan import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Extent
 from collogue.spec import Output, RMSNorm, owned_rows
 from collogue.testing.compare import compare
 from collogue.testing.emulator.build import Case, Library
@@ -23,25 +24,50 @@ from collogue.workspace import SENTINELS, FailureRecord
 #: What the adversary does, in the order of ``Mode`` in `machine.hpp`: treats all alike; holds a rank up; lets a rank run ahead;
 #: holds CTAs up; keeps a rank from launching one of its kernels until all others have ended.
 MODES = ("fair", "late", "ahead", "slow_ctas", "absent")
+#: Makes a rank's partial from the one that the kind of inputs has given it.
+Terms: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 _POISON = 0xEE
 _STOP_WORD = 2  # of the control words (kernels/protocol.cuh)
+_LEFT_UNIT = 256  # what one-shot leaves to be cleaned is a multiple of this
+_NEVER = (1 << 32) - 1
+
+
+class _Launch(ctypes.Structure):
+    """Mirrors ``Launch`` in `driver.hpp`."""
+
+    _fields_ = [
+        ("params", ctypes.c_void_p),
+        ("sent", ctypes.c_uint64),
+        *((name, ctypes.c_uint32) for name in ("kernel", "rank", "number", "cluster", "rows", "threads")),
+    ]
 
 
 class _Job(ctypes.Structure):
     """Mirrors ``Job`` in `driver.hpp`."""
 
     _fields_ = [
-        *((name, ctypes.c_uint32) for name in ("ranks", "calls", "cluster", "threads", "mode", "victim", "absent_call", "bytes")),
-        *((name, ctypes.c_uint64) for name in ("seed", "workspace_bytes", "failure_bytes")),
-        *((name, ctypes.c_void_p) for name in ("params", "rows", "sent")),
-        ("ticks", ctypes.c_uint64),
+        *((name, ctypes.c_uint32) for name in ("ranks", "launches", "mode", "victim", "absent_launch", "bytes")),
+        *((name, ctypes.c_uint64) for name in ("seed", "workspace_bytes", "failures", "failure_bytes", "ticks")),
+        ("launch", ctypes.c_void_p),
         ("error", ctypes.c_char * 256),
     ]
 
 
 @dataclass(frozen=True)
+class Ask:
+    """What a rank is called with: a number of tokens, which case of the library, and what is not compiled in."""
+
+    tokens: int
+    case: int = 0
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
 class Run:
-    """What came of it. ``sent``, by call and rank: 32-bit words stored in the slots of peers; ``stops``: every rank's stop word."""
+    """What came of it, by call and rank. ``sent``: 32-bit words stored in the slots of peers; ``stops``: every rank's stop word.
+
+    ``expected`` is empty for a call that the ranks were given differently.
+    """
 
     error: str
     outputs: list[list[Output]]
@@ -60,8 +86,8 @@ class Run:
             if record.fault:
                 return f"rank {record.rank} failed at call {record.call}: fault {record.fault}, late rank {record.late_rank}"
         for call, (outputs, expected) in enumerate(zip(self.outputs, self.expected, strict=True)):
-            for rank, actual in enumerate(outputs):
-                for difference in compare(actual, expected[rank]).values():
+            for rank, (actual, right) in enumerate(zip(outputs, expected, strict=True)):
+                for difference in compare(actual, right).values():
                     if difference.count:
                         return f"call {call}, rank {rank}: {difference.first}"
         if self.leftover:
@@ -71,100 +97,135 @@ class Run:
 
 def emulate(
     library: Library,
-    tokens: Sequence[int],
+    calls: Sequence[int | Ask | Sequence[Ask]],
     *,
     seed: int,
     mode: str = "fair",
     victim: int = 0,
     absent_call: int | None = None,
     kind: str = "normal",
+    terms: Terms | None = None,
     timeout: float = 1.0,
 ) -> Run:
-    """One call after the other on every rank, queued at once; call ``i`` has ``tokens[i]`` tokens.
+    """One call after the other on every rank, queued at once.
 
     Args:
+        calls: of each its number of tokens, or what every rank, or each rank, is called with.
         seed: of the inputs and of the adversary.
         mode: a name of :data:`MODES`; ``victim`` is its rank, ``absent_call`` the call that it does not launch.
         kind: of inputs (:data:`collogue.testing.inputs.KINDS`). Words that look like the sentinel are sprinkled over the partials.
+        terms: changes the partials.
         timeout: in emulated seconds, of one million scheduling points each.
     """
-    case = library.case
-    ranks = case.world
-    every = [_call(case, t, kind, seed + i) for i, t in enumerate(tokens)]
-    calls, expected = [calls for calls, _ in every], [outputs for _, outputs in every]
-    outputs = [[_poisoned(call) for call in of_ranks] for of_ranks in calls]
-    memory = _Memory(case, ranks)
-    params = (Params * (len(calls) * ranks))()
-    for i, of_ranks in enumerate(calls):
-        for rank, call in enumerate(of_ranks):
-            _fill(params[i * ranks + rank], case, rank, call, outputs[i][rank], memory, timeout)
-    rows = (ctypes.c_uint32 * len(calls))(*(min(case.rows_of(t), case.rows or t) for t in tokens))
-    sent = (ctypes.c_uint64 * len(params))()
-    never = len(calls)
-    job = _Job(ranks, len(calls), case.cluster, case.threads, MODES.index(mode), victim, never if absent_call is None else absent_call)
-    job.bytes = ctypes.sizeof(_Job)
-    job.seed, job.workspace_bytes, job.failure_bytes = seed, memory.workspaces[0].nbytes, ctypes.sizeof(FailureRecord)
-    job.params, job.rows, job.sent = ctypes.addressof(params), ctypes.addressof(rows), ctypes.addressof(sent)
+    memory = _Memory(library)
+    every, outputs, expected = [], [], []  # `every` keeps what kernels read
+    streams: list[list[tuple[int, _Launch, Params]]] = [[] for _ in range(library.world)]
+    counted, absent_launch = [0] * library.world, _NEVER
+    for i, call in enumerate(calls):
+        asked = _by_rank(call, library.world)
+        made = {ask: _calls(library.cases[ask.case], ask, kind, seed + i, terms) for ask in set(asked)}
+        every.append(made)
+        outputs.append([_poisoned(made[ask][0][rank]) for rank, ask in enumerate(asked)])
+        expected.append(made[asked[0]][1] if len(made) == 1 else [])
+        if i == absent_call:
+            absent_launch = len(streams[victim])
+        for rank, ask in enumerate(asked):
+            case = library.cases[ask.case]
+            for params in _launches(case, rank, made[ask][0][rank], outputs[i][rank], memory, timeout):
+                rows = case.clusters_of(params.count)
+                streams[rank].append((i, _Launch(0, 0, ask.case, rank, counted[rank], case.cluster, rows, case.threads), params))
+                counted[rank] += case.kernel != "local"
+                memory.left = case.kernel == "one_shot" or (memory.left and case.kernel == "local")
+    queued = [launch for stream in streams for launch in stream]
+    array = (_Launch * len(queued))(*(launch for _, launch, _ in queued))
+    for launch, (_, _, params) in zip(array, queued, strict=True):
+        launch.params = ctypes.addressof(params)
+    job = _Job(library.world, len(queued), MODES.index(mode), victim, absent_launch, ctypes.sizeof(_Job), seed)
+    job.workspace_bytes, job.launch = memory.workspaces[0].nbytes, ctypes.addressof(array)
+    job.failures, job.failure_bytes = ctypes.addressof(memory.failures), ctypes.sizeof(FailureRecord)
     library.emulate(ctypes.byref(job))
     assert job.ticks > 0, "driver.hpp and run.py describe a job differently"
+    sent = [[0] * library.world for _ in calls]
+    for launch, (i, _, _) in zip(array, queued, strict=True):
+        sent[i][launch.rank] += launch.sent
     return Run(
         error=job.error.decode(),
         outputs=outputs,
         expected=expected,
         failures=list(memory.failures),
         stops=[int(workspace[_STOP_WORD]) for workspace in memory.workspaces],
-        sent=[list(sent[i * ranks : (i + 1) * ranks]) for i in range(len(calls))],
-        leftover=memory.leftover(len(calls) - 1),
+        sent=sent,
+        leftover=memory.leftover(counted[0] - 1),
         ticks=job.ticks,
     )
 
 
-class _Memory:
-    """What lies in symmetric and pinned memory: as :class:`collogue.workspace.Workspace` makes it, workspaces as int32 words."""
+def _by_rank(call: int | Ask | Sequence[Ask], ranks: int) -> list[Ask]:
+    if isinstance(call, int):
+        call = Ask(call)
+    return [call] * ranks if isinstance(call, Ask) else list(call)
 
-    def __init__(self, case: Case, ranks: int) -> None:
-        self.extent = workspace_extent(case.topology)
-        self.sentinel = SENTINELS[case.dtype.itemsize] - (1 << 32)
-        words = self.extent.total // 4
-        self.workspaces = [torch.full((words,), self.sentinel, dtype=torch.int32) for _ in range(ranks)]
+
+class _Memory:
+    """What lies in symmetric and pinned memory, workspaces as int32 words. A generation is what the largest call needs, no more."""
+
+    def __init__(self, library: Library) -> None:
+        needs = {case: case.memory_of(case.max_tokens) for case in library.cases}
+        one_shot = max((n for case, n in needs.items() if case.kernel == "one_shot"), default=1)
+        others = max((n for case, n in needs.items() if case.kernel != "one_shot"), default=0)
+        self.extent = Extent(-(-one_shot // _LEFT_UNIT) * _LEFT_UNIT, others)
+        self.sentinel = SENTINELS[library.cases[0].dtype.itemsize] - (1 << 32)
+        self.workspaces = [torch.full((self.extent.total // 4,), self.sentinel, dtype=torch.int32) for _ in range(library.world)]
         for workspace in self.workspaces:
             workspace[: CONTROL_BYTES // 4] = 0
-        self.failures = (FailureRecord * ranks)()
+        self.failures = (FailureRecord * library.world)()
+        self.left = False  # the last call has left its generation to the next one
 
     def leftover(self, last: int) -> int:
         """Words that are not sentinels although every kernel has ended; one-shot call ``last`` leaves its own for the next call."""
         total = 0
         for workspace in self.workspaces:
             dirty = workspace[CONTROL_BYTES // 4 :] != self.sentinel
-            dirty[: self.extent.one_shot * ONE_SHOT_GENERATIONS // 4].view(ONE_SHOT_GENERATIONS, -1)[last % ONE_SHOT_GENERATIONS] = False
+            if self.left:
+                generations = dirty[: self.extent.one_shot * ONE_SHOT_GENERATIONS // 4].view(ONE_SHOT_GENERATIONS, -1)
+                generations[last % ONE_SHOT_GENERATIONS] = False
             total += int(dirty.sum())
         return total
 
 
-def _fill(p: Params, case: Case, rank: int, call: Call, out: Output, memory: _Memory, timeout: float) -> None:
-    """The parameters of one launch."""
-    request = case.request(call.tokens)
-    fill_shape(p, case.topology, request, Plan(case.algorithm, "", None, 0, 0.0, 0.0, case.rows_of(call.tokens)), rank)
-    if call.shard is not None:
-        fill_shard(p, call.shard, out)
-    else:
-        p.partial = call.partial.data_ptr()
-        if call.residual is not None:
-            p.residual = call.residual.data_ptr()
-        fill_epilogue(p, call.norm, call.quant, out)
-    fill_workspace(p, memory.extent, case.algorithm)
-    p.failure = ctypes.addressof(memory.failures[rank])
-    p.timeout, p.relay_timeout = timeouts(timeout)
-    for peer, workspace in enumerate(memory.workspaces):
-        p.workspace[peer] = workspace.data_ptr()
+def _launches(case: Case, rank: int, call: Call, out: Output, memory: _Memory, timeout: float) -> Iterator[Params]:
+    """The parameters of the launches of one call."""
+    request, made = case.request(call.tokens), case.plan_of(call.tokens)
+    for more in (None, *later_launches(case.topology, request, made, rank)):
+        p = Params()
+        fill_shape(p, case.topology, request, made, rank)
+        if more is not None:
+            p.first, p.count, p.pad = more
+        if call.shard is not None:
+            fill_shard(p, call.shard, out)
+        else:
+            p.partial = call.partial.data_ptr()
+            if call.residual is not None:
+                p.residual = call.residual.data_ptr()
+            fill_epilogue(p, call.norm, call.quant, out)
+        fill_workspace(p, memory.extent, case.algorithm)
+        p.failure = ctypes.addressof(memory.failures[rank])
+        p.timeout, p.relay_timeout = timeouts(timeout)
+        for peer, workspace in enumerate(memory.workspaces):
+            p.workspace[peer] = workspace.data_ptr()
+        yield p
 
 
-def _call(case: Case, tokens: int, kind: str, seed: int) -> tuple[list[Call], list[Output]]:
+def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> tuple[list[Call], list[Output]]:
     """What every rank calls, and what every rank must get."""
-    partials, residual, weight = _inputs(case, tokens, kind, seed)
-    norm = RMSNorm(weight, eps=1e-6, weight_offset=1.0) if case.norm else None
+    partials, residual, weight = _inputs(case, ask.tokens, kind, seed)
+    if terms is not None:
+        partials = [terms(rank, partial) for rank, partial in enumerate(partials)]
+    norm = RMSNorm(weight, eps=ask.eps, weight_offset=1.0) if case.norm else None
     epilogue = {"residual": residual, "norm": norm, "quant": case.quant, "keep_norm": case.keep_norm}
-    rows = [owned_rows(tokens, case.world, rank) for rank in range(case.world)]
+    rows = [owned_rows(ask.tokens, case.world, rank) for rank in range(case.world)]
+    if case.kernel == "local":
+        return [Call(p, residual, norm, case.quant, case.wanted) for p in partials], [reference.all_reduce([p], **epilogue) for p in partials]  # type: ignore[arg-type]
     if case.operation == "all_reduce":
         expected = [reference.all_reduce(partials, **epilogue)] * case.world  # type: ignore[arg-type]
         return [Call(p, residual, norm, case.quant, case.wanted) for p in partials], expected
@@ -173,7 +234,7 @@ def _call(case: Case, tokens: int, kind: str, seed: int) -> tuple[list[Call], li
     if case.kernel == "all_gather":
         names = ("codes", "scales") if case.quant is not None else ("norm",)
         shards = [Output(**{name: getattr(one, name) for name in names}) for one in expected]
-        whole = torch.empty(tokens, case.hidden_size, dtype=case.dtype, device="meta")
+        whole = torch.empty(ask.tokens, case.hidden_size, dtype=case.dtype, device="meta")
         calls = [Call(whole, None, None, case.quant, case.wanted, "all_gather", r, s) for r, s in zip(rows, shards, strict=True)]
         return calls, [reference.all_gather(shards, quant=case.quant)] * case.world
     own = [None if residual is None else residual[r.start : r.stop].clone() for r in rows]
