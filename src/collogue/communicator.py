@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
+from collogue import ops, registry
 from collogue.call import Call, Capacity, allocate, check_call, check_hidden_size, check_out
 from collogue.errors import ArgumentError, CapacityError, ClosedError, CollectiveError, DTypeError, ShapeError
 from collogue.gather import check_gather, check_tokens
@@ -44,6 +45,8 @@ class Communicator:
         algorithm: ``"one_shot"`` or ``"two_shot"`` for every ``all_reduce`` that the workspace has room for; default: what the
             plan expects to be faster. Never changes a bit.
         max_multiprocessors: most multiprocessors that a call may use, to leave the others to a GEMM; default: all.
+    Attributes:
+        name: what graphs call it (``torch.ops.collogue``): the group's name and the dtype, numbered if that is taken.
     Synchronisation:
         Making one is collective: every rank of the group, with the same arguments.
     Raises:
@@ -70,6 +73,8 @@ class Communicator:
         self._check_capacity()
         self.topology: Topology = agree(self._group, self._capacity, Overrides(algorithm, max_multiprocessors))
         self._engine = self._make_engine()
+        self.group_name = self._group.name
+        self.name = registry.register(self, self.group_name)
 
     def _check_capacity(self) -> None:
         check_hidden_size(self.hidden_size)
@@ -128,6 +133,8 @@ class Communicator:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
+        if ops.is_traced():
+            return ops.all_reduce(self.name, partial, residual, norm, quant, keep_norm)
         engine = self._open()
         call = check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation="sharded" if sharded else "all_reduce")
         return _run(engine, call, out)
@@ -368,6 +375,7 @@ class Communicator:
         """
         engine, self._engine = self._engine, None
         if engine is not None:
+            registry.forget(self.name)
             engine.close(collective)
 
     def _open(self) -> Engine:
