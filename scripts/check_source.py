@@ -44,6 +44,7 @@ ORDER = (
     "__init__",
     "record",
     "nn",
+    "parallel",
     "fusion",
     "flashinfer",
     "engines",

@@ -5,27 +5,29 @@ float scale_value, float smallest, bool keep_norm, str comm) -> Tensor[]``
 
 The communicator is named (:attr:`collogue.Communicator.name`), the format is its label (:func:`collogue.spec.describe`), and what
 comes back is the list of the call's outputs in the order of :class:`collogue.Output`. An eager ``comm.all_reduce`` does not come
-by here; under ``torch.compile`` and other tracers it turns into this operator.
+by here; under ``torch.compile`` and other tracers it turns into this operator. A graph's number of tokens may grow beyond
+``max_tokens``: the operator then makes several calls, where the format's scales belong to one row each.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from collogue import registry
 from collogue.call import Call, allocate
-from collogue.spec import FP8Static, NVFP4, Output, Quant, RMSNorm, Wanted, describe, parse
+from collogue.spec import NVFP4, FP8PerToken, FP8Static, Output, Quant, RMSNorm, Wanted, describe, parse
 
 _ARGUMENTS = (
     "Tensor partial, Tensor? residual, Tensor? weight, float eps, float weight_offset, str quant, Tensor? scale, "
     "float scale_value, float smallest, bool keep_norm, str comm"
 )
 
-_library = torch.library.Library("collogue", "DEF")
+_library: Any = torch.library.Library("collogue", "DEF")  # type: ignore[no-untyped-call]
 _library.define(f"all_reduce({_ARGUMENTS}) -> Tensor[]", tags=[torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides])
 
 
@@ -34,9 +36,7 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def all_reduce(
-    comm: str, partial: Tensor, residual: Tensor | None, norm: RMSNorm | None, quant: Quant | None, keep_norm: bool
-) -> Output:
+def all_reduce(comm: str, partial: Tensor, residual: Tensor | None, norm: RMSNorm | None, quant: Quant | None, keep_norm: bool) -> Output:
     """A call of ``comm`` through the operator. Arguments as in :meth:`collogue.Communicator.all_reduce`."""
     scale = quant.given_scale if quant is not None else None
     tensors = torch.ops.collogue.all_reduce(
@@ -76,7 +76,7 @@ def output_of(tensors: list[Tensor], wanted: Wanted) -> Output:
 @functools.lru_cache(maxsize=256)
 def _format(label: str, scale: float, smallest: float) -> Quant | None:
     quant = parse(label, global_scale=scale, static_scale=scale)
-    return dataclasses.replace(quant, smallest=smallest) if hasattr(quant, "smallest") else quant  # type: ignore[call-arg, type-var]
+    return dataclasses.replace(quant, smallest=smallest) if hasattr(quant, "smallest") else quant  # type: ignore[type-var]
 
 
 def _run(
@@ -98,8 +98,17 @@ def _run(
     elif scale is not None and isinstance(format, FP8Static):
         format = dataclasses.replace(format, scale=scale)
     norm = None if weight is None else RMSNorm(weight, eps, weight_offset)
-    out = registry.find(comm).all_reduce(partial, residual=residual, norm=norm, quant=format, keep_norm=keep_norm)
-    return [tensor for _, tensor in out.items()]
+    owner = registry.find(comm)
+    calls = [(partial.contiguous(), None if residual is None else residual.contiguous())]
+    if partial.shape[0] > owner.max_tokens and isinstance(format, FP8Static | FP8PerToken | None):
+        # Rows are independent and the batch never changes a bit. Other formats lay the scales of several rows out together.
+        first, second = calls[0]
+        size = owner.max_tokens
+        calls = [(first[i : i + size], None if second is None else second[i : i + size]) for i in range(0, len(first), size)]
+    outs = [owner.all_reduce(x, residual=r, norm=norm, quant=format, keep_norm=keep_norm) for x, r in calls]
+    if len(outs) == 1:
+        return [tensor for _, tensor in outs[0].items()]
+    return [torch.cat([getattr(out, name) for out in outs]) for name, _ in outs[0].items()]
 
 
 def _fake(

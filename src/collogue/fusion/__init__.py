@@ -89,8 +89,8 @@ class Compile:
         return torch.compile(model, options=chosen, fullgraph=fullgraph, dynamic=dynamic)
 
     def _eager(self) -> Callable[..., Any]:
+        from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
         from torch._dynamo.backends.common import aot_autograd
-        from torch._functorch.aot_autograd import make_boxed_func
 
         def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
             fuse(module.graph, self._report)

@@ -39,7 +39,7 @@ def value(node: object) -> torch.Tensor | None:
 
 def equal(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal. Adds no guard."""
-    return a is b or statically_known_true(a == b)
+    return a is b or bool(statically_known_true(a == b))
 
 
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -110,7 +110,7 @@ def number(value_or_node: object) -> float | None:
 
 def is_sum(node: Node) -> bool:
     """``a + b`` without a factor."""
-    return node.target in (aten.add.Tensor, aten.add.Scalar) and node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2
+    return node.target in (aten.add.Tensor, aten.add.Scalar) and not node.kwargs and len(node.args) == 2
 
 
 def is_product(node: Node) -> bool:

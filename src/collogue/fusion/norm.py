@@ -14,11 +14,10 @@ import torch
 from torch.fx import Node
 
 from collogue.fusion.graph import (
-    aten,
     along_rows,
+    aten,
     equal,
     is_product,
-    is_quotient,
     is_sum,
     names,
     number,
@@ -82,7 +81,7 @@ def _operator(stream: Node, node: Node, why: list[str]) -> Norm | None:
 
 def _is_square(node: Node, operand: Node) -> bool:
     if node.target is aten.pow.Tensor_Scalar:
-        return node.args[1] == 2
+        return number(node.args[1]) == 2.0
     if node.target is aten.mul.Tensor:
         return root(node.args[0]) is root(node.args[1])
     return node.target is aten.square.default

@@ -1,6 +1,7 @@
 """Recognising FP8 quantisation as models write it: static with a given scale, or per token.
 
-Static: ``clamp(n / s, -448, 448)`` or ``clamp(n * (1 / s), ..)``, converted to float8_e4m3fn; s a constant or a float32 tensor of one element.
+Static: ``clamp(n / s, -448, 448)`` or ``clamp(n * (1 / s), ..)``, converted to float8_e4m3fn; s is a constant
+or a float32 tensor of one element.
 Per token: ``s = max(amax(|n|) / 448, smallest)``, ``n / s`` converted to float8_e4m3fn.
 """
 

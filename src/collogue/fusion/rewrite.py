@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch._guards import detect_fake_mode
 
 from collogue import registry
 from collogue.communicator import Communicator
-from collogue.fusion.graph import aten, equal, is_sum, names, other_operand, readers, root, same_shape, value
+from collogue.fusion.graph import aten, equal, is_sum, other_operand, readers, same_shape, value
 from collogue.fusion.norm import Norm, find_norm
 from collogue.fusion.quant import Quantised, find_quant
 from collogue.fusion.report import Fused, Missed, Report
-from collogue.spec import VALUE_DTYPES, Output, Wanted
+from collogue.spec import VALUE_DTYPES, Output
 
 _collectives = torch.ops._c10d_functional
 
@@ -50,6 +49,7 @@ def fuse(graph: Graph, report: Report) -> None:
             _rewrite(graph, boundary, report)
         except NotFused as reason:
             report.missed.append(Missed(_where(node), str(reason)))
+    graph.eliminate_dead_code()
     graph.lint()
 
 
@@ -110,7 +110,8 @@ def _stream(wait: Node) -> tuple[Node, Node | None]:
 def _rewrite(graph: Graph, found: Boundary, report: Report) -> None:
     partial, quant, norm = found.reduce.args[0], found.quant, found.norm
     rows = value(partial)
-    assert rows is not None and isinstance(partial, Node)
+    assert rows is not None
+    assert isinstance(partial, Node)
     before = found.stream if found.residual is not None else found.wait
     shapes = found.residual if found.residual is not None else partial
     place = _Place(graph, before)
@@ -138,13 +139,12 @@ def _rewrite(graph: Graph, found: Boundary, report: Report) -> None:
             found.comm.name,
         )
         out = Output(*(None if i is None else _item(graph, call, i) for i in _places(quant)))
-        replaced = [(found.stream, out.residual), *((result, out.norm) for result in norm.results)]
+        replaced: list[tuple[Node | None, Any]] = [(found.stream, out.residual), *((result, out.norm) for result in norm.results)]
         if quant is not None:
             replaced += [(quant.codes, out.codes), (quant.scales, out.scales)]
-        for old, new in replaced:
-            if old is not None:
-                shaped = _shaped(graph, new, old, shapes)
-                old.replace_all_uses_with(shaped)
+        shaped = [(old, _shaped(graph, new, old, shapes)) for old, new in replaced if old is not None]
+    for old, new in shaped:
+        old.replace_all_uses_with(new)
     told = _describe(found, label)
     _erase(graph, found)
     if quant is not None and not any(item.args[1] == 1 for item in call.users):
@@ -173,9 +173,9 @@ class _Place:
     def have(self, node: Node, limit: int = 8) -> Node:
         """``node``, moved up with what it is made of where it stands later; constants and inputs can be, results of the sum cannot."""
         if node not in self.earlier:
-            if limit == 0 or node.op != "call_function" or node.is_impure() or node is self.before:
-                if node.op != "get_attr":
-                    raise NotFused("the norm's weight or the scale is computed from the sum")
+            movable = node.op == "call_function" and not node.is_impure() and node is not self.before
+            if node.op != "get_attr" and not (movable and limit):
+                raise NotFused("the norm's weight or the scale is computed from the sum")
             for needed in node.all_input_nodes:
                 self.have(needed, limit - 1)
             self.before.prepend(node)
@@ -203,7 +203,8 @@ def _item(graph: Graph, call: Node, index: int) -> Any:
 def _shaped(graph: Graph, node: Any, like: Node, shapes: Node) -> Node:
     """``node`` in the shape of ``like``. Sizes that are not fixed are read from ``shapes``, the residual or the partial."""
     target, known = value(like), value(shapes)
-    assert target is not None and known is not None
+    assert target is not None
+    assert known is not None
     unknown = [dim for dim, size in enumerate(target.shape) if not isinstance(size, int)]
     sizes: list[Any] = [*target.shape]
     for dim in unknown:
@@ -255,7 +256,10 @@ def _describe(found: Boundary, label: str) -> Fused:
 
 
 def _where(node: Node) -> str:
-    """The line of the model that the node comes from, if the graph tells, else the node's name."""
+    """The module that the node comes from, else the line of the user's code, else the node's name."""
+    modules = [path for path, *_ in (node.meta.get("nn_module_stack") or {}).values()]
+    if modules:
+        return str(modules[-1]).replace("L['self'].", "")
     for line in reversed(str(node.meta.get("stack_trace") or "").splitlines()):
         if line.strip().startswith("File ") and "/torch/" not in line:
             file, number = line.split('"')[1], line.split("line ")[1].split(",")[0]
