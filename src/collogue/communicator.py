@@ -134,7 +134,7 @@ class Communicator:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
         if ops.is_traced():
-            return ops.all_reduce(self.name, partial, residual, norm, quant, keep_norm)
+            return ops.call(self.name, "sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm)
         engine = self._open()
         call = check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation="sharded" if sharded else "all_reduce")
         return _run(engine, call, out)
@@ -168,6 +168,8 @@ class Communicator:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
+        if ops.is_traced():
+            return ops.call(self.name, "reduce_scatter", partial, residual, norm, quant, keep_norm)
         engine = self._open()
         return _run(engine, check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation="reduce_scatter"), out)
 
@@ -192,6 +194,8 @@ class Communicator:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
+        if ops.is_traced():
+            return ops.gather(self.name, shard, tokens, quant)
         engine = self._open()
         return _run(engine, check_gather(self._capacity, shard, tokens, quant), out)
 
@@ -223,6 +227,8 @@ class Communicator:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared.
         """
+        if ops.is_traced():
+            return ops.call(self.name, "finish", y, None, norm, quant, keep_norm)
         engine = self._open()
         return _run(engine, check_call(self._capacity, y, None, norm, quant, keep_norm, operation="finish"), out)
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collogue import reference
 from collogue.communicator import Communicator
 from collogue.errors import ShapeError
 from collogue.ops import is_traced
@@ -95,10 +94,10 @@ class FusedRMSNorm(nn.Module):
     called with the very stream tensor that belongs to it. Called with anything else it takes the norm itself, with the contract's bits.
     """
 
-    def __init__(self, weight: Tensor, eps: float = 1e-6, weight_offset: float = 0.0) -> None:
+    def __init__(self, weight: Tensor, comm: Communicator, eps: float = 1e-6, weight_offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach(), False)
-        self.eps, self.weight_offset = eps, weight_offset
+        self.comm, self.eps, self.weight_offset = comm, eps, weight_offset
         self._ready: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -114,7 +113,9 @@ class FusedRMSNorm(nn.Module):
         ready, self._ready = self._ready, None
         if ready is not None and ready[0] is stream:
             return ready[1]
-        return reference.rms_norm(stream.reshape(-1, stream.shape[-1]), self.description).view(stream.shape)
+        normed = self.comm.finish(stream.reshape(-1, stream.shape[-1]), norm=self.description).norm
+        assert normed is not None
+        return normed.view(stream.shape)
 
 
 def gather_columns(x: Tensor, comm: Communicator) -> Tensor:

@@ -123,11 +123,11 @@ def _fuse(base: Any, comm: Communicator, form: tuple[str, ...]) -> None:
     """Norms become ones that take handed-over results; every decoder layer gets a forward pass that hands over."""
     layers, forward = list(base.layers), _two_norms if form is TWO_NORMS else _four_norms
     for layer in layers:
-        layer.input_layernorm = _fused_norm(layer.input_layernorm)
-        layer.post_attention_layernorm = _fused_norm(layer.post_attention_layernorm)
+        layer.input_layernorm = _fused_norm(layer.input_layernorm, comm)
+        layer.post_attention_layernorm = _fused_norm(layer.post_attention_layernorm, comm)
         if form is FOUR_NORMS:
-            layer.post_feedforward_layernorm = _fused_norm(layer.post_feedforward_layernorm)
-    base.norm = _fused_norm(base.norm)
+            layer.post_feedforward_layernorm = _fused_norm(layer.post_feedforward_layernorm, comm)
+    base.norm = _fused_norm(base.norm, comm)
     following = [layer.input_layernorm for layer in layers[1:]] + [base.norm]
     for layer, norm in zip(layers, following, strict=True):
         layer.forward = functools.partial(forward, layer, comm, norm)
@@ -154,7 +154,7 @@ def _four_norms(layer: Any, comm: Communicator, next_norm: FusedRMSNorm, hidden_
     return stream + second
 
 
-def _fused_norm(module: Any) -> FusedRMSNorm:
+def _fused_norm(module: Any, comm: Communicator) -> FusedRMSNorm:
     """``module`` as a :class:`FusedRMSNorm`. What it computes is tried on a row, which also tells the offset of its weight."""
     weight: Tensor = module.weight.detach()
     eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
@@ -163,5 +163,5 @@ def _fused_norm(module: Any) -> FusedRMSNorm:
     for offset in (0.0, 1.0):
         expected = reference.rms_norm(probe, RMSNorm(weight, eps, offset)).float()
         if torch.allclose(found, expected, rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-5):
-            return FusedRMSNorm(weight, eps, offset)
+            return FusedRMSNorm(weight, comm, eps, offset)
     raise ArgumentError(f"{type(module).__name__} is not an RMSNorm that Collogue knows", hint="use collogue.compile instead")

@@ -323,9 +323,7 @@ class Wanted:
             raise ArgumentError(f"{_FINISHING[operation]} without norm= and quant= has nothing to finish", hint=_INSTEAD[operation])
         # torch.compile does not trace through a cache.
         make = _wanted if torch.compiler.is_compiling() else _cached_wanted
-        return make(
-            operation != "finish", has_residual or has_norm, has_norm and (quant is None or keep_norm), quant is not None, scales
-        )
+        return make(operation != "finish", has_residual or has_norm, has_norm and (quant is None or keep_norm), quant is not None, scales)
 
     @classmethod
     def held(cls, shard: Output) -> Wanted:
