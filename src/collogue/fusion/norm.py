@@ -110,7 +110,11 @@ def _roots(plus: Node) -> Iterator[Node]:
         if node.target is aten.rsqrt.default or (node.target is aten.pow.Tensor_Scalar and node.args[1] == -0.5):
             yield node
         elif node.target is aten.sqrt.default:
-            yield from (user for user, _ in readers(node) if root(reciprocal_of(user)) is node)
+            for inverse, _ in readers(node):
+                if root(reciprocal_of(inverse)) is node:
+                    yield inverse
+                    # ATen writes `1.0 / x` as `reciprocal(x) * 1.0`.
+                    yield from (user for user, _ in readers(inverse) if root(reciprocal_of(user)) is node)
 
 
 def _scaled(stream: Node, rstd: Node, eps: float, why: list[str]) -> Iterator[Norm]:

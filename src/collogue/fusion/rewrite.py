@@ -76,8 +76,10 @@ def _communicator(reduce: Node) -> Communicator:
     partial, kind, group = value(reduce.args[0]), reduce.args[1], reduce.args[2]
     if kind != "sum":
         raise NotFused(f"it reduces by {kind}, not by sum")
-    if partial is None or partial.dtype not in VALUE_DTYPES or partial.ndim < 1 or not isinstance(partial.shape[-1], int):
+    if partial is None or partial.dtype not in VALUE_DTYPES or partial.ndim < 1:
         raise NotFused("it reduces no rows of bfloat16, float16 or float32")
+    if not isinstance(partial.shape[-1], int):
+        raise NotFused("the hidden size is not fixed in the graph; instead of dynamic=True, mark the token dimensions by mark_dynamic")
     width, dtype = partial.shape[-1], str(partial.dtype).removeprefix("torch.")
     comm = registry.of_group(group, partial.dtype, width) if isinstance(group, str) and width % 8 == 0 else None
     if comm is None:
