@@ -10,7 +10,7 @@ import torch
 
 from collogue import ops, registry
 from collogue.call import Call, Capacity, allocate, check_call, check_hidden_size, check_out
-from collogue.errors import ArgumentError, CapacityError, ClosedError, CollectiveError, DTypeError, ShapeError
+from collogue.errors import ArgumentError, CapacityError, CaptureError, ClosedError, CollectiveError, DTypeError, ShapeError
 from collogue.gather import check_gather, check_tokens
 from collogue.group import as_group
 from collogue.journal import Journal
@@ -280,6 +280,7 @@ class Communicator:
                 ``"finish"``. For ``"all_gather"`` residual, norm and quant say what the shard holds (a residual or reduced; a norm; codes).
         """
         engine = self._open()
+        self._refuse_capture("prepare")
         counts = [tokens] if isinstance(tokens, int) else list(tokens)
         engine.prepare([self._request(t, residual, norm, quant, keep_norm, hidden_size, operation=operation) for t in counts])
         self._group.barrier()
@@ -359,7 +360,9 @@ class Communicator:
             Collective: every rank of the group calls it, and nothing between the failed call and this one. Waits for this
             rank's GPU and then for every rank. Outputs of failed calls stay undefined; calls captured in CUDA graphs stay valid.
         """
-        self._open().reset()
+        engine = self._open()
+        self._refuse_capture("reset")
+        engine.reset()
 
     def watch(self, on_failure: Callable[[CollectiveError], None], interval: float = 0.1) -> Watch:
         """Call ``on_failure(error)`` once, in a thread of its own, when a kernel has failed: for replays of CUDA graphs, when nobody calls.
@@ -379,10 +382,15 @@ class Communicator:
 
         Not collective, no other rank may still be in a call that sends to this one.
         """
+        self._refuse_capture("close")
         engine, self._engine = self._engine, None
         if engine is not None:
             registry.forget(self.name)
             engine.close(collective)
+
+    def _refuse_capture(self, what: str) -> None:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise CaptureError(f"comm.{what}() under graph capture", hint="it meets the other ranks: call it before or after the capture")
 
     def _open(self) -> Engine:
         if self._engine is None:

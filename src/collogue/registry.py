@@ -53,7 +53,9 @@ def of_group(group_name: str, dtype: torch.dtype, hidden_size: int) -> Communica
     return None
 
 
-def fingerprint() -> list[tuple[str, str, str, int, int]]:
-    """What the open communicators are, for the keys of compile caches."""
-    comms = sorted(_COMMUNICATORS.items())
-    return [(name, comm.group_name, str(comm.dtype), comm.max_tokens, comm.hidden_size) for name, comm in comms]
+def fingerprint() -> list[tuple[str | int, ...]]:
+    """What the open communicators are, for the keys of compile caches. Graphs may depend on the rank."""
+    return [
+        (name, comm.group_name, comm.rank, comm.world_size, str(comm.dtype), comm.max_tokens, comm.hidden_size)
+        for name, comm in sorted(_COMMUNICATORS.items())
+    ]

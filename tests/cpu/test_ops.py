@@ -13,7 +13,7 @@ from samples import every_format
 
 import collogue
 from collogue import FP8Group, FP8PerToken, FP8Static, Output, RMSNorm, ops, registry
-from collogue.errors import ClosedError
+from collogue.errors import CaptureError, ClosedError
 from collogue.spec import Quant
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
@@ -162,3 +162,13 @@ def test_names() -> None:
         assert registry.of_group(group.name, torch.bfloat16, HIDDEN_SIZE) is second
 
     run_virtual(1, rank)
+
+
+def test_what_meets_other_ranks_is_refused_under_capture(comm: collogue.Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(comm, "device", torch.device("cuda", 0))
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for action in (lambda: comm.prepare(1), comm.reset, comm.close):
+            with pytest.raises(CaptureError, match=r"under graph capture\nhint: it meets the other ranks"):
+                action()
+    check_works(comm)
