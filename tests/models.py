@@ -36,6 +36,11 @@ def parallel_rank(group: dist.ProcessGroup, tell: Any, file: Path, tokens: torch
         step = collogue.compile(plain, backend="eager", fullgraph=True)
         told["same bits"] = torch.equal(step(tokens, use_cache=False).logits, eager)
         told["report"] = copy.deepcopy(collogue.compile.report())
+        tell("sharded")
+        collogue.compile.report().clear()
+        step = collogue.compile(plain, backend="eager", fullgraph=True, sharded=True)
+        told["same bits, sharded"] = torch.equal(step(tokens, use_cache=False).logits, eager)
+        told["sharded"] = list(collogue.compile.report().remarks)
         tell("DTensor")
         told["dtensor"] = _dtensor(group)
     return told

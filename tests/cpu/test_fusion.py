@@ -345,11 +345,26 @@ def test_options_and_modes(comm: collogue.Communicator) -> None:
     assert seen == [1]
 
 
+@pytest.mark.usefixtures("comm")
+def test_a_sharded_stream_is_gathered_where_it_is_read() -> None:
+    given = tensors()
+
+    def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
+        y = r + functional(x)
+        z = y + functional(llama(y, w))
+        return z, llama(z, w)
+
+    expected = contract((contract(given)[1], contract(given)[0], given[2]))
+    found = collogue.compile(model, backend="eager", fullgraph=True, sharded=True)(*given)
+    assert same_bits(tree_leaves(found), expected)
+    assert collogue.compile.report().remarks == ["residual sharded in 2 calls, gathered whole 1 times"]
+
+
 def test_the_pass_is_part_of_the_cache_key(comm: collogue.Communicator, group: Any) -> None:
     from collogue.fusion import FusionPass
 
     before = FusionPass().uuid()
-    assert before == FusionPass().uuid()
+    assert before == FusionPass().uuid() != FusionPass(sharded=True).uuid()
     with collogue.Communicator(group, max_tokens=T + 1, hidden_size=H):
         assert FusionPass().uuid() != before
 

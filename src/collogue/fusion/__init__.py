@@ -21,6 +21,7 @@ from collogue import registry
 from collogue.errors import ArgumentError
 from collogue.fusion.report import Fused, Missed, Report
 from collogue.fusion.rewrite import fuse
+from collogue.fusion.sharding import shard_streams
 
 __all__ = ["Compile", "Fused", "FusionPass", "Missed", "Report", "compile"]
 
@@ -30,15 +31,17 @@ _OPTION = "post_grad_custom_pre_pass"
 class FusionPass(CustomGraphPass):
     """The pass by itself, for those who call ``torch.compile`` their own way: ``options={"post_grad_custom_pre_pass": FusionPass()}``."""
 
-    def __init__(self, report: Report | None = None) -> None:
-        self.report = Report() if report is None else report
+    def __init__(self, report: Report | None = None, *, sharded: bool = False) -> None:
+        self.report, self.sharded = Report() if report is None else report, sharded
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         fuse(graph, self.report)
+        if self.sharded:
+            shard_streams(graph, self.report)
 
     def uuid(self) -> str:
         """What the rewriting depends on: its sources and the open communicators."""
-        digest = hashlib.sha256(repr(registry.fingerprint()).encode())
+        digest = hashlib.sha256(repr((self.sharded, registry.fingerprint())).encode())
         for file in sorted(Path(__file__).parent.glob("*.py")):
             digest.update(file.read_bytes())
         return digest.hexdigest()
@@ -59,6 +62,7 @@ class Compile:
         options: dict[str, Any] | None = None,
         fullgraph: bool = False,
         dynamic: bool | None = None,
+        sharded: bool = False,
     ) -> Any:
         """``torch.compile(model)`` that does every all-reduce with the norm behind it in one call.
 
@@ -68,6 +72,8 @@ class Compile:
             mode: as in ``torch.compile``, ``"reduce-overhead"`` among them. Inductor only.
             options: of Inductor, besides ``mode``. A ``post_grad_custom_pre_pass`` of your own runs after this one.
             fullgraph, dynamic: as in ``torch.compile``.
+            sharded: let every rank keep only its own rows of the residual stream (sequence parallelism). The same bits; numbers
+                of tokens must be fixed in the graph.
         Order and rounding:
             The fused call follows docs/contract.md. Roundings that the model has between the all-reduce and the norm's
             result go away; :meth:`report` names them.
@@ -77,23 +83,23 @@ class Compile:
             ArgumentError: an unknown backend, or a mode for ``"eager"``.
         """
         if backend == "eager" and mode is None and options is None:
-            return torch.compile(model, backend=self._eager(), fullgraph=fullgraph, dynamic=dynamic)
+            return torch.compile(model, backend=self._eager(sharded), fullgraph=fullgraph, dynamic=dynamic)
         if backend != "inductor":
             raise ArgumentError(
                 f"backend={backend!r} with mode={mode!r}, options={options!r}",
                 hint="use backend='inductor', or backend='eager' without mode and options",
             )
         chosen = {**(torch._inductor.list_mode_options(mode, dynamic) if mode else {}), **(options or {})}
-        own = FusionPass(self._report)
+        own = FusionPass(self._report, sharded=sharded)
         chosen[_OPTION] = own if _OPTION not in chosen else _Both(own, chosen[_OPTION])
         return torch.compile(model, options=chosen, fullgraph=fullgraph, dynamic=dynamic)
 
-    def _eager(self) -> Callable[..., Any]:
+    def _eager(self, sharded: bool) -> Callable[..., Any]:
         from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
         from torch._dynamo.backends.common import aot_autograd
 
         def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-            fuse(module.graph, self._report)
+            FusionPass(self._report, sharded=sharded)(module.graph)
             module.recompile()
             return make_boxed_func(module.forward)
 

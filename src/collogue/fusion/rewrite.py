@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from collogue import registry
 from collogue.communicator import Communicator
+from collogue.fusion.build import call_operator, item
 from collogue.fusion.graph import aten, equal, is_sum, other_operand, readers, same_shape, value
 from collogue.fusion.norm import Norm, find_norm
 from collogue.fusion.quant import Quantised, find_quant
@@ -123,14 +121,14 @@ def _rewrite(graph: Graph, found: Boundary, report: Report) -> None:
         place.have(divisor)
     with graph.inserting_before(before):
         width = rows.shape[-1]
-        scale = _call(graph, aten.reciprocal.default, divisor) if quant is not None and quant.inverted else divisor
+        scale = call_operator(graph, aten.reciprocal.default, divisor) if quant is not None and quant.inverted else divisor
         label = "none" if quant is None else "fp8_per_token" if quant.scales is not None else "fp8_static"
-        call = _call(
+        call = call_operator(
             graph,
             torch.ops.collogue.all_reduce.default,
-            _call(graph, aten.reshape.default, partial, [-1, width]),
-            None if found.residual is None else _call(graph, aten.reshape.default, found.residual, [-1, width]),
-            _call(graph, aten.reshape.default, weight, [width]) if weight.meta["val"].ndim != 1 else weight,
+            call_operator(graph, aten.reshape.default, partial, [-1, width]),
+            None if found.residual is None else call_operator(graph, aten.reshape.default, found.residual, [-1, width]),
+            call_operator(graph, aten.reshape.default, weight, [width]) if weight.meta["val"].ndim != 1 else weight,
             norm.eps,
             norm.weight_offset,
             label,
@@ -140,7 +138,7 @@ def _rewrite(graph: Graph, found: Boundary, report: Report) -> None:
             quant is not None,
             found.comm.name,
         )
-        out = Output(*(None if i is None else _item(graph, call, i) for i in _places(quant)))
+        out = Output(*(None if i is None else item(graph, call, i) for i in _places(quant)))
         replaced: list[tuple[Node | None, Any]] = [(found.stream, out.residual), *((result, out.norm) for result in norm.results)]
         if quant is not None:
             replaced += [(quant.codes, out.codes), (quant.scales, out.scales)]
@@ -149,7 +147,7 @@ def _rewrite(graph: Graph, found: Boundary, report: Report) -> None:
         old.replace_all_uses_with(new)
     told = _describe(found, label)
     _erase(graph, found)
-    if quant is not None and not any(item.args[1] == 1 for item in call.users):
+    if quant is not None and not any(user.args[1] == 1 for user in call.users):
         _drop_norm(call)
     report.fused.append(replace(told, keeps_norm=bool(call.args[9])))
 
@@ -185,23 +183,6 @@ class _Place:
         return node
 
 
-def _call(graph: Graph, target: Any, *args: Any) -> Node:
-    """A new node with its fake value."""
-    node = graph.call_function(target, args)
-    values = map_arg(args, lambda n: n.meta["val"])
-    mode = detect_fake_mode(values)
-    assert mode is not None
-    with mode:
-        node.meta["val"] = target(*values)
-    return node
-
-
-def _item(graph: Graph, call: Node, index: int) -> Any:
-    node = graph.call_function(operator.getitem, (call, index))
-    node.meta["val"] = call.meta["val"][index]
-    return node
-
-
 def _shaped(graph: Graph, node: Any, like: Node, shapes: Node) -> Node:
     """``node`` in the shape of ``like``. Sizes that are not fixed are read from ``shapes``, the residual or the partial."""
     target, known = value(like), value(shapes)
@@ -213,10 +194,10 @@ def _shaped(graph: Graph, node: Any, like: Node, shapes: Node) -> Node:
         if len(unknown) == 1:
             sizes[dim] = -1
         elif dim < known.ndim and equal(target.shape[dim], known.shape[dim]):
-            sizes[dim] = _call(graph, aten.sym_size.int, shapes, dim)
+            sizes[dim] = call_operator(graph, aten.sym_size.int, shapes, dim)
         else:
             raise NotFused("the norm's result has sizes that are not those of the partial")
-    return _call(graph, aten.reshape.default, node, sizes)
+    return call_operator(graph, aten.reshape.default, node, sizes)
 
 
 def _erase(graph: Graph, found: Boundary) -> None:
@@ -232,10 +213,10 @@ def _drop_norm(call: Node) -> None:
     """The norm beside its codes is not asked for where nobody reads it."""
     call.args = (*call.args[:9], False, *call.args[10:])
     del call.meta["val"][1]
-    for item in list(call.users):
-        place = item.args[1]
+    for user in list(call.users):
+        place = user.args[1]
         assert isinstance(place, int)
-        item.args = (call, place - (place > 1))
+        user.args = (call, place - (place > 1))
 
 
 def _describe(found: Boundary, label: str) -> Fused:
