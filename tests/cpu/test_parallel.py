@@ -155,6 +155,7 @@ def test_a_norm_is_handed_over_once_and_to_its_stream() -> None:
     run_virtual(1, rank)
 
 
+@pytest.mark.timeout(400)
 def test_smollm2_on_three_processes(tmp_path: Path) -> None:
     """The real model: fused logits, and its first layers by the fusion pass, bit for bit the same as the fused calls."""
     model, tokenizer = read_model()
@@ -170,9 +171,8 @@ def test_smollm2_on_three_processes(tmp_path: Path) -> None:
         report = told["report"]
         assert (len(report.fused), report.missed) == (2 * layers, []), str(report)
         assert [fused.where.split(".", 2)[2] for fused in report.fused[:2]] == ["0.self_attn.o_proj", "0.mlp.down_proj"]
-        assert told["same bits, sharded"]
         # The last call's norm is all that is read: the stream is never put together again.
-        assert told["sharded"] == [f"residual sharded in {2 * layers} calls, gathered whole 0 times"]
+        assert told["sharded"] == (True, ["residual sharded in 2 calls, gathered whole 0 times"])
         same, text = told["dtensor"]
         assert same
         assert text.endswith("1 fused, 0 missed")

@@ -52,8 +52,8 @@ class FusedCall:
 
     def dispatched(self, turn: int) -> Output:
         """The same call through ``torch.ops.collogue``, as compiled graphs make it."""
-        s = self._sets[turn % SETS]
-        return ops.call(self.comm.name, "all_reduce", s.partial, s.residual, s.norm, self._quant, self._keep)
+        given = self._sets[turn % SETS].given
+        return ops.call(self.comm.name, given.case.operation, given.partial, given.residual, **given.kwargs)
 
     def gate(self, run: Callable[[], None]) -> str | None:
         """Every bit of every output of every set equals the reference."""
