@@ -8,8 +8,9 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
+from collogue import ops, registry
 from collogue.call import Call, Capacity, allocate, check_call, check_hidden_size, check_out
-from collogue.errors import ArgumentError, CapacityError, ClosedError, CollectiveError, DTypeError, ShapeError
+from collogue.errors import ArgumentError, CapacityError, CaptureError, ClosedError, CollectiveError, DTypeError, ShapeError
 from collogue.gather import check_gather, check_tokens
 from collogue.group import as_group
 from collogue.journal import Journal
@@ -44,6 +45,8 @@ class Communicator:
         algorithm: ``"one_shot"`` or ``"two_shot"`` for every ``all_reduce`` that the workspace has room for; default: what the
             plan expects to be faster. Never changes a bit.
         max_multiprocessors: most multiprocessors that a call may use, to leave the others to a GEMM; default: all.
+    Attributes:
+        name: what graphs call it (``torch.ops.collogue``): the group's name and the dtype, numbered if that is taken.
     Synchronisation:
         Making one is collective: every rank of the group, with the same arguments.
     Raises:
@@ -70,6 +73,8 @@ class Communicator:
         self._check_capacity()
         self.topology: Topology = agree(self._group, self._capacity, Overrides(algorithm, max_multiprocessors))
         self._engine = self._make_engine()
+        self.group_name = self._group.name
+        self.name = registry.register(self, self.group_name)
 
     def _check_capacity(self) -> None:
         check_hidden_size(self.hidden_size)
@@ -128,6 +133,8 @@ class Communicator:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
+        if ops.is_traced():
+            return ops.call(self.name, "sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm)
         engine = self._open()
         call = check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation="sharded" if sharded else "all_reduce")
         return _run(engine, call, out)
@@ -161,6 +168,8 @@ class Communicator:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
+        if ops.is_traced():
+            return ops.call(self.name, "reduce_scatter", partial, residual, norm, quant, keep_norm)
         engine = self._open()
         return _run(engine, check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation="reduce_scatter"), out)
 
@@ -185,6 +194,8 @@ class Communicator:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
+        if ops.is_traced():
+            return ops.gather(self.name, shard, tokens, quant)
         engine = self._open()
         return _run(engine, check_gather(self._capacity, shard, tokens, quant), out)
 
@@ -216,6 +227,8 @@ class Communicator:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared.
         """
+        if ops.is_traced():
+            return ops.call(self.name, "finish", y, None, norm, quant, keep_norm)
         engine = self._open()
         return _run(engine, check_call(self._capacity, y, None, norm, quant, keep_norm, operation="finish"), out)
 
@@ -267,6 +280,7 @@ class Communicator:
                 ``"finish"``. For ``"all_gather"`` residual, norm and quant say what the shard holds (a residual or reduced; a norm; codes).
         """
         engine = self._open()
+        self._refuse_capture("prepare")
         counts = [tokens] if isinstance(tokens, int) else list(tokens)
         engine.prepare([self._request(t, residual, norm, quant, keep_norm, hidden_size, operation=operation) for t in counts])
         self._group.barrier()
@@ -346,7 +360,9 @@ class Communicator:
             Collective: every rank of the group calls it, and nothing between the failed call and this one. Waits for this
             rank's GPU and then for every rank. Outputs of failed calls stay undefined; calls captured in CUDA graphs stay valid.
         """
-        self._open().reset()
+        engine = self._open()
+        self._refuse_capture("reset")
+        engine.reset()
 
     def watch(self, on_failure: Callable[[CollectiveError], None], interval: float = 0.1) -> Watch:
         """Call ``on_failure(error)`` once, in a thread of its own, when a kernel has failed: for replays of CUDA graphs, when nobody calls.
@@ -366,9 +382,15 @@ class Communicator:
 
         Not collective, no other rank may still be in a call that sends to this one.
         """
+        self._refuse_capture("close")
         engine, self._engine = self._engine, None
         if engine is not None:
+            registry.forget(self.name)
             engine.close(collective)
+
+    def _refuse_capture(self, what: str) -> None:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise CaptureError(f"comm.{what}() under graph capture", hint="it meets the other ranks: call it before or after the capture")
 
     def _open(self) -> Engine:
         if self._engine is None:

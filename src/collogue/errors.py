@@ -15,6 +15,7 @@ CollogueError
 │   └── UnsupportedError            (NotImplementedError) a part of another library's interface that Collogue does not serve
 ├── ClosedError                     the communicator was closed
 ├── NotPrepared                     a kernel was needed under graph capture before it was loaded
+├── CaptureError                    something that a CUDA graph cannot hold was called under graph capture
 ├── PlatformError                   this machine cannot do it (no peer access, several hosts, no symmetric memory)
 ├── CompileError                    NVRTC refused a kernel
 └── CollectiveError                 a collective failed; ``comm.reset()`` makes the communicator usable again
@@ -90,6 +91,10 @@ class ClosedError(CollogueError):
 
 class NotPrepared(CollogueError):
     """A kernel that is not loaded was needed while a CUDA graph was being captured."""
+
+
+class CaptureError(CollogueError):
+    """Something that meets the other ranks on the host was called while a CUDA graph was being captured."""
 
 
 class PlatformError(CollogueError):

@@ -38,6 +38,8 @@ class Group(Protocol):
     rank: int
     size: int
     device: torch.device
+    #: As ``torch.distributed`` calls the group; communicators are named after it.
+    name: str
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's ``value``, by rank."""
@@ -93,6 +95,7 @@ class TorchGroup:
         if rank < 0:
             raise GroupError("this rank is not in the group", hint="make the communicator only on the ranks of the group")
         self.process_group = group
+        self.name = str(group.group_name)
         self.rank = rank
         self.size = dist.get_world_size(group)
         self.device = torch.device(device) if device is not None else self._default_device(group)

@@ -73,13 +73,14 @@ def _check_scale(kind: str, name: str, value: object, *, validate: bool) -> None
             return
         number = float(value)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        number = float(torch.tensor(float(value), dtype=torch.float32))
+        number = float(value)
     else:
         raise ScaleError(
             f"{kind}.{name} must be a number or a tensor, got {type(value).__name__}",
             hint="pass a Python float or a float32 tensor with one element",
         )
-    if not (number > 0.0 and math.isfinite(number)):
+    # Rounded to float32 it must not be zero or infinite.
+    if not 2.0**-150 < number < 2.0**128 - 2.0**103:
         raise ScaleError(f"{kind}.{name} must be positive and finite, got {number}", hint=f"see help(collogue.{kind})")
 
 
@@ -320,9 +321,9 @@ class Wanted:
             raise FormatError("keep_norm=True without norm=", hint="pass norm=collogue.RMSNorm(weight), or leave keep_norm out")
         if not has_norm and quant is None and operation in _FINISHING:
             raise ArgumentError(f"{_FINISHING[operation]} without norm= and quant= has nothing to finish", hint=_INSTEAD[operation])
-        return _wanted(
-            operation != "finish", has_residual or has_norm, has_norm and (quant is None or keep_norm), quant is not None, scales
-        )
+        # torch.compile does not trace through a cache.
+        make = _wanted if torch.compiler.is_compiling() else _cached_wanted
+        return make(operation != "finish", has_residual or has_norm, has_norm and (quant is None or keep_norm), quant is not None, scales)
 
     @classmethod
     def held(cls, shard: Output) -> Wanted:
@@ -338,9 +339,11 @@ _INSTEAD: dict[Operation, str] = {
 }
 
 
-@functools.cache
 def _wanted(summed: bool, stream: bool, norm: bool, codes: bool, scales: bool) -> Wanted:
     return Wanted(reduced=summed and not stream, residual=summed and stream, norm=norm, codes=codes, scales=scales)
+
+
+_cached_wanted = functools.cache(_wanted)
 
 
 #: The formats by the first part of their label.

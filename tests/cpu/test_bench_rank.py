@@ -73,6 +73,7 @@ def test_a_rank_on_the_cpu_with_floors_and_graphs_of_paper(monkeypatch: pytest.M
     assert [row["what"] for row in result["host"] if row["us"] > 0] == [
         "comm.all_reduce(...)",
         "comm.all_reduce(..., out=)",
+        "torch.ops.collogue.all_reduce(...)",
         "torch.distributed.all_reduce",
     ]
     assert result["wire"]["us"] == 2.0

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 RESULTS = ROOT / "benchmarks" / "results"
 #: Where a file that a document names without a link may lie.
-PLACES = (ROOT, ROOT / "src" / "collogue", ROOT / "src" / "collogue" / "kernels", ROOT / "docs", ROOT / "tests" / "cpu")
+PLACES = (ROOT, ROOT / "src" / "collogue", ROOT / "src" / "collogue" / "kernels", ROOT / "docs", ROOT / "tests" / "cpu", ROOT / "examples")
 #: Files that a user makes.
 MADE = {"example.py", "RESULTS.json"}
 

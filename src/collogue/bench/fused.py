@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from collogue import ops
 from collogue.bench.timing import SETS
 from collogue.check.case import Case
 from collogue.check.rank import Answers, Given, poison, poisoned
@@ -48,6 +49,11 @@ class FusedCall:
     def fresh(self, turn: int) -> Output:
         """The same call, which allocates its outputs."""
         return self._sets[turn % SETS].given.call(self.comm)
+
+    def dispatched(self, turn: int) -> Output:
+        """The same call through ``torch.ops.collogue``, as compiled graphs make it."""
+        given = self._sets[turn % SETS].given
+        return ops.call(self.comm.name, given.case.operation, given.partial, given.residual, **given.kwargs)
 
     def gate(self, run: Callable[[], None]) -> str | None:
         """Every bit of every output of every set equals the reference."""

@@ -162,6 +162,7 @@ class Bench:
         calls: dict[str, tuple[Subject, Callable[[int], object]]] = {
             "comm.all_reduce(...)": (fused, fused.fresh),
             "comm.all_reduce(..., out=)": (fused, fused.call),
+            "torch.ops.collogue.all_reduce(...)": (fused, fused.dispatched),
             "torch.distributed.all_reduce": (nccl, nccl.call),
         }
         errors: dict[str, str] = {}

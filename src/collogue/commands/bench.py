@@ -1,4 +1,4 @@
-"""``collogue bench`` and ``collogue bench report``."""
+"""``collogue bench``, ``collogue bench model`` and ``collogue bench report``."""
 
 from __future__ import annotations
 
@@ -63,6 +63,32 @@ def bench(
         from collogue.bench.latency import run
 
         passed = run(**given, json=json)
+        raise typer.Exit(OK if passed else FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
+def model(
+    name: Annotated[Many, many("--model", "llama-3.1-8b, llama-3.1-70b, qwen3-32b, deepseek-v3-dense, deepseek-v3-shared.")] = None,
+    world_size: WorldSizes = None,
+    tokens: Tokens = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the stack that is timed.")] = 4,
+    replays: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 20,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of the speed-ups.")] = None,
+    commit: Commit = None,
+    json: Json = None,
+) -> None:
+    """Measure decode steps and prefills of layer stacks with published shapes, with every way to finish a layer.
+
+    Collogue eager, by the fusion pass and sharded, against NCCL and torch's symmetric memory with torch.compile. From 512 tokens on
+    a size is a prefill.
+    """
+    check_target(json)
+    given: dict[str, Any] = lists(world_size, tokens, None, None, None)
+    with exit_codes(extra="bench"):
+        from collogue.bench.model import run
+
+        picture = None if plot is None else str(plot)
+        passed = run(**given, model=words(name), layers=layers, replays=replays, json=json, plot=picture, commit=commit)
         raise typer.Exit(OK if passed else FAILED)
 
 

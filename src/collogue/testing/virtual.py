@@ -39,6 +39,7 @@ class VirtualGroup:
     def __init__(self, rank: int, size: int, device: torch.device, meeting: _Meeting, subgroups: dict[Any, _Meeting]) -> None:
         self.rank = rank
         self.size = size
+        self.name = f"virtual{rank}"
         self.device = device
         self._meeting = meeting
         self._subgroups = subgroups

@@ -1,0 +1,254 @@
+"""``collogue bench model``: decode steps and prefills of layer stacks, with every way to finish a layer, in one run.
+
+Tokens per second are of the whole model: the time of a short stack, in a CUDA graph, times the model's layers over the stack's.
+A number is kept only if the stack's output is that of NCCL's within :data:`TOLERANCE`.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from collogue.bench.stack import SHAPES, make_blocks, rank_shape
+from collogue.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL, make_step
+from collogue.communicator import Communicator
+from collogue.errors import ArgumentError, PlatformError
+from collogue.record import circumstances
+from collogue.testing import environment
+from collogue.testing.processes import run_processes
+
+#: Relative error, in the L2 norm, of the last residual against NCCL's: orders of addition and FP8 codes that flip.
+TOLERANCE = 0.05
+#: From so many tokens on a step is a prefill of one sequence; below, a decode step of as many sequences.
+PREFILL = 512
+SILENCE = 180.0
+MODELS = ("llama-3.1-8b", "llama-3.1-70b", "qwen3-32b", "deepseek-v3-dense", "deepseek-v3-shared")
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+
+Row = dict[str, Any]
+
+
+def run(
+    *,
+    model: Sequence[str] | None = None,
+    tokens: Sequence[int] | None = None,
+    world_size: Sequence[int] | None = None,
+    layers: int = 4,
+    replays: int = 20,
+    device: str = "cuda",
+    json: str | None = None,
+    plot: str | None = None,
+    commit: str | None = None,
+) -> bool:
+    """Measure, write the JSON, print the tables; whether everything of Collogue's has a number.
+
+    Args:
+        model: names of :data:`collogue.bench.stack.SHAPES`; default :data:`MODELS`.
+        tokens: batch of a decode step, or length of a prefill from :data:`PREFILL` on; default :data:`TOKENS`.
+        world_size: default: 2, 4 and 8, as far as there are GPUs.
+        layers: of the stack that is timed. replays: of each graph, of which the median counts.
+        device: ``"cpu"`` runs the same code without graphs; its times mean nothing.
+        json: a file, or ``"-"`` for stdout (the tables then go to stderr). plot: a file for a plot of the speed-ups.
+    Raises:
+        ArgumentError: an unknown model. PlatformError: fewer GPUs than ranks.
+    """
+    names, counts = list(model or MODELS), list(tokens or TOKENS)
+    for name in names:
+        if name not in SHAPES:
+            raise ArgumentError(f"there is no model {name!r}", hint=f"choose one of {', '.join(SHAPES)}")
+    if device == "cuda":
+        environment.set_defaults()
+    gpus = torch.cuda.device_count() if device == "cuda" else 8
+    worlds = list(world_size or [n for n in (2, 4, 8) if n <= gpus])
+    if not worlds or max(worlds) > gpus:
+        raise PlatformError(
+            f"{max(worlds, default=2)} ranks on {gpus} GPUs", hint="the benchmark needs a GPU for each of two or more ranks"
+        )
+    data: dict[str, Any] = {"passed": False, **circumstances(commit), "layers": layers, "replays": replays, "rows": []}
+    for world in worlds:
+
+        def heard(rank: int, stage: str) -> None:
+            if rank == 0:
+                print(stage, file=sys.stderr, flush=True)
+
+        ranks = run_processes(world, model_rank, names, counts, layers, replays, device=device, silence=SILENCE, heard=heard)
+        data["rows"] += ranks[0]
+    data["passed"] = all(row["error"] is None for row in data["rows"] if row["what"] in COLLOGUE)
+    _add_speedups(data["rows"])
+    text = json_module.dumps(data, indent=1, allow_nan=False) + "\n"
+    if json == "-":
+        sys.stdout.write(text)
+    elif json is not None:
+        Path(json).write_text(text)
+    if plot is not None:
+        draw(data["rows"], plot)
+    print(table(data["rows"]), file=sys.stderr if json == "-" else sys.stdout)
+    return bool(data["passed"])
+
+
+# ---- one rank
+
+
+def model_rank(
+    group: dist.ProcessGroup, tell: Callable[[str], None], names: Sequence[str], counts: Sequence[int], layers: int, replays: int
+) -> list[Row]:
+    """Every model and size on this rank; the same rows on every rank."""
+    rows: list[Row] = []
+    for name in names:
+        shape = SHAPES[name]
+        for tokens in counts:
+            with (
+                torch.no_grad(),
+                Communicator(group, max_tokens=tokens, hidden_size=shape.hidden_size, timeout=20.0) as comm,
+            ):
+                rows += _measure(group, comm, name, tokens, layers, replays)
+            torch._dynamo.reset()  # units of other shapes are other graphs
+            tell(f"world {comm.world_size}, {name}, {tokens} tokens: " + ", ".join(_short(row) for row in rows[-len(ALL) :]))
+    return rows
+
+
+def _measure(group: dist.ProcessGroup, comm: Communicator, name: str, tokens: int, layers: int, replays: int) -> list[Row]:
+    whole, device, prefill = SHAPES[name], comm.device, tokens >= PREFILL
+    shape = rank_shape(whole, comm.world_size)
+    blocks = make_blocks(shape, layers, tokens, prefill=prefill, device=device, seed=comm.rank)
+    rows_of = torch.Generator(device).manual_seed(100)
+    residual = torch.randn(tokens, whole.hidden_size, device=device, generator=rows_of).bfloat16()
+    partial = torch.randn(tokens, whole.hidden_size, device=device, generator=rows_of).bfloat16() / comm.world_size
+    found: dict[str, Row] = {}
+    row: Row
+    expected: torch.Tensor | None = None
+    for what in ("nccl", *(w for w in ALL if w != "nccl")):
+        row = {"model": name, "world_size": comm.world_size, "tokens": tokens, "prefill": prefill, "what": what, "us": None, "error": None}
+        try:
+            run = _ready(make_step(what, shape, blocks, comm, group, prefill=prefill), partial, residual)
+            result = run().float()
+            expected = result if what == "nccl" else expected
+            difference = float((result - expected).norm() / expected.norm()) if expected is not None else 0.0
+            row["difference"] = difference
+            if what != LOCAL and not difference < TOLERANCE:
+                row["error"] = f"relative difference {difference:.3g} to NCCL's output"
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        failed = _everywhere(group, row["error"])
+        row["error"] = next((text for text in failed if text), None)
+        if row["error"] is None:
+            stack = statistics.median(max(times) for times in zip(*_everywhere(group, _times(run, group, replays)), strict=True))
+            row["us"] = stack * whole.layers / layers
+            row["tokens_per_second"] = tokens / row["us"] * 1e6
+        found[what] = row
+    local = found[LOCAL]["us"]
+    for row in found.values():
+        row["share_of_collectives"] = None if row["us"] is None or local is None else max(0.0, 1.0 - local / row["us"])
+    return [found[what] for what in ALL]
+
+
+def _everywhere(group: dist.ProcessGroup, value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _ready(step: Callable[..., torch.Tensor], partial: torch.Tensor, residual: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The step, warmed up; on a GPU captured in a graph whose output stays where it is."""
+    if partial.device.type != "cuda":
+        return lambda: step(partial, residual)
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(partial, residual)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        result = step(partial, residual)
+
+    def run() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return run
+
+
+def _times(run: Callable[[], torch.Tensor], group: dist.ProcessGroup, replays: int) -> list[float]:
+    """Microseconds of every replay but the first two; all ranks start together."""
+    taken = []
+    for _ in range(replays + 2):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        dist.barrier(group)
+        start = time.perf_counter()
+        if torch.cuda.is_available():
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+            events[0].record()
+            run()
+            run()
+            events[1].record()
+            torch.cuda.synchronize()
+            taken.append(events[0].elapsed_time(events[1]) * 1e3 / 2)
+        else:
+            run()
+            taken.append((time.perf_counter() - start) * 1e6)
+    return taken[2:]
+
+
+# ---- report
+
+
+def _add_speedups(rows: list[Row]) -> None:
+    """Of every row of Collogue's: against NCCL, and against the better of torch's symmetric memory."""
+    times = {(r["model"], r["world_size"], r["tokens"], r["what"]): r["us"] for r in rows}
+    for row in rows:
+        if row["what"] not in COLLOGUE or row["us"] is None:
+            continue
+        key = (row["model"], row["world_size"], row["tokens"])
+        symmetric = [us for what in BASELINES[1:] if (us := times.get((*key, what))) is not None]
+        nccl = times.get((*key, "nccl"))
+        row["speedup_nccl"] = None if nccl is None else nccl / row["us"]
+        row["speedup_symm_mem"] = min(symmetric) / row["us"] if symmetric else None
+
+
+def _short(row: Row) -> str:
+    return f"{row['what']} {row['us']:.0f} us" if row["us"] is not None else f"{row['what']} FAILED ({row['error']})"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line for each model, world and size: microseconds of a pass over the whole model, and speed-ups of the best of Collogue's."""
+    lines = ["| model | world | tokens | " + " | ".join(ALL) + " | best / NCCL | best / symm. mem. | collectives' share, NCCL, best |"]
+    lines.append("|---" * (len(ALL) + 6) + "|")
+    keys = dict.fromkeys((r["model"], r["world_size"], r["tokens"]) for r in rows)
+    for key in keys:
+        mine = {r["what"]: r for r in rows if (r["model"], r["world_size"], r["tokens"]) == key}
+        times = ["-" if mine[what]["us"] is None else f"{mine[what]['us']:.0f}" for what in ALL]
+        own = [mine[what] for what in COLLOGUE if mine[what]["us"] is not None]
+        best = min(own, key=lambda r: float(r["us"]), default=None)
+        gains = ["-" if best is None or best.get(k) is None else f"{best[k]:.2f}" for k in ("speedup_nccl", "speedup_symm_mem")]
+        shares = [r["share_of_collectives"] for r in (mine["nccl"], best) if r is not None and r["share_of_collectives"] is not None]
+        lines.append("| " + " | ".join([*map(str, key), *times, *gains, ", ".join(f"{s:.0%}" for s in shares) or "-"]) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], file: str) -> None:
+    """Speed-up over NCCL by number of tokens: a line for each model and world, of the best of Collogue's ways."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for model, world in dict.fromkeys((r["model"], r["world_size"]) for r in rows):
+        best: dict[int, float] = {}
+        for r in rows:
+            if (r["model"], r["world_size"]) == (model, world) and r.get("speedup_nccl"):
+                best[r["tokens"]] = max(best.get(r["tokens"], 0.0), r["speedup_nccl"])
+        if best:
+            axes.plot(list(best), list(best.values()), marker="o", label=f"{model}, world {world}")
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set(xscale="log", xlabel="tokens", ylabel="tokens/s over NCCL + torch.compile")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)

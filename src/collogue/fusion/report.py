@@ -1,0 +1,61 @@
+"""What the fusion pass did and did not do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One all-reduce that became ``collogue::all_reduce`` with what follows it.
+
+    ``roundings``: intermediate roundings of the model that the fused call does not have (or has in another place).
+    """
+
+    where: str
+    comm: str
+    shape: str
+    residual: bool
+    eps: float
+    weight_offset: float
+    quant: str
+    keeps_norm: bool
+    roundings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = ["all_reduce", *(["residual"] if self.residual else []), f"RMSNorm(eps={self.eps:g}"]
+        parts[-1] += f", weight_offset={self.weight_offset:g})" if self.weight_offset else ")"
+        if self.quant != "none":
+            parts.append(self.quant + (" and the norm" if self.keeps_norm else ""))
+        rounded = f"; no longer rounded: {', '.join(self.roundings)}" if self.roundings else ""
+        return f"fused   {self.where} {self.shape} on {self.comm}: {' + '.join(parts)}{rounded}"
+
+
+@dataclass(frozen=True)
+class Missed:
+    """One all-reduce that stayed as it was, and why."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"missed  {self.where}: {self.reason}"
+
+
+@dataclass
+class Report:
+    """Every all-reduce that the pass saw since the last :meth:`clear`, in order, and remarks about parts that stayed outside."""
+
+    fused: list[Fused] = field(default_factory=list)
+    missed: list[Missed] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.fused.clear()
+        self.missed.clear()
+        self.remarks.clear()
+
+    def __str__(self) -> str:
+        lines = [*map(str, self.fused), *map(str, self.missed), *(f"remark  {text}" for text in self.remarks)]
+        return "\n".join([*lines, f"{len(self.fused)} fused, {len(self.missed)} missed"])

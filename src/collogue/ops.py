@@ -1,0 +1,242 @@
+"""``torch.ops.collogue``: the calls of a communicator as PyTorch operators, for whatever traces.
+
+``all_reduce``, ``sharded``, ``reduce_scatter`` and ``finish`` take :data:`ARGUMENTS`, ``all_gather`` takes a shard's tensors. The
+communicator is named (:attr:`collogue.Communicator.name`), the format is its label (:func:`collogue.spec.describe`), and what comes
+back is the list of the call's outputs in the order of :class:`collogue.Output`.
+
+Eager calls of a communicator do not come by here; under ``torch.compile`` and other tracers they turn into these operators. A
+graph's number of tokens may grow beyond ``max_tokens``: ``all_reduce`` and ``finish`` then make several calls, where the format's
+scales belong to one row each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collogue import registry
+from collogue.formats import code_spec, empty_scales
+from collogue.spec import NVFP4, FP8Group, FP8PerToken, FP8Static, Operation, Output, Quant, RMSNorm, Wanted, describe, parse
+
+#: Of every operator but ``all_gather``. ``partial`` is y for ``finish``; ``scale_value`` counts where ``scale`` is ``None``.
+ARGUMENTS = (
+    "Tensor partial, Tensor? residual, Tensor? weight, float eps, float weight_offset, str quant, Tensor? scale, "
+    "float scale_value, float smallest, bool keep_norm, str comm"
+)
+_GATHERED = (
+    "Tensor? reduced, Tensor? residual, Tensor? norm, Tensor? codes, Tensor? scales, SymInt tokens, str quant, float smallest, str comm"
+)
+_SUMMING: tuple[Operation, ...] = ("all_reduce", "sharded", "reduce_scatter", "finish")
+
+
+def is_traced() -> bool:
+    """Whether calls are being recorded rather than run: Dynamo, export, or any dispatch mode (fake tensors, ``make_fx``)."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def call(
+    comm: str,
+    operation: Operation,
+    partial: Tensor,
+    residual: Tensor | None,
+    norm: RMSNorm | None,
+    quant: Quant | None,
+    keep_norm: bool,
+) -> Output:
+    """A call of ``comm`` through the operator ``operation``. Arguments as in :meth:`collogue.Communicator.all_reduce`."""
+    scale = quant.given_scale if quant is not None else None
+    tensors = getattr(torch.ops.collogue, operation)(
+        partial,
+        residual,
+        None if norm is None else norm.weight,
+        0.0 if norm is None else norm.eps,
+        0.0 if norm is None else norm.weight_offset,
+        describe(quant),  # not `quant.label`: Dynamo does not trace cached properties
+        scale if isinstance(scale, Tensor) else None,
+        scale if isinstance(scale, float | int) else 1.0,
+        getattr(quant, "smallest", 0.0),
+        keep_norm,
+        comm,
+    )
+    has_residual, has_norm = residual is not None, norm is not None
+    return _output(tensors, Wanted.of(has_residual=has_residual, has_norm=has_norm, quant=quant, keep_norm=keep_norm, operation=operation))
+
+
+def gather(comm: str, shard: Output, tokens: int, quant: Quant | None) -> Output:
+    """:meth:`collogue.Communicator.all_gather` through the operator."""
+    given = (shard.reduced, shard.residual, shard.norm, shard.codes, shard.scales)
+    tensors = torch.ops.collogue.all_gather(*given, tokens, describe(quant), getattr(quant, "smallest", 0.0), comm)
+    there = [tensor is not None for tensor in given]
+    return _output(tensors, Wanted(*there))
+
+
+def _output(tensors: list[Tensor], wanted: Wanted) -> Output:
+    """An operator's list as an :class:`collogue.Output`."""
+    rest = iter(tensors)
+    flags = (wanted.reduced, wanted.residual, wanted.norm, wanted.codes, wanted.scales)
+    return Output(*[next(rest) if flag else None for flag in flags])
+
+
+def _tensors(out: Output) -> list[Tensor]:
+    return [tensor for _, tensor in out.items()]
+
+
+@functools.lru_cache(maxsize=256)
+def _format(label: str, scale: float, smallest: float) -> Quant | None:
+    quant = parse(label, global_scale=scale, static_scale=scale)
+    if isinstance(quant, FP8PerToken | FP8Group):
+        return dataclasses.replace(quant, smallest=smallest)
+    return quant
+
+
+# ---- what runs
+
+
+def _run(
+    operation: Operation,
+    partial: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    quant: str,
+    scale: Tensor | None,
+    scale_value: float,
+    smallest: float,
+    keep_norm: bool,
+    comm: str,
+) -> list[Tensor]:
+    format = _format(quant, scale_value, smallest)
+    if scale is not None and isinstance(format, NVFP4):
+        format = dataclasses.replace(format, global_scale=scale)
+    elif scale is not None and isinstance(format, FP8Static):
+        format = dataclasses.replace(format, scale=scale)
+    norm = None if weight is None else RMSNorm(weight, eps, weight_offset)
+    owner = registry.find(comm)
+    outs = []
+    for x, r in _parts(operation, partial.contiguous(), residual, format, owner.max_tokens):
+        given: dict[str, Any] = {"norm": norm, "quant": format, "keep_norm": keep_norm}
+        if operation == "finish":
+            outs.append(owner.finish(x, **given))
+        elif operation == "reduce_scatter":
+            outs.append(owner.reduce_scatter(x, residual=r, **given))
+        else:
+            outs.append(owner.all_reduce(x, residual=r, sharded=operation == "sharded", **given))
+    if len(outs) == 1:
+        return _tensors(outs[0])
+    return [torch.cat([getattr(out, name) for out in outs]) for name, _ in outs[0].items()]
+
+
+def _parts(
+    operation: Operation, partial: Tensor, residual: Tensor | None, format: Quant | None, most: int
+) -> Iterable[tuple[Tensor, Tensor | None]]:
+    """The call's rows, in as many calls as they need. Rows are independent, and the batch never changes a bit."""
+    residual = None if residual is None else residual.contiguous()
+    # Other operations share rows out among ranks, other formats lay the scales of several rows out together.
+    divisible = operation in ("all_reduce", "finish") and isinstance(format, FP8Static | FP8PerToken | None)
+    if partial.shape[0] <= most or not divisible:
+        return [(partial, residual)]
+    return [(partial[i : i + most], None if residual is None else residual[i : i + most]) for i in range(0, len(partial), most)]
+
+
+def _run_gather(
+    reduced: Tensor | None,
+    residual: Tensor | None,
+    norm: Tensor | None,
+    codes: Tensor | None,
+    scales: Tensor | None,
+    tokens: int,
+    quant: str,
+    smallest: float,
+    comm: str,
+) -> list[Tensor]:
+    shard = Output(reduced=reduced, residual=residual, norm=norm, codes=codes, scales=scales)
+    return _tensors(registry.find(comm).all_gather(shard, tokens, quant=_format(quant, 1.0, smallest)))
+
+
+# ---- what tracers see
+
+
+def _fake(
+    operation: Operation,
+    partial: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    quant: str,
+    scale: Tensor | None,
+    scale_value: float,
+    smallest: float,
+    keep_norm: bool,
+    comm: str,
+) -> list[Tensor]:
+    format = _format(quant, 1.0, smallest)
+    has_residual, has_norm = residual is not None, weight is not None
+    wanted = Wanted.of(has_residual=has_residual, has_norm=has_norm, quant=format, keep_norm=keep_norm, operation=operation)
+    tokens, width = partial.shape
+    owned = _owned(tokens, comm) if operation in ("sharded", "reduce_scatter") else tokens
+    finished = owned if operation == "reduce_scatter" else tokens
+    out = []
+    if wanted.reduced or wanted.residual:
+        out.append(partial.new_empty(owned, width))
+    if wanted.norm:
+        out.append(partial.new_empty(finished, width))
+    return [*out, *_fake_codes(format, finished, width, partial.device)]
+
+
+def _owned(tokens: int, comm: str) -> int:
+    """Length of ``owned_rows``, for a number of tokens that need not be known."""
+    owner = registry.find(comm)
+    block = -(-tokens // owner.world_size)
+    smaller: Any = torch.sym_min
+    owned: int = smaller((owner.rank + 1) * block, tokens) - smaller(owner.rank * block, tokens)
+    return owned
+
+
+def _fake_codes(format: Quant | None, rows: int, width: int, device: torch.device) -> list[Tensor]:
+    if format is None:
+        return []
+    shape, dtype = code_spec(format, rows, width)
+    codes = torch.empty(shape, dtype=dtype, device=device)
+    return [codes] if isinstance(format, FP8Static) else [codes, empty_scales(format, rows, width, device)]
+
+
+def _fake_gather(
+    reduced: Tensor | None,
+    residual: Tensor | None,
+    norm: Tensor | None,
+    codes: Tensor | None,
+    scales: Tensor | None,
+    tokens: int,
+    quant: str,
+    smallest: float,
+    comm: str,
+) -> list[Tensor]:
+    values = [tensor.new_empty(tokens, tensor.shape[1]) for tensor in (reduced, residual, norm) if tensor is not None]
+    if codes is None:
+        return values
+    format = _format(quant, 1.0, smallest)
+    width = codes.shape[1] * (2 if format is not None and format.element == "e2m1" else 1)
+    return [*values, *_fake_codes(format, tokens, width, codes.device)]
+
+
+_library: Any = torch.library.Library("collogue", "DEF")  # type: ignore[no-untyped-call]
+_TAGS = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides]
+
+
+def _register(name: str, arguments: str, run: Any, fake: Any) -> None:
+    _library.define(f"{name}({arguments}) -> Tensor[]", tags=_TAGS)
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, run, device)
+    torch.library.register_fake(f"collogue::{name}", fake, lib=_library)
+
+
+for _operation in _SUMMING:
+    _register(_operation, ARGUMENTS, functools.partial(_run, _operation), functools.partial(_fake, _operation))
+_register("all_gather", _GATHERED, _run_gather, _fake_gather)

@@ -1,0 +1,61 @@
+"""Communicators by name: a traced graph holds a string where an eager call holds the object."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+
+from collogue.errors import ClosedError
+
+if TYPE_CHECKING:
+    from collogue.communicator import Communicator
+
+_COMMUNICATORS: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
+
+
+def register(comm: Communicator, group_name: str) -> str:
+    """Give ``comm`` a name and remember it weakly: ``"<group name>/<dtype>"``, numbered where another open communicator has that name.
+
+    A process that makes its communicators in the same order gives them the same names, so graphs out of a compile cache find them.
+    """
+    first = f"{group_name}/{str(comm.dtype).removeprefix('torch.')}"
+    name, number = first, 2
+    while name in _COMMUNICATORS:
+        name, number = f"{first}/{number}", number + 1
+    _COMMUNICATORS[name] = comm
+    return name
+
+
+def forget(name: str) -> None:
+    """The name is free again."""
+    _COMMUNICATORS.pop(name, None)
+
+
+def find(name: str) -> Communicator:
+    """The open communicator of this name. Raises :class:`ClosedError`."""
+    comm = _COMMUNICATORS.get(name)
+    if comm is None:
+        known = ", ".join(sorted(_COMMUNICATORS)) or "none"
+        raise ClosedError(
+            f"there is no open communicator {name!r}",
+            hint=f"a graph refers to it: make it first, and keep it; open ones: {known}",
+        )
+    return comm
+
+
+def of_group(group_name: str, dtype: torch.dtype, hidden_size: int) -> Communicator | None:
+    """The first open communicator of a ``torch.distributed`` group that takes rows of this dtype and width."""
+    for comm in list(_COMMUNICATORS.values()):
+        if comm.group_name == group_name and comm.dtype == dtype and hidden_size <= comm.hidden_size:
+            return comm
+    return None
+
+
+def fingerprint() -> list[tuple[str | int, ...]]:
+    """What the open communicators are, for the keys of compile caches. Graphs may depend on the rank."""
+    return [
+        (name, comm.group_name, comm.rank, comm.world_size, str(comm.dtype), comm.max_tokens, comm.hidden_size)
+        for name, comm in sorted(_COMMUNICATORS.items())
+    ]

@@ -1,0 +1,65 @@
+"""``collogue bench model``: the same code on the CPU, and what it says of the results. Times taken here mean nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from collogue.bench import model
+from collogue.bench.stack import SHAPES, rank_shape
+from collogue.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL
+from collogue.errors import ArgumentError
+
+
+def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every way that needs no GPU has a number, and its output is NCCL's (here: gloo's)."""
+    file, picture = tmp_path / "model.json", tmp_path / "model.png"
+    assert model.run(
+        model=["tiny"], tokens=[3], world_size=[2], layers=1, replays=1, device="cpu", json=str(file), plot=str(picture), commit="c"
+    )
+    data = json.loads(file.read_text())
+    rows = {row["what"]: row for row in data["rows"]}
+    assert list(rows) == list(ALL)
+    assert (data["commit"], data["layers"]) == ("c", 1)
+    for what in (*COLLOGUE, "nccl", LOCAL):
+        assert rows[what]["error"] is None
+        assert rows[what]["tokens_per_second"] == pytest.approx(3e6 / rows[what]["us"])
+    assert rows["nccl"]["difference"] == 0.0
+    assert all(rows[what]["difference"] < model.TOLERANCE for what in COLLOGUE)
+    assert rows[LOCAL]["difference"] > model.TOLERANCE, "the gate would not see a missing sum"
+    assert all("SymmetricMemory" in rows[what]["error"] for what in BASELINES[1:])
+    assert picture.stat().st_size > 0
+    assert "| tiny | 2 | 3 |" in capsys.readouterr().out
+
+
+def row(what: str, us: float | None, **more: Any) -> dict[str, Any]:
+    return {"model": "m", "world_size": 2, "tokens": 4, "what": what, "us": us, "error": None, "share_of_collectives": None, **more}
+
+
+def test_speedups_are_against_the_better_baseline() -> None:
+    times = dict(zip(ALL, (50.0, 40.0, None, 80.0, 60.0, 100.0, 20.0), strict=True))
+    rows = [row(what, us) for what, us in times.items()]
+    model._add_speedups(rows)
+    found = {r["what"]: r for r in rows}
+    assert (found["collogue pass"]["speedup_nccl"], found["collogue pass"]["speedup_symm_mem"]) == (2.0, 1.5)
+    assert "speedup_nccl" not in found["collogue sharded"]
+    assert model.table(rows).splitlines()[2] == "| m | 2 | 4 | 50 | 40 | - | 80 | 60 | 100 | 20 | 2.00 | 1.50 | - |"
+
+
+def test_unknown_models() -> None:
+    with pytest.raises(ArgumentError, match="no model 'gpt'"):
+        model.run(model=["gpt"], device="cpu")
+
+
+@pytest.mark.parametrize("name", model.MODELS)
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_shapes_divide(name: str, world: int) -> None:
+    whole, part = SHAPES[name], rank_shape(SHAPES[name], world)
+    assert part.heads * world == whole.heads
+    assert part.intermediate_size * world == whole.intermediate_size
+    assert part.heads % part.kv_heads == 0
+    # What torch._scaled_mm asks for.
+    assert all(size % 16 == 0 for size in (part.heads * part.head_dim, part.intermediate_size, part.hidden_size))

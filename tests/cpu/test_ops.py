@@ -1,0 +1,174 @@
+"""``torch.ops.collogue``: schemas, fakes, tracing, and communicators found by name."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from ranks import HIDDEN_SIZE, arguments, check_works, communicator
+from samples import every_format
+
+import collogue
+from collogue import FP8Group, FP8PerToken, FP8Static, Output, RMSNorm, ops, registry
+from collogue.errors import CaptureError, ClosedError
+from collogue.spec import Quant
+from collogue.testing import VirtualGroup, run_virtual
+from collogue.testing.compare import compare, differing
+
+#: What is checked of an operator; gradients do not exist.
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
+
+
+@pytest.fixture
+def comm() -> Iterator[collogue.Communicator]:
+    """Of a world of one, open during the test."""
+    found: list[collogue.Communicator] = []
+    run_virtual(1, lambda group: found.append(communicator(group, dtype=torch.bfloat16)))
+    yield found[0]
+    found[0].close()
+
+
+def operands(
+    comm: collogue.Communicator, quant: Quant | None, *, norm: bool = True, residual: bool = True, tokens: int = 4
+) -> tuple[Any, ...]:
+    """Arguments of an operator, of this rank."""
+    given = arguments(comm.rank, tokens)
+    scale = quant.given_scale if quant is not None else None
+    return (
+        given["partial"],
+        given["residual"] if residual else None,
+        given["norm"].weight if norm else None,
+        1e-5,
+        0.0,
+        "none" if quant is None else quant.label,
+        scale if isinstance(scale, torch.Tensor) else None,
+        scale if isinstance(scale, float) else 1.0,
+        getattr(quant, "smallest", 0.0),
+        quant is not None and norm,
+        comm.name,
+    )
+
+
+@pytest.mark.parametrize("operation", ["all_reduce", "sharded", "reduce_scatter", "finish"])
+@pytest.mark.parametrize("label", ["none", "static tensor", "column"])
+def test_opcheck(comm: collogue.Communicator, operation: str, label: str) -> None:
+    quants = {"none": None, "static tensor": FP8Static(torch.tensor(0.5)), "column": FP8Group(32, "ue8m0", "column")}
+    given = operands(comm, quants[label], residual=operation != "finish")
+    torch.library.opcheck(getattr(torch.ops.collogue, operation).default, given, test_utils=CHECKS)
+
+
+def test_opcheck_of_gather(comm: collogue.Communicator) -> None:
+    shard = comm.reduce_scatter(**arguments(0), quant=FP8PerToken(), keep_norm=True)
+    values, codes = (None, shard.residual, shard.norm), (shard.codes, shard.scales)
+    operator, smallest = torch.ops.collogue.all_gather.default, FP8PerToken().smallest
+    torch.library.opcheck(operator, (*values, None, None, 4, "none", 0.0, comm.name), test_utils=CHECKS)
+    # The schema check multiplies its inputs, which PyTorch does not do in FP8.
+    torch.library.opcheck(operator, (*values, *codes, 4, "fp8_per_token", smallest, comm.name), test_utils=CHECKS[1:])
+
+
+@pytest.mark.parametrize("quant", [None, *every_format()], ids=lambda q: "none" if q is None else q.label)
+def test_fakes_have_the_form_of_the_outputs(quant: Quant | None) -> None:
+    """Shape, strides and dtype, on every rank of a world of three, of every operation."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def rank(group: VirtualGroup) -> None:
+        comm = communicator(group)
+        for operation in ("all_reduce", "sharded", "reduce_scatter", "finish"):
+            given = list(operands(comm, quant, residual=operation == "all_reduce", tokens=5))
+            operator = getattr(torch.ops.collogue, operation)
+            real = operator(*given)
+            with FakeTensorMode() as mode:
+                fake = operator(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given])
+            forms = [[(tuple(t.shape), t.stride(), t.dtype) for t in tensors if t.numel()] for tensors in (real, fake)]
+            assert forms[0] == forms[1], operation
+
+    run_virtual(3, rank)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_calls_are_traced_without_a_break(comm: collogue.Communicator, backend: str) -> None:
+    """Formats and norms may be made inside what is compiled."""
+
+    def step(partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Output:
+        return comm.all_reduce(partial, residual=residual, norm=RMSNorm(weight, 1e-5), quant=collogue.NVFP4(400.0))
+
+    given = arguments(0)
+    with torch.no_grad():
+        compiled = torch.compile(step, backend=backend, fullgraph=True)
+        found, expected = (f(given["partial"], given["residual"], given["norm"].weight) for f in (compiled, step))
+    assert not differing(compare(found, expected))
+
+
+def test_the_sharded_calls_are_traced(comm: collogue.Communicator) -> None:
+    def step(partial: torch.Tensor, shard: torch.Tensor, norm: RMSNorm) -> tuple[Output, Output, Output]:
+        quant = FP8PerToken()
+        whole = comm.all_reduce(partial, residual=shard, norm=norm, quant=quant, sharded=True)
+        part = comm.reduce_scatter(partial, residual=shard, norm=norm, quant=quant)
+        return whole, comm.all_gather(part, 4, quant=quant), comm.finish(partial, norm=norm)
+
+    given = arguments(0)
+    with torch.no_grad():
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+        for found, expected in zip(compiled(*given.values()), step(*given.values()), strict=True):
+            assert not differing(compare(found, expected))
+
+
+def test_tokens_may_be_symbolic(comm: collogue.Communicator) -> None:
+    """One graph for every number of tokens, also beyond the communicator's capacity."""
+    compiled_for = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        compiled_for.append(module)
+        return module.forward
+
+    norm = arguments(0)["norm"]
+    compiled = torch.compile(lambda x: comm.all_reduce(x, norm=norm, quant=FP8PerToken()), backend=backend, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for tokens in (4, 7, 3, 5 * comm.max_tokens + 1):
+            partial = arguments(0, tokens)["partial"]
+            expected = collogue.reference.all_reduce([partial], norm=norm, quant=FP8PerToken())
+            assert not differing(compare(compiled(partial), expected)), tokens
+    assert len(compiled_for) == 1
+
+
+def test_eager_calls_bypass_the_dispatcher(comm: collogue.Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "call", None)
+    check_works(comm)
+    with pytest.raises(TypeError), torch._subclasses.fake_tensor.FakeTensorMode():
+        check_works(comm)
+
+
+def test_names() -> None:
+    """Communicators of one group and dtype are numbered; a closed or forgotten one is not found."""
+
+    def rank(group: VirtualGroup) -> None:
+        first, second, third = communicator(group), communicator(group), communicator(group, dtype=torch.float32)
+        base = f"{group.name}/bfloat16"
+        assert (first.name, second.name, third.name) == (base, f"{base}/2", f"{group.name}/float32")
+        assert registry.find(base) is first
+        assert registry.of_group(group.name, torch.float32, HIDDEN_SIZE) is third
+        assert registry.of_group(group.name, torch.float32, HIDDEN_SIZE + 8) is None
+        given = operands(first, None)
+        first.close()
+        with pytest.raises(ClosedError, match=r"no open communicator 'virtual0/bfloat16'\n.*open ones: .*virtual0/bfloat16/2"):
+            torch.ops.collogue.all_reduce(*given)
+        again = communicator(group)
+        assert again.name == base
+        del again
+        gc.collect()
+        assert registry.of_group(group.name, torch.bfloat16, HIDDEN_SIZE) is second
+
+    run_virtual(1, rank)
+
+
+def test_what_meets_other_ranks_is_refused_under_capture(comm: collogue.Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(comm, "device", torch.device("cuda", 0))
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for action in (lambda: comm.prepare(1), comm.reset, comm.close):
+            with pytest.raises(CaptureError, match=r"under graph capture\nhint: it meets the other ranks"):
+                action()
+    check_works(comm)
