@@ -67,7 +67,7 @@ def changed_bits(switch: Switch, format: str) -> str | None:
     quant = parse(format, global_scale=_GLOBAL_SCALE, static_scale=_STATIC_SCALE)
     case = emulator.Case(3, 576, 64, quant=quant)
     with tempfile.TemporaryDirectory(prefix="collogue-ablate-") as folder:
-        library = emulator.compile_case(case, Path(folder), switch.edits)
+        library = emulator.compile_cases([case], Path(folder), switch.edits)
         for seed in range(_SEEDS):
             problem = emulator.emulate(library, _TOKENS, seed=seed).problem()
             if problem:
