@@ -1,0 +1,21 @@
+"""Every number in the tables of docs/large.md stands in its JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_tables_equal_the_json() -> None:
+    runs = json.loads((ROOT / "benchmarks/results/large-steps-2xh200.json").read_text())["runs"]
+    text = (ROOT / "docs/large.md").read_text()
+    tables = re.findall(r"<!-- (.+?) -->\n((?:\|.*\n)+)", text)
+    assert len(tables) == 7
+    for run, table in tables:
+        for row in table.splitlines()[2:]:
+            tokens, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+            known = {f"{us:.2f}" for us in runs[run]["us"][tokens].values()}
+            assert {cell for cell in cells if cell} <= known, (run, tokens)
