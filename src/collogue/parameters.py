@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from collogue import header
+from collogue.extent import CONTROL_BYTES, Extent, memory_of
 from collogue.launch import Params
-from collogue.plan import CONTROL_BYTES, Extent, Plan, Request, memory_of, sends_values
+from collogue.plan import Plan, Request, sends_values
 from collogue.spec import Output, Quant, RMSNorm, owned_rows
 from collogue.topology import Topology
 
