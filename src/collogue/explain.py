@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -91,7 +92,7 @@ class Explanation:
 
     def __str__(self) -> str:
         """For people, at most 80 columns wide."""
-        return f"{self.call}\n{self.plan}"
+        return f"{textwrap.fill(self.call, 80)}\n{self.plan}"
 
     def as_json(self) -> dict[str, Any]:
         facts = {name: getattr(self.topology, name) for name in ("architecture", "multiprocessors", "world_size", "max_tokens")}
