@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from collogue import table
 from collogue.bench.gate import call_each_set
 from collogue.bench.timing import Latency
-from collogue.cli import FAILED, IMPOSSIBLE, OK, USAGE, app
+from collogue.cli import app
+from collogue.commands.options import FAILED, IMPOSSIBLE, OK, USAGE
 from collogue.communicator import Communicator, make_request
 from collogue.errors import ArgumentError, PlatformError
 from collogue.explain import MULTIPROCESSORS, Machine, explain
