@@ -369,6 +369,8 @@ def test_candidates_of_the_same_shape_are_measured_once() -> None:
     facts = MACHINE.topology(2, 8192, 64, torch.bfloat16, False)
     assert candidates(facts, trials(MACHINE, 2, hidden_size=[64], tokens=[3])[0].case) == (ONE, TWO)
     assert len(candidates(replace(facts, hidden_size=7168), trials(MACHINE, 2, hidden_size=[7168], tokens=[3])[0].case)) == 5
+    wide = replace(facts, world_size=8, hidden_size=7168), trials(MACHINE, 8, hidden_size=[7168], tokens=[3])[0].case
+    assert candidates(*wide) == (ONE, ONE_256, TWO, TWO_256)  # a wider CTA would spill
     assert default_tokens(replace(facts, hidden_size=7168)) > {1, *LARGE_TOKENS}
 
 

@@ -9,7 +9,7 @@ from itertools import product
 from collogue.check.case import Case
 from collogue.check.kernels import request_of
 from collogue.explain import Machine, dtype_named
-from collogue.plan import make_plan, one_shot_tokens
+from collogue.plan import MAX_THREADS, make_plan, one_shot_tokens
 from collogue.table import Candidate
 from collogue.topology import Overrides, Topology
 
@@ -22,6 +22,8 @@ CANDIDATES = (
     Candidate("two_shot", 256),
     Candidate("two_shot", 1024),
 )
+#: Ranks beyond which a CTA of more than half of :data:`collogue.plan.MAX_THREADS` has too few registers for a vector of every rank.
+MOST_RANKS_OF_WIDE_CTAS = 4
 #: Where the default numbers of tokens lie, as parts of the crossover that the model expects.
 AROUND = (1 / 8, 1 / 4, 1 / 2, 0.7, 1.0, 1.4, 2.0, 4.0)
 #: Numbers of tokens far beyond every crossover: which CTAs large calls take.
@@ -71,6 +73,8 @@ def candidates(topology: Topology, case: Case) -> tuple[Candidate, ...]:
     """Those of :data:`CANDIDATES` that this call can take, each shape of an algorithm once."""
     found: dict[tuple[str, int, int], Candidate] = {}
     for candidate in CANDIDATES:
+        if (candidate.cta_threads or 0) > MAX_THREADS // 2 and topology.world_size > MOST_RANKS_OF_WIDE_CTAS:
+            continue
         overrides = Overrides(candidate.algorithm, None, candidate.cta_threads)
         plan = make_plan(replace(topology, overrides=overrides), request_of(case))
         if plan.algorithm == candidate.algorithm and plan.shape is not None:
