@@ -1,4 +1,4 @@
-"""The command line: ``collogue demo | check | bench | explain | doctor | resources | ablate | accuracy | calibrate``.
+"""The command line: ``collogue demo | check | bench | tune | explain | doctor | resources | ablate | accuracy | calibrate``.
 
 Data goes to stdout, progress and logs go to stderr. Exit codes: 0 all is well; 1 a check failed; 2 wrong usage; 3 this machine
 cannot do it. torch is imported by the commands that need it, so ``--help`` answers at once.
@@ -20,7 +20,6 @@ from collogue.commands.bench import app as bench_app
 from collogue.commands.options import (
     EXIT_CODES,
     FAILED,
-    FORMAT_NAMES,
     IMPOSSIBLE,
     OK,
     Commit,
@@ -41,6 +40,7 @@ from collogue.commands.options import (
     words,
     write_json,
 )
+from collogue.commands.plans import explain, tune
 from collogue.commands.resources import resources
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (resources, ablate, accuracy, calibrate):
+for command in (tune, explain, resources, ablate, accuracy, calibrate):
     app.command(epilog=EXIT_CODES)(command)
 app.add_typer(bench_app, name="bench")
 
@@ -182,64 +182,6 @@ def _show_report(console: Console, report: Report, shown: int = 20) -> None:
     expected = sum(r.passed and r.expected_error is not None for r in report.results)
     refused = f" ({expected} of them calls that must be refused, and were)" if expected else ""
     console.print(f"{len(report.results) - len(failures)} of {len(report.results)} cases passed{refused}")
-
-
-@app.command(epilog=EXIT_CODES)
-def explain(
-    tokens: Annotated[int, typer.Option(min=1, help="Rows T of the call.")] = 1,
-    hidden_size: Annotated[int, typer.Option(min=8, help="Row length H, a multiple of 8.")] = 7168,
-    world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks.")] = 2,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    format: Annotated[str, typer.Option(help=FORMAT_NAMES)] = "none",
-    residual: Annotated[bool, typer.Option(help="Whether the call adds a residual.")] = True,
-    norm: Annotated[bool, typer.Option(help="Whether the call has an RMSNorm.")] = True,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    json: Json = None,
-) -> None:
-    """Show the plan of a call on this machine: algorithm, launch shape, why, bytes sent, predicted time."""
-    check_target(json)
-    with exit_codes():
-        plan = _plan(tokens, hidden_size, world_size, dtype, format, residual, norm, device)
-        write_json(plan, json)
-        out = console(json)
-        width = max(map(len, plan))
-        for name, value in plan.items():
-            out.print(f"{name:{width}}  {value}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _plan(
-    tokens: int, hidden_size: int, world_size: int, dtype: str, format: str, residual: bool, norm: bool, device: str
-) -> dict[str, Any]:
-    import torch
-
-    from collogue.communicator import Communicator
-    from collogue.errors import DTypeError, PlatformError
-    from collogue.spec import parse
-    from collogue.testing import VirtualGroup, run_virtual
-
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if kind not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"{device!r} is none of auto, cpu, cuda", param_hint="--device")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise PlatformError("there is no CUDA GPU that PyTorch can use", hint="run `collogue doctor`, or use --device cpu")
-    value_dtype = getattr(torch, dtype, None)
-    if not isinstance(value_dtype, torch.dtype):
-        raise DTypeError(f"there is no dtype {dtype!r}", hint="use bfloat16, float16 or float32")
-    quant = parse(format)
-
-    def ask(group: VirtualGroup) -> dict[str, Any]:
-        with Communicator(group, max_tokens=tokens, hidden_size=hidden_size, dtype=value_dtype) as comm:
-            plan = comm.explain(tokens, residual=residual, norm=norm, quant=quant)
-            return {"device": str(group.device.type), "tokens": tokens, "hidden_size": hidden_size, **_plain(plan)}
-
-    return run_virtual(world_size, ask, device=kind)[0]
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    """A plan as JSON can hold it."""
-    from dataclasses import asdict
-
-    return {k: v if isinstance(v, int | float | str | bool | list | tuple | dict | None) else str(v) for k, v in asdict(value).items()}
 
 
 @app.command(epilog=EXIT_CODES)

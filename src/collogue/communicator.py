@@ -14,8 +14,9 @@ from collogue.errors import ArgumentError, CapacityError, CaptureError, ClosedEr
 from collogue.gather import check_gather, check_tokens
 from collogue.group import as_group
 from collogue.journal import Journal
-from collogue.plan import Plan, Request, make_plan
+from collogue.plan import Plan, Request, make_plan, max_hidden_size
 from collogue.spec import VALUE_DTYPES, Operation, Output, Quant, RMSNorm, Wanted, owned_rows
+from collogue.table import TableArgument
 from collogue.topology import Overrides, Topology, agree
 from collogue.watch import Watch
 
@@ -45,6 +46,10 @@ class Communicator:
         algorithm: ``"one_shot"`` or ``"two_shot"`` for every ``all_reduce`` that the workspace has room for; default: what the
             plan expects to be faster. Never changes a bit.
         max_multiprocessors: most multiprocessors that a call may use, to leave the others to a GEMM; default: all.
+        cta_threads: most threads of a CTA; default: what the plan expects to be faster. Never changes a bit.
+        table: a file that ``collogue tune`` wrote, of measured times for the plan; the same content on every rank. Default: what
+            the variable ``COLLOGUE_TABLE`` names (empty: none), else the table that ``collogue tune`` left for this machine in the
+            user's cache directory. ``False``: none. Never changes a bit (docs/tuning.md).
     Attributes:
         name: what graphs call it (``torch.ops.collogue``): the group's name and the dtype, numbered if that is taken.
     Synchronisation:
@@ -64,6 +69,8 @@ class Communicator:
         timeout: float = 30.0,
         algorithm: Literal["one_shot", "two_shot"] | None = None,
         max_multiprocessors: int | None = None,
+        cta_threads: int | None = None,
+        table: TableArgument = None,
     ) -> None:
         self._engine: Engine | None = None
         self._group = as_group(group, device)
@@ -71,7 +78,13 @@ class Communicator:
         self.max_tokens, self.hidden_size, self.dtype, self.timeout = max_tokens, hidden_size, dtype, timeout
         self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank)
         self._check_capacity()
-        self.topology: Topology = agree(self._group, self._capacity, Overrides(algorithm, max_multiprocessors))
+        overrides = Overrides(algorithm, max_multiprocessors, cta_threads)
+        self.topology: Topology = agree(self._group, self._capacity, overrides, table)
+        largest = max_hidden_size(self.topology)
+        if largest is not None and hidden_size > largest:
+            raise CapacityError(
+                f"hidden size {hidden_size} is too large for {self.topology.architecture}", hint=f"the largest is {largest}"
+            )
         self._engine = self._make_engine()
         self.group_name = self._group.name
         self.name = registry.register(self, self.group_name)
@@ -301,7 +314,8 @@ class Communicator:
         hidden_size: int | None = None,
         operation: Operation = "all_reduce",
     ) -> Plan:
-        """The frozen plan of such a call: algorithm, launch shape, why, bytes sent, predicted time and floor.
+        """The frozen plan of such a call: algorithm, why, launch shape and launches, predicted, least and measured time, bytes sent and
+        bytes of workspace. ``print`` shows it line by line.
 
         ``tokens`` and ``operation`` are as in :meth:`prepare`.
         """

@@ -49,7 +49,7 @@ def cubin(variant: Variant, architecture: str) -> bytes:
         with contextlib.suppress(OSError):
             return path.read_bytes()
         code, _ = compile_source(source, architecture, variant.name)
-        _write(path, code)
+        write_whole(path, code)
     return code
 
 
@@ -186,9 +186,10 @@ def cache_directory() -> Path:
     raise PlatformError("no directory for compiled kernels can be written", hint="set COLLOGUE_CACHE_DIR to a writable directory")
 
 
-def _write(path: Path, code: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Put a file into its place at once: whoever reads it finds the old one or the new one."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(code)
+        file.write(content)
     os.replace(file.name, path)
 
 

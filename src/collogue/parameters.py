@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from collogue import header
+from collogue.extent import CONTROL_BYTES, Extent
 from collogue.launch import Params
-from collogue.plan import CONTROL_BYTES, Extent, Plan, Request, memory_of, sends_values
+from collogue.plan import Plan, Request, launch_memory
 from collogue.spec import Output, Quant, RMSNorm, owned_rows
 from collogue.topology import Topology
 
@@ -21,7 +22,7 @@ def fill_shape(params: Params, topology: Topology, request: Request, plan: Plan,
     params.pad = rows if plan.launches == 1 else 0
     params.column_stride, params.shard_column_stride = -(-rows // 4) * 4, -(-owned // 4) * 4
     if algorithm != "local":
-        memory = memory_of(algorithm, world, request.hidden_size, request.dtype, request.quant, values=sends_values(request))
+        memory = launch_memory(topology, request, algorithm)
         params.slot_bytes, params.gather_bytes = plan.rows * memory.slot, plan.rows * memory.gather
         params.wire_bytes, params.width = memory.wire, memory.width
     params.header[0], params.header[1] = header.pack(

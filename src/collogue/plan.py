@@ -5,6 +5,7 @@ The plan never changes a bit of any output (docs/contract.md); it only decides w
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,18 +13,14 @@ import torch
 
 from collogue import cost
 from collogue.errors import FormatError
+from collogue.extent import MAX_CTAS, Memory, memory_of, round_up, wire_bytes, workspace_extent
 from collogue.spec import Operation, Quant, Wanted
+from collogue.table import Candidate, Entry
 from collogue.topology import Topology
 from collogue.variant import QuantVariant, Variant, block_class
 
 Algorithm = Literal["reference", "local", "one_shot", "two_shot", "sharded", "all_gather"]
 
-#: Generations of memory that peers write (kernels/protocol.cuh): of one-shot, of the other kernels.
-ONE_SHOT_GENERATIONS, GENERATIONS = 4, 2
-#: Bytes of one generation, unless a single row needs more; calls that need more are not one-shot, or are done in several launches.
-ONE_SHOT_BYTES, GENERATION_BYTES = 8 << 20, 128 << 20
-#: Control words, marks and the journal at the start of every workspace.
-CONTROL_BYTES = 4096
 #: Cycles between a rank's last send and its first poll: about one NVLink hop.
 FIRST_POLL_CYCLES = 900
 #: Largest cluster that every GPU with clusters accepts.
@@ -31,6 +28,8 @@ MAX_CLUSTER = 8
 #: Threads of the widest CTA whose threads hold several vectors, and of the widest that large calls use.
 MAX_THREADS_OF_VECTORS = 256
 MAX_THREADS = 1024
+#: Largest hidden size where a cluster does a row, and where one CTA does.
+MAX_HIDDEN_SIZE, MAX_HIDDEN_SIZE_OF_A_CTA = 32768, 16384
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,18 @@ class LaunchShape:
     cluster: int
     clusters: int
 
+    def __str__(self) -> str:
+        """``128 x 7 CTAs of 128 threads, 8 elements of a row each``."""
+        return f"{self.clusters} x {self.cluster} CTAs of {self.threads} threads, {8 * self.vectors} elements of a row each"
+
 
 @dataclass(frozen=True)
 class Plan:
     """What a call will do, and why. ``bytes_sent`` leave each rank per call; times are microseconds.
 
-    ``rows`` of the call are done by one launch (with the sharded residual and its halves: rows of each owner), ``launches`` in all.
+    ``rows`` of the call are done by one launch (with the sharded residual and its halves: rows of each owner), ``launches`` in all;
+    a launch uses ``workspace_bytes`` of each rank's workspace. ``measured_us`` is read off ``table``, the measured table that was
+    looked at, if it holds this call.
     """
 
     algorithm: Algorithm
@@ -73,6 +78,28 @@ class Plan:
     floor_us: float
     rows: int = 0
     launches: int = 1
+    workspace_bytes: int = 0
+    measured_us: float | None = None
+    table: str = "none"
+
+    def __str__(self) -> str:
+        """For people: a line for each fact, at most 80 columns wide."""
+        measured = "-" if self.measured_us is None else f"{self.measured_us:.2f} us"
+        facts = {
+            "algorithm": self.algorithm,
+            "why": self.why,
+            "shape": "-" if self.shape is None else str(self.shape),
+            "launches": f"{self.launches} of {self.rows} rows" if self.shape is not None else "-",
+            "predicted": f"{self.predicted_us:.2f} us",
+            "floor": f"{self.floor_us:.2f} us",
+            "measured": measured,
+            "table": self.table,
+            "bytes sent": f"{self.bytes_sent:,} from each rank",
+            "workspace": f"{self.workspace_bytes:,} bytes in use",
+        }
+        width = max(map(len, facts)) + 2
+        lines = (textwrap.fill(text, 80, initial_indent=name.ljust(width), subsequent_indent=" " * width) for name, text in facts.items())
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -84,127 +111,48 @@ class Kernel:
     variant: Variant
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that one launch uses in a generation. ``slot``: from one rank to another in the first step, ``gather``: in the second.
-
-    All are of one row: of the call, or, where rows have owners, of every owner.
-    """
-
-    slot: int
-    gather: int
-    wire: int
-    width: int
-    flags: int = 0
-
-    def generation(self, world_size: int, rows: int) -> int:
-        """Of ``rows`` rows, with the flags that follow them."""
-        return (world_size - 1) * (rows * (self.slot + self.gather) + self.flags)
-
-
-def memory_of(algorithm: str, world_size: int, hidden_size: int, dtype: torch.dtype, quant: Quant | None, *, values: bool) -> Memory:
-    """What a row needs. ``values``: finished rows travel in ``dtype`` as well (or alone, where ``quant`` is ``None``)."""
-    row, width = hidden_size * dtype.itemsize, -(-hidden_size // 8 // world_size)
-    if algorithm == "one_shot":
-        return Memory(row, 0, 0, width)
-    if algorithm == "two_shot":
-        part = width * 8 * dtype.itemsize
-        return Memory(part, part, 0, width)
-    wire = _wire_bytes(hidden_size, dtype, quant, values)
-    if algorithm == "all_gather":
-        return Memory(wire, 0, wire, width, flags=4 * MAX_CTAS)
-    return Memory(row, wire, wire, width)
-
-
-#: More CTAs than any launch has.
-MAX_CTAS = 4096
-
-
-def _wire_bytes(hidden_size: int, dtype: torch.dtype, quant: Quant | None, values: bool) -> int:
-    """Of a finished row on its way to another rank: values, codes, words of scales (kernels/gather.cuh)."""
-    total = hidden_size * dtype.itemsize if values else 0
-    if quant is not None:
-        variant = QuantVariant.of(quant)
-        total += hidden_size // 2 if quant.element == "e2m1" else hidden_size
-        if variant.format in ("kNVFP4", "kMXFP4", "kMXFP8"):
-            total += -(-hidden_size // variant.group // 4) * 4
-        elif variant.group:
-            total += hidden_size // variant.group * 4
-        elif variant.format == "kFP8PerToken":
-            total += 4
-    return _round_up(total, 16)
-
-
-@dataclass(frozen=True)
-class Extent:
-    """A rank's workspace: control words, then the generations of one-shot, then those of the other kernels. Bytes."""
-
-    one_shot: int
-    generation: int
-
-    @property
-    def offset(self) -> int:
-        """Of the other kernels' generations."""
-        return CONTROL_BYTES + ONE_SHOT_GENERATIONS * self.one_shot
-
-    @property
-    def total(self) -> int:
-        return self.offset + GENERATIONS * self.generation
-
-
-def workspace_extent(topology: Topology) -> Extent:
-    """As much as the largest call needs in one launch by any algorithm, at most :data:`GENERATION_BYTES`, at least one row; for
-    one-shot at most :data:`ONE_SHOT_BYTES`. In all at most three times the largest message plus 64 MiB.
-    """
-    world, tokens = topology.world_size, topology.max_tokens
-    row = topology.hidden_size * topology.dtype.itemsize
-
-    def needs(algorithm: str, rows: int) -> int:
-        return memory_of(algorithm, world, topology.hidden_size, topology.dtype, None, values=True).generation(world, rows)
-
-    one_shot = max(needs("one_shot", 1), min(needs("one_shot", tokens), ONE_SHOT_BYTES // row * row))
-    most = max(needs("two_shot", tokens), needs("sharded", -(-tokens // world)))
-    # A row of a call that quantises and keeps the norm as well is the widest that has to travel.
-    least = max(needs("two_shot", 1), (world - 1) * (4 * row + 4 * MAX_CTAS + 4096))
-    return Extent(_round_up(one_shot, 4096), _round_up(max(least, min(most, GENERATION_BYTES)), 4096))
-
-
 def make_plan(topology: Topology, request: Request) -> Plan:
     """The plan of one call."""
     world, row = topology.world_size, request.hidden_size * request.dtype.itemsize
     tokens, rows = request.tokens, request.tokens
     algorithm: Algorithm
-    sent = 0
+    sent, candidate, measured = 0, None, None
     if world == 1 or tokens == 0 or request.operation == "finish":
         algorithm = "local"
         why = "a world of one communicates nothing" if world == 1 else "no tokens" if tokens == 0 else "nothing is summed"
     elif request.operation == "all_reduce":
-        algorithm, why = _choose(topology, request)
+        candidate, why = _choose(topology, request)
+        algorithm, measured = candidate.algorithm, _measured(topology, request, candidate)
         width = memory_of("two_shot", world, request.hidden_size, request.dtype, None, values=False).slot
         sent = (world - 1) * tokens * (row if algorithm == "one_shot" else 2 * width)
     else:
         rows = -(-tokens // world)
-        wire = _wire_bytes(request.hidden_size, request.dtype, request.quant, sends_values(request))
+        wire = wire_bytes(request.hidden_size, request.dtype, request.quant, sends_values(request))
         if request.operation == "all_gather":
             algorithm, why, sent = "all_gather", "rows go to every rank as they are", (world - 1) * rows * wire
         else:
             gathered = wire if request.operation == "sharded" else 0
             algorithm, why, sent = "sharded", "rows have owners who add and finish them", (world - 1) * rows * (row + gathered)
-    launches = 1
-    if algorithm in ("two_shot", "sharded", "all_gather"):
+    launches, used = 1, 0
+    if algorithm != "local":
         memory = launch_memory(topology, request, algorithm)
-        fits = max(1, (workspace_extent(topology).generation // (world - 1) - memory.flags) // (memory.slot + memory.gather))
-        launches = -(-rows // fits)
-        rows = -(-rows // launches)
+        if algorithm != "one_shot":
+            fits = max(1, (workspace_extent(topology).generation // (world - 1) - memory.flags) // (memory.slot + memory.gather))
+            launches = -(-rows // fits)
+            rows = -(-rows // launches)
         if launches > 1:
             why += f"; {launches} launches of {rows} rows, as many as the workspace holds"
+        used = memory.generation(world, rows)
     predicted, floor = cost.predict(algorithm, world, sent)
+    table = "none" if topology.table is None else topology.table.about(request.hidden_size, request.operation)
     if topology.architecture is None:
-        return Plan("reference", f"a CPU group works out the reference; on GPUs: {algorithm}, {why}", None, sent, predicted, floor)
+        why = f"a CPU group works out the reference; on GPUs: {algorithm}, {why}"
+        return Plan("reference", why, None, sent, predicted, floor, table=table)
     if not topology.has_clusters:
         why += f"; {topology.architecture} has no clusters: one CTA per row, no PDL"
-    shape = launch_shape(topology, rows, request.hidden_size, request.quant, algorithm)
-    return Plan(algorithm, why, shape, sent, predicted, floor, rows, launches)
+    threads = candidate.cta_threads if candidate is not None else None
+    shape = launch_shape(topology, rows, request.hidden_size, request.quant, algorithm, cta_threads=threads)
+    return Plan(algorithm, why, shape, sent, predicted, floor, rows, launches, used, measured, table)
 
 
 def sends_values(request: Request) -> bool:
@@ -227,52 +175,81 @@ def one_shot_tokens(topology: Topology, hidden_size: int) -> int:
     while least < most:
         middle = (least + most + 1) // 2
         request = Request(middle, hidden_size, topology.dtype, True, False, False, None, plain)
-        least, most = (middle, most) if _choose(topology, request)[0] == "one_shot" else (least, middle - 1)
+        one_shot = _choose(topology, request)[0].algorithm == "one_shot"
+        least, most = (middle, most) if one_shot else (least, middle - 1)
     return least
 
 
-def _choose(topology: Topology, request: Request) -> tuple[Literal["one_shot", "two_shot"], str]:
-    """One-shot or two-shot."""
+def _choose(topology: Topology, request: Request) -> tuple[Candidate, str]:
+    """One-shot or two-shot, in which shape: as asked for, as measured, or as the model expects."""
     message = request.tokens * request.hidden_size * request.dtype.itemsize
-    world = topology.world_size
+    world, asked = topology.world_size, topology.overrides
     fits = (world - 1) * message <= workspace_extent(topology).one_shot
-    if topology.overrides.algorithm is not None and (fits or topology.overrides.algorithm == "two_shot"):
-        return topology.overrides.algorithm, "asked for"
+    if asked.algorithm is not None and (fits or asked.algorithm == "two_shot"):
+        return Candidate(asked.algorithm, asked.cta_threads), "asked for"
+    entry = _entry(topology, request)
+    if entry is not None:
+        why = f"measured: one-shot is faster up to {entry.one_shot_tokens} tokens" if fits else "larger than the one-shot slots"
+        return entry.candidate(request.tokens, fits=fits), why
     one, _ = cost.predict("one_shot", world, (world - 1) * message)
     two, _ = cost.predict("two_shot", world, 2 * (world - 1) * -(-message // world))
     if fits and one <= two:
-        return "one_shot", f"one hop: {one:.1f} us against {two:.1f} us by two"
-    return "two_shot", f"two hops, fewer bytes: {two:.1f} us against {one:.1f} us by one" if fits else "larger than the one-shot slots"
+        return Candidate("one_shot", asked.cta_threads), f"one hop: {one:.1f} us against {two:.1f} us by two"
+    why = f"two hops, fewer bytes: {two:.1f} us against {one:.1f} us by one" if fits else "larger than the one-shot slots"
+    return Candidate("two_shot", asked.cta_threads), why
 
 
-def launch_shape(topology: Topology, tokens: int, hidden_size: int, quant: Quant | None, algorithm: str = "one_shot") -> LaunchShape:
+def _entry(topology: Topology, request: Request) -> Entry | None:
+    """What the table says of such calls."""
+    return None if topology.table is None else topology.table.entry(request.hidden_size, request.operation)
+
+
+def _measured(topology: Topology, request: Request, candidate: Candidate) -> float | None:
+    """The time in the table, if this is the call that was measured: residual and norm, no quantisation."""
+    entry = _entry(topology, request)
+    plain = request.residual and request.norm and not request.wide_weight and request.quant is None
+    return entry.us(candidate, request.tokens) if entry is not None and plain else None
+
+
+def max_hidden_size(topology: Topology) -> int | None:
+    """Of a communicator; ``None`` where nothing limits it."""
+    if topology.architecture is None:
+        return None
+    return MAX_HIDDEN_SIZE if topology.has_clusters else MAX_HIDDEN_SIZE_OF_A_CTA
+
+
+def launch_shape(
+    topology: Topology, tokens: int, hidden_size: int, quant: Quant | None, algorithm: str = "one_shot", *, cta_threads: int | None = None
+) -> LaunchShape:
     """Threads, vectors and clusters for ``tokens`` rows of this width.
 
     With clusters a thread holds one vector and a row is spread over up to 8 CTAs: the fewest cycles between the first load and the
     last store, and at large sizes the most CTAs whose waits overlap. Where few multiprocessors may be used, a row takes as few
-    CTAs as it can. In one CTA (no clusters, or groups that only one CTA can reduce) threads hold several vectors.
+    CTAs as it can; ``cta_threads`` is the most threads that a CTA may then have. In one CTA (no clusters, or groups that only one
+    CTA can reduce) threads hold several vectors.
     """
     vectors_in_row = hidden_size // 8
     limit = topology.overrides.max_multiprocessors
     if topology.has_clusters and not QuantVariant.of(quant).needs_one_cta:
         threads = 64 if hidden_size <= 2048 else 128
-        wide = topology.overrides.cta_threads or (MAX_THREADS if limit else 0)
+        wide = cta_threads or topology.overrides.cta_threads or (MAX_THREADS if limit else 0)
         if wide:
-            threads = _round_up(-(-vectors_in_row // -(-vectors_in_row // wide)), 32)
+            threads = round_up(-(-vectors_in_row // -(-vectors_in_row // wide)), 32)
         elif vectors_in_row <= 64:
-            threads = _round_up(vectors_in_row, 32)
+            threads = round_up(vectors_in_row, 32)
         cluster = -(-vectors_in_row // threads)
         if cluster > MAX_CLUSTER:
-            cluster, threads = MAX_CLUSTER, _round_up(-(-vectors_in_row // MAX_CLUSTER), 32)
-        if threads > 512 and not wide:
-            raise FormatError(f"hidden size {hidden_size} is too large", hint="the largest is 32768")
+            cluster, threads = MAX_CLUSTER, round_up(-(-vectors_in_row // MAX_CLUSTER), 32)
+        if hidden_size > MAX_HIDDEN_SIZE:
+            raise FormatError(f"hidden size {hidden_size} is too large", hint=f"the largest is {MAX_HIDDEN_SIZE}")
         vectors = 1
     else:
         cluster = 1
         vectors = 1 << (-(-vectors_in_row // MAX_THREADS_OF_VECTORS) - 1).bit_length()
-        if vectors > 8:
-            raise FormatError(f"hidden size {hidden_size} is too large for one CTA per row", hint="the largest is 16384")
-        threads = _round_up(-(-vectors_in_row // vectors), 32)
+        if hidden_size > MAX_HIDDEN_SIZE_OF_A_CTA:
+            hint = f"the largest is {MAX_HIDDEN_SIZE_OF_A_CTA}"
+            raise FormatError(f"hidden size {hidden_size} is too large for one CTA per row", hint=hint)
+        threads = round_up(-(-vectors_in_row // vectors), 32)
     clusters = max(tokens, 1)
     resident = _resident_clusters(topology, LaunchShape(threads, vectors, cluster, clusters), algorithm)
     if limit:
@@ -351,7 +328,3 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         stream=request.wanted.reduced or request.wanted.residual,
         gather=request.operation == "sharded",
     )
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -316,6 +316,8 @@ class Wanted:
         """
         scales = quant is not None and not isinstance(quant, FP8Static)
         if operation == "all_gather":
+            if not (has_residual or has_norm or quant is not None):
+                raise ArgumentError("the shard holds nothing", hint="say that it has a residual, a norm or codes")
             return cls(reduced=False, residual=has_residual, norm=has_norm, codes=quant is not None, scales=scales)
         if keep_norm and not has_norm:
             raise FormatError("keep_norm=True without norm=", hint="pass norm=collogue.RMSNorm(weight), or leave keep_norm out")

@@ -11,11 +11,12 @@ import torch
 from collogue.call import Capacity
 from collogue.errors import ArgumentError, PlatformError
 from collogue.group import Group
+from collogue.table import Table, TableArgument, check_alike, find, name_of
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a user fixes of the plans: the algorithm of ``all_reduce``, and how many multiprocessors a call may use."""
+    """What a user fixes of the plans: the algorithm of ``all_reduce``, how many multiprocessors a call may use, the widest CTA."""
 
     algorithm: Literal["one_shot", "two_shot"] | None = None
     max_multiprocessors: int | None = None
@@ -31,11 +32,13 @@ class Overrides:
             raise ArgumentError(f"algorithm is {self.algorithm!r}", hint="give 'one_shot', 'two_shot' or nothing")
         if self.max_multiprocessors is not None and self.max_multiprocessors < 1:
             raise ArgumentError(f"max_multiprocessors is {self.max_multiprocessors!r}", hint="give a positive number or nothing")
+        if self.cta_threads is not None and (self.cta_threads not in range(32, 1025) or self.cta_threads % 32):
+            raise ArgumentError(f"cta_threads is {self.cta_threads!r}", hint="give a multiple of 32 up to 1024, or nothing")
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Facts that are the same on every rank. ``architecture`` is ``None`` on CPU groups."""
+    """Facts that are the same on every rank. ``architecture`` is ``None`` on CPU groups; ``table`` holds what is for this machine."""
 
     world_size: int
     max_tokens: int
@@ -45,6 +48,7 @@ class Topology:
     multiprocessors: int
     ranks_per_gpu: int
     overrides: Overrides = Overrides()
+    table: Table | None = None
 
     @property
     def has_clusters(self) -> bool:
@@ -52,36 +56,84 @@ class Topology:
         return self.architecture is not None and not self.architecture.startswith("sm_8")
 
 
-def agree(group: Group, capacity: Capacity, overrides: Overrides = Overrides()) -> Topology:
+def agree(group: Group, capacity: Capacity, overrides: Overrides = Overrides(), table: TableArgument = False) -> Topology:
     """Exchange what every rank sees and return what all share. Collective.
 
-    Raises :class:`ArgumentError` where ranks were given different arguments, :class:`PlatformError` where they cannot
+    Raises :class:`ArgumentError` where ranks were given different arguments or tables, :class:`PlatformError` where they cannot
     reach each other's memory.
     """
     overrides.check()
-    every = group.all_gather_object(_facts(group, capacity, overrides))
-    for rank, facts in enumerate(every):
-        if facts["capacity"] != every[0]["capacity"]:
+    facts = _facts(group, capacity, overrides)
+    found, problem = _find_table(table, facts.get("device"), group.size)
+    every = group.all_gather_object({**facts, "table": found.digest if found else "none", "problem": problem})
+    for rank, theirs in enumerate(every):
+        if theirs["capacity"] != every[0]["capacity"]:
             raise ArgumentError(
-                f"rank 0 asked for {every[0]['capacity']}, rank {rank} for {facts['capacity']}",
+                f"rank 0 asked for {every[0]['capacity']}, rank {rank} for {theirs['capacity']}",
                 hint="make the communicator with the same arguments on every rank",
             )
+        if theirs["problem"]:
+            raise ArgumentError(f"rank {rank}: {theirs['problem'][0]}", hint=theirs["problem"][1])
+    check_alike(theirs["table"] for theirs in every)
     if group.device.type == "cpu":
-        return Topology(group.size, capacity.max_tokens, capacity.hidden_size, capacity.dtype, None, 0, 1, overrides)
+        return topology_of(group.size, capacity, overrides=overrides, table=found)
     _check_reach(group, every)
-    architectures = sorted({facts["architecture"] for facts in every})
+    architectures = sorted({theirs["architecture"] for theirs in every})
     if len(architectures) > 1:
         raise PlatformError(f"the ranks' GPUs differ: {', '.join(architectures)}", hint="use GPUs of one kind in one group")
-    return Topology(
+    return topology_of(
         group.size,
+        capacity,
+        architecture=architectures[0],
+        device=" and ".join(sorted({str(theirs.get("device")) for theirs in every})),
+        multiprocessors=min(theirs["multiprocessors"] for theirs in every),
+        ranks_per_gpu=max(sum(other["gpu"] == theirs["gpu"] for other in every) for theirs in every),
+        overrides=overrides,
+        table=found,
+    )
+
+
+def topology_of(
+    world_size: int,
+    capacity: Capacity,
+    *,
+    architecture: str | None = None,
+    device: str | None = None,
+    multiprocessors: int = 0,
+    ranks_per_gpu: int = 1,
+    overrides: Overrides = Overrides(),
+    table: Table | None = None,
+) -> Topology:
+    """The topology of a world whose facts are known, with what of ``table`` is for it. ``device``: the GPU's name, if it matters."""
+    if table is not None and not table.unused:
+        if architecture is None:
+            table = table.without("this group is on the CPU")
+        elif ranks_per_gpu > 1:
+            table = table.without("ranks share GPUs")
+        elif overrides != Overrides():
+            table = table.without("the communicator fixes the algorithm, the CTAs or the multiprocessors")
+        else:
+            named = {} if device is None else {"device": device}
+            table = table.select(architecture=architecture, **named, world_size=world_size, dtype=name_of(capacity.dtype))
+    return Topology(
+        world_size,
         capacity.max_tokens,
         capacity.hidden_size,
         capacity.dtype,
-        architectures[0],
-        min(facts["multiprocessors"] for facts in every),
-        max(sum(other["gpu"] == facts["gpu"] for other in every) for facts in every),
+        architecture,
+        multiprocessors,
+        ranks_per_gpu,
         overrides,
+        table,
     )
+
+
+def _find_table(argument: TableArgument, device: str | None, world_size: int) -> tuple[Table | None, tuple[str, str] | None]:
+    """The table, or message and hint of why it cannot be read: every rank must hear of it."""
+    try:
+        return find(argument, device=device, world_size=world_size), None
+    except ArgumentError as error:
+        return None, (error.message, error.hint)
 
 
 def _facts(group: Group, capacity: Capacity, overrides: Overrides) -> dict[str, Any]:
@@ -94,6 +146,7 @@ def _facts(group: Group, capacity: Capacity, overrides: Overrides) -> dict[str, 
 
         properties = torch.cuda.get_device_properties(group.device)
         facts["architecture"] = architecture_of((properties.major, properties.minor))
+        facts["device"] = properties.name
         facts["multiprocessors"] = properties.multi_processor_count
         facts["gpu"] = str(properties.uuid)
     return facts

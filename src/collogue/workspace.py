@@ -1,7 +1,7 @@
 """The memory a communicator works in: slots in symmetric memory, control words, and the failure record.
 
 Layout of a rank's symmetric buffer (kernels/protocol.cuh): control words, marks and the journal in the first 4096 bytes, then the
-generations (:class:`collogue.plan.Extent`).
+generations (:class:`collogue.extent.Extent`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from cuda.bindings import driver
 
 from collogue.errors import CollectiveError, CollectiveTimeout, CorruptedWorkspace, MismatchedCall
+from collogue.extent import CONTROL_BYTES, workspace_extent
 from collogue.group import Group
 from collogue.header import ENTRY_BYTES, Entry
 from collogue.journal import Journal, default_path
-from collogue.plan import CONTROL_BYTES, workspace_extent
 from collogue.topology import Topology
 
 #: A word that has not arrived, by bytes of a value (kernels/values.cuh).

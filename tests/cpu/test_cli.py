@@ -26,7 +26,7 @@ def call(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 
 
-@pytest.mark.parametrize("command", ["demo", "check", "bench", "explain", "doctor", "resources", "accuracy"])
+@pytest.mark.parametrize("command", ["demo", "check", "bench", "tune", "explain", "doctor", "resources", "accuracy"])
 def test_every_command_has_help_with_its_exit_codes(command: str) -> None:
     result = call(command, "--help")
     assert result.exit_code == OK

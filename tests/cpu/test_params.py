@@ -9,9 +9,9 @@ import pytest
 
 from collogue import jit, workspace
 from collogue.errors import CompileError
+from collogue.extent import GENERATIONS
 from collogue.header import ENTRY_BYTES
 from collogue.launch import MAX_WORLD, Params
-from collogue.plan import GENERATIONS
 from collogue.workspace import CONTROL_BYTES, SENTINELS, FailureRecord
 
 

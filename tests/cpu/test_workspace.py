@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from collogue.errors import ArgumentError, CollectiveTimeout, CorruptedWorkspace, MismatchedCall
+from collogue.extent import CONTROL_BYTES
 from collogue.header import Entry, pack
 from collogue.journal import Journal
-from collogue.plan import CONTROL_BYTES
 from collogue.topology import Topology
 from collogue.workspace import JOURNAL_OFFSET, MARKS_OFFSET, Control, FailureRecord, Workspace, clean_control
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from collogue import Communicator, reference
 from collogue.check import Answers, Case
 from collogue.check.rank import Given, arguments, poisoned
+from collogue.extent import GENERATIONS
 from collogue.formats import scale_storage
 from collogue.group import as_group
-from collogue.plan import GENERATIONS
 from collogue.spec import Output
 from collogue.testing import VirtualGroup
 from collogue.testing.compare import compare

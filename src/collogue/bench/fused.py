@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -40,6 +41,12 @@ class FusedCall:
             mine = replace(case, seed=seed)
             expected = answers(mine, comm.device, comm.rank)
             self._sets.append(_Set(Given.of(mine, comm.rank, comm.device, answers), poisoned(expected), expected))
+
+    def on(self, comm: Communicator) -> FusedCall:
+        """The same call on the same inputs and outputs, made by another communicator."""
+        other = copy.copy(self)
+        other.comm = comm
+        return other
 
     def call(self, turn: int) -> Output:
         """One call with ``out=``."""

@@ -20,7 +20,7 @@ from collogue.bench.cases import NCCL, Round, has_chain
 from collogue.bench.floors import EMPTY, EXCHANGE, WIRE, Floors
 from collogue.bench.fused import FusedCall
 from collogue.bench.gate import call_each_set, each, time_gated
-from collogue.bench.timing import Chain, EagerCalls, Latency, Subject, measure, measure_eager
+from collogue.bench.timing import Chain, EagerCalls, Latency, Subject, measure, measure_eager, meet
 from collogue.check.case import Case
 from collogue.check.kernels import request_of
 from collogue.check.rank import Answers, arguments
@@ -33,7 +33,7 @@ Row: TypeAlias = dict[str, Any]
 Tell: TypeAlias = Callable[[str], None]
 
 #: Errors after which a communicator has to be reset.
-_FATAL = (CollectiveError.__name__, CollectiveTimeout.__name__, MismatchedCall.__name__)
+FATAL = (CollectiveError.__name__, CollectiveTimeout.__name__, MismatchedCall.__name__)
 #: Seconds that a kernel waits for a peer.
 TIMEOUT = 5.0
 #: Eager calls whose host time is taken, at one token.
@@ -76,9 +76,7 @@ class Bench:
 
     def meet(self) -> None:
         """Every rank is here and every GPU is idle."""
-        torch.cuda.synchronize()
-        dist.barrier(self.process_group)
-        torch.cuda.synchronize()
+        meet(self.process_group)
 
     # ---- kernels
 
@@ -123,10 +121,10 @@ class Bench:
             makers[f"{name} {case}"] = partial(self.baselines.make, name, case)
             rows[f"{name} {case}"] = {"what": name, "section": round.section, **_shape(case), **_call(case)}
         latencies, errors = self.time(makers, round.replays, eager=round.timing == "eager")
-        if any(error.startswith(_FATAL) for error in errors.values()):
+        if any(error.startswith(FATAL) for error in errors.values()):
             self.comm(round.shape).reset()
         for name, row in rows.items():
-            row |= _result(latencies.get(name), errors.get(name), round.replays)
+            row |= result(latencies.get(name), errors.get(name), round.replays)
         return list(rows.values())
 
     def _fused(self, case: Case) -> FusedCall:
@@ -152,7 +150,7 @@ class Bench:
         """Bytes per second that leave a rank, by 16-byte stores to every peer."""
         latencies, errors = self.time({WIRE: lambda: self.floors.subjects[WIRE]}, 9)
         row = {"what": WIRE, "world_size": self.group.size, "bytes_sent": self.floors.bytes_sent}
-        return row | _result(latencies.get(WIRE), errors.get(WIRE), 9)
+        return row | result(latencies.get(WIRE), errors.get(WIRE), 9)
 
     # ---- host
 
@@ -202,7 +200,7 @@ def _weight(case: Case) -> Row:
     return {} if case.weight_dtype is None else {"weight_dtype": case.weight_dtype}
 
 
-def _result(latency: Latency | None, error: str | None, replays: int) -> Row:
+def result(latency: Latency | None, error: str | None, replays: int) -> Row:
     """The latency, or why there is none."""
     if latency is None:
         return {"us": None, "low_us": None, "high_us": None, "replays": 0, "error": error or "not timed"}

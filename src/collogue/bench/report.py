@@ -101,7 +101,7 @@ def text(data: dict[str, Any]) -> str:
         for hidden, tokens in dict.fromkeys((r["hidden_size"], r["tokens"]) for r in rows):
             found = {label(r): r for r in rows if (r["hidden_size"], r["tokens"]) == (hidden, tokens)}
             table.append([str(hidden), str(tokens), *(number(found.get(name)) for name in names)])
-        lines += [f"{section}, world {world}, {dtype}: us per call", *_aligned(table)]
+        lines += [f"{section}, world {world}, {dtype}: us per call", *aligned(table)]
         lines.append("")
     for wire in data["wire"]:
         if wire["us"] is not None:
@@ -118,6 +118,7 @@ def text(data: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Columns one under the other."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]

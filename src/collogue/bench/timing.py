@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 SHORT, LONG = 20, 100
 #: Input sets that calls take in turn.
@@ -94,6 +95,13 @@ def _capture(call: Callable[[int], object], count: int, stream: torch.cuda.Strea
         finally:
             graph.capture_end()
     return graph
+
+
+def meet(group: dist.ProcessGroup) -> None:
+    """Every rank is here and every GPU is idle."""
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    torch.cuda.synchronize()
 
 
 def measure(chains: Mapping[str, Chain], replays: int, meet: Callable[[], None]) -> dict[str, Latency]:

@@ -11,10 +11,10 @@ import torch
 
 from collogue import reference
 from collogue.call import Call, allocate
+from collogue.extent import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Extent
 from collogue.formats import scale_storage
 from collogue.launch import Params, timeouts
 from collogue.parameters import fill_epilogue, fill_shape, fill_shard, fill_workspace, later_launches
-from collogue.plan import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Extent
 from collogue.spec import Output, RMSNorm, owned_rows
 from collogue.testing.compare import compare
 from collogue.testing.emulator.build import Case, Library
