@@ -35,9 +35,7 @@ CASES = {
     "two-shot-launches": Case(3, 288, 64, kernel="two_shot", quant=NVFP4(37.5, "8x4"), max_tokens=5, launches=3),
     "sharded": Case(4, 24, 32, kernel="sharded", max_tokens=5),
     "sharded-cluster": Case(2, 576, 96, kernel="sharded", quant=NVFP4(37.5), max_tokens=5, rows=2),
-    "sharded-float32": Case(
-        4, 288, 64, kernel="sharded", quant=MXFP4(rounding="floor"), keep_norm=True, max_tokens=6, dtype=torch.float32
-    ),
+    "sharded-float32": Case(4, 288, 64, kernel="sharded", quant=MXFP4(rounding="floor"), keep_norm=True, max_tokens=6, dtype=torch.float32),
     "sharded-loop": Case(3, 264, 32, kernel="sharded", quant=FP8PerToken(), max_tokens=7, rows=2),
     "sharded-static": Case(2, 264, 64, kernel="sharded", quant=FP8Static(0.5), max_tokens=5, rows=1, keep_norm=True),
     "sharded-group": Case(
@@ -278,7 +276,9 @@ _CODES = Case(2, 32, 32, kernel="sharded", quant=NVFP4(37.5))
 _TWO_WARPS = Case(2, 512, 64, kernel="all_gather")
 
 _POLL = "waiting = any_in_warp(missing());"
-_ARGUMENTS = "(grid_row() * blocks_in_row() + block_in_row()) * C::kThreads + thread_index(), grid_rows() * blocks_in_row() * C::kThreads / 32"
+_ARGUMENTS = (
+    "(grid_row() * blocks_in_row() + block_in_row()) * C::kThreads + thread_index(), grid_rows() * blocks_in_row() * C::kThreads / 32"
+)
 
 
 def not_waited_for(stage: str) -> Edit:
@@ -336,7 +336,7 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
     "two_shot: y not wiped": (_SMALL["two_shot"], (Edit(_TWO, "if (gives(i) && !ranks.stopped)", "if (false)"),)),
     "two_shot: y wiped elsewhere": (
         _SMALL["two_shot"],
-        (Edit(_TWO, "ranks.wipe_vector(ranks.arrivals(owner(i)) + y_offset(t, i))", "ranks.wipe_vector(ranks.arrivals(owner(i)) + offset(t, i))"),),
+        (Edit(_TWO, "(ranks.arrivals(owner(i)) + y_offset(t, i))", "(ranks.arrivals(owner(i)) + offset(t, i))"),),
     ),
     "two_shot: wiped before the wait": (
         _SMALL["two_shot"],
@@ -344,7 +344,7 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
     ),
     "two_shot: y sent to the place of partials": (
         _SMALL["two_shot"],
-        (Edit(_TWO, "ranks.send_vector(ranks.slot[k] + (ranks.generation + y_offset(t, i)), y)", "ranks.send_vector(ranks.slot[k] + (ranks.generation + offset(t, i)), y)"),),
+        (Edit(_TWO, "ranks.target(k) + y_offset(t, i)", "ranks.target(k) + offset(t, i)"),),
     ),
     "two_shot: no disguise": (_SMALL["two_shot"], (_NO_DISGUISE,)),
     "two_shot: counter read early": (_SMALL["two_shot"], read_early(_TWO)),

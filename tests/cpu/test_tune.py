@@ -27,7 +27,7 @@ from collogue.spec import FP8PerToken
 from collogue.table import VARIABLE, Candidate, Entry, Step, Table, Time, find, own_path
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.emulator import Case as EmulatorCase
-from collogue.testing.emulator import compile_case, emulate
+from collogue.testing.emulator import compile_cases, emulate
 from collogue.topology import Overrides, Topology
 from collogue.tune import main
 from collogue.tune import rank as rank_module
@@ -286,7 +286,7 @@ def test_forced_tables_never_change_a_bit(tmp_path: Path) -> None:
         assert plan.algorithm == candidate.algorithm
         assert plan.shape is not None
         assert plan.shape.threads == candidate.cta_threads
-        library = compile_case(EmulatorCase(2, 520, plan.shape.threads, kernel=plan.algorithm, max_tokens=8), tmp_path)
+        library = compile_cases(EmulatorCase(2, 520, plan.shape.threads, kernel=plan.algorithm, max_tokens=8), tmp_path)
         assert library.case.cluster == plan.shape.cluster
         assert emulate(library, (3, 1, 2), seed=number, mode="late").problem() == ""
 

@@ -225,7 +225,8 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> t
     epilogue = {"residual": residual, "norm": norm, "quant": case.quant, "keep_norm": case.keep_norm}
     rows = [owned_rows(ask.tokens, case.world, rank) for rank in range(case.world)]
     if case.kernel == "local":
-        return [Call(p, residual, norm, case.quant, case.wanted) for p in partials], [reference.all_reduce([p], **epilogue) for p in partials]  # type: ignore[arg-type]
+        expected = [reference.all_reduce([p], **epilogue) for p in partials]  # type: ignore[arg-type]
+        return [Call(p, residual, norm, case.quant, case.wanted) for p in partials], expected
     if case.operation == "all_reduce":
         expected = [reference.all_reduce(partials, **epilogue)] * case.world  # type: ignore[arg-type]
         return [Call(p, residual, norm, case.quant, case.wanted) for p in partials], expected
