@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def run(
     hidden_size: Sequence[int] | None = None,
     dtype: Sequence[str] | None = None,
     format: Sequence[str] | None = None,
+    chains: bool = True,
     json: str | None = None,
     commit: str | None = None,
 ) -> bool:
@@ -47,6 +49,7 @@ def run(
         suites: names of :data:`collogue.bench.cases.SUITES`; default: :data:`collogue.bench.cases.DEFAULT_SUITES`. Not with lists.
         world_size: default: the number of GPUs; the suite ``world``: 2 to that number. The other lists are those of
             :func:`collogue.bench.cases.chosen_rounds`.
+        chains: also time other libraries' ways to do the whole call; ``torch.compile`` takes seconds for each of their shapes.
         json: a file, or ``"-"`` for stdout (the tables then go to stderr).
         commit: recorded; default: what git says of the directory that this package is in.
     Raises:
@@ -63,6 +66,8 @@ def run(
         rounds = {n: chosen_rounds(n, **lists) for n in worlds}  # type: ignore[arg-type]
     else:
         rounds = suite_rounds(suites or DEFAULT_SUITES, worlds, given=world_size is not None)
+    if not chains:
+        rounds = {n: [replace(r, chains=()) for r in mine] for n, mine in rounds.items()}
     data = {
         "passed": False,
         **circumstances(commit),

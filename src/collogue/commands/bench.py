@@ -42,6 +42,7 @@ def bench(
     hidden_size: HiddenSizes = None,
     dtype: DTypes = None,
     format: Formats = None,
+    chains: Annotated[bool, typer.Option(help="Also time other libraries' chains; compiling them takes most of a minute.")] = True,
     commit: Commit = None,
     json: Json = None,
 ) -> None:
@@ -62,7 +63,7 @@ def bench(
     with exit_codes(extra="bench"):
         from collogue.bench.latency import run
 
-        passed = run(**given, json=json)
+        passed = run(**given, chains=chains, json=json)
         raise typer.Exit(OK if passed else FAILED)
 
 
