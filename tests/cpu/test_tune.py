@@ -26,8 +26,8 @@ from collogue.plan import Request, make_plan, one_shot_tokens
 from collogue.spec import FP8PerToken
 from collogue.table import VARIABLE, Candidate, Entry, Step, Table, Time, find, own_path
 from collogue.testing import VirtualGroup, run_virtual
+from collogue.testing.emulator import Ask, compile_cases, emulate
 from collogue.testing.emulator import Case as EmulatorCase
-from collogue.testing.emulator import compile_cases, emulate
 from collogue.topology import Overrides, Topology
 from collogue.tune import main
 from collogue.tune import rank as rank_module
@@ -278,17 +278,19 @@ def test_what_the_communicator_fixes_goes_before_the_table(file: Path) -> None:
 
 
 def test_forced_tables_never_change_a_bit(tmp_path: Path) -> None:
-    """Each candidate's kernel, in the shape that a table makes the plan take, gives the reference's bits under the emulator."""
+    """Calls one after the other, in the kernels and shapes that tables make the plan take: the reference's bits, under the emulator."""
+    cases = []
     for number, candidate in enumerate((Candidate("one_shot", 32), Candidate("two_shot", 64))):
         steps = (Step(9, candidate), Step(None, TWO)) if candidate.algorithm == "one_shot" else (Step(None, candidate),)
         path = write(tmp_path / f"{number}.json", entry(hidden_size=520, steps=steps, times=()))
-        plan = make_plan(replace(MACHINE.topology(2, 8, 520, torch.bfloat16, path)), request(3, hidden_size=520))
+        plan = make_plan(MACHINE.topology(2, 3, 520, torch.bfloat16, path), request(3, hidden_size=520))
         assert plan.algorithm == candidate.algorithm
         assert plan.shape is not None
         assert plan.shape.threads == candidate.cta_threads
-        library = compile_cases(EmulatorCase(2, 520, plan.shape.threads, kernel=plan.algorithm, max_tokens=8), tmp_path)
-        assert library.case.cluster == plan.shape.cluster
-        assert emulate(library, (3, 1, 2), seed=number, mode="late").problem() == ""
+        cases.append(EmulatorCase(2, 520, plan.shape.threads, kernel=plan.algorithm))
+        assert cases[-1].cluster == plan.shape.cluster
+    library = compile_cases(cases, tmp_path)
+    assert emulate(library, [Ask(t, case=k) for t, k in ((3, 0), (3, 1), (1, 0), (2, 1))], seed=1, mode="late").problem() == ""
 
 
 # Steps
