@@ -56,6 +56,7 @@ ORDER = (
     "resources",
     "bench",
     "ablation",
+    "reliability",
     "pages",
     "commands",
     "cli",
