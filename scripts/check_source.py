@@ -60,6 +60,7 @@ ORDER = (
     "bench",
     "ablation",
     "tune",
+    "reliability",
     "pages",
     "commands",
     "cli",

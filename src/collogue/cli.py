@@ -1,4 +1,4 @@
-"""The command line: ``collogue demo | check | bench | tune | explain | doctor | resources | ablate | accuracy | calibrate``.
+"""The command line: ``collogue demo | check | bench | tune | explain | doctor | resources | ablate | accuracy | calibrate | reliability``.
 
 Data goes to stdout, progress and logs go to stderr. Exit codes: 0 all is well; 1 a check failed; 2 wrong usage; 3 this machine
 cannot do it. torch is imported by the commands that need it, so ``--help`` answers at once.
@@ -41,6 +41,7 @@ from collogue.commands.options import (
     write_json,
 )
 from collogue.commands.plans import explain, tune
+from collogue.commands.reliability import reliability
 from collogue.commands.resources import resources
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (tune, explain, resources, ablate, accuracy, calibrate):
+for command in (tune, explain, resources, ablate, accuracy, calibrate, reliability):
     app.command(epilog=EXIT_CODES)(command)
 app.add_typer(bench_app, name="bench")
 

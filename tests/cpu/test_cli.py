@@ -176,10 +176,10 @@ def test_check_takes_a_list_of_operations() -> None:
 def test_bench_passes_its_lists_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake(monkeypatch, "collogue.bench.latency", True)
     assert call("bench", "--tokens", "1,8", "--tokens", "32", "--format", "nvfp4", "--json", "-").exit_code == OK
-    assert calls == [((), {"tokens": [1, 8, 32], "format": ["nvfp4"], "json": "-"})]
+    assert calls == [((), {"tokens": [1, 8, 32], "format": ["nvfp4"], "chains": True, "json": "-"})]
     calls = fake(monkeypatch, "collogue.bench.latency", True)
-    assert call("bench", "--suite", "latency,hidden", "--world-size", "2").exit_code == OK
-    assert calls == [((), {"world_size": [2], "suites": ["latency", "hidden"], "json": None})]
+    assert call("bench", "--suite", "latency,hidden", "--world-size", "2", "--no-chains").exit_code == OK
+    assert calls == [((), {"world_size": [2], "suites": ["latency", "hidden"], "chains": False, "json": None})]
     assert call("bench", "--suite", "latency", "--tokens", "1").exit_code == USAGE
     fake(monkeypatch, "collogue.bench.latency", PlatformError("there is no GPU", hint="get one"))
     assert call("bench").exit_code == IMPOSSIBLE

@@ -112,6 +112,21 @@ _BY_ELEMENT = Edit(
 """,
 )
 
+_BOUNDED = """      for (u32 polls = 0; waiting && polls < kPollsBetweenLooks; polls++) waiting = any_in_warp(missing());
+      if (waiting) {
+"""
+_NO_BOUND = (
+    Edit("protocol.cuh", _BOUNDED, "      waiting = any_in_warp(missing());\n      if (false) {\n"),
+    Edit("protocol.cuh", "    stopped = head.w[2];\n", "    stopped = 0;\n"),
+    Edit("protocol.cuh", "    if (stopped || offset >= p.slot_bytes) return;\n", ""),
+    Edit("one_shot.cuh", _REPORT, ""),
+)
+_NO_MARKS = (
+    Edit("protocol.cuh", "    if (stopped) return;\n    const Words entry[2]", "    if (true) return;\n    const Words entry[2]"),
+    Edit("protocol.cuh", "if (call != 0 && !stopped) compare_marks(call - 1, seen, kStagePrevious);", "(void)seen;"),
+    Edit("one_shot.cuh", "      if (first_warp) seen = ranks.look_at_marks(ranks.call - 1);\n", ""),
+)
+
 SWITCHES: tuple[Switch, ...] = (
     Switch("base", "the kernels as they are"),
     Switch("base again", "the same once more: what a difference means nothing below"),
@@ -187,6 +202,9 @@ SWITCHES: tuple[Switch, ...] = (
         (Edit("one_shot.cuh", "      ranks.clean(thread, threads);\n", ""),),
         valid=False,
     ),
+    Switch("no bound", "one-shot waits for ever: no clock, no stop word, no failure record, no bound on stores to peers", _NO_BOUND),
+    Switch("no marks", "one-shot tells nobody what it was called with: no marks, no journal", _NO_MARKS),
+    Switch("unguarded", "no bound and no marks", (*_NO_BOUND, *_NO_MARKS)),
     Switch("no first wait", "polling starts at once after the sends", (Edit("one_shot.cuh", "- sent < C::kFirstPoll", "- sent < 0u"),)),
 )
 

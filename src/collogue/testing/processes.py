@@ -1,12 +1,13 @@
-"""One process per rank, with a watchdog: a rank that falls silent ends the whole set, and every rank's last stage is told."""
+"""One process per rank, with a watchdog: ranks that fall silent or take too long are ended, and every rank's last stage is told."""
 
 from __future__ import annotations
 
+import os
 import queue
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def run_processes(
     *args: Any,
     device: str = "cpu",
     silence: float = 120.0,
+    limit: float = 3600.0,
+    mortal: Collection[int] = (),
     heard: Callable[[int, str], None] = lambda rank, stage: None,
 ) -> list[Any]:
     """Call ``fn(group, tell, *args)`` in one process per rank and return the results by rank.
@@ -38,6 +41,8 @@ def run_processes(
         fn: importable (it is pickled). ``group`` is the world's process group; ``tell("text")`` names the stage the rank is in.
         device: ``"cpu"`` (gloo) or ``"cuda"`` (NCCL, rank r on GPU r).
         silence: seconds without a word from any rank, after which all are ended.
+        limit: seconds for everything, after which all are ended.
+        mortal: ranks that may die; the result of one that does is ``None``. The others then do not meet at the end.
         heard: called here with each stage that a rank tells.
     Raises:
         RanksFailed: with every rank's last stage.
@@ -49,13 +54,18 @@ def run_processes(
     with tempfile.TemporaryDirectory(prefix="collogue-ranks-") as folder:
         rendezvous = (Path(folder) / "rendezvous").as_uri()
         ranks = [
-            context.Process(target=_rank, args=(rank, world_size, device, rendezvous, inbox, fn, args), name=f"rank{rank}", daemon=True)
+            context.Process(
+                target=_rank,
+                args=(rank, world_size, device, rendezvous, inbox, not mortal, fn, args),
+                name=f"rank{rank}",
+                daemon=True,
+            )
             for rank in range(world_size)
         ]
         try:
             for process in ranks:
                 process.start()
-            _listen(ranks, inbox, results, stages, silence, heard)
+            _listen(ranks, inbox, results, stages, silence, limit, mortal, heard)
             _end(ranks, patience=5.0)
         finally:
             _end(ranks, patience=0.0)
@@ -63,17 +73,28 @@ def run_processes(
 
 
 def _listen(
-    ranks: list[Any], inbox: Any, results: dict[int, Any], stages: dict[int, str], silence: float, heard: Callable[[int, str], None]
+    ranks: list[Any],
+    inbox: Any,
+    results: dict[int, Any],
+    stages: dict[int, str],
+    silence: float,
+    limit: float,
+    mortal: Collection[int],
+    heard: Callable[[int, str], None],
 ) -> None:
-    last_word = time.monotonic()
+    started = last_word = time.monotonic()
     gone: set[int] = set()
     while len(results) < len(ranks):
+        if time.monotonic() - started > limit:
+            raise _failure(f"not finished after {limit:g} s", stages)
         try:
             rank, kind, value = inbox.get(timeout=0.5)
         except queue.Empty:
             # A process that ended without a result gets one more round for words still in the pipe.
             dead = {r for r, p in enumerate(ranks) if not p.is_alive() and r not in results}
-            if dead & gone:
+            for r in dead & gone & set(mortal):
+                results[r], stages[r] = None, f"died with exit code {ranks[r].exitcode}"
+            if dead & gone - set(mortal):
                 codes = ", ".join(f"rank {r} ended with exit code {ranks[r].exitcode}" for r in sorted(dead))
                 raise _failure(codes, stages) from None
             gone = dead
@@ -107,7 +128,16 @@ def _end(ranks: list[Any], patience: float) -> None:
             process.join(timeout=10)
 
 
-def _rank(rank: int, world_size: int, device: str, rendezvous: str, inbox: Any, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    world_size: int,
+    device: str,
+    rendezvous: str,
+    inbox: Any,
+    all_meet: bool,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
     try:
         where: dict[str, Any] = {}
         if device == "cuda":
@@ -122,6 +152,10 @@ def _rank(rank: int, world_size: int, device: str, rendezvous: str, inbox: Any, 
         dist.barrier()
         result = fn(dist.group.WORLD, lambda stage: inbox.put((rank, "stage", stage)), *args)
         inbox.put((rank, "result", result))
+        if not all_meet:  # a group that has lost a rank can neither meet nor be taken down
+            inbox.close()
+            inbox.join_thread()
+            os._exit(0)
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:  # told to the parent, which raises it

@@ -1,0 +1,103 @@
+"""What the soak calls: parts, each some communicators at once with their cases; pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from collogue.check.case import Case
+
+#: Every size of an output is a multiple of four bytes in these, at any number of rows.
+_LABELS = (
+    "none",
+    "nvfp4/128x4",
+    "fp8_per_token",
+    "mxfp8/ceil/128x4",
+    "fp8_static",
+    "fp8_group128/float32/column",
+    "nvfp4/8x4",
+    "mxfp4/floor/128x4",
+)
+_KINDS = ("normal", "order", "outlier", "normal", "subnormal", "nan", "inf")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One communicator and the cases that it is called with."""
+
+    cases: tuple[Case, ...]
+    algorithm: Literal["one_shot", "two_shot"] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """``calls`` calls, all ``runs`` at once on streams of their own; ``split``: half the ranks in a group each."""
+
+    name: str
+    calls: int
+    runs: tuple[Run, ...]
+    split: bool = False
+    graph_calls: int = 100
+    graphs: int = 8
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Calls of each part."""
+
+    one_shot: int = 1_000_000
+    two_shot: int = 100_000
+    owned: int = 30_000
+    streams: int = 30_000
+    split: int = 30_000
+
+
+def make_parts(world: int, counts: Counts = Counts()) -> list[Part]:
+    """The parts of a world; half groups need four ranks."""
+    one_shot = _cases(world, (1, 1, 2, 3, 4, 8, 16, 32), (7168, 2880, 4096, 576), 24)
+    two_shot = _cases(world, (1, 3, 16, 64, 127, 300, 512), (7168, 2880), 14)
+    small = _cases(world, (1, 2, 4, 16), (7168, 2880), 8)
+    narrow = [replace(case, dtype="float16", seed=500 + case.seed) for case in _cases(world, (1, 3, 8, 16), (2880, 576), 8)]
+    parts = [
+        Part("one-shot", counts.one_shot, (Run(one_shot, "one_shot"),)),
+        Part("two-shot", counts.two_shot, (Run(two_shot, "two_shot"),)),
+        Part("rows with owners", counts.owned, (Run(_owned(world)),)),
+        Part("two communicators on two streams", counts.streams, (Run(small, "one_shot"), Run(tuple(narrow), "two_shot"))),
+    ]
+    if world >= 4:
+        half = _cases(world // 2, (1, 2, 8, 64), (7168, 2880), 12)
+        parts.append(Part("half groups at once", counts.split, (Run(half),), split=True))
+    return parts
+
+
+def _cases(world: int, tokens: Sequence[int], widths: Sequence[int], count: int) -> tuple[Case, ...]:
+    """Numbers of rows, widths, formats, epilogues and kinds of input, each list turned at its own pace."""
+    cases = []
+    for i in range(count):
+        label = _LABELS[i % len(_LABELS)]
+        bare = label == "none" and i % 3 == 1
+        case = Case(
+            tokens[i % len(tokens)],
+            widths[i * 3 // 2 % len(widths)],
+            format=label,
+            world_size=world,
+            residual=i % 5 != 2,
+            norm=not bare and i % 7 != 4,
+            keep_norm=i % 3 == 0,
+            inputs=_KINDS[i % len(_KINDS)],
+            seed=i,
+        )
+        cases.append(case if case.possible else replace(case, hidden_size=7168))
+    return tuple(cases)
+
+
+def _owned(world: int) -> tuple[Case, ...]:
+    """The sharded residual, its halves, in turn."""
+    operations: tuple[Literal["sharded", "reduce_scatter", "all_gather"], ...] = ("sharded", "reduce_scatter", "all_gather")
+    cases = []
+    for i, case in enumerate(_cases(world, (1, 3, 64, 129, 5), (7168, 2880), 12)):
+        # Something is finished in every one.
+        norm = case.norm or case.format == "none"
+        cases.append(replace(case, operation=operations[i % 3], norm=norm, seed=100 + i))
+    return tuple(cases)
