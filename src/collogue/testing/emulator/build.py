@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import subprocess
 from collections.abc import Callable, Sequence
@@ -22,9 +23,7 @@ COMPILER = "g++"
 #: As the kernels' contract asks: IEEE float32, no contraction, no fast-math, no instructions beyond the baseline's.
 OPTIONS = (
     "-std=c++17",
-    "-O1",
     "-ffp-contract=off",
-    "-shared",
     "-fPIC",
     "-Wall",
     "-Wextra",
@@ -135,23 +134,53 @@ class Library:
 
 def compile_cases(cases: Sequence[Case], directory: Path, edits: tuple[Edit, ...] = ()) -> Library:
     """Compile ``cases`` in ``directory``, unless the same sources have been. ``edits`` are made in a copy of them."""
-    files = _sources(edits)
+    sources = {file.name: file.read_text() for file in sorted(KERNELS.glob("*.cuh"))}
+    machine = _compile_machine(sources, directory)
     names = ", ".join(f"kernel{i}" for i in range(len(cases)))
     units = [_unit(case.variant, i) for i, case in enumerate(cases)]
-    files["kernel.cpp"] = "".join((*units, f"#define COLLOGUE_KERNELS {names}\n", '#include "driver.hpp"\n'))
-    folder = directory / hashlib.sha256(repr((OPTIONS, files)).encode()).hexdigest()[:16]
-    library = folder / "kernel.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / name).write_text(text)
-        command = [COMPILER, *OPTIONS, "-o", str(library), str(folder / "kernel.cpp")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    files = _edited(sources, edits)
+    for name in _STAND_INS:
+        del files[name]
+    files["kernels.cpp"] = "".join((*units, f"void (*collogue_kernels[])(collogue::Params) = {{{names}}};\n"))
+    # Functions that both define are the machine's: what runs most is optimised.
+    command = ["-O1", "-shared", f"-I{machine}", "-include", "ptx.cuh", "-o", "kernels.so", str(machine / "driver.o"), "kernels.cpp"]
+    library = _compile(files, (machine.name, *command), directory, [command]) / "kernels.so"
     function = ctypes.CDLL(str(library)).collogue_emulate
     function.restype = None
     return Library(tuple(cases), function)
+
+
+#: What the kernels include and the emulator has its own version of, or shares with them.
+_STAND_INS = ("ptx.cuh", "types.cuh")
+
+
+def _compile_machine(sources: dict[str, str], directory: Path) -> Path:
+    """What is the same for all kernels: the emulator as an object, and its stand-in for the file that holds PTX, compiled beforehand."""
+    files = sources | {file.name: file.read_text() for file in (*HERE.glob("*.hpp"), *HERE.glob("*.cpp"))}
+    files["ptx.cuh"] = (HERE / "host_ptx.cuh").read_text()
+    commands = [
+        ["-O2", "-c", "-o", "driver.o", "driver.cpp"],
+        ["-O1", "-w", "-x", "c++-header", "-o", "ptx.cuh.gch", "ptx.cuh"],
+    ]
+    return _compile(files, (), directory, commands)
+
+
+def _compile(files: dict[str, str], key: tuple[str, ...], directory: Path, commands: Sequence[Sequence[str]]) -> Path:
+    """The folder in which ``commands`` have run beside ``files``. Several processes may want it at a time; one makes it."""
+    folder = directory / hashlib.sha256(repr((OPTIONS, files, key, commands)).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / "done").exists():
+            return folder
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        for command in commands:
+            done = subprocess.run([COMPILER, *OPTIONS, *command], cwd=folder, capture_output=True, text=True, timeout=120)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(done.args)}\n{done.stderr}")
+        (folder / "done").touch()
+    return folder
 
 
 def _unit(variant: Variant, number: int) -> str:
@@ -159,10 +188,8 @@ def _unit(variant: Variant, number: int) -> str:
     return variant.source().replace("Config", f"Config{number}").replace(variant.name, f"kernel{number}")
 
 
-def _sources(edits: tuple[Edit, ...]) -> dict[str, str]:
-    """The kernels as they are but for ``edits``, with the emulator's own file under the name of the one that holds PTX."""
-    files = {file.name: file.read_text() for file in sorted((*KERNELS.glob("*.cuh"), *HERE.glob("*.hpp")))}
-    files["ptx.cuh"] = (HERE / "host_ptx.cuh").read_text()
+def _edited(sources: dict[str, str], edits: tuple[Edit, ...]) -> dict[str, str]:
+    files = dict(sources)
     for edit in edits:
         text = files[edit.file]
         if text.count(edit.old) != 1:

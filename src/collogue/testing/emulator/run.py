@@ -19,7 +19,7 @@ from collogue.spec import Output, RMSNorm, owned_rows
 from collogue.testing.compare import compare
 from collogue.testing.emulator.build import Case, Library
 from collogue.testing.inputs import make_inputs
-from collogue.workspace import SENTINELS, FailureRecord
+from collogue.workspace import JOURNAL_OFFSET, SENTINELS, Control, FailureRecord, clean_control
 
 #: What the adversary does, in the order of ``Mode`` in `machine.hpp`: treats all alike; holds a rank up; lets a rank run ahead;
 #: holds CTAs up; keeps a rank from launching one of its kernels until all others have ended.
@@ -27,13 +27,12 @@ MODES = ("fair", "late", "ahead", "slow_ctas", "absent")
 #: Makes a rank's partial from the one that the kind of inputs has given it.
 Terms: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 _POISON = 0xEE
-_STOP_WORD = 2  # of the control words (kernels/protocol.cuh)
 _LEFT_UNIT = 256  # what one-shot leaves to be cleaned is a multiple of this
 _NEVER = (1 << 32) - 1
 
 
 class _Launch(ctypes.Structure):
-    """Mirrors ``Launch`` in `driver.hpp`."""
+    """Mirrors ``Launch`` in `driver.cpp`."""
 
     _fields_ = [
         ("params", ctypes.c_void_p),
@@ -43,7 +42,7 @@ class _Launch(ctypes.Structure):
 
 
 class _Job(ctypes.Structure):
-    """Mirrors ``Job`` in `driver.hpp`."""
+    """Mirrors ``Job`` in `driver.cpp`."""
 
     _fields_ = [
         *((name, ctypes.c_uint32) for name in ("ranks", "launches", "mode", "victim", "absent_launch", "bytes")),
@@ -137,6 +136,7 @@ def emulate(
                 counted[rank] += case.kernel != "local"
                 memory.left = case.kernel == "one_shot" or (memory.left and case.kernel == "local")
     queued = [launch for stream in streams for launch in stream]
+    before = memory.controls()
     array = (_Launch * len(queued))(*(launch for _, launch, _ in queued))
     for launch, (_, _, params) in zip(array, queued, strict=True):
         launch.params = ctypes.addressof(params)
@@ -144,16 +144,18 @@ def emulate(
     job.workspace_bytes, job.launch = memory.workspaces[0].nbytes, ctypes.addressof(array)
     job.failures, job.failure_bytes = ctypes.addressof(memory.failures), ctypes.sizeof(FailureRecord)
     library.emulate(ctypes.byref(job))
-    assert job.ticks > 0, "driver.hpp and run.py describe a job differently"
+    assert job.ticks > 0, "driver.cpp and run.py describe a job differently"
     sent = [[0] * library.world for _ in calls]
     for launch, (i, _, _) in zip(array, queued, strict=True):
         sent[i][launch.rank] += launch.sent
+    controls = memory.controls()
+    canaries = all(now.canaries == then.canaries for now, then in zip(controls, before, strict=True))
     return Run(
-        error=job.error.decode(),
+        error=job.error.decode() or ("" if canaries else "a control word that nobody uses was written"),
         outputs=outputs,
         expected=expected,
         failures=list(memory.failures),
-        stops=[int(workspace[_STOP_WORD]) for workspace in memory.workspaces],
+        stops=[control.stop for control in controls],
         sent=sent,
         leftover=memory.leftover(counted[0] - 1),
         ticks=job.ticks,
@@ -177,9 +179,13 @@ class _Memory:
         self.sentinel = SENTINELS[library.cases[0].dtype.itemsize] - (1 << 32)
         self.workspaces = [torch.full((self.extent.total // 4,), self.sentinel, dtype=torch.int32) for _ in range(library.world)]
         for workspace in self.workspaces:
-            workspace[: CONTROL_BYTES // 4] = 0
+            workspace[: CONTROL_BYTES // 4] = torch.frombuffer(clean_control(), dtype=torch.int32)
         self.failures = (FailureRecord * library.world)()
         self.left = False  # the last call has left its generation to the next one
+
+    def controls(self) -> list[Control]:
+        """The control words of every rank."""
+        return [Control.of(workspace[: JOURNAL_OFFSET // 4].numpy().tobytes()) for workspace in self.workspaces]
 
     def leftover(self, last: int) -> int:
         """Words that are not sentinels although every kernel has ended; one-shot call ``last`` leaves its own for the next call."""

@@ -1,6 +1,8 @@
-// What Python calls: included after the generated kernels, whose names are COLLOGUE_KERNELS.
-#pragma once
+// What Python calls. Linked with the generated kernels.
 #include "protocol.cuh"
+
+// By the numbers that launches name.
+extern void (*collogue_kernels[])(collogue::Params);
 
 // Mirrored by collogue/testing/emulator/run.py.
 struct Launch {
@@ -18,14 +20,13 @@ struct Job {
 extern "C" void collogue_emulate(Job* job) {
   using namespace collogue::emulator;
   if (job->bytes != sizeof(Job)) return;  // Python sees that nothing was done
-  static void (*const entries[])(collogue::Params) = {COLLOGUE_KERNELS};
   Machine machine;
   collogue::emulator::machine = &machine;
   machine.random.state = job->seed;
   machine.mode = static_cast<Mode>(job->mode);
   machine.victim = job->victim;
   machine.absent_launch = job->absent_launch;
-  machine.entry = [](u32 kernel, const void* params) { entries[kernel](*static_cast<const collogue::Params*>(params)); };
+  machine.entry = [](u32 kernel, const void* params) { collogue_kernels[kernel](*static_cast<const collogue::Params*>(params)); };
   machine.ranks.resize(job->ranks);
   machine.control_bytes = collogue::kDataOffset;
   for (u32 rank = 0; rank < job->ranks; rank++) {
