@@ -100,6 +100,7 @@ def check(
     format: Formats = None,
     operation: Operations = None,
     sweep: Annotated[str, typer.Option(help="default or full; only where no list is given.")] = "default",
+    every: Annotated[int, typer.Option(min=1, help="Take every n-th case only.")] = 1,
     commit: Commit = None,
     json: Json = None,
 ) -> None:
@@ -122,7 +123,7 @@ def check(
     if sweep == "full" and (given or "cpu" in devices):
         raise typer.BadParameter("the full sweep is for --device cuda and takes no lists", param_hint="--sweep")
     with exit_codes():
-        report = _run_checks(devices, given, full=sweep == "full", commit=commit)
+        report = _run_checks(devices, given, full=sweep == "full", every=every, commit=commit)
         write_json(report.as_json(), json)
         _show_report(console(json), report)
         if report.impossible:
@@ -130,7 +131,7 @@ def check(
         raise typer.Exit(OK if report.passed else FAILED)
 
 
-def _run_checks(devices: list[str], given: dict[str, list[Any]], *, full: bool, commit: str | None) -> Report:
+def _run_checks(devices: list[str], given: dict[str, list[Any]], *, full: bool, every: int, commit: str | None) -> Report:
     from collogue.testing import environment
 
     environment.set_defaults()
@@ -143,7 +144,7 @@ def _run_checks(devices: list[str], given: dict[str, list[Any]], *, full: bool, 
         devices = ["cuda"] if full else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
     def cases_on(device: str) -> list[Case]:
-        return checks.full_sweep() if full else checks.sweep(**given) if given else checks.default_sweep(device)
+        return (checks.full_sweep() if full else checks.sweep(**given) if given else checks.default_sweep(device))[::every]
 
     cases: dict[str, list[Case]] = {d: cases_on(d) for d in devices}
     if "cuda" in cases and torch.cuda.is_available():

@@ -74,7 +74,7 @@ def test_the_full_sweep_meets_every_operation() -> None:
     assert all(c.possible for c in cases)
     assert {(c.operation, c.format) for c in cases if c.world_size == 2} == set(itertools.product(OPERATIONS[1:], LABELS))
     assert {(c.tokens, c.dtype) for c in cases if c.world_size == 2 and c.operation == "sharded"} == set(
-        itertools.product(OWNED_TOKENS, DTYPES)
+        itertools.product((*OWNED_TOKENS, 16384), DTYPES)
     )
     for world in range(3, 9):
         mine = [c for c in cases if c.world_size == world]

@@ -27,6 +27,8 @@ LABELS = (*(v for variants in VARIANTS.values() for v in variants), *expand("fp8
 MANY = 4096
 #: Rows of calls whose rows have owners: fewer than ranks, no multiple of a world size, many.
 OWNED_TOKENS = (1, 2, 3, 5, 127, 129, 1000, 4097)
+#: Rows around the crossover of one-shot and two-shot and far beyond it, at one hidden size.
+FAR_TOKENS = (129, 255, 257, 320, 1000, 4097, 16384)
 #: What is added, done and returned: mostly everything, and everything else sometimes.
 _CALLS: tuple[dict[str, Any], ...] = (
     {},
@@ -44,12 +46,14 @@ def full_sweep() -> list[Case]:
     cases: list[Case] = []
     for world in WORLD_SIZES:
         largest = {dtype: one_shot_tokens(world, dtype) for dtype in DTYPES}
-        chosen = [*_two(), *_two_any_width(), *_two_beyond()] if world == 2 else [*_virtual(world), *_virtual_beyond()]
+        chosen = [*_two(), *_two_any_width(), *_two_beyond(), *_two_far()] if world == 2 else [*_virtual(world), *_virtual_beyond()]
         for i, (t, h, dtype, label) in enumerate(chosen):
             most = largest[dtype][h]
             tokens = {0: most, -1: most + 1}.get(t, t)
             cases.append(Case(tokens, h, dtype, label, world, seed=i, **_CALLS[i % len(_CALLS)]))
         cases += _owned(world)
+        if world == 2:
+            cases += [_owned_case("sharded", 16384, label, world, i) for i, label in enumerate(("none", "nvfp4/128x4", "fp8_per_token"))]
     return list(dict.fromkeys(cases))
 
 
@@ -76,6 +80,11 @@ def _two_beyond() -> Iterator[_Choice]:
         wide = [h for h in _widths(label) if h >= 576]
         yield -1, wide[(i + 4 * j) % len(wide)], dtype, label
         yield MANY, wide[(i + 4 * j + 1) % len(wide)], dtype, label
+
+
+def _two_far() -> Iterator[_Choice]:
+    for t, label in product(FAR_TOKENS, ("none", "nvfp4/128x4", "fp8_static")):
+        yield t, 7168, "bfloat16", label
 
 
 def _two_any_width() -> Iterator[_Choice]:
