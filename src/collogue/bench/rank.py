@@ -167,7 +167,12 @@ class Bench:
         each(self.group, list(calls), lambda name: calls[name][0].gate(partial(call_each_set, calls[name][0])), errors)
         rows = []
         for name, (_, call) in calls.items():
-            us = None if name in errors else max(self.group.all_gather_object(self._host_us(call)))
+            us = None
+            if name not in errors:
+                try:
+                    us = max(self.group.all_gather_object(self._host_us(call)))
+                except Exception as error:  # alike on every rank
+                    errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             rows.append({"what": name, **_shape(case), "us": us, "error": errors.get(name)})
         return rows
 
