@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from collogue.check import Case, default_sweep, full_sweep
 from collogue.check.sweep import DTYPES, OPERATIONS
+from collogue.topology import Overrides
 
-#: Most rows and widest row of a random sequence. One-shot holds 32 rows in every world; 300 rows take the transport.
+#: Rows of most calls of a random sequence, and of some: those are two-shot in every world. The widest row.
 ROWS, MANY_ROWS, WIDTH = 32, 300, 7168
 
 
@@ -20,9 +21,18 @@ def sweep_of(size: int, *, thorough: bool) -> list[Case]:
     return [*(default if thorough else default[size % 3 :: 3]), *full]
 
 
+#: What communicators of further random sequences fix, by scenario.
+FIXED = {
+    "two_shot_sequence": Overrides(algorithm="two_shot"),
+    "few_multiprocessors": Overrides(max_multiprocessors=8),
+}
+#: Calls of such a sequence.
+FEW = 30
+
+
 def random_cases(size: int, count: int = 100) -> list[Case]:
-    """Shapes and formats in random order, for one communicator; seeded."""
-    rng = random.Random(size)
+    """Shapes, formats and operations in random order, for one communicator; seeded."""
+    rng = random.Random(100 * size + count)
     labels = ("none", "nvfp4/128x4", "nvfp4/8x4", "mxfp4/floor/linear", "mxfp8/ceil/128x4", "fp8_static", "fp8_per_token")
     labels = (*labels, "fp8_group128/ue8m0/column", "fp8_group64/float32/column", "fp8_group16/float32/row")
     cases: list[Case] = []
@@ -42,6 +52,7 @@ def random_cases(size: int, count: int = 100) -> list[Case]:
             keep_norm=rng.random() < 0.3,
             inputs=rng.choice(("normal", "normal", "order", "outlier", "subnormal", "nan")),
             seed=len(cases),
+            operation="all_reduce" if rng.random() < 0.7 else rng.choice(OPERATIONS),
         )
         if case.possible:
             cases.append(case)

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu.cases import MANY_ROWS, ROWS, WIDTH, operation_cases, random_cases, sweep_of
-from gpu.world import Prepared, World, answer_with, call_number, communicator, copy_output, require_clean, slots
+from gpu.cases import FEW, FIXED, MANY_ROWS, WIDTH, operation_cases, random_cases, sweep_of
+from gpu.world import Prepared, World, answer_with, call_number, communicator, copy_output, regions, require_clean
 
 from collogue import NVFP4, Communicator, FP8PerToken, FP8Static, Output, RMSNorm
 from collogue import errors as e
@@ -28,17 +28,34 @@ def sweep(world: World) -> None:
 
 def random_sequence(world: World) -> None:
     """100 calls in random order without a pause; every output is kept, compared afterwards, and old words are wiped."""
-    cases = random_cases(world.size)
+    _random_sequence(world, random_cases(world.size))
+
+
+def two_shot_sequence(world: World) -> None:
+    """The same where every all-reduce goes by two hops, those of one token too."""
+    _random_sequence(world, random_cases(world.size, FEW), **_fixed("two_shot_sequence"))
+
+
+def few_multiprocessors(world: World) -> None:
+    """The same where a kernel may use eight multiprocessors: every CTA does many rows."""
+    _random_sequence(world, random_cases(world.size, FEW), **_fixed("few_multiprocessors"))
+
+
+def _fixed(scenario: str) -> dict[str, Any]:
+    return {name: value for name, value in vars(FIXED[scenario]).items() if value is not None}
+
+
+def _random_sequence(world: World, cases: list[Case], **options: Any) -> None:
     prepared = [Prepared.on(world, case) for case in cases]
-    comm = communicator(world, cases, max_tokens=MANY_ROWS, hidden_size=WIDTH)
+    comm = communicator(world, cases, max_tokens=MANY_ROWS, hidden_size=WIDTH, **options)
     for p in prepared:
         p.prepare(comm)
     # Memory that the calls will allocate: virtual ranks had better not ask the driver for it while kernels wait for each other.
     warm = [torch.empty(64 << 20, dtype=torch.uint8, device=world.device), *(poisoned(p.expected) for p in prepared)]
     del warm
-    used = ROWS * WIDTH * comm.dtype.itemsize // 4
-    if world.size > 1:
-        slots(comm)[..., used:] = POISON  # no call reaches so far into a slot
+    used = regions(comm, cases) if world.size > 1 else ()
+    for region in used:
+        region.unused.fill_(POISON)  # no call reaches so far
     world.settle()
     kept = [p.call(comm, p.out if i % 2 else None) for i, p in enumerate(prepared)]
     world.settle()
@@ -46,8 +63,9 @@ def random_sequence(world: World) -> None:
     for p, out in zip(prepared, kept, strict=True):
         world.same(p.case, out, p.expected)
     if world.size > 1:
-        require_clean(world, comm, used)
-        world.require(bool((slots(comm)[..., used:] == POISON).all()), "a slot was written beyond the call's rows")
+        require_clean(world, comm, cases)
+    for region in used:
+        world.require(bool((region.unused == POISON).all()), "the workspace was written beyond what the calls need")
     world.settle()
     comm.close()
 
@@ -198,7 +216,7 @@ def _graphs(world: World) -> None:
     if world.size > 1:
         calls = sum(len(mine) for _, mine in work)
         world.require(call_number(comm) == before + calls, f"{call_number(comm) - before} calls were counted, {calls} were made")
-        require_clean(world, comm, 64 * 2880 * 2 // 4)
+        require_clean(world, comm, [p.case for _, mine in work for p in mine])
     world.settle()
     world.in_turn(recorded.clear)
     comm.close()
@@ -339,6 +357,42 @@ def late_rank(world: World) -> None:
     comm.close()
 
 
+def mismatched_calls(world: World) -> None:
+    """The last rank calls with another eps, which hangs nobody, then with fewer tokens, which hangs the others: all raise and say how."""
+    if world.size < 2:
+        return
+    odd = world.rank == world.size - 1
+    case = Case(2, 2880, world_size=world.size)
+    p, comm = Prepared.on(world, case), communicator(world, [case], timeout=10.0)
+    weight = p.kwargs["norm"].weight
+    p.prepare(comm)
+    comm.prepare(1, norm=p.kwargs["norm"], residual=True)
+    world.settle()
+    p.call(comm, p.out)
+    world.settle()
+    comm.all_reduce(p.partial, residual=p.residual, norm=RMSNorm(weight, eps=1e-3) if odd else p.kwargs["norm"])
+    p.call(comm, p.out)
+    world.settle()
+    text = world.raises(e.MismatchedCall, comm.check, "another eps")
+    world.require("eps=0.001" in text and "eps=1e-06" in text, f"the values of eps are not named: {text}")
+    world.settle()
+    comm.reset()
+    rows = slice(0, 1) if odd else slice(0, 2)
+    residual = None if p.residual is None else p.residual[rows]
+    comm.all_reduce(p.partial[rows], residual=residual, norm=p.kwargs["norm"])
+    world.settle()
+    text = world.raises(e.MismatchedCall, comm.check, "fewer tokens")
+    world.require("tokens=1" in text and "tokens=2" in text, f"the numbers of tokens are not named: {text}")
+    world.settle()
+    comm.reset()
+    out = p.call(comm)
+    world.settle()
+    comm.check()
+    world.same("after the reset", out, p.expected)
+    world.settle()
+    comm.close()
+
+
 def bad_input(world: World) -> None:
     """Each mistake has its error, nothing is launched, and the communicator still works."""
     case = Case(4, 576, world_size=world.size)
@@ -396,7 +450,20 @@ def bad_input(world: World) -> None:
 
 SCENARIOS: dict[str, Callable[[World], None]] = {
     f.__name__: f
-    for f in (sweep, random_sequence, operations, graphs, not_prepared, scale_tensors, two_communicators, subgroups, late_rank, bad_input)
+    for f in (
+        sweep,
+        random_sequence,
+        two_shot_sequence,
+        few_multiprocessors,
+        operations,
+        graphs,
+        not_prepared,
+        scale_tensors,
+        two_communicators,
+        subgroups,
+        late_rank,
+        bad_input,
+    )
 }
 
 

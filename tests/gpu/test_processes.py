@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu.cases import operation_cases, random_cases, sweep_of
+from gpu.cases import FEW, FIXED, operation_cases, random_cases, sweep_of
 from gpu.scenarios import SCENARIOS, run_all
 
 from collogue.check import build_kernels
@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def findings() -> list[dict[str, list[str]]]:
     size = min(8, torch.cuda.device_count())
     build_kernels([*sweep_of(size, thorough=True), *random_cases(size), *operation_cases(size)])
+    for overrides in FIXED.values():
+        build_kernels(random_cases(size, FEW), overrides=overrides)
     return run_processes(size, run_all, list(SCENARIOS), device="cuda", silence=120.0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu.cases import operation_cases, random_cases, sweep_of
+from gpu.cases import FEW, FIXED, operation_cases, random_cases, sweep_of
 from gpu.scenarios import SCENARIOS
 from gpu.world import World
 
@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.fixture(scope="module")
 def kernels() -> None:
     build_kernels([case for size in SIZES for case in (*sweep_of(size, thorough=False), *random_cases(size), *operation_cases(size))])
+    for overrides in FIXED.values():
+        build_kernels([case for size in SIZES for case in random_cases(size, FEW)], overrides=overrides)
 
 
 def run(size: int, scenario: str, device: str = "cuda") -> list[str]:
@@ -37,7 +39,7 @@ def run(size: int, scenario: str, device: str = "cuda") -> list[str]:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_virtual_ranks(scenario: str, size: int) -> None:
-    if (scenario == "subgroups" and size < 4) or (scenario == "late_rank" and size < 2):
+    if (scenario == "subgroups" and size < 4) or (scenario in ("late_rank", "mismatched_calls") and size < 2):
         pytest.skip("too few ranks")
     assert run(size, scenario) == []
 

@@ -11,18 +11,20 @@ import torch.distributed as dist
 
 from collogue import Communicator, reference
 from collogue.check import Answers, Case
+from collogue.check.kernels import request_of
 from collogue.check.rank import Given, arguments, poisoned
-from collogue.extent import GENERATIONS
+from collogue.extent import CONTROL_BYTES, GENERATIONS, ONE_SHOT_GENERATIONS
 from collogue.formats import scale_storage
 from collogue.group import as_group
+from collogue.plan import make_plan
 from collogue.spec import Output
 from collogue.testing import VirtualGroup
 from collogue.testing.compare import compare
 from collogue.testing.inputs import make_partials
-from collogue.workspace import CONTROL_BYTES, SENTINELS
+from collogue.workspace import SENTINELS
 
 #: Where a workspace counts calls (``Control`` in kernels/protocol.cuh): the high half of ``counter``.
-CALL_WORD = 3
+CALL_WORD = 1
 
 
 @dataclass
@@ -127,17 +129,41 @@ def call_number(comm: Communicator) -> int:
     return int(workspace.buffer.local[:16].view(torch.int32)[CALL_WORD])
 
 
-def slots(comm: Communicator) -> torch.Tensor:
-    """The words of this rank's slots, [generation, rank, word]."""
+@dataclass
+class Region:
+    """The generations of one-shot, or those of the other kernels: words as ``[generation, word]``, of which calls use the first."""
+
+    words: torch.Tensor
+    used: int
+
+    @property
+    def unused(self) -> torch.Tensor:
+        return self.words[:, self.used :]
+
+
+def regions(comm: Communicator, cases: list[Case]) -> tuple[Region, Region]:
+    """Where the peers of this rank write when ``cases`` are called: one-shot's region, and the other kernels'."""
     workspace = comm._engine.workspace  # type: ignore[union-attr]
-    words = workspace.buffer.local[CONTROL_BYTES:].view(torch.int32)
-    return words[: GENERATIONS * comm.world_size * workspace.slot_bytes // 4].view(GENERATIONS, comm.world_size, -1)
+    extent = workspace.extent
+    plans = [make_plan(comm.topology, request_of(case)) for case in cases]
+    one_shot = max((plan.workspace_bytes for plan in plans if plan.algorithm == "one_shot"), default=0)
+    others = max((plan.workspace_bytes for plan in plans if plan.algorithm != "one_shot"), default=0)
+    words = workspace.buffer.local.view(torch.int32)
+    first, second = words[CONTROL_BYTES // 4 : extent.offset // 4], words[extent.offset // 4 : extent.total // 4]
+    return (
+        # Cleaned in units of 256 bytes.
+        Region(first.view(ONE_SHOT_GENERATIONS, -1), -(-one_shot // 256) * 64),
+        Region(second.view(GENERATIONS, -1), others // 4),
+    )
 
 
-def require_clean(world: World, comm: Communicator, words: int) -> None:
-    """In the first ``words`` of every slot, all generations but the last call's hold nothing but sentinels. Nothing may run."""
+def require_clean(world: World, comm: Communicator, cases: list[Case]) -> None:
+    """What ``cases`` have used holds nothing but sentinels, but for what a last one-shot call leaves to the next. Nothing may run."""
     sentinel = SENTINELS[comm.dtype.itemsize] - (1 << 32)
-    last = (call_number(comm) - 1) % GENERATIONS
-    for generation, found in enumerate(slots(comm)):
-        dirty = int((found[:, :words] != sentinel).sum())
-        world.require(generation == last or not dirty, f"generation {generation} holds {dirty} old words after call {call_number(comm)}")
+    last = (call_number(comm) - 1) % ONE_SHOT_GENERATIONS
+    for name, region, left in zip(("one-shot", "other"), regions(comm, cases), (last, -1), strict=True):
+        for generation, found in enumerate(region.words):
+            dirty = int((found[: region.used] != sentinel).sum())
+            world.require(
+                generation == left or not dirty, f"{name} generation {generation} holds {dirty} old words after call {call_number(comm)}"
+            )

@@ -11,8 +11,11 @@ from collogue import jit
 from collogue.check.case import Case
 from collogue.communicator import make_request
 from collogue.plan import Request, make_kernels, make_plan
-from collogue.topology import Topology
+from collogue.topology import Overrides, Topology
 from collogue.variant import Variant
+
+#: What a communicator fixes of its plans that was not asked to.
+_NONE = Overrides()
 
 
 def capacity_of(cases: Iterable[Case]) -> tuple[int, int]:
@@ -21,11 +24,13 @@ def capacity_of(cases: Iterable[Case]) -> tuple[int, int]:
     return max(1, *(c.tokens for c in cases)), max(c.hidden_size for c in cases)
 
 
-def topology_on(cases: Sequence[Case], *, architecture: str | None, multiprocessors: int, gpus: int) -> Topology:
+def topology_on(
+    cases: Sequence[Case], *, architecture: str | None, multiprocessors: int, gpus: int, overrides: Overrides = _NONE
+) -> Topology:
     """What the ranks of ``cases`` (of one world size and dtype) will agree on, on a machine with ``gpus`` such GPUs."""
     world, dtype = cases[0].world_size, cases[0].value_dtype
     tokens, width = capacity_of(cases)
-    return Topology(world, tokens, width, dtype, architecture, multiprocessors, -(-world // gpus))
+    return Topology(world, tokens, width, dtype, architecture, multiprocessors, -(-world // gpus), overrides)
 
 
 def request_of(case: Case) -> Request:
@@ -40,7 +45,9 @@ def request_of(case: Case) -> Request:
     )
 
 
-def variants_on(cases: Iterable[Case], *, architecture: str, multiprocessors: int, gpus: int) -> list[Variant]:
+def variants_on(
+    cases: Iterable[Case], *, architecture: str, multiprocessors: int, gpus: int, overrides: Overrides = _NONE
+) -> list[Variant]:
     """Every kernel that ``cases`` launch on such a machine, once."""
     found: dict[Variant, None] = {}
 
@@ -49,7 +56,7 @@ def variants_on(cases: Iterable[Case], *, architecture: str, multiprocessors: in
 
     for _, group in itertools.groupby(sorted(cases, key=world), key=world):
         mine = list(group)
-        topology = topology_on(mine, architecture=architecture, multiprocessors=multiprocessors, gpus=gpus)
+        topology = topology_on(mine, architecture=architecture, multiprocessors=multiprocessors, gpus=gpus, overrides=overrides)
         for case in mine:
             if case.possible and case.tokens:
                 request = request_of(case)
@@ -58,14 +65,23 @@ def variants_on(cases: Iterable[Case], *, architecture: str, multiprocessors: in
     return list(found)
 
 
-def build_kernels(cases: Iterable[Case], *, total: Callable[[int], Callable[[str], None]] = lambda count: lambda name: None) -> None:
+def build_kernels(
+    cases: Iterable[Case],
+    *,
+    overrides: Overrides = _NONE,
+    total: Callable[[int], Callable[[str], None]] = lambda count: lambda name: None,
+) -> None:
     """Compile what ``cases`` launch on this machine's GPUs into the cache, on all cores.
 
-    ``total`` hears how many kernels there are and returns what is to hear of each.
+    ``overrides``: what their communicator fixes. ``total`` hears how many kernels there are and returns what is to hear of each.
     """
     properties = torch.cuda.get_device_properties(0)
     architecture = jit.architecture_of((properties.major, properties.minor))
     variants = variants_on(
-        cases, architecture=architecture, multiprocessors=properties.multi_processor_count, gpus=torch.cuda.device_count()
+        cases,
+        architecture=architecture,
+        multiprocessors=properties.multi_processor_count,
+        gpus=torch.cuda.device_count(),
+        overrides=overrides,
     )
     jit.build(variants, architecture, built=total(len(variants)))
