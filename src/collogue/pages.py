@@ -1,7 +1,7 @@
 """Tables in documents, made from committed results: ``python -m collogue.pages [--check] PAGE.md ...``.
 
 A table stands between ``<!-- table NAME: RESULTS.json -->`` and ``<!-- end of table -->``; the path is relative to the page, ``NAME`` is
-one of :data:`TABLES`. (The table at the top of README.md has its own: :mod:`collogue.bench.readme`.)
+one of :data:`TABLES`. Where the results do not exist yet, it says so. (The table at the top of README.md has its own: :mod:`collogue.bench.readme`.)
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from collogue.reliability import tables as reliability
+
 Data = dict[str, Any]
 _BLOCK = re.compile(
     r"(?P<head><!-- table (?P<name>[\w-]+): (?P<source>[^\n]*?) -->\n)(?P<table>.*?)(?P<end><!-- end of table -->\n)", re.DOTALL
 )
+#: In place of a table whose results are not there.
+NOT_YET = "Not measured yet.\n"
 _SCORES = ("perplexity", "difference", "standard error", "logits, rms", "logits, largest", "same choice")
 
 
@@ -93,6 +97,10 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "resources": _resources,
     "ablation-compiled": _compiled,
     "ablation-times": _times,
+    "reliability-faults": reliability.faults,
+    "reliability-soak": reliability.soak,
+    "reliability-mutants": reliability.mutants,
+    "reliability-cost": reliability.cost,
 }
 
 
@@ -102,7 +110,10 @@ def filled(page: str, folder: Path) -> str:
     def made(match: re.Match[str]) -> str:
         if match["name"] not in TABLES:
             raise ValueError(f"there is no table {match['name']!r}; there are {', '.join(TABLES)}")
-        data = json.loads((folder / match["source"]).read_text(encoding="utf-8"))
+        source = folder / match["source"]
+        if not source.exists():
+            return match["head"] + NOT_YET + match["end"]
+        data = json.loads(source.read_text(encoding="utf-8"))
         return match["head"] + "\n".join(_markdown(TABLES[match["name"]](data))) + "\n" + match["end"]
 
     return _BLOCK.sub(made, page)

@@ -44,10 +44,20 @@ def test_a_page_is_filled_and_checked(tmp_path: Path, capsys: pytest.CaptureFixt
         pages.filled(PAGE.replace("resources", "other"), tmp_path)
 
 
+def test_results_that_are_not_there_yet(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    assert pages.main([str(page)]) == 0
+    assert page.read_text() == PAGE.replace("old\n", "Not measured yet.\n")
+    assert pages.main(["--check", str(page)]) == 0
+    (tmp_path / "r.json").write_text(json.dumps({"kernels": KERNELS}))
+    assert pages.main(["--check", str(page)]) == 1
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
 def test_the_tables_of_the_documents_are_those_of_the_results(document: Path) -> None:
     assert pages.main(["--check", str(document)]) == 0
 
 
 def test_there_are_such_documents() -> None:
-    assert {d.name for d in DOCUMENTS} >= {"evidence.md", "ablation.md"}
+    assert {d.name for d in DOCUMENTS} >= {"evidence.md", "ablation.md", "reliability.md"}
