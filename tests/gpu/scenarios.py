@@ -462,6 +462,7 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
         two_communicators,
         subgroups,
         late_rank,
+        mismatched_calls,
         bad_input,
     )
 }
