@@ -150,7 +150,7 @@ def _calls(usual: str, culprit: str) -> Callable[[Scene], None]:
 
 def _late(scene: Scene) -> None:
     if scene.culprit:
-        time.sleep(1.6 * TIMEOUT)
+        time.sleep(1.6 * scene.comm.timeout)
     scene.call("a")
 
 

@@ -92,7 +92,7 @@ def run(
     sections: tuple[str, ...] = SECTIONS,
     options: Options = Options(),
     *,
-    silence: float = 25.0,
+    silence: float = 60.0,
     limit: float = 300.0,
     heard: Callable[[str], None] = lambda text: None,
 ) -> Row:
