@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything that benchmarks/results holds of a machine, on however many GPUs it has: the bitwise sweep and the latencies.
+# Everything that benchmarks/results holds of a machine, on however many GPUs it has: the bitwise sweep, the latencies, soak and faults.
 #
 #   benchmarks/run.sh OUT_DIRECTORY [COMMIT]      PYTHON=python3 chooses the Python that has collogue
 #
-# About four minutes on two H200 and 32 cores, most of it compiling and checking. Exits with 1 if anything differed or failed.
+# About six minutes on two H200 and 32 cores, most of it compiling and checking. Exits with 1 if anything differed or failed.
 set -uo pipefail
 out=${1:?usage: benchmarks/run.sh OUT_DIRECTORY [COMMIT]}
 commit=${2:-$(git -C "$(dirname "$0")" describe --always --dirty)}
@@ -13,4 +13,5 @@ name=$("$python" -c 'import re, torch; n = torch.cuda.device_count(); g = torch.
 failed=0
 "$python" -m collogue.cli check --device cuda --sweep full --commit "$commit" --json "$out/check-$name.json" || failed=1
 "$python" -m collogue.cli bench --commit "$commit" --json "$out/latency-$name.json" || failed=1
+"$python" -m collogue.cli reliability --commit "$commit" --json "$out/reliability-$name.json" || failed=1
 exit $failed

@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> int:
     """Run, collect, write."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", str(TEST), "-q", "-k", "mutated_twin", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", str(TEST), "-q", "-k", "mutated_twin", "-p", "no:cacheprovider"]
+        command += [f"--junitxml={report}", "-o", "junit_family=xunit1"]  # the family that has properties
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
         rows = mutants(report)
     data = {"passed": code == 0 and bool(rows), **circumstances(), "mutants": rows}

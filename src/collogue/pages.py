@@ -1,7 +1,8 @@
 """Tables in documents, made from committed results: ``python -m collogue.pages [--check] PAGE.md ...``.
 
 A table stands between ``<!-- table NAME: RESULTS.json -->`` and ``<!-- end of table -->``; the path is relative to the page, ``NAME`` is
-one of :data:`TABLES`. Where the results do not exist yet, it says so. (The table at the top of README.md has its own: :mod:`collogue.bench.readme`.)
+one of :data:`TABLES`. Where the results do not exist yet, it says so. (The table at the top of README.md has its own:
+:mod:`collogue.bench.readme`.)
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ class Comparer:
             properties = torch.cuda.get_device_properties(device)
             code, _ = jit.compile_source(SOURCE, jit.architecture_of((properties.major, properties.minor)), _NAME)
             self._kernel = jit.load(code, _NAME)
+            torch.cuda.synchronize(device)  # other streams will count
 
     def of(self, actual: Output, expected: Output) -> Callable[[], None]:
         """What compares ``actual``, in the memory it has now, with ``expected`` and spoils it; on the current stream."""

@@ -150,7 +150,7 @@ def _calls(usual: str, culprit: str) -> Callable[[Scene], None]:
 
 def _late(scene: Scene) -> None:
     if scene.culprit:
-        time.sleep(1.6 * TIMEOUT)
+        time.sleep(1.6 * scene.comm.timeout)
     scene.call("a")
 
 
@@ -279,7 +279,7 @@ def commit(fault: Fault, scene: Scene) -> dict[str, Any]:
         "by": by,
         "seconds": round(seconds, 3),
         "text": error.message.splitlines()[0] if error is not None else None,
-        "hint": error.hint if error is not None else None,
+        "hint": re.sub(r"--journal \S+", "--journal FILE", error.hint) if error is not None else None,
         "journal": _journal_of(error),
     }
     row["as_expected"] = saw in allowed and seconds <= scene.comm.timeout + GRACE if allowed else saw is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import tempfile
@@ -61,7 +62,9 @@ def run_job(name: str, group: Any, state: dict[str, Any], tell: Callable[[str], 
     device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
     kind, _, rest = name.partition(": ")
     if kind == "cost":
-        return ablate_rank(group, tell, chosen(SWITCHES[1:]), cost_cases(world), options.replays)
+        rows = ablate_rank(group, tell, chosen(SWITCHES[1:]), cost_cases(world), options.replays)
+        gc.enable()  # switched off there
+        return rows
     if kind == "soak":
         part = next(part for part in make_parts(world, options.counts) if part.name == rest)
         return soak(_half(world, rank, device) if part.split else group, part, device, tell, seed=options.seed)
@@ -89,7 +92,7 @@ def run(
     sections: tuple[str, ...] = SECTIONS,
     options: Options = Options(),
     *,
-    silence: float = 25.0,
+    silence: float = 60.0,
     limit: float = 300.0,
     heard: Callable[[str], None] = lambda text: None,
 ) -> Row:

@@ -75,7 +75,7 @@ def _cases(world: int, tokens: Sequence[int], widths: Sequence[int], count: int)
     """Numbers of rows, widths, formats, epilogues and kinds of input, each list turned at its own pace."""
     cases = []
     for i in range(count):
-        label = _LABELS[i % len(_LABELS)]
+        label = _LABELS[(i + i // len(_LABELS)) % len(_LABELS)]
         bare = label == "none" and i % 3 == 1
         case = Case(
             tokens[i % len(tokens)],
