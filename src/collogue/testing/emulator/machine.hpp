@@ -19,7 +19,7 @@ enum Mode : u32 {
   kFair,      // all alike
   kLate,      // the victim stands still most of the time
   kAhead,     // the victim runs whenever it can
-  kSlowCtas,  // some CTAs of every rank stand still, chosen anew now and then
+  kSlowCtas,  // some CTAs of every rank, and a warp of others, stand still, chosen anew now and then
   kAbsent,    // the victim does not launch one of its kernels until all others have ended
 };
 
@@ -292,7 +292,8 @@ class Machine {
     }
     Cta* const cta = pick_cta(*rank);
     if (!cta) return false;
-    const std::size_t i = random.below(cta->ready.size());
+    std::size_t i = random.below(cta->ready.size());
+    for (u32 tries = 0; tries < 64 && cta->ready[i]->thread / 32 == cta->slow_warp; tries++) i = random.below(cta->ready.size());
     current = cta->ready[i];
     burst_ = random.magnitude(5);
     Context::change(scheduler_, current->context);
@@ -354,7 +355,10 @@ class Machine {
       if (mode == kLate && r == victim && harsh) rank.weight = 0;
       if (mode == kAhead && r != victim && harsh) rank.weight = 0;
       for (u32 i = rank.front; i < rank.stream.size() && rank.stream[i]->started; i++)
-        for (auto& cta : rank.stream[i]->ctas) cta->slow = mode == kSlowCtas && random.below(3) == 0;
+        for (auto& cta : rank.stream[i]->ctas) {
+          cta->slow = mode == kSlowCtas && random.below(3) == 0;
+          cta->slow_warp = mode == kSlowCtas ? random.below(2 * cta->warps.size()) : ~0u;  // half of the time none
+        }
     }
   }
   std::vector<Rank*> able_;
