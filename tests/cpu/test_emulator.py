@@ -404,7 +404,7 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
     ),
     "all_gather: previous kernel not waited for": (_SMALL["all_gather"], (Edit(_ALL_GATHER, _PREVIOUS, ""),)),
 }
-MOST_SEEDS = 12
+MOST_SEEDS = 8
 
 
 def seeds_needed(library: Library) -> tuple[int, str]:
