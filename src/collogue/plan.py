@@ -133,13 +133,14 @@ def make_plan(topology: Topology, request: Request) -> Plan:
         else:
             gathered = wire if request.operation == "sharded" else 0
             algorithm, why, sent = "sharded", "rows have owners who add and finish them", (world - 1) * rows * (row + gathered)
-    launches, used = 1, 0
+    launches, used, least = 1, 0, rows
     if algorithm != "local":
         memory = launch_memory(topology, request, algorithm)
         if algorithm != "one_shot":
             fits = max(1, (workspace_extent(topology).generation // (world - 1) - memory.flags) // (memory.slot + memory.gather))
-            launches = -(-rows // fits)
-            rows = -(-rows // launches)
+            total, rows = rows, -(-rows // -(-rows // fits))
+            launches = -(-total // rows)
+            least = total - (launches - 1) * rows
         if launches > 1:
             why += f"; {launches} launches of {rows} rows, as many as the workspace holds"
         used = memory.generation(world, rows)
@@ -151,7 +152,8 @@ def make_plan(topology: Topology, request: Request) -> Plan:
     if not topology.has_clusters:
         why += f"; {topology.architecture} has no clusters: one CTA per row, no PDL"
     threads = candidate.cta_threads if candidate is not None else None
-    shape = launch_shape(topology, rows, request.hidden_size, request.quant, algorithm, cta_threads=threads)
+    # All launches have the grid of the last one, which may be shorter: every cluster has a row in each of them.
+    shape = launch_shape(topology, least, request.hidden_size, request.quant, algorithm, cta_threads=threads)
     return Plan(algorithm, why, shape, sent, predicted, floor, rows, launches, used, measured, table)
 
 

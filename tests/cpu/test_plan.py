@@ -22,7 +22,7 @@ from collogue.extent import GENERATIONS, ONE_SHOT_GENERATIONS, memory_of, worksp
 from collogue.launch import Params
 from collogue.parameters import fill_shape, fill_workspace, later_launches
 from collogue.plan import Plan, Request, launch_shape, make_kernels, make_plan, max_hidden_size, one_shot_tokens, sends_values
-from collogue.spec import MXFP8, NVFP4, FP8Group, FP8PerToken, Operation, Quant
+from collogue.spec import MXFP8, NVFP4, FP8Group, FP8PerToken, Operation, Quant, parse
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.topology import Overrides, Topology
 
@@ -312,3 +312,34 @@ def test_the_text_of_a_measured_plan() -> None:
     plan = Plan("one_shot", "measured", None, 1234567, 1.0, 0.5, workspace_bytes=4096, measured_us=1.234, table="abc")
     lines = dict(line.split(maxsplit=1) for line in str(plan).splitlines())
     assert (lines["measured"], lines["table"], lines["bytes"]) == ("1.23 us", "abc", "sent  1,234,567 from each rank")
+
+
+def test_every_cluster_has_a_row_in_every_launch() -> None:
+    """Kernels start with a row of their own; a launch with fewer rows than clusters would read and send what nobody expects."""
+    seen = 0
+    for world, operation, label, most in itertools.product(
+        (2, 3, 8), ("all_reduce", "sharded", "all_gather"), ("none", "mxfp8/ceil"), (7, 129, 40000)
+    ):
+        topology = Topology(world, most, 7168, torch.bfloat16, "sm_90a", 132, 1)
+        for tokens in {most, most // 2 + 1, most - 1, 5}:
+            request = make_request(
+                tokens,
+                7168,
+                torch.bfloat16,
+                residual=True,
+                norm=True,
+                wide_weight=False,
+                quant=parse(label),
+                keep_norm=label != "none",
+                operation=operation,
+            )
+            plan = make_plan(topology, request)
+            if plan.shape is None or plan.algorithm in ("local", "one_shot"):
+                continue
+            total = tokens if plan.algorithm == "two_shot" else -(-tokens // world)
+            counts = [plan.rows, *(count for _, count, _ in later_launches(topology, request, plan, 0))][: plan.launches]
+            assert len(counts) == plan.launches
+            assert sum(counts) == total
+            assert min(counts) >= plan.shape.clusters > 0
+            seen += plan.launches > 1
+    assert seen > 3

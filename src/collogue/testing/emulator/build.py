@@ -86,9 +86,11 @@ class Case:
         rows_of_launch = -(-rows // self.launches)
         return plan.Plan(self.algorithm, "", None, 0, 0.0, 0.0, rows_of_launch, -(-rows // rows_of_launch))
 
-    def clusters_of(self, rows: int) -> int:
-        """Of a launch that does ``rows``."""
-        return min(rows, self.rows or rows)
+    def clusters_of(self, tokens: int) -> int:
+        """Of every launch of a call: as plans make it, no more than the last one has rows."""
+        made = self.plan_of(tokens)
+        rows = tokens if self.kernel in ("one_shot", "two_shot", "local") else -(-tokens // self.world)
+        return min(rows - (made.launches - 1) * made.rows, self.rows or rows)
 
     def memory_of(self, tokens: int) -> int:
         """Bytes of a generation that a call uses, and not one more."""
@@ -96,7 +98,7 @@ class Case:
             return 0
         request, made = self.request(tokens), self.plan_of(tokens)
         memory = plan.launch_memory(self.topology, request, self.algorithm)
-        flags = 4 * self.cluster * self.clusters_of(made.rows) if memory.flags else 0
+        flags = 4 * self.cluster * self.clusters_of(tokens) if memory.flags else 0
         return replace(memory, flags=flags).generation(self.world, made.rows)
 
     @property
@@ -106,7 +108,7 @@ class Case:
     @property
     def variant(self) -> Variant:
         """What a GPU would run in this shape, by the plan's own rules."""
-        shape = plan.LaunchShape(self.threads, self.vectors, self.cluster, self.clusters_of(self.plan_of(self.max_tokens).rows))
+        shape = plan.LaunchShape(self.threads, self.vectors, self.cluster, self.clusters_of(self.max_tokens))
         request = self.request(self.max_tokens)
         return plan.make_variant(self.topology, request, shape, self.algorithm)
 

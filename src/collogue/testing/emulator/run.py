@@ -131,7 +131,7 @@ def emulate(
         for rank, ask in enumerate(asked):
             case = library.cases[ask.case]
             for params in _launches(case, rank, made[ask][0][rank], outputs[i][rank], memory, timeout):
-                rows = case.clusters_of(params.count)
+                rows = case.clusters_of(ask.tokens)
                 streams[rank].append((i, _Launch(0, 0, ask.case, rank, counted[rank], case.cluster, rows, case.threads), params))
                 counted[rank] += case.kernel != "local"
                 memory.left = case.kernel == "one_shot" or (memory.left and case.kernel == "local")
