@@ -32,7 +32,7 @@ class Constants:
 
 
 #: The first four from benchmarks/results/latency-2xh200.json by :func:`fit`.
-CONSTANTS = Constants(exchange_us=1.23, wire_rate=367e3, finish_us=0.7, one_shot_rate=280e3, second_hop_us=1.4, stream_rate=310e3)
+CONSTANTS = Constants(exchange_us=1.23, wire_rate=367e3, finish_us=0.7, one_shot_rate=300e3, second_hop_us=1.4, stream_rate=335e3)
 
 
 def predict(algorithm: str, world_size: int, bytes_sent: int, constants: Constants = CONSTANTS) -> tuple[float, float]:
