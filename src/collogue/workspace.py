@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from cuda.bindings import driver
 
-from collogue.errors import CollectiveError, CollectiveTimeout, CorruptedWorkspace, MismatchedCall
+from collogue.errors import CollectiveError, CollectiveTimeout, CorruptedWorkspace, MismatchedCall, PlatformError
 from collogue.extent import CONTROL_BYTES, workspace_extent
 from collogue.group import Group
 from collogue.header import ENTRY_BYTES, Entry
@@ -154,7 +154,10 @@ class Workspace:
 
     def control(self) -> Control:
         """The control words as they are now. Kernels may be running."""
-        return Control.of(self._read(self.buffer.pointers[self.group.rank], JOURNAL_OFFSET))
+        page = self._read(self.buffer.pointers[self.group.rank], JOURNAL_OFFSET)
+        if not page:
+            raise PlatformError("this rank's own workspace cannot be read", hint="an earlier CUDA error has ended this process's context")
+        return Control.of(page)
 
     def check_canaries(self, control: Control) -> None:
         """Raise :class:`CorruptedWorkspace` where something has written between the control words."""
@@ -171,7 +174,8 @@ class Workspace:
             words = self._read(pointer + JOURNAL_OFFSET, JOURNAL * ENTRY_BYTES)
             entries = (Entry.of(words[i : i + ENTRY_BYTES]) for i in range(0, len(words), ENTRY_BYTES))
             calls[rank] = tuple(sorted(filter(None, entries), key=lambda entry: entry.call))
-        return Journal(self.group.rank, self.topology.world_size, self.control().calls, calls, record)
+        started = max((entry.call + 1 for entry in calls[self.group.rank]), default=0)
+        return Journal(self.group.rank, self.topology.world_size, started, calls, record)
 
     def _read(self, pointer: int, nbytes: int) -> bytes:
         """Bytes of device memory, over a stream of their own. Empty where they cannot be had."""

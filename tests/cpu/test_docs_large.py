@@ -19,3 +19,10 @@ def test_tables_equal_the_json() -> None:
             tokens, *cells = (cell.strip() for cell in row.strip("|").split("|"))
             known = {f"{us:.2f}" for us in runs[run]["us"][tokens].values()}
             assert {cell for cell in cells if cell} <= known, (run, tokens)
+
+
+def test_registers_and_instructions_equal_the_json() -> None:
+    kernel = json.loads((ROOT / "benchmarks/results/large-steps-2xh200.json").read_text())["runs"]["who cleans"]["one_token_kernel"]
+    before, reader = kernel["next-call-before"], kernel["reader"]
+    text = f"{reader['registers']} registers and {reader['instructions']} instructions, where the first had "
+    assert text + f"{before['registers']} and {before['instructions']}" in (ROOT / "docs/large.md").read_text()
