@@ -126,9 +126,10 @@ def gather_columns(x: Tensor, comm: Communicator) -> Tensor:
         group: Any = comm.group_name
         from torch.distributed._functional_collectives import all_gather_tensor
 
-        return all_gather_tensor(x, x.ndim - 1, group)
-    parts = x.new_empty(comm.world_size, *x.shape)
-    comm._group.all_gather(parts, x.contiguous())
+        parts = all_gather_tensor(x.unsqueeze(0), 0, group)  # in another dimension PyTorch 2.11 cannot trace it
+    else:
+        parts = x.new_empty(comm.world_size, *x.shape)
+        comm._group.all_gather(parts, x.contiguous())
     return parts.movedim(0, -2).reshape(*x.shape[:-1], -1)
 
 
