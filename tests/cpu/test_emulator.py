@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from collogue.failure import MISMATCH, TIMEOUT
 from collogue.spec import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static
 from collogue.testing.emulator import MODES, Ask, Case, Edit, Library, compile_cases, emulate
 from collogue.testing.inputs import KINDS
-from collogue.workspace import MISMATCH, TIMEOUT
 
 #: Longer and shorter calls after each other: words that an earlier call left behind would be taken for those of a later one.
 TOKENS = (3, 1, 2, 1, 1, 3)

@@ -12,6 +12,7 @@ import torch
 from collogue import reference
 from collogue.call import Call, allocate
 from collogue.extent import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Extent
+from collogue.failure import FailureRecord
 from collogue.formats import scale_storage
 from collogue.launch import Params, timeouts
 from collogue.parameters import fill_epilogue, fill_shape, fill_shard, fill_workspace, later_launches
@@ -19,7 +20,7 @@ from collogue.spec import Output, RMSNorm, owned_rows
 from collogue.testing.compare import compare
 from collogue.testing.emulator.build import Case, Library
 from collogue.testing.inputs import make_inputs
-from collogue.workspace import JOURNAL_OFFSET, SENTINELS, Control, FailureRecord, clean_control
+from collogue.workspace import JOURNAL_OFFSET, SENTINELS, Control, clean_control
 
 #: What the adversary does, in the order of ``Mode`` in `machine.hpp`: treats all alike; holds a rank up; lets a rank run ahead;
 #: holds CTAs up; keeps a rank from launching one of its kernels until all others have ended.
