@@ -51,6 +51,15 @@ class Control:
         canaries = page[CONTROL_WORDS:MARKS_OFFSET] + page[MARKS_OFFSET + MARKS * MAX_RANKS * 8 :]
         return cls(words[1], words[2], marks, canaries)
 
+    def differing(self, rank: int, world: int) -> int | None:
+        """The first of the last calls in which another rank's arguments differ from those of ``rank``, whose control words these are."""
+        calls = []
+        for marks in self.marks:
+            number, mine = marks[rank]
+            if number and any(theirs == number and digest != mine for theirs, digest in marks[:world]):
+                calls.append(number - 1)
+        return min(calls, default=None)
+
 
 def clean_control() -> bytearray:
     """The first bytes of a workspace in which nothing has been called: zeros, and canaries between them."""
@@ -117,7 +126,7 @@ class Workspace:
         Where the arguments of one of the last calls differ, that is the error, also if a rank has waited too long in consequence.
         """
         found = self._recorded() or self._told(control)
-        differing = self._differing(control)
+        differing = control.differing(self.group.rank, self.topology.world_size) if control is not None else None
         if found is None and differing is None:
             return
         journal = self.journal()
@@ -140,15 +149,6 @@ class Workspace:
         finder = finder_of(control.stop, world)
         fault, rank = (0, self.group.rank) if finder is None else (control.stop >> 8, finder)
         return {"fault": fault, "rank": rank, "late_rank": world, "call": control.calls - 1, "token": 0, "stage": 0}
-
-    def _differing(self, control: Control | None) -> int | None:
-        """The first of the last calls in which another rank's arguments differ from this rank's."""
-        calls = []
-        for marks in control.marks if control is not None else ():
-            number, mine = marks[self.group.rank]
-            if number and any(theirs == number and digest != mine for theirs, digest in marks[: self.topology.world_size]):
-                calls.append(number - 1)
-        return min(calls, default=None)
 
     def _describe(self, journal: Journal, found: Record | None, differing: int | None) -> tuple[type[CollectiveError], str]:
         """Class and text of the error: of what was found, of a call that differs, or of both."""

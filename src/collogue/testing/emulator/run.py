@@ -64,7 +64,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Run:
-    """What came of it, by call and rank. ``sent``: 32-bit words stored in the slots of peers; ``stops``: every rank's stop word.
+    """What came of it, by call and rank. ``sent``: 32-bit words stored in the slots of peers; ``controls``: by rank, after the last call.
 
     ``expected`` is empty for a call that the ranks were given differently.
     """
@@ -73,10 +73,15 @@ class Run:
     outputs: list[list[Output]]
     expected: list[list[Output]]
     failures: list[FailureRecord]
-    stops: list[int]
+    controls: list[Control]
     sent: list[list[int]]
     leftover: int
     ticks: int
+
+    @property
+    def stops(self) -> list[int]:
+        """Every rank's stop word."""
+        return [control.stop for control in self.controls]
 
     def problem(self) -> str:
         """The first thing that is not as it should be; empty after a good run."""
@@ -156,7 +161,7 @@ def emulate(
         outputs=outputs,
         expected=expected,
         failures=list(memory.failures),
-        stops=[control.stop for control in controls],
+        controls=controls,
         sent=sent,
         leftover=memory.leftover(counted[0] - 1),
         ticks=job.ticks,
