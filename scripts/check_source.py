@@ -27,6 +27,8 @@ ORDER = (
     "gather",
     "variant",
     "header",
+    "failure",
+    "device",
     "jit",
     "journal",
     "watch",

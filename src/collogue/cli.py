@@ -45,7 +45,7 @@ from collogue.commands.reliability import reliability
 from collogue.commands.resources import resources
 
 if TYPE_CHECKING:
-    from collogue.check import Case, Report
+    from collogue.check import Case, Emulated, Report
     from collogue.doctor import Examination
 
 app = typer.Typer(
@@ -101,6 +101,7 @@ def check(
     operation: Operations = None,
     sweep: Annotated[str, typer.Option(help="default or full; only where no list is given.")] = "default",
     every: Annotated[int, typer.Option(min=1, help="Take every n-th case only.")] = 1,
+    emulate: Annotated[bool, typer.Option("--emulate", help="Also run the kernels' sources on the CPU; needs g++, takes seconds.")] = False,
     commit: Commit = None,
     json: Json = None,
 ) -> None:
@@ -113,6 +114,9 @@ def check(
 
     CPU: the communicator runs the reference; the answer is a separate version in scalar numpy. CUDA: kernels against the reference;
     a process for each GPU, or virtual ranks where the world is larger than the machine.
+
+    --emulate compiles the kernels with g++ and runs every one of them under a scheduler that delays and reorders what ranks send, with a
+    late rank, a rank that never comes and calls that differ.
     """
     check_target(json)
     devices, given = _devices(device), lists(world_size, tokens, hidden_size, dtype, format)
@@ -123,7 +127,9 @@ def check(
     if sweep == "full" and (given or "cpu" in devices):
         raise typer.BadParameter("the full sweep is for --device cuda and takes no lists", param_hint="--sweep")
     with exit_codes():
+        emulated = _emulate() if emulate else []
         report = _run_checks(devices, given, full=sweep == "full", every=every, commit=commit)
+        report.emulated.extend(emulated)
         write_json(report.as_json(), json)
         _show_report(console(json), report)
         if report.impossible:
@@ -156,6 +162,14 @@ def _run_checks(devices: list[str], given: dict[str, list[Any]], *, full: bool, 
     return checks.Report(results, circumstances(commit))
 
 
+def _emulate() -> list[Emulated]:
+    """Every program of the emulator, with a bar."""
+    from collogue.check import PROGRAMS, run_programs
+
+    with progress(len(PROGRAMS), "emulate") as start:
+        return run_programs(started=lambda program: start(str(program)))
+
+
 def _compile(cases: list[Case]) -> None:
     """Every kernel of ``cases`` into the cache, with a bar."""
     from contextlib import ExitStack
@@ -184,6 +198,12 @@ def _show_report(console: Console, report: Report, shown: int = 20) -> None:
     expected = sum(r.passed and r.expected_error is not None for r in report.results)
     refused = f" ({expected} of them calls that must be refused, and were)" if expected else ""
     console.print(f"{len(report.results) - len(failures)} of {len(report.results)} cases passed{refused}")
+    for e in report.emulated:
+        if e.problem:
+            console.print(f"FAILED emulator: {e.program}\n  {e.problem}", highlight=False, markup=False, soft_wrap=True)
+    if report.emulated:
+        good = sum(not e.problem for e in report.emulated)
+        console.print(f"{good} of {len(report.emulated)} programs of the emulator passed")
 
 
 @app.command(epilog=EXIT_CODES)

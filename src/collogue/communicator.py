@@ -10,7 +10,7 @@ import torch
 
 from collogue import ops, registry
 from collogue.call import Call, Capacity, allocate, check_call, check_hidden_size, check_out
-from collogue.errors import ArgumentError, CapacityError, CaptureError, ClosedError, CollectiveError, DTypeError, ShapeError
+from collogue.errors import ArgumentError, CapacityError, CaptureError, ClosedError, CollogueError, DTypeError, ShapeError
 from collogue.gather import check_gather, check_tokens
 from collogue.group import as_group
 from collogue.journal import Journal
@@ -29,7 +29,6 @@ class Engine(Protocol):
     def check(self) -> None: ...
     def reset(self) -> None: ...
     def close(self, collective: bool) -> None: ...
-    def failed(self) -> bool: ...
     def journal(self) -> Journal: ...
 
 
@@ -359,11 +358,12 @@ class Communicator:
         """Raise what was found in an earlier call; return if there is nothing. Waits for no kernel.
 
         Looks at the failure record and, by a copy of the control words over a stream of its own, at what other ranks say of the
-        group: a stop word, or marks of the last call that differ. Every call looks at the record alone.
+        group: a stop word, or marks of the last calls that differ. Every call looks at the record alone.
 
         Raises:
-            CollectiveTimeout, MismatchedCall; CorruptedWorkspace where something has written over the control words. With the
-            environment variable ``COLLOGUE_DEBUG`` set, every call does the same.
+            CollectiveTimeout, MismatchedCall (also where ranks time out because an earlier call differed); CorruptedWorkspace where
+            something has written over the control words; PlatformError where they cannot be read. With the environment variable
+            ``COLLOGUE_DEBUG`` set, every call does the same.
         """
         self._open().check()
 
@@ -378,14 +378,13 @@ class Communicator:
         self._refuse_capture("reset")
         engine.reset()
 
-    def watch(self, on_failure: Callable[[CollectiveError], None], interval: float = 0.1) -> Watch:
-        """Call ``on_failure(error)`` once, in a thread of its own, when a kernel has failed: for replays of CUDA graphs, when nobody calls.
+    def watch(self, on_failure: Callable[[CollogueError], None], interval: float = 0.1) -> Watch:
+        """Call ``on_failure(error)`` once, in a thread of its own, when something has failed: for replays of CUDA graphs.
 
-        Looks every ``interval`` seconds at the failure record, in host memory; the GPU is not asked. Stop it before :meth:`reset` or
-        :meth:`close`: the returned object has ``stop()`` and is a context manager.
+        Does every ``interval`` seconds what :meth:`check` does, which waits for no kernel. Stop it before :meth:`reset` or :meth:`close`:
+        the returned object has ``stop()`` and is a context manager.
         """
-        engine = self._open()
-        return Watch(engine.failed, engine.check, on_failure, interval)
+        return Watch(self._open().check, on_failure, interval)
 
     def journal(self) -> Journal:
         """The last calls of every rank, read from the ranks' GPUs over a stream of its own. Waits for no kernel, is not collective."""

@@ -104,10 +104,6 @@ class ReferenceEngine:
     def close(self, collective: bool) -> None:
         """Nothing to free."""
 
-    def failed(self) -> bool:
-        """A call on the CPU raises what it finds."""
-        return False
-
     def journal(self) -> Journal:
         """Kept by GPUs."""
         return Journal(self.group.rank, self.group.size, 0, dict.fromkeys(range(self.group.size), ()))

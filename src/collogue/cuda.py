@@ -86,7 +86,9 @@ class KernelEngine:
                     hint=f"call comm.prepare(tokens={request.tokens}, ...) or make the call once before the capture",
                 )
             assert self.topology.architecture is not None
-            self._kernels[variant] = jit.load(jit.cubin(variant, self.topology.architecture), variant.name)
+            code = jit.cubin(variant, self.topology.architecture)
+            with torch.cuda.device(self.index):
+                self._kernels[variant] = jit.load(code, variant.name)
         launcher = Launcher(self._kernels[variant], shape, dependent=self.topology.has_clusters)
         params = launcher.params
         fill_shape(params, self.topology, request, plan, self.group.rank)
@@ -106,9 +108,7 @@ class KernelEngine:
                 "another thread is making a call of this communicator", hint="make one communicator for each thread, or use a lock"
             )
         try:
-            if self.workspace is not None and self.workspace.failure.fault:
-                self.workspace.raise_failure()
-            if self._debug:
+            if self._debug or (self.workspace is not None and self.workspace.failed):
                 self.check()
             ready = self._ready.get(_key_of_call(call))
             if ready is None:
@@ -174,15 +174,9 @@ class KernelEngine:
 
     # ---- failures
 
-    def failed(self) -> bool:
-        """Whether a kernel has filled the failure record."""
-        return self.workspace is not None and bool(self.workspace.failure.fault)
-
     def check(self) -> None:
         if self.workspace is not None:
-            control = self.workspace.control()
-            self.workspace.raise_failure(control)
-            self.workspace.check_canaries(control)
+            self.workspace.check()
 
     def journal(self) -> Journal:
         if self.workspace is None:
@@ -200,6 +194,8 @@ class KernelEngine:
             self.group.barrier()
         self._ready.clear()
         self._kernels.clear()
+        if self.workspace is not None:
+            self.workspace.close()
         self.workspace = None
         if collective:
             self.group.barrier()  # unloading a kernel may wait for the GPU: virtual ranks must not launch before all have done it

@@ -47,10 +47,11 @@ def pack(
 
 @dataclass(frozen=True)
 class Entry:
-    """One call as a journal keeps it."""
+    """One call as a journal keeps it. ``stage``: how far it has come, as far as that is known (:func:`collogue.failure.with_stages`)."""
 
     call: int
     text: str
+    stage: str = ""
 
     @classmethod
     def of(cls, entry: bytes) -> Entry | None:

@@ -129,8 +129,23 @@ def resources(log: str) -> Resources:
 
 
 def load(code: bytes, name: str) -> Any:
-    """The kernel ``name`` of a cubin, loaded on the current device (a ``cuda.core`` kernel)."""
-    return _cuda_core().ObjectCode.from_cubin(code).get_kernel(name)
+    """The kernel ``name`` of a cubin, loaded on the current device (a ``cuda.core`` kernel). Its first launch may be captured."""
+    kernel = _cuda_core().ObjectCode.from_cubin(code).get_kernel(name)
+    _load_now(int(kernel.handle))
+    return kernel
+
+
+def _load_now(kernel: int) -> None:
+    """By default the driver puts a kernel on the GPU at its first launch (``CUDA_MODULE_LOADING=LAZY``), which a capture may forbid."""
+    import torch
+    from cuda.bindings import driver
+
+    from collogue.device import checked, on_device
+
+    with on_device(torch.cuda.current_device()):
+        function = checked(driver.cuKernelGetFunction(driver.CUkernel(kernel)))
+        with contextlib.suppress(AttributeError, RuntimeError):  # before CUDA 12.4 there is no such function, and the one above loads
+            checked(driver.cuFuncLoad(function))
 
 
 def _cuda_core() -> Any:

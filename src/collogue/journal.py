@@ -21,7 +21,8 @@ class Journal:
     """The last calls of every rank as rank ``rank`` could read them, oldest first.
 
     ``started``: calls that this rank's GPU has started. ``failure``: what the failure record says, or ``None``. A rank whose calls end
-    before the others' is the late one.
+    before the others' is the late one. The stage of a call says how far it has come, as far as can be known: ``finished`` if its rank has
+    started a later one; of a rank's last call what this rank's failure record or the rank's stop word says, else ``started``.
     """
 
     rank: int
@@ -49,13 +50,17 @@ class Journal:
         except (ValueError, KeyError, TypeError) as error:
             raise ArgumentError(f"{path} is no journal: {error}", hint="give a file that a failed call or Journal.save wrote") from error
 
+    def made(self, rank: int, call: int) -> str | None:
+        """What ``rank`` made call number ``call`` with; ``None`` where that is not known."""
+        return next((entry.text for entry in self.calls.get(rank, ()) if entry.call == call), None)
+
     def text(self, last: int = 8) -> str:
         """The failure and each rank's ``last`` calls."""
         lines = [f"Journal of rank {self.rank} of {self.world_size}, written {self.written}; {self.started} calls started here."]
         lines += [self.error] if self.error else []
         for rank, entries in self.calls.items():
             lines.append(f"rank {rank}:" if entries else f"rank {rank}: nothing could be read")
-            lines += [f"  call {entry.call}: {entry.text}" for entry in entries[-last:]]
+            lines += [f"  call {entry.call}: {entry.text}" + f" [{entry.stage}]" * bool(entry.stage) for entry in entries[-last:]]
         return "\n".join(lines)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,6 +14,8 @@ from collogue.call import Capacity
 from collogue.errors import ArgumentError, PlatformError
 from collogue.group import Group
 from collogue.table import Table, TableArgument, check_alike, find, name_of
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def _find_table(argument: TableArgument, device: str | None, world_size: int) ->
 def _facts(group: Group, capacity: Capacity, overrides: Overrides) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "capacity": f"max_tokens={capacity.max_tokens}, hidden_size={capacity.hidden_size}, dtype={capacity.dtype}{overrides}",
-        "host": socket.gethostname(),
+        "host": _host(),
     }
     if group.device.type == "cuda":
         from collogue.jit import architecture_of
@@ -150,6 +154,13 @@ def _facts(group: Group, capacity: Capacity, overrides: Overrides) -> dict[str, 
         facts["multiprocessors"] = properties.multi_processor_count
         facts["gpu"] = str(properties.uuid)
     return facts
+
+
+def _host() -> str:
+    """This host's name and, as names may repeat, which boot of a kernel it is, where that can be had."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} (boot {_BOOT_ID.read_text().strip()})"
+    return socket.gethostname()
 
 
 def _check_reach(group: Group, every: list[dict[str, Any]]) -> None:

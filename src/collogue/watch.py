@@ -6,30 +6,27 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
-from collogue.errors import CollectiveError
+from collogue.errors import CollogueError
 
 
 class Watch:
-    """Asks ``failed`` every ``interval`` seconds and calls ``on_failure`` with the error of ``check`` once, in its own thread.
+    """Calls ``check`` every ``interval`` seconds and ``on_failure`` with the first error that it raises, once, in its own thread.
 
     It must not be used to call the communicator; tell the thread that owns it. ``stop()`` ends it; also a context manager.
     """
 
-    def __init__(
-        self, failed: Callable[[], bool], check: Callable[[], None], on_failure: Callable[[CollectiveError], None], interval: float
-    ) -> None:
-        self._failed, self._check, self._on_failure, self._interval = failed, check, on_failure, interval
+    def __init__(self, check: Callable[[], None], on_failure: Callable[[CollogueError], None], interval: float) -> None:
+        self._check, self._on_failure, self._interval = check, on_failure, interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="collogue-watch", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
-            if self._failed():
-                try:
-                    self._check()
-                except CollectiveError as error:
-                    self._on_failure(error)
+            try:
+                self._check()
+            except CollogueError as error:
+                self._on_failure(error)
                 return
 
     def stop(self) -> None:

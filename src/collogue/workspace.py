@@ -12,10 +12,11 @@ import struct
 from dataclasses import dataclass, replace
 
 import torch
-from cuda.bindings import driver
 
+from collogue.device import Reader
 from collogue.errors import CollectiveError, CollectiveTimeout, CorruptedWorkspace, MismatchedCall, PlatformError
 from collogue.extent import CONTROL_BYTES, workspace_extent
+from collogue.failure import MISMATCH, STAGES, TIMEOUT, FailureRecord, Record, finder_of, with_stages
 from collogue.group import Group
 from collogue.header import ENTRY_BYTES, Entry
 from collogue.journal import Journal, default_path
@@ -23,20 +24,11 @@ from collogue.topology import Topology
 
 #: A word that has not arrived, by bytes of a value (kernels/values.cuh).
 SENTINELS = {2: 0x80008000, 4: 0x80000000}
-#: What a wait was for, by ``collogue::Stage``.
-_STAGES = ("the partial sums", "the reduced rows", "the start", "the call before")
 #: Bytes of ``collogue::Control``, and where the marks and the journal lie; between them, canaries.
 CONTROL_WORDS = 32
 MARKS_OFFSET, MARKS, MAX_RANKS = 256, 4, 8
 JOURNAL_OFFSET, JOURNAL = 2048, 64
 _CANARY = b"\xc0\x11\x09\xbe"
-TIMEOUT, MISMATCH = 1, 2
-
-
-class FailureRecord(ctypes.Structure):
-    """Mirrors ``collogue::Failure``. ``fault``: 0 nothing, 1 a wait took too long, 2 calls do not match; ``rank`` found it."""
-
-    _fields_ = [(name, ctypes.c_uint32) for name in ("fault", "rank", "late_rank", "call", "token", "stage")]
 
 
 @dataclass(frozen=True)
@@ -58,6 +50,15 @@ class Control:
         )
         canaries = page[CONTROL_WORDS:MARKS_OFFSET] + page[MARKS_OFFSET + MARKS * MAX_RANKS * 8 :]
         return cls(words[1], words[2], marks, canaries)
+
+    def differing(self, rank: int, world: int) -> int | None:
+        """The first of the last calls in which another rank's arguments differ from those of ``rank``, whose control words these are."""
+        calls = []
+        for marks in self.marks:
+            number, mine = marks[rank]
+            if number and any(theirs == number and digest != mine for theirs, digest in marks[:world]):
+                calls.append(number - 1)
+        return min(calls, default=None)
 
 
 def clean_control() -> bytearray:
@@ -83,6 +84,8 @@ class Workspace:
         self._pinned = torch.zeros(ctypes.sizeof(FailureRecord), dtype=torch.uint8, pin_memory=True)
         self.failure = FailureRecord.from_address(self._pinned.data_ptr())
         self.failure_pointer = self._pinned.data_ptr()
+        assert self.group.device.index is not None
+        self._reader = Reader(self.group.device.index, CONTROL_BYTES)
         self.reset()
 
     @property
@@ -100,64 +103,79 @@ class Workspace:
         torch.cuda.synchronize(self.group.device)
         self.group.barrier()
 
-    def raise_failure(self, control: Control | None = None) -> None:
-        """Raise what a kernel wrote into the failure record, or else what ``control`` says, and write the journal."""
-        f = self.failure
-        record = None
-        if f.fault:
-            record = {name: int(getattr(f, name)) for name, *_ in FailureRecord._fields_}
-        elif control is not None:
-            record = self._found_in(control)
-        if record is None:
+    def close(self) -> None:
+        """Nothing can be read any more. The memory goes with the object."""
+        self._reader.close()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a kernel of this rank has filled the failure record. One stopped without a fault names a late rank only."""
+        return bool(self.failure.fault or self.failure.late_rank)
+
+    def check(self) -> None:
+        """Raise what a kernel of this rank has recorded, or else what its control words say. Kernels may be running."""
+        control = self.control()
+        self.raise_failure(control)
+        if control is None:
+            raise PlatformError("this rank's own workspace cannot be read", hint="an earlier CUDA error has ended this process's context")
+        self.check_canaries(control)
+
+    def raise_failure(self, control: Control | None) -> None:
+        """Raise what the failure record or ``control`` says, and write the journal.
+
+        Where the arguments of one of the last calls differ, that is the error, also if a rank has waited too long in consequence.
+        """
+        found = self._recorded() or self._told(control)
+        differing = control.differing(self.group.rank, self.topology.world_size) if control is not None else None
+        if found is None and differing is None:
             return
-        kind, text, journal = self._describe(record)
+        journal = self.journal()
+        kind, text = self._describe(journal, found, differing)
         path = default_path(self.group.rank)
         with contextlib.suppress(OSError):
             replace(journal, error=text).save(path)
         hint = "call comm.reset() on every rank; if a rank has died, comm.close(collective=False) and make a communicator without it"
         raise kind(text, hint=f"{hint}. Journal: collogue doctor --journal {path}")
 
-    def _describe(self, record: dict[str, int]) -> tuple[type[CollectiveError], str, Journal]:
-        rank, call, late = record["rank"], record["call"], record["late_rank"]
-        journal = self.journal(record)
-        made = {r: next((entry.text for entry in entries if entry.call == call), None) for r, entries in journal.calls.items()}
-        if record["fault"] == MISMATCH:
-            sides = "; ".join(f"rank {r} made {text}" for r, text in made.items() if text is not None)
-            return MismatchedCall, f"the ranks' calls number {call} differ, rank {rank} found: {sides}", journal
-        own = f" ({made[self.group.rank]})" if made.get(self.group.rank) else ""
-        if rank != self.group.rank:
-            return CollectiveTimeout, f"rank {rank} gave up waiting and stopped the group at call {call}{own}", journal
-        theirs = f"made {made[late]}" if made.get(late) else "made no such call"
-        waited = (
-            f"rank {rank} waited {self.timeout:g} s for {_STAGES[record['stage']]} of rank {late}, call {call}, token {record['token']}"
-        )
-        return CollectiveTimeout, f"{waited}{own}; rank {late} {theirs}", journal
+    def _recorded(self) -> Record | None:
+        """What a kernel of this rank has found."""
+        return {name: int(getattr(self.failure, name)) for name, *_ in FailureRecord._fields_} if self.failure.fault else None
 
-    def _found_in(self, control: Control) -> dict[str, int] | None:
-        """A fault that no kernel of this rank has recorded: another rank's stop word, or marks of the last call that differ."""
-        rank, world = self.group.rank, self.topology.world_size
-        if control.stop:
-            return {
-                "fault": control.stop >> 8,
-                "rank": (control.stop & 0xFF) - 1,
-                "late_rank": world,
-                "call": control.calls - 1,
-                "token": 0,
-                "stage": 0,
-            }
-        if control.calls:
-            marks = control.marks[(control.calls - 1) % MARKS]
-            for other in range(world):
-                if marks[other][0] == marks[rank][0] == control.calls and marks[other][1] != marks[rank][1]:
-                    return _record(MISMATCH, rank, other, control.calls - 1)
-        return None
+    def _told(self, control: Control | None) -> Record | None:
+        """What this rank's stop word says; fault 0 where it is none that a kernel writes."""
+        if control is None or not control.stop:
+            return None
+        world = self.topology.world_size
+        finder = finder_of(control.stop, world)
+        fault, rank = (0, self.group.rank) if finder is None else (control.stop >> 8, finder)
+        return {"fault": fault, "rank": rank, "late_rank": world, "call": control.calls - 1, "token": 0, "stage": 0}
 
-    def control(self) -> Control:
-        """The control words as they are now. Kernels may be running."""
+    def _describe(self, journal: Journal, found: Record | None, differing: int | None) -> tuple[type[CollectiveError], str]:
+        """Class and text of the error: of what was found, of a call that differs, or of both."""
+        rank, fault = self.group.rank, found["fault"] if found is not None else MISMATCH
+        if found is not None and fault == MISMATCH:
+            return MismatchedCall, _mismatch(journal, found["rank"], found["call"] if differing is None else differing)
+        if differing is not None:
+            then = f"; then {self._timeout(journal, found)}" if found is not None and fault == TIMEOUT else ""
+            return MismatchedCall, _mismatch(journal, rank, differing) + then
+        assert found is not None
+        if fault == TIMEOUT:
+            return CollectiveTimeout, self._timeout(journal, found)
+        return CorruptedWorkspace, f"rank {rank}'s stop word has been written over: no kernel writes what it holds"
+
+    def _timeout(self, journal: Journal, found: Record) -> str:
+        rank, call, late = found["rank"], found["call"], found["late_rank"]
+        made, theirs = journal.made(self.group.rank, call), journal.made(late, call)
+        own = f" ({made})" if made else ""
+        if rank != self.group.rank or late == self.topology.world_size:
+            return f"rank {rank} gave up waiting and stopped the group at call {call}{own}"
+        waited = f"rank {rank} waited {self.timeout:g} s for {STAGES[found['stage']]} of rank {late}, call {call}, token {found['token']}"
+        return f"{waited}{own}; rank {late} {f'made {theirs}' if theirs else 'made no such call'}"
+
+    def control(self) -> Control | None:
+        """The control words as they are now; ``None`` where they cannot be read. Kernels may be running."""
         page = self._read(self.buffer.pointers[self.group.rank], JOURNAL_OFFSET)
-        if not page:
-            raise PlatformError("this rank's own workspace cannot be read", hint="an earlier CUDA error has ended this process's context")
-        return Control.of(page)
+        return Control.of(page) if page else None
 
     def check_canaries(self, control: Control) -> None:
         """Raise :class:`CorruptedWorkspace` where something has written between the control words."""
@@ -167,27 +185,24 @@ class Workspace:
                 hint="something on this GPU, or a peer, writes outside its memory: run it under compute-sanitizer; then comm.reset()",
             )
 
-    def journal(self, record: dict[str, int] | None = None) -> Journal:
+    def journal(self) -> Journal:
         """The last calls of every rank as they are now. Kernels may be running; a process may have died."""
+        own, world, record = self.group.rank, self.topology.world_size, self._recorded()
         calls = {}
         for rank, pointer in enumerate(self.buffer.pointers):
-            words = self._read(pointer + JOURNAL_OFFSET, JOURNAL * ENTRY_BYTES)
-            entries = (Entry.of(words[i : i + ENTRY_BYTES]) for i in range(0, len(words), ENTRY_BYTES))
-            calls[rank] = tuple(sorted(filter(None, entries), key=lambda entry: entry.call))
-        started = max((entry.call + 1 for entry in calls[self.group.rank]), default=0)
-        return Journal(self.group.rank, self.topology.world_size, started, calls, record)
+            page = self._read(pointer, CONTROL_BYTES)
+            entries = (Entry.of(page[at : at + ENTRY_BYTES]) for at in range(JOURNAL_OFFSET, len(page), ENTRY_BYTES))
+            made = sorted(filter(None, entries), key=lambda entry: entry.call)
+            finder = finder_of(Control.of(page[:JOURNAL_OFFSET]).stop, world) if page else None
+            calls[rank] = with_stages(rank, made, finder, record if rank == own else None)
+        started = max((entry.call + 1 for entry in calls[own]), default=0)
+        return Journal(own, world, started, calls, record)
 
     def _read(self, pointer: int, nbytes: int) -> bytes:
-        """Bytes of device memory, over a stream of their own. Empty where they cannot be had."""
-        with torch.cuda.device(self.group.device):
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            target = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-            (error,) = driver.cuMemcpyDtoHAsync(target.data_ptr(), pointer, nbytes, stream.cuda_stream)
-            if error:
-                return b""
-            stream.synchronize()
-        return bytes(target.tolist())
+        """Bytes of device memory; empty where they cannot be had. Waits for no kernel."""
+        return self._reader.read(pointer, nbytes)
 
 
-def _record(fault: int, rank: int, late_rank: int, call: int) -> dict[str, int]:
-    return {"fault": fault, "rank": rank, "late_rank": late_rank, "call": call, "token": 0, "stage": 0}
+def _mismatch(journal: Journal, finder: int, call: int) -> str:
+    sides = "; ".join(f"rank {rank} made {text}" for rank in journal.calls if (text := journal.made(rank, call)))
+    return f"the ranks' calls number {call} differ, rank {finder} found: {sides}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,6 +125,22 @@ def test_several_hosts(machine: SimpleNamespace) -> None:
         assert text == (
             "the group spans several hosts: rank 0 is on alpha, rank 2 on beta\nhint: use a tensor-parallel group within one host"
         )
+
+
+def test_hosts_of_one_name_are_told_apart(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(topology.socket, "gethostname", lambda: "node")
+    hosts = []
+    for boot in ("1-2", "3-4", "3-4"):
+        (tmp_path / boot).write_text(boot + "\n")
+        monkeypatch.setattr(topology, "_BOOT_ID", tmp_path / boot)
+        hosts.append(topology._host())
+    assert hosts == ["node (boot 1-2)", "node (boot 3-4)", "node (boot 3-4)"]
+    monkeypatch.setattr(topology, "_BOOT_ID", tmp_path / "nowhere")
+    assert topology._host() == "node"
+    for facts, host in zip(machine.facts, (hosts[0], hosts[0], *hosts[1:]), strict=True):
+        facts["host"] = host
+    for text in refusals(4, on_gpus, PlatformError):
+        assert text.startswith("the group spans several hosts: rank 0 is on node (boot 1-2), rank 2 on node (boot 3-4)\n")
 
 
 def test_no_peer_access_names_the_pair(machine: SimpleNamespace) -> None:

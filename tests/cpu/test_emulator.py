@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from collogue.failure import MISMATCH, TIMEOUT
 from collogue.spec import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static
 from collogue.testing.emulator import MODES, Ask, Case, Edit, Library, compile_cases, emulate
 from collogue.testing.inputs import KINDS
-from collogue.workspace import MISMATCH, TIMEOUT
 
 #: Longer and shorter calls after each other: words that an earlier call left behind would be taken for those of a later one.
 TOKENS = (3, 1, 2, 1, 1, 3)
@@ -259,6 +259,11 @@ def test_calls_that_do_not_match(build: Build, kernel: str, what: str, odd: int)
         assert (finder.fault, finder.call) == (MISMATCH, 1)
         assert odd in (finder.rank, finder.late_rank)
         assert finder.rank != finder.late_rank
+    # The host finds the call too, also where a kernel has recorded a later one.
+    told = [control.differing(rank, 3) for rank, control in enumerate(run.controls)]
+    assert set(told) <= {1, None}
+    assert told[odd] == 1
+    assert all(told[rank] == 1 for rank in finders)
     assert run.ticks < 400_000  # of a timeout of a million
     run = emulate(library, calls, **adversary)
     assert [record.fault for record in run.failures] == [MISMATCH] * 3

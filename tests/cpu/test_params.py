@@ -7,12 +7,13 @@ import re
 
 import pytest
 
-from collogue import jit, workspace
+from collogue import failure, jit, workspace
 from collogue.errors import CompileError
 from collogue.extent import GENERATIONS, ONE_SHOT_GENERATIONS
+from collogue.failure import FailureRecord
 from collogue.header import ENTRY_BYTES
 from collogue.launch import MAX_WORLD, Params
-from collogue.workspace import CONTROL_BYTES, SENTINELS, FailureRecord
+from collogue.workspace import CONTROL_BYTES, SENTINELS
 
 
 def sizes(name: str, structure: type[ctypes.Structure]) -> list[str]:
@@ -62,7 +63,7 @@ def test_constants_are_mirrored() -> None:
         f"kJournalOffset == {workspace.JOURNAL_OFFSET} && kJournal == {workspace.JOURNAL} && sizeof(Entry) == {ENTRY_BYTES}",
         f"kMarksOffset == {workspace.MARKS_OFFSET} && kMarks == {workspace.MARKS} && kMaxWorld == {workspace.MAX_RANKS}",
         f"sizeof(Control) <= {workspace.CONTROL_WORDS} && kOneShotGenerations == {ONE_SHOT_GENERATIONS}",
-        f"kTimeout == {workspace.TIMEOUT} && kMismatch == {workspace.MISMATCH}",
+        f"kTimeout == {failure.TIMEOUT} && kMismatch == {failure.MISMATCH}",
         f"BFloat16::kSentinel == {SENTINELS[2]}u && Float16::kSentinel == {SENTINELS[2]}u",
         f"Float32::kSentinel == {SENTINELS[4]}u",
     )

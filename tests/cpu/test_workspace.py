@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from collogue.errors import ArgumentError, CollectiveTimeout, CorruptedWorkspace, MismatchedCall
+from collogue.errors import ArgumentError, CollectiveTimeout, CorruptedWorkspace, MismatchedCall, PlatformError
 from collogue.extent import CONTROL_BYTES
+from collogue.failure import MISMATCH, TIMEOUT, FailureRecord
 from collogue.header import Entry, pack
 from collogue.journal import Journal
 from collogue.topology import Topology
-from collogue.workspace import JOURNAL_OFFSET, MARKS_OFFSET, Control, FailureRecord, Workspace, clean_control
+from collogue.workspace import JOURNAL_OFFSET, MARKS_OFFSET, Control, Workspace, clean_control
 
 
 class Fake(Workspace):
@@ -33,6 +35,18 @@ class Fake(Workspace):
     def _read(self, pointer: int, nbytes: int) -> bytes:
         rank, first = pointer >> 20, pointer & 0xFFFFF
         return bytes(self.pages[rank][first : first + nbytes])
+
+    def fail(self, **fields: int) -> None:
+        """A kernel of this rank has filled the failure record."""
+        for name, value in fields.items():
+            setattr(self.failure, name, value)
+
+    def stop(self, rank: int, word: int) -> None:
+        """A rank's stop word."""
+        self.pages[rank][8:12] = struct.pack("<I", word)
+
+    def stages(self, rank: int) -> list[str]:
+        return [entry.stage for entry in self.journal().calls[rank]]
 
     def call(self, number: int, tokens: dict[int, int]) -> None:
         """Every rank of ``tokens`` has made call ``number`` with so many; its mark is everywhere."""
@@ -106,10 +120,9 @@ def test_a_timeout_names_who_when_and_what(journals: Path) -> None:
     work = Fake(0, 2)
     work.call(0, {0: 4, 1: 4})
     work.call(1, {0: 6})
-    for name, value in {"fault": 1, "rank": 0, "late_rank": 1, "call": 1, "token": 3, "stage": 1}.items():
-        setattr(work.failure, name, value)
+    work.fail(fault=TIMEOUT, rank=0, late_rank=1, call=1, token=3, stage=1)
     with pytest.raises(CollectiveTimeout) as caught:
-        work.raise_failure()
+        work.check()
     text = str(caught.value)
     assert "rank 0 waited 1.5 s for the reduced rows of rank 1, call 1, token 3" in text
     assert "tokens=6" in text
@@ -120,6 +133,144 @@ def test_a_timeout_names_who_when_and_what(journals: Path) -> None:
     assert journal.failure == {name: int(getattr(work.failure, name)) for name, *_ in FailureRecord._fields_}
     assert [entry.call for entry in journal.calls[0]] == [0, 1]
     assert "call 1: all_reduce by one_shot, tokens=6" in journal.text()
+    assert "[waiting for the reduced rows of token 3 from rank 1]" in journal.text()
+
+
+# Calls before the one that waits
+
+
+def test_a_timeout_after_calls_that_differ_is_a_mismatch() -> None:
+    """Call 1 differs and hangs nobody; the next one does."""
+    work = Fake(0, 3)
+    work.call(0, {0: 4, 1: 4, 2: 4})
+    work.call(1, {0: 4, 1: 4, 2: 7})
+    work.call(2, {0: 4})
+    work.fail(fault=TIMEOUT, rank=0, late_rank=2, call=2, token=1, stage=0)
+    with pytest.raises(MismatchedCall) as caught:
+        work.check()
+    text = caught.value.message
+    assert "calls number 1 differ, rank 0 found: rank 0 made all_reduce by one_shot, tokens=4" in text
+    assert "rank 2 made all_reduce by one_shot, tokens=7" in text
+    assert "then rank 0 waited 1.5 s for the partial sums of rank 2, call 2, token 1" in text
+
+
+def test_who_is_stopped_after_calls_that_differ_sees_the_mismatch_too() -> None:
+    work = Fake(2, 3)
+    work.call(1, {0: 4, 1: 4, 2: 7})
+    work.call(2, {2: 4})
+    work.stop(2, TIMEOUT << 8 | 1)
+    with pytest.raises(MismatchedCall, match=r"number 1 differ.*; then rank 0 gave up waiting and stopped the group at call 2"):
+        work.check()
+
+
+def test_a_timeout_after_calls_that_agree_is_a_timeout() -> None:
+    """Marks of a call as many calls ago as there are places say nothing about it."""
+    work = Fake(0, 2)
+    for number in range(4):
+        work.call(number, {0: 4, 1: 4})
+    work.call(4, {0: 9})  # the place of call 0
+    work.fail(fault=TIMEOUT, rank=0, late_rank=1, call=4, token=0, stage=0)
+    with pytest.raises(CollectiveTimeout, match="call 4, token 0"):
+        work.check()
+
+
+def test_a_mismatch_that_a_kernel_found_is_of_the_first_call_that_differs() -> None:
+    work = Fake(1, 2)
+    work.call(1, {0: 4, 1: 5})
+    work.call(2, {0: 4, 1: 5})
+    work.fail(fault=MISMATCH, rank=0, late_rank=2, call=2, token=0, stage=0)
+    with pytest.raises(MismatchedCall, match="number 1 differ, rank 0 found"):
+        work.check()
+
+
+# A stop word that no kernel has written
+
+
+@pytest.mark.parametrize("word", [1, 3, TIMEOUT << 8, TIMEOUT << 8 | 3, 3 << 8 | 1, 1 << 20])
+def test_a_stop_word_that_is_none_is_corruption(word: int) -> None:
+    work = Fake(1, 2)
+    work.call(0, {0: 4, 1: 4})
+    work.stop(1, word)
+    assert not work.failed
+    assert work.stages(1) == ["started"]
+    with pytest.raises(CorruptedWorkspace, match="rank 1's stop word"):
+        work.check()
+
+
+def test_a_kernel_stopped_without_a_fault_makes_the_next_call_look() -> None:
+    work = Fake(0, 2)
+    work.call(0, {0: 4, 1: 4})
+    work.stop(0, 1)
+    work.fail(fault=0, rank=0, late_rank=2, call=1)
+    assert work.failed
+    with pytest.raises(CorruptedWorkspace):
+        work.check()
+
+
+def test_an_unreadable_workspace_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Fake(0, 2)
+    monkeypatch.setattr(work, "_read", lambda pointer, nbytes: b"")
+    with pytest.raises(PlatformError, match="cannot be read"):
+        work.check()
+    work.fail(fault=TIMEOUT, rank=0, late_rank=1, call=3)
+    with pytest.raises(CollectiveTimeout, match="call 3"):
+        work.check()
+
+
+# Stages
+
+
+def test_a_call_has_finished_if_a_later_one_has_started() -> None:
+    work = Fake(0, 2)
+    work.call(0, {0: 4, 1: 4})
+    work.call(1, {0: 4})
+    assert work.stages(0) == ["finished", "started"]
+    assert work.stages(1) == ["started"]
+
+
+def test_stages_of_a_rank_that_waited() -> None:
+    work = Fake(0, 3)
+    work.call(0, {0: 4, 1: 4, 2: 4})
+    work.call(1, {0: 4, 1: 4})
+    for rank in range(3):
+        work.stop(rank, TIMEOUT << 8 | 1)
+    work.fail(fault=TIMEOUT, rank=0, late_rank=2, call=1, token=3, stage=2)
+    assert work.stages(0) == ["finished", "waiting for the start of token 3 from rank 2"]
+    assert work.stages(1) == ["finished", "started; stopped by rank 0 unless it had finished"]
+    assert work.stages(2) == ["started; stopped by rank 0 unless it had finished"]
+
+
+def test_stages_of_a_rank_that_was_stopped() -> None:
+    work = Fake(1, 2)
+    work.call(0, {0: 4, 1: 4})
+    work.call(1, {0: 4, 1: 4})
+    work.stop(0, TIMEOUT << 8 | 1)
+    work.fail(fault=TIMEOUT, rank=0, late_rank=2, call=1)
+    assert work.stages(1) == ["finished", "stopped by rank 0"]
+    assert work.stages(0) == ["finished", "started; it stopped the group"]
+    work.fail(call=2)  # stopped before it began: not in the journal
+    assert work.stages(1) == ["finished", "finished"]
+
+
+def test_stages_of_a_mismatch() -> None:
+    work = Fake(0, 2)
+    work.call(0, {0: 4, 1: 4})
+    work.call(1, {0: 4, 1: 5})
+    work.fail(fault=MISMATCH, rank=0, late_rank=1, call=1)
+    assert work.stages(0) == ["finished", "waiting for the partial sums; the arguments of rank 1 differ"]
+    work.call(2, {0: 4, 1: 4})
+    work.fail(stage=3)  # found in call 2: other warps may have been stopped
+    assert work.stages(0) == ["finished", "finished", "started"]
+
+
+def test_a_journal_without_stages_is_read(tmp_path: Path) -> None:
+    journal = Journal(0, 1, 1, {0: (Entry(0, "a call"),)})
+    journal.save(tmp_path / "x.json")
+    data = json.loads((tmp_path / "x.json").read_text())
+    assert data["calls"]["0"][0].pop("stage") == ""
+    (tmp_path / "x.json").write_text(json.dumps(data))
+    assert Journal.load(tmp_path / "x.json") == journal
+    assert journal.text().endswith("call 0: a call")
 
 
 def test_only_journals_are_loaded(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ runs kernels, and the answer is the reference on the same GPU.
 """
 
 from collogue.check.case import Case, CaseResult
+from collogue.check.emulated import PROGRAMS, Emulated, run_programs
 from collogue.check.full import full_sweep
 from collogue.check.kernels import build_kernels
 from collogue.check.rank import Answers, check_rank, run_case
@@ -12,9 +13,11 @@ from collogue.check.run import Report, run_cases
 from collogue.check.sweep import default_sweep, expand, sweep
 
 __all__ = [
+    "PROGRAMS",
     "Answers",
     "Case",
     "CaseResult",
+    "Emulated",
     "Report",
     "build_kernels",
     "check_rank",
@@ -23,5 +26,6 @@ __all__ = [
     "full_sweep",
     "run_case",
     "run_cases",
+    "run_programs",
     "sweep",
 ]

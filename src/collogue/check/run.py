@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from collogue.check.case import Case, CaseResult
+from collogue.check.emulated import Emulated
 from collogue.check.rank import Answers, check_rank
 from collogue.errors import PlatformError
 from collogue.testing.processes import RanksFailed, run_processes
@@ -24,11 +25,12 @@ class Report:
 
     results: list[CaseResult]
     circumstances: dict[str, Any] = field(default_factory=dict)
+    emulated: list[Emulated] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        """Whether there was a case, and every case passed."""
-        return bool(self.results) and all(r.passed for r in self.results)
+        """Whether there was a case, every case passed, and so did every program of the emulator."""
+        return bool(self.results) and all(r.passed for r in self.results) and not any(e.problem for e in self.emulated)
 
     @property
     def impossible(self) -> str | None:
@@ -36,7 +38,8 @@ class Report:
         return next((r.error for r in self.results if r.error and r.error.startswith(PlatformError.__name__)), None)
 
     def as_json(self) -> dict[str, Any]:
-        return {"passed": self.passed, **self.circumstances, "cases": [r.as_json() for r in self.results]}
+        emulator = {"emulator": [e.as_json() for e in self.emulated]} if self.emulated else {}
+        return {"passed": self.passed, **self.circumstances, "cases": [r.as_json() for r in self.results], **emulator}
 
 
 def run_cases(device: str, cases: Sequence[Case], *, started: Callable[[Case], None] = lambda case: None) -> list[CaseResult]:

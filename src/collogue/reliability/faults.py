@@ -119,6 +119,7 @@ class Scene:
 
 Allowed: TypeAlias = tuple[str, ...]
 _TIMEOUT, _MISMATCH = ("CollectiveTimeout",), ("MismatchedCall",)
+_CORRUPTED = ("CorruptedWorkspace",)
 _EITHER = (*_TIMEOUT, *_MISMATCH)
 
 
@@ -254,8 +255,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("another order", "calls a, b; on one rank b, a", _calls("a,b", "b,a"), _MISMATCH, _MISMATCH, on_cpu=True),
     Fault("call counter flipped", "one bit of the call number in one rank's control words", _flip(lambda scene: 4), _EITHER, _EITHER),
     Fault("mark flipped", "one bit of what rank 0 knows of the last call of another", _flip(_mark, on_first=True), _MISMATCH, _MISMATCH),
-    Fault("stop word flipped", "one bit of one rank's stop word", _flip(lambda scene: 8), _TIMEOUT, _TIMEOUT),
-    Fault("canary flipped", "one bit between one rank's control words", _canary, (), ("CorruptedWorkspace",)),
+    Fault("stop word flipped", "one bit of one rank's stop word", _flip(lambda scene: 8), _TIMEOUT, _CORRUPTED),
+    Fault("canary flipped", "one bit between one rank's control words", _canary, (), _CORRUPTED),
     Fault("two threads at once", "two threads of one rank call", _threads, (), ("ConcurrentUseError",)),
     Fault("a graph", f"graphs of {GRAPH_CALLS} calls are replayed, one rank's holds {GRAPH_MADE}", _graph, _TIMEOUT, _TIMEOUT),
     Fault("a killed process", "one process is killed before it calls", _killed, _TIMEOUT, (), last=True),

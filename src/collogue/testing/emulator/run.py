@@ -12,6 +12,7 @@ import torch
 from collogue import reference
 from collogue.call import Call, allocate
 from collogue.extent import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Extent
+from collogue.failure import FailureRecord
 from collogue.formats import scale_storage
 from collogue.launch import Params, timeouts
 from collogue.parameters import fill_epilogue, fill_shape, fill_shard, fill_workspace, later_launches
@@ -19,7 +20,7 @@ from collogue.spec import Output, RMSNorm, owned_rows
 from collogue.testing.compare import compare
 from collogue.testing.emulator.build import Case, Library
 from collogue.testing.inputs import make_inputs
-from collogue.workspace import JOURNAL_OFFSET, SENTINELS, Control, FailureRecord, clean_control
+from collogue.workspace import JOURNAL_OFFSET, SENTINELS, Control, clean_control
 
 #: What the adversary does, in the order of ``Mode`` in `machine.hpp`: treats all alike; holds a rank up; lets a rank run ahead;
 #: holds CTAs up; keeps a rank from launching one of its kernels until all others have ended.
@@ -63,7 +64,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Run:
-    """What came of it, by call and rank. ``sent``: 32-bit words stored in the slots of peers; ``stops``: every rank's stop word.
+    """What came of it, by call and rank. ``sent``: 32-bit words stored in the slots of peers; ``controls``: by rank, after the last call.
 
     ``expected`` is empty for a call that the ranks were given differently.
     """
@@ -72,10 +73,15 @@ class Run:
     outputs: list[list[Output]]
     expected: list[list[Output]]
     failures: list[FailureRecord]
-    stops: list[int]
+    controls: list[Control]
     sent: list[list[int]]
     leftover: int
     ticks: int
+
+    @property
+    def stops(self) -> list[int]:
+        """Every rank's stop word."""
+        return [control.stop for control in self.controls]
 
     def problem(self) -> str:
         """The first thing that is not as it should be; empty after a good run."""
@@ -155,7 +161,7 @@ def emulate(
         outputs=outputs,
         expected=expected,
         failures=list(memory.failures),
-        stops=[control.stop for control in controls],
+        controls=controls,
         sent=sent,
         leftover=memory.leftover(counted[0] - 1),
         ticks=job.ticks,
