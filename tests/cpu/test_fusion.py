@@ -183,6 +183,20 @@ def test_quantisation(quant: Any, keep_norm: bool, backend: str) -> None:
 
 
 @pytest.mark.usefixtures("comm")
+@pytest.mark.parametrize("quant", [FP8PerToken(1e-6), FP8Static(torch.tensor(0.25))], ids=["token", "tensor"])
+def test_one_row_has_one_scale_either_way(quant: Any) -> None:
+    given = tensors(lead=(1, 1))
+
+    def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, s: Any) -> Any:
+        y = functional(x) + r
+        n = operator_norm(y, w)
+        return y, per_token(n) if s is None else static(n, s)
+
+    assert same_bits(compiled(model, *given, quant.given_scale), contract(given, quant=quant))
+    assert only_fused().quant == quant.label
+
+
+@pytest.mark.usefixtures("comm")
 @pytest.mark.parametrize("quant", [FP8PerToken(1e-6), FP8Static(0.25)], ids=["token", "number"])
 def test_quantisation_of_a_norm_left_in_float32(quant: Any) -> None:
     """Inductor's graph may lack the conversion to bfloat16 and back between norm and quantisation: the fused call rounds, and says so."""

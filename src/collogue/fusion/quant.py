@@ -110,23 +110,26 @@ def _scale(scaled: Node, operand: Node, codes: Node, bounded: bool, normed: set[
     held = value(factor)
     if held is None:
         return None
-    if equal(held.numel(), 1):
-        if not bounded:
-            why.append("FP8 codes without a clamp to +-448: what overflows would be NaN")
-            return None
-        node = root(divisor if divisor is not None else factor)
-        holds = value(node)
-        if holds is None or holds.dtype != torch.float32 or holds.device != computed.device:  # type: ignore[union-attr]
-            why.append("the FP8 scale is not a float32 tensor beside the norm")
-            return None
-        if divides:
-            roundings.append("n / scale becomes n * (1 / scale)")
-        return Quantised(codes, divisor=node, inverted=divisor is None, roundings=tuple(roundings))
-    if divisor is None:
+    of_rows: list[str] = []
+    if divisor is not None:  # first: one row has one scale, too
+        turned = [] if divides else ["n * (1 / scale) becomes n / scale"]
+        found = _per_token(root(divisor), codes, normed, [*roundings, *turned], of_rows)
+        if found is not None:
+            return found
+    if not equal(held.numel(), 1):
+        why += of_rows
         return None
-    if not divides:
-        roundings.append("n * (1 / scale) becomes n / scale")
-    return _per_token(root(divisor), codes, normed, roundings, why)
+    if not bounded:
+        why.append("FP8 codes without a clamp to +-448: what overflows would be NaN")
+        return None
+    node = root(divisor if divisor is not None else factor)
+    holds = value(node)
+    if holds is None or holds.dtype != torch.float32 or holds.device != computed.device:  # type: ignore[union-attr]
+        why.append("the FP8 scale is not a float32 tensor beside the norm")
+        return None
+    if divides:
+        roundings.append("n / scale becomes n * (1 / scale)")
+    return Quantised(codes, divisor=node, inverted=divisor is None, roundings=tuple(roundings))
 
 
 def _per_token(scales: Node, codes: Node, normed: set[Node], roundings: list[str], why: list[str]) -> Quantised | None:

@@ -52,7 +52,7 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
       ranks.clean(thread, threads);
       if constexpr (C::kFormat != Format::kNone) row.quant.pad(thread, threads, tokens);
       row.wait_for_barriers();
-      // With few rows this would be on their way; with many, two registers fewer are worth more.
+      // With one row this waits until the row sum travels; with many, two registers fewer are worth more.
       if (C::kLoop && first_warp) ranks.compare_previous_call(seen);
     }
     // Polling lines that are being written slows their arrival: leave the wire alone until the words can be here.
@@ -69,7 +69,10 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
       if constexpr (C::kResidual) add<D>(sum, r);
       x[i] = row.store_stream(i, sum);
     }
-    row.finish(turn, x, [] {}, NoWire{});
+    const auto compare = [&] {
+      if (!C::kLoop && first_warp) ranks.compare_previous_call(seen);
+    };
+    row.finish(turn, x, compare, NoWire{});
 
     if constexpr (!C::kLoop) break;
     t += grid_rows();
@@ -80,7 +83,6 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
     for (int i = 0; i < C::kVectors; i++) x[i] = row.load(p.partial + row.offset(t), i);
     if constexpr (C::kResidual && C::kVectors == 1) r = row.load(p.residual + row.offset(t), 0);
   }
-  if (!C::kLoop && first_warp) ranks.compare_previous_call(seen);
   if (ranks.stopped) ranks.report();
 }
 

@@ -174,7 +174,7 @@ struct Ranks {
     stopped = kFoundHere | kMismatch << 8;
     if (differs) late = stage << 4 | (thread_index() % 32);
   }
-  // At the end of a call, of what was seen after its sends: the call before. The first warp of the grid.
+  // Of what was seen after this call's sends: the call before. The first warp of the grid, where it would wait anyway.
   COLLOGUE_DEVICE void compare_previous_call(const Pair& seen) {
     if (call != 0 && !stopped) compare_marks(call - 1, seen, kStagePrevious);
   }
