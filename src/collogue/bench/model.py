@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from collogue.bench.stack import SHAPES, make_blocks, rank_shape
+from collogue.bench.stack import SHAPES, functions_of, make_blocks, rank_shape
 from collogue.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL, make_step
 from collogue.communicator import Communicator
 from collogue.errors import ArgumentError, PlatformError
@@ -119,6 +119,7 @@ def _measure(group: dist.ProcessGroup, comm: Communicator, name: str, tokens: in
     whole, device, prefill = SHAPES[name], comm.device, tokens >= PREFILL
     shape = rank_shape(whole, comm.world_size)
     blocks = make_blocks(shape, layers, tokens, prefill=prefill, device=device, seed=comm.rank)
+    functions = functions_of(shape, prefill)
     rows_of = torch.Generator(device).manual_seed(100)
     residual = torch.randn(tokens, whole.hidden_size, device=device, generator=rows_of).bfloat16()
     partial = torch.randn(tokens, whole.hidden_size, device=device, generator=rows_of).bfloat16() / comm.world_size
@@ -128,7 +129,7 @@ def _measure(group: dist.ProcessGroup, comm: Communicator, name: str, tokens: in
     for what in ("nccl", *(w for w in ALL if w != "nccl")):
         row = {"model": name, "world_size": comm.world_size, "tokens": tokens, "prefill": prefill, "what": what, "us": None, "error": None}
         try:
-            run = _ready(make_step(what, shape, blocks, comm, group, prefill=prefill), partial, residual)
+            run = _ready(make_step(what, functions, blocks, comm, group), partial, residual)
             result = run().float()
             expected = result if what == "nccl" else expected
             difference = float((result - expected).norm() / expected.norm()) if expected is not None else 0.0

@@ -6,6 +6,8 @@ between two blocks (all-reduce, residual, RMSNorm, quantisation) is the benchmar
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -112,6 +114,11 @@ def mlp(codes: Tensor, scales: Tensor, *tensors: Tensor) -> Tensor:
     up, up_s, down, down_s = tensors
     gate, value = matmul(codes, scales, up, up_s).chunk(2, -1)
     return matmul(*per_token(F.silu(gate) * value), down, down_s)
+
+
+def functions_of(shape: Shape, prefill: bool) -> dict[str, Callable[..., Tensor]]:
+    """What this rank's blocks do, by kind."""
+    return {"attention": functools.partial(attention, shape, prefill), "mlp": mlp}
 
 
 def rank_shape(shape: Shape, world: int) -> Shape:

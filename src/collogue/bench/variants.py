@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from collogue.bench.stack import EPS, Block, Shape, attention, mlp, per_token
+from collogue.bench.stack import EPS, Block, per_token
 from collogue.communicator import Communicator
 from collogue.spec import FP8PerToken, RMSNorm
 
@@ -22,11 +23,12 @@ ALL = (*COLLOGUE, *BASELINES, LOCAL)
 
 #: ``step(partial, residual) -> last residual``
 Step = Callable[[Tensor, Tensor], Tensor]
+#: By kind of block: ``function(codes, scales, *tensors) -> partial``.
+Functions = dict[str, Callable[..., Tensor]]
 
 
-def make_step(name: str, shape: Shape, blocks: list[Block], comm: Communicator, group: dist.ProcessGroup, *, prefill: bool) -> Step:
-    """One pass over the stack. ``shape`` and ``blocks`` are this rank's."""
-    functions: dict[str, Callable[..., Tensor]] = {"attention": functools.partial(attention, shape, prefill), "mlp": mlp}
+def make_step(name: str, functions: Functions, blocks: list[Block], comm: Communicator, group: dist.ProcessGroup) -> Step:
+    """One pass over the stack, whose ``blocks`` and ``functions`` of them are this rank's."""
     if name in ("collogue eager", "collogue sharded"):
         return _by_calls(functions, blocks, comm, sharded=name == "collogue sharded")
     reduce = _reducer(name, comm, group)
@@ -47,8 +49,22 @@ def _compiler(comm: Communicator, *, fuses: bool) -> Callable[[Callable[..., Any
     if fuses:
         from collogue.fusion import compile
 
-        return functools.partial(compile, backend="eager" if on_cpu else "inductor", fullgraph=True)
-    return functools.partial(torch.compile, backend="aot_eager" if on_cpu else "inductor", fullgraph=True)
+        return lambda function: compile(_with_own_code(function), backend="eager" if on_cpu else "inductor", fullgraph=True)
+    return lambda function: torch.compile(_with_own_code(function), backend="aot_eager" if on_cpu else "inductor", fullgraph=True)
+
+
+_NUMBERS = itertools.count()
+
+
+@functools.cache
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What was compiled, and which sizes have varied, is known to torch.compile by code object: units that share one disturb each other."""
+
+    def unit(*args: Any) -> Any:
+        return function(*args)
+
+    unit.__code__ = unit.__code__.replace(co_name=f"unit_{next(_NUMBERS)}")
+    return unit
 
 
 def _unit(
@@ -60,7 +76,7 @@ def _unit(
     return block(codes, scales, *tensors), stream
 
 
-def _by_calls(functions: dict[str, Callable[..., Tensor]], blocks: list[Block], comm: Communicator, *, sharded: bool) -> Step:
+def _by_calls(functions: Functions, blocks: list[Block], comm: Communicator, *, sharded: bool) -> Step:
     """One call per boundary, and compiled blocks."""
     compile = _compiler(comm, fuses=False)
     compiled = {kind: compile(function) for kind, function in functions.items()}
