@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +14,16 @@ from typer.testing import CliRunner
 
 from collogue import cuda, jit
 from collogue.ablation import facts, main, rank
-from collogue.ablation.build import Builder, edit_sources, topology_of, variant_of
+from collogue.ablation.build import Builder, edit_sources, planned_for, topology_of, variant_of
 from collogue.ablation.switches import HARDWARE, SWITCHES, Switch, chosen
 from collogue.bench.timing import Latency
 from collogue.check import Case
+from collogue.check.kernels import request_of
 from collogue.cli import app
 from collogue.commands.options import IMPOSSIBLE, OK, USAGE
-from collogue.errors import FormatError
-from collogue.plan import LaunchShape
-from collogue.testing import VirtualGroup, run_virtual
+from collogue.errors import FormatError, PlatformError
+from collogue.plan import LaunchShape, make_plan
+from collogue.testing import VirtualGroup, emulator, run_virtual
 from collogue.testing.emulator import Edit
 
 BY_NAME = {switch.name: switch for switch in SWITCHES}
@@ -57,7 +59,7 @@ def test_switches_change_the_instructions_they_are_about() -> None:
     assert blackwell["e2m1 whole"]["instructions"]["e2m1"] == blackwell["base"]["instructions"]["e2m1"] > 0
 
 
-@pytest.mark.parametrize("name", ["e2m1 pairs", "add by element", "together", "pdl early", "no first wait"])
+@pytest.mark.parametrize("name", ["e2m1 pairs", "add by element", "together", "pdl early", "no first wait", "flag", "64 threads"])
 def test_the_other_edits_compile(name: str) -> None:
     """With the rest of the edited switches, in the tests around this one: all are compiled."""
     rows = facts.compiled([BY_NAME[name]], [CASE], ["sm_90a"], disassemble=False)
@@ -68,6 +70,7 @@ def test_the_launch_shapes() -> None:
     threads = {s.name: variant_of(s, topology_of(s, CASE, "sm_90a"), CASE).threads for s in SWITCHES if s.threads}
     # 896 vectors: 5 CTAs of 180, rounded up to whole warps, and so on.
     assert threads == {
+        "64 threads": 64,
         "128 threads": 128,
         "160 threads": 160,
         "192 threads": 192,
@@ -75,7 +78,61 @@ def test_the_launch_shapes() -> None:
         "512 threads": 448,
         "whole row": 896,
     }
+    assert make_plan(topology_of(BY_NAME["128 threads"], CASE, "sm_90a"), request_of(CASE)).shape == LaunchShape(128, 1, 7, 1)
     assert not variant_of(BY_NAME["whole row"], topology_of(BY_NAME["whole row"], CASE, "sm_90a"), CASE).clustered
+
+
+def test_a_cluster_larger_than_plans_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only under its switch; the kernel must be told, and a GPU that refuses is an error. Its bits are right."""
+    switch, asked = BY_NAME["64 threads"], topology_of(BY_NAME["64 threads"], CASE, "sm_90a")
+    with planned_for(switch):
+        large = make_plan(asked, request_of(CASE)).shape
+    assert large == LaunchShape(64, 1, 14, 1)
+    assert make_plan(asked, request_of(CASE)).shape == LaunchShape(128, 1, 8, 1)
+    told: list[int] = []
+    made: list[LaunchShape] = []
+    monkeypatch.setattr(rank, "Launcher", lambda kernel, shape, dependent: made.append(shape))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(rank.driver, "cuKernelSetAttribute", lambda attribute, value, kernel, device: told.append(value) or (bool(made),))
+    with Builder("sm_90a") as builder, rank.built_by(builder, switch):
+        cuda.Launcher(SimpleNamespace(handle=1), large, dependent=True)  # type: ignore[attr-defined]
+        assert (told, made) == ([1], [large])
+        with pytest.raises(PlatformError, match="no clusters of more than 8"):
+            cuda.Launcher(SimpleNamespace(handle=1), large, dependent=True)  # type: ignore[attr-defined]
+        cuda.Launcher(SimpleNamespace(handle=1), LaunchShape(128, 1, 8, 1), dependent=True)  # type: ignore[attr-defined]
+    assert len(told) == 2
+
+
+def test_a_large_cluster_keeps_the_bits(tmp_path: Path) -> None:
+    case = emulator.Case(2, 3584, 32)
+    assert case.cluster == 14
+    assert emulator.emulate(emulator.compile_cases([case], tmp_path), (2, 1), seed=1).problem() == ""
+
+
+@pytest.mark.parametrize("without", ["", "      fence_system();\n", "    sync_block();\n"], ids=["whole", "no fence", "no barrier"])
+def test_flags_hold_only_behind_a_barrier_and_a_fence(without: str, tmp_path: Path) -> None:
+    """World sizes 2 and 3, one vector a thread and several, a grid that loops; with a part of the release left out, old words are read."""
+    first, *rest = BY_NAME["flag"].edits
+    assert without in first.new
+    edits = (replace(first, new=first.new.replace(without, "", 1)), *rest)
+    cases = [
+        emulator.Case(2, 576, 64),
+        emulator.Case(3, 576, 64),
+        emulator.Case(2, 2880, 128, vectors=4),
+        emulator.Case(3, 576, 64, rows=1),
+    ]
+    wrong = 0
+    for case in cases[: 2 if without else None]:
+        library = emulator.compile_cases([case], tmp_path, edits)
+        for mode in ("fair", "late"):
+            wrong += sum(bool(emulator.emulate(library, (3, 1, 2, 3, 1), seed=s, mode=mode).problem()) for s in range(6))
+    assert bool(wrong) == bool(without)
+
+
+@pytest.mark.parametrize("architecture", jit.ARCHITECTURES)
+def test_flags_compile_everywhere(architecture: str) -> None:
+    rows = facts.compiled([BY_NAME["flag"]], [CASE], [architecture], disassemble=False)
+    assert [(r["switch"], r["spilled_bytes"]) for r in rows] == [("flag", 0)]
 
 
 def test_switches_apply_where_they_change_something() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,6 +203,27 @@ def test_a_chain_passes_its_gate_and_a_wrong_sum_does_not(name: str, wrong: bool
     assert isinstance(chain, OtherCall)
     found = chain.gate(lambda: call_each_set(chain))
     assert found == ("1 elements of the residual differ from the exact sum" if wrong else None)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_vllm_is_asked_to_finish_its_start(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later versions are disabled until ``finalize_p2p``; earlier ones do not have it."""
+
+    class Early:
+        def __init__(self, group: object, device: object, max_size: int) -> None:
+            self.disabled, self.max_size = late, max_size
+
+    class Late(Early):
+        def finalize_p2p(self) -> None:
+            self.disabled = False
+
+    module = SimpleNamespace(CustomAllreduce=Late if late else Early)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.device_communicators.custom_all_reduce", module)  # type: ignore[arg-type]
+    for name in ("vllm", "vllm.distributed", "vllm.distributed.device_communicators"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setattr(baselines.dist, "new_group", lambda backend: None)
+    made = Baselines(None, torch.device("cpu"), 1 << 16)  # type: ignore[arg-type]
+    assert made._custom_all_reduce().max_size == 1 << 16
 
 
 def test_libraries_that_are_not_installed_are_an_error_of_their_row_only() -> None:

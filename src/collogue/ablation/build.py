@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
-from collogue import jit
+from collogue import jit, plan
 from collogue.ablation.switches import Switch
 from collogue.check.case import Case
 from collogue.check.kernels import request_of
 from collogue.plan import make_kernels, make_plan
-from collogue.testing.emulator import Edit
+from collogue.testing.emulator import Edit, edited
 from collogue.topology import Overrides, Topology
 from collogue.variant import Variant
+
+#: CTAs of the largest cluster that every GPU with clusters accepts.
+PORTABLE_CLUSTER = plan.MAX_CLUSTER
 
 
 def edit_sources(folder: Path, edits: Sequence[Edit]) -> None:
     """The kernels in ``folder``, edited. Raises :class:`ValueError` for a text that does not stand exactly once in its file."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in jit.KERNELS.glob("*.cuh"):
-        shutil.copy(file, folder / file.name)
-    for edit in edits:
-        text = (folder / edit.file).read_text(encoding="utf-8")
-        if text.count(edit.old) != 1:
-            raise ValueError(f"{edit.file} holds {edit.old!r} {text.count(edit.old)} times")
-        (folder / edit.file).write_text(text.replace(edit.old, edit.new), encoding="utf-8")
+    sources = {file.name: file.read_text(encoding="utf-8") for file in jit.KERNELS.glob("*.cuh")}
+    for name, text in edited(sources, edits).items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 class Builder:
@@ -84,4 +84,12 @@ def topology_of(switch: Switch, case: Case, architecture: str, multiprocessors: 
 def variant_of(switch: Switch, topology: Topology, case: Case) -> Variant:
     """The kernel that does ``case``."""
     request = request_of(case)
-    return make_kernels(topology, request, make_plan(topology, request))[0].variant
+    with planned_for(switch):
+        return make_kernels(topology, request, make_plan(topology, request))[0].variant
+
+
+@contextmanager
+def planned_for(switch: Switch) -> Iterator[None]:
+    """Inside, plans of this process may have clusters as large as the switch says."""
+    with patch.object(plan, "MAX_CLUSTER", max(switch.cluster, PORTABLE_CLUSTER)):
+        yield

@@ -12,9 +12,10 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from cuda.bindings import driver
 
 from collogue import cuda, jit
-from collogue.ablation.build import Builder, topology_of, variant_of
+from collogue.ablation.build import PORTABLE_CLUSTER, Builder, planned_for, topology_of, variant_of
 from collogue.ablation.switches import Switch
 from collogue.bench.fused import FusedCall
 from collogue.bench.gate import call_each_set, each
@@ -22,6 +23,7 @@ from collogue.bench.timing import Chain, measure, slowest
 from collogue.check.case import Case
 from collogue.check.rank import Answers
 from collogue.communicator import Communicator
+from collogue.errors import PlatformError
 from collogue.group import as_group
 from collogue.launch import Launcher
 from collogue.plan import LaunchShape
@@ -39,10 +41,21 @@ def built_by(builder: Builder, switch: Switch) -> Iterator[None]:
         return builder.compile(switch, variant)[0]
 
     def launcher(kernel: Any, shape: LaunchShape, *, dependent: bool) -> Launcher:
+        if shape.cluster > PORTABLE_CLUSTER:
+            allow_large_clusters(kernel)
         return Launcher(kernel, shape, dependent=dependent and switch.dependent)
 
-    with patch.object(jit, "cubin", cubin), patch.object(cuda, "Launcher", launcher):
+    with planned_for(switch), patch.object(jit, "cubin", cubin), patch.object(cuda, "Launcher", launcher):
         yield
+
+
+def allow_large_clusters(kernel: Any) -> None:
+    """Let a loaded kernel be launched in clusters of more CTAs than every GPU must accept. Raises :class:`PlatformError`."""
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+    device = driver.CUdevice(torch.cuda.current_device())
+    (error,) = driver.cuKernelSetAttribute(attribute, 1, driver.CUkernel(int(kernel.handle)), device)
+    if error:
+        raise PlatformError(f"this GPU takes no clusters of more than {PORTABLE_CLUSTER} CTAs: {error!r}", hint="leave this switch out")
 
 
 class _Shape:

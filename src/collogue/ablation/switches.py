@@ -23,7 +23,8 @@ _CLUSTERS = ("sm_90a", *HARDWARE)
 class Switch:
     """One choice made otherwise.
 
-    ``options``: of the compiler. ``threads``: widest CTA of a launch. ``dependent``: whether the next kernel may be launched early (PDL).
+    ``options``: of the compiler. ``threads``: widest CTA of a launch. ``cluster``: most CTAs of a row, if more than plans take.
+    ``dependent``: whether the next kernel may be launched early (PDL).
     ``valid``: whether outputs are meant to be right; where not, the switch only shows what something costs.
     ``formats``: where the choice matters, by the first part of the label; empty: everywhere.
     """
@@ -33,6 +34,7 @@ class Switch:
     edits: tuple[Edit, ...] = ()
     options: dict[str, bool] = field(default_factory=dict)
     threads: int | None = None
+    cluster: int = 0
     dependent: bool = True
     valid: bool = True
     formats: tuple[str, ...] = ()
@@ -127,6 +129,51 @@ _NO_MARKS = (
     Edit("one_shot.cuh", "      if (first_warp) seen = ranks.look_at_marks(ranks.call - 1);\n", ""),
 )
 
+#: The first vector of a CTA leaves last, behind a fence, and stands for all that the CTA has sent. Nothing else is compared.
+_FLAG = (
+    Edit(
+        "one_shot.cuh",
+        "      if (row.active(i)) ranks.send(x[i], slot_offset + i * row.kVectorStep);\n    }\n",
+        """      if (row.active(i) && (i > 0 || thread_index() > 0)) ranks.send(x[i], slot_offset + i * row.kVectorStep);
+    }
+    sync_block();
+    if (thread_index() == 0) {
+      fence_system();
+      ranks.send(x[0], slot_offset);
+    }
+""",
+    ),
+    Edit(
+        "one_shot.cuh",
+        "    while (clock_cycles() - sent < C::kFirstPoll) {\n    }\n",
+        """    while (clock_cycles() - sent < C::kFirstPoll) {
+    }
+    if (thread_index() < 32) ranks.wait_for_flags(slot_offset - thread_index() * static_cast<u32>(sizeof(Vector)), t);
+    if (thread_index() == 0) fence_system();
+    sync_block();
+""",
+    ),
+    Edit(
+        "protocol.cuh",
+        "  // Adds every rank's term of one vector in rank order",
+        """  // The vectors at `offset` that peers send last. A whole warp.
+  COLLOGUE_DEVICE void wait_for_flags(u32 offset, u32 token) {
+    const auto late_rank = [&] {
+      u32 rank = kNobody;
+#pragma unroll
+      for (u32 k = 0; k < C::kWorld; k++)
+        if (k != p.rank && is_missing(load_arrived(arrivals(k) + offset))) rank = k;
+      return rank;
+    };
+    wait([&] { return late_rank() != kNobody; }, late_rank, kStagePartials, token);
+  }
+
+  // Adds every rank's term of one vector in rank order""",
+    ),
+    Edit("protocol.cuh", "            return is_missing(term);\n", "            return false;\n"),
+    Edit("protocol.cuh", "              missing |= is_missing(term[b]);\n", ""),
+)
+
 SWITCHES: tuple[Switch, ...] = (
     Switch("base", "the kernels as they are"),
     Switch("base again", "the same once more: what a difference means nothing below"),
@@ -141,6 +188,13 @@ SWITCHES: tuple[Switch, ...] = (
     ),
     Switch("scale reciprocals", "1 / (sf * (1 / g)): two correctly rounded reciprocals", (_TWO_RECIPROCALS,), formats=("nvfp4",)),
     Switch("add by element", "all terms widened into an array, then each element summed over the ranks", (_BY_ELEMENT,)),
+    Switch(
+        "64 threads",
+        "CTAs of 64 threads: 14 to a row, and a cluster larger than every GPU must accept",
+        threads=64,
+        cluster=16,
+        architectures=("sm_90a", "sm_100a", "sm_103a"),
+    ),
     Switch("128 threads", "CTAs of 128 threads, whatever the plan takes", threads=128, architectures=_CLUSTERS),
     Switch("160 threads", "CTAs of 160 threads", threads=160, architectures=_CLUSTERS),
     Switch("192 threads", "CTAs of 192 threads", threads=192, architectures=_CLUSTERS),
@@ -202,6 +256,7 @@ SWITCHES: tuple[Switch, ...] = (
         (Edit("one_shot.cuh", "      ranks.clean(thread, threads);\n", ""),),
         valid=False,
     ),
+    Switch("flag", "a word of each CTA behind a fence says that all have come; the others are loaded then, not polled", _FLAG),
     Switch("no bound", "one-shot waits for ever: no clock, no stop word, no failure record, no bound on stores to peers", _NO_BOUND),
     Switch("no marks", "one-shot tells nobody what it was called with: no marks, no journal", _NO_MARKS),
     Switch("unguarded", "no bound and no marks", (*_NO_BOUND, *_NO_MARKS)),

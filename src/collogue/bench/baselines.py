@@ -172,6 +172,8 @@ class Baselines:
             from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
 
             made = CustomAllreduce(dist.new_group(backend="gloo"), self._device, max_size=self._bytes)
+            # Later versions look at peer access, and come into being, only when asked to.
+            getattr(made, "finalize_p2p", lambda: None)()
             if made.disabled:
                 raise RuntimeError("vLLM's custom all-reduce is disabled on this machine")
             self._vllm = made

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from collogue.bench.stack import SHAPES, make_blocks, rank_shape
+from collogue import fusion
+from collogue.bench.stack import SHAPES, functions_of, make_blocks, rank_shape
 from collogue.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL, Blocks, make_step
 from collogue.communicator import Communicator
 from collogue.errors import ArgumentError, PlatformError
@@ -108,7 +109,6 @@ def model_rank(
         for tokens in counts:
             with (
                 torch.no_grad(),
-                torch._dynamo.config.patch(recompile_limit=64),  # every way compiles the same functions around other collectives
                 Communicator(group, max_tokens=tokens, hidden_size=shape.hidden_size, timeout=20.0) as comm,
             ):
                 rows += _measure(group, comm, name, tokens, layers, replays)
@@ -124,7 +124,7 @@ def _measure(group: dist.ProcessGroup, comm: Communicator, name: str, tokens: in
     rows_of = torch.Generator(device).manual_seed(100)
     residual = torch.randn(tokens, whole.hidden_size, device=device, generator=rows_of).bfloat16()
     partial = torch.randn(tokens, whole.hidden_size, device=device, generator=rows_of).bfloat16() / comm.world_size
-    stack = Blocks(shape, blocks, prefill=prefill, compiled=device.type == "cuda")
+    stack = Blocks(functions_of(shape, prefill), blocks, device)
     found: dict[str, Row] = {}
     runs: dict[str, Callable[[], torch.Tensor]] = {}
     row: Row
@@ -133,6 +133,9 @@ def _measure(group: dist.ProcessGroup, comm: Communicator, name: str, tokens: in
         row = {"model": name, "world_size": comm.world_size, "tokens": tokens, "prefill": prefill, "what": what, "us": None, "error": None}
         try:
             run = _ready(make_step(what, stack, comm, group), partial, residual)
+            if what == "collogue pass":
+                row["error"] = next((str(missed) for missed in fusion.compile.report().missed), None)
+                fusion.compile.report().clear()
             result = run().float()
             expected = result if what == "nccl" else expected
             difference = float((result - expected).norm() / expected.norm()) if expected is not None else 0.0

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from collogue.bench import serving
 from collogue.bench.floors import EMPTY
 from collogue.bench.plot import Point, line_chart
 from collogue.bench.rank import Row, label
@@ -33,8 +34,11 @@ def page(data: dict[str, Any], before: dict[str, Any] | None = None, *, names: t
     body = [f"<h1>{escape(title)}</h1>", _about(data)]
     if before is not None:
         body += _regressions(compare(before, data), names, before)
-    for section, world, dtype in dict.fromkeys((r["section"], r["world_size"], r["dtype"]) for r in data["cases"]):
-        rows = [r for r in data["cases"] if (r["section"], r["world_size"], r["dtype"]) == (section, world, dtype)]
+    if data.get("benchmark") == "serving":
+        body += _serving(data)
+    cases = data.get("cases", ())
+    for section, world, dtype in dict.fromkeys((r["section"], r["world_size"], r["dtype"]) for r in cases):
+        rows = [r for r in cases if (r["section"], r["world_size"], r["dtype"]) == (section, world, dtype)]
         body += _section(f"{section}, world {world}, {dtype}", rows)
     body += _others(data)
     if data.get("method"):
@@ -121,6 +125,18 @@ def _table(rows: Sequence[Row]) -> str:
     errors = [f"{_name(r)}, T = {r['tokens']}, H = {r['hidden_size']}: {r['error']}" for r in rows if r["error"]]
     notes = "".join(f'<p class="note"><span class="no">no number</span> {escape(text)}</p>' for text in errors)
     return _html_table(lines) + notes
+
+
+def _serving(data: dict[str, Any]) -> list[str]:
+    """The totals and the chunks of ``collogue bench serving``."""
+    title, _, head, _, *lines = serving.table(data).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
+    chunks = [["chunk", "way", "prompts", "prefills", "decode steps", "output tokens/s"]]
+    for r in data["rows"]:
+        if r["seconds"] is not None:
+            numbers = [str(r[name]) for name in ("prompts", "prefill_steps", "decode_steps")]
+            chunks.append([str(r["chunk"]), r["way"], *numbers, f"{r['tokens_per_second']:.0f}"])
+    return ["<h2>Serving</h2>", f"<p>{escape(title)}</p>", _html_table(cells), _html_table(chunks)]
 
 
 def _others(data: dict[str, Any]) -> list[str]:

@@ -1,22 +1,27 @@
 """Stacks of decoder layers with published shapes and random FP8 weights: what ``collogue bench model`` runs.
 
-A layer is two blocks, attention and MLP. A block takes FP8 codes with one scale per token, and gives this rank's partial sum; what lies
-between two blocks (all-reduce, residual, RMSNorm, quantisation) is the benchmark's subject and stands in ``variants``.
+A layer is two blocks, attention and MLP. A block takes FP8 codes with one static scale, as FP8 checkpoints mostly have them, and gives
+this rank's partial sum; what lies between two blocks (all-reduce, residual, RMSNorm, quantisation) is the benchmark's subject and
+stands in ``variants``.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collogue.spec import E4M3_MAX, SMALLEST_SCALE
+from collogue.spec import E4M3_MAX
 
 EPS = 1e-6
 #: Cached tokens of every sequence in a decode step.
 CONTEXT = 1024
+#: Divisor of every activation's codes: values up to 8 fit.
+ACTIVATION_SCALE = 8.0 / E4M3_MAX
 
 
 @dataclass(frozen=True)
@@ -49,69 +54,76 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Linear:
-    """``[O, I]`` E4M3 codes and one scale (a divisor) per output, ``[1, O]``."""
+    """``[O, I]`` E4M3 codes and their scale (a divisor), ``[1]``."""
 
     codes: Tensor
-    scales: Tensor
+    scale: Tensor
 
     @classmethod
     def random(cls, outputs: int, inputs: int, generator: torch.Generator) -> Linear:
         """Weights of variance ``1 / I``, as far as E4M3 holds them."""
         codes = torch.randn(outputs, inputs, device=generator.device, generator=generator, dtype=torch.bfloat16)
-        scales = torch.full((1, outputs), inputs**-0.5, device=generator.device)
-        return cls(codes.to(torch.float8_e4m3fn), scales)
+        return cls(codes.to(torch.float8_e4m3fn), torch.full((1,), inputs**-0.5, device=generator.device))
 
 
-def matmul(codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor) -> Tensor:
-    """``[T, I]`` codes with ``[T, 1]`` scales times a :class:`Linear`: ``[T, O]`` bfloat16."""
+def activation_scale(device: torch.device) -> Tensor:
+    """The static scale of all activations, ``[1]`` float32."""
+    return torch.full((1,), ACTIVATION_SCALE, device=device)
+
+
+def matmul(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """``[T, I]`` codes times a :class:`Linear`: ``[T, O]`` bfloat16."""
     if codes.device.type == "cpu":  # the tests' way: right, not fast
-        return ((codes.float() * scales) @ (weight.float() * weight_scales.t()).t()).bfloat16()
-    return torch._scaled_mm(codes, weight.t(), scales, weight_scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return ((codes.float() * scale) @ (weight.float() * weight_scale).t()).bfloat16()
+    return torch._scaled_mm(codes, weight.t(), scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def per_token(n: Tensor) -> tuple[Tensor, Tensor]:
-    """FP8 per token, as models write it."""
-    wide = n.float()
-    scales = (wide.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=SMALLEST_SCALE)
-    return (wide / scales).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scales
+def quantise(n: Tensor, scale: Tensor) -> Tensor:
+    """FP8 with a static scale, as models write it."""
+    return (n.float() * (1.0 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One rank's attention or MLP of one layer: ``forward(codes, scales, *tensors)`` with the weights among ``tensors``."""
+    """One rank's attention or MLP of one layer: ``forward(codes, scale, *tensors)`` with the weights among ``tensors``."""
 
     kind: str
     norm: Tensor
     tensors: tuple[Tensor, ...]
 
 
-def attention(shape: Shape, prefill: bool, codes: Tensor, scales: Tensor, *tensors: Tensor) -> Tensor:
+def attention(shape: Shape, prefill: bool, codes: Tensor, scale: Tensor, *tensors: Tensor) -> Tensor:
     """``[T, H]`` partial. ``shape`` is this rank's. In a decode step every row is a sequence with :data:`CONTEXT` cached tokens."""
     tokens = codes.shape[0]
     if shape.low_rank is not None:
         down, down_s, query, query_s, both, both_s, out, out_s = tensors
-        low = matmul(codes, scales, down, down_s)
-        q = matmul(*per_token(low[:, : shape.low_rank[0]]), query, query_s)
-        kv = matmul(*per_token(low[:, shape.low_rank[0] : shape.low_rank[0] + 512]), both, both_s)
+        low = matmul(codes, scale, down, down_s)
+        q = matmul(quantise(low[:, : shape.low_rank[0]], scale), scale, query, query_s)
+        kv = matmul(quantise(low[:, shape.low_rank[0] : shape.low_rank[0] + 512], scale), scale, both, both_s)
         width = shape.heads * 128
-        return matmul(*per_token(q[:, :width] + kv[:, :width]), out, out_s)
+        return matmul(quantise(q[:, :width] + kv[:, :width], scale), scale, out, out_s)
     qkv_w, qkv_s, out, out_s, keys, values = tensors
     q, k, v = torch.split(
-        matmul(codes, scales, qkv_w, qkv_s), [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)], dim=-1
+        matmul(codes, scale, qkv_w, qkv_s), [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)], dim=-1
     )
     if prefill:
         q, k, v = (x.view(1, tokens, -1, shape.head_dim).transpose(1, 2) for x in (q, k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     else:  # the new token's own key and value are computed by the projection, and not written to the cache
         mixed = F.scaled_dot_product_attention(q.reshape(tokens, -1, 1, shape.head_dim), keys, values, enable_gqa=True)
-    return matmul(*per_token(mixed.reshape(tokens, -1)), out, out_s)
+    return matmul(quantise(mixed.reshape(tokens, -1), scale), scale, out, out_s)
 
 
-def mlp(codes: Tensor, scales: Tensor, *tensors: Tensor) -> Tensor:
+def mlp(codes: Tensor, scale: Tensor, *tensors: Tensor) -> Tensor:
     """``[T, H]`` partial: ``down(silu(gate) * up)``."""
     up, up_s, down, down_s = tensors
-    gate, value = matmul(codes, scales, up, up_s).chunk(2, -1)
-    return matmul(*per_token(F.silu(gate) * value), down, down_s)
+    gate, value = matmul(codes, scale, up, up_s).chunk(2, -1)
+    return matmul(quantise(F.silu(gate) * value, scale), scale, down, down_s)
+
+
+def functions_of(shape: Shape, prefill: bool) -> dict[str, Callable[..., Tensor]]:
+    """What this rank's blocks do, by kind."""
+    return {"attention": functools.partial(attention, shape, prefill), "mlp": mlp}
 
 
 def rank_shape(shape: Shape, world: int) -> Shape:
@@ -127,7 +139,7 @@ def make_blocks(shape: Shape, layers: int, tokens: int, *, prefill: bool, device
 
     def linear(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
         made = Linear.random(outputs, inputs, generator)
-        return made.codes, made.scales
+        return made.codes, made.scale
 
     blocks = []
     for _ in range(layers):

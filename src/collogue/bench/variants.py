@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from collogue.bench.stack import EPS, Block, Shape, attention, mlp, per_token
+from collogue.bench.stack import EPS, Block, activation_scale, quantise
 from collogue.communicator import Communicator
-from collogue.spec import FP8PerToken, RMSNorm
+from collogue.spec import FP8Static, RMSNorm
 
 #: Names of the ways: Collogue's, the baselines, and the stack without communication, which tells the share of the collectives.
 COLLOGUE = ("collogue eager", "collogue pass", "collogue sharded")
@@ -24,22 +25,45 @@ ALL = (*COLLOGUE, *BASELINES, LOCAL)
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
+#: By kind of block: ``function(codes, scale, *tensors) -> partial``.
+Functions = dict[str, Callable[..., Tensor]]
+
+
 class Blocks:
     """The blocks of one rank's stack, each kind compiled once for all ways that do not compile what lies between them as well."""
 
-    def __init__(self, shape: Shape, blocks: list[Block], *, prefill: bool, compiled: bool) -> None:
-        self.blocks, self.compiled = blocks, compiled
-        self.functions: dict[str, Callable[..., Tensor]] = {"attention": functools.partial(attention, shape, prefill), "mlp": mlp}
-        self._compiled = {kind: self.compile(function) for kind, function in self.functions.items()}
+    def __init__(self, functions: Functions, blocks: list[Block], device: torch.device) -> None:
+        self.functions, self.blocks, self.on_gpu, self.scale = functions, blocks, device.type == "cuda", activation_scale(device)
+        self._compiled = {kind: self.compile(function) for kind, function in functions.items()}
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``torch.compile``. Without a GPU nothing is generated: only the graphs are made."""
-        return torch.compile(function, backend="inductor" if self.compiled else "aot_eager", fullgraph=True)
+        return torch.compile(_with_own_code(function), backend="inductor" if self.on_gpu else "aot_eager", fullgraph=True)
 
-    def run(self, block: Block, codes: Tensor, scales: Tensor) -> Tensor:
+    def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``collogue.compile``, likewise."""
+        from collogue.fusion import compile
+
+        fused: Callable[..., Any] = compile(_with_own_code(function), backend="inductor" if self.on_gpu else "eager", fullgraph=True)
+        return fused
+
+    def run(self, block: Block, codes: Tensor) -> Tensor:
         """This rank's partial sum."""
-        partial: Tensor = self._compiled[block.kind](codes, scales, *block.tensors)
+        partial: Tensor = self._compiled[block.kind](codes, self.scale, *block.tensors)
         return partial
+
+
+_NUMBERS = itertools.count()
+
+
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What was compiled, and which sizes have varied, is known to torch.compile by code object: units that share one disturb each other."""
+
+    def unit(*args: Any) -> Any:
+        return function(*args)
+
+    unit.__code__ = unit.__code__.replace(co_name=f"unit_{next(_NUMBERS)}")
+    return unit
 
 
 def make_step(name: str, blocks: Blocks, comm: Communicator, group: dist.ProcessGroup) -> Step:
@@ -53,34 +77,33 @@ def make_step(name: str, blocks: Blocks, comm: Communicator, group: dist.Process
 
     def step(partial: Tensor, residual: Tensor) -> Tensor:
         for block in blocks.blocks:
-            codes, scales, residual = finish(partial, residual, block.norm)
-            partial = blocks.run(block, codes, scales)
+            codes, residual = finish(partial, residual, block.norm, blocks.scale)
+            partial = blocks.run(block, codes)
         return residual
 
     return step
 
 
-def _boundary(reduce: Callable[[Tensor], Tensor], partial: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What lies between two blocks, as models write it."""
+def _boundary(
+    reduce: Callable[[Tensor], Tensor], partial: Tensor, residual: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What lies between two blocks, as models write it: codes and the residual stream."""
     stream = reduce(partial) + residual
-    codes, scales = per_token(torch.nn.functional.rms_norm(stream, (stream.shape[-1],), weight, EPS))
-    return codes, scales, stream
+    return quantise(torch.nn.functional.rms_norm(stream, (stream.shape[-1],), weight, EPS), scale), stream
 
 
 def _by_pass(blocks: Blocks, reduce: Callable[[Tensor], Tensor]) -> Step:
     """Every block with what stands before it, as models write it, compiled together by ``collogue.compile``."""
-    from collogue.fusion import compile
 
-    def unit(block: Callable[..., Tensor], partial: Tensor, residual: Tensor, weight: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        codes, scales, stream = _boundary(reduce, partial, residual, weight)
-        return block(codes, scales, *tensors), stream
+    def unit(block: Callable[..., Tensor], partial: Tensor, residual: Tensor, norm: Tensor, scale: Tensor, *tensors: Tensor) -> Any:
+        codes, stream = _boundary(reduce, partial, residual, norm, scale)
+        return block(codes, scale, *tensors), stream
 
-    backend = "inductor" if blocks.compiled else "eager"
-    units = {k: compile(functools.partial(unit, function), backend=backend, fullgraph=True) for k, function in blocks.functions.items()}
+    units = {kind: blocks.fuse(functools.partial(unit, function)) for kind, function in blocks.functions.items()}
 
     def step(partial: Tensor, residual: Tensor) -> Tensor:
         for block in blocks.blocks:
-            partial, residual = units[block.kind](partial, residual, block.norm, *block.tensors)
+            partial, residual = units[block.kind](partial, residual, block.norm, blocks.scale, *block.tensors)
         return residual
 
     return step
@@ -88,7 +111,7 @@ def _by_pass(blocks: Blocks, reduce: Callable[[Tensor], Tensor]) -> Step:
 
 def _by_calls(blocks: Blocks, comm: Communicator, *, sharded: bool) -> Step:
     """One call per boundary."""
-    norms, quant = [RMSNorm(block.norm, EPS) for block in blocks.blocks], FP8PerToken()
+    norms, quant = [RMSNorm(block.norm, EPS) for block in blocks.blocks], FP8Static(blocks.scale)
 
     def step(partial: Tensor, residual: Tensor) -> Tensor:
         stream = comm.shard(residual) if sharded else residual
@@ -96,9 +119,8 @@ def _by_calls(blocks: Blocks, comm: Communicator, *, sharded: bool) -> Step:
             out = comm.all_reduce(partial, residual=stream, norm=norm, quant=quant, sharded=sharded)
             assert out.residual is not None
             assert out.codes is not None
-            assert out.scales is not None
             stream = out.residual
-            partial = blocks.run(block, out.codes, out.scales)
+            partial = blocks.run(block, out.codes)
         return comm.unshard(stream, residual.shape[0]) if sharded else stream
 
     return step

@@ -1,4 +1,4 @@
-"""``collogue bench``, ``collogue bench model`` and ``collogue bench report``."""
+"""``collogue bench``, ``collogue bench model``, ``collogue bench serving`` and ``collogue bench report``."""
 
 from __future__ import annotations
 
@@ -94,18 +94,56 @@ def model(
 
 
 @app.command(epilog=EXIT_CODES)
+def serving(
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts.")] = 1000,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 1000,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens made for each prompt.")] = 1000,
+    concurrency: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 60,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one prefill.")] = 8192,
+    model: Annotated[str, typer.Option(help="As in `collogue bench model`.")] = "deepseek-v3-dense",
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers that are held and run; default: all, as far as memory allows.")] = None,
+    ways: Annotated[Many, many("--ways", "collogue eager, collogue sharded, nccl (the default); and the others of bench model.")] = None,
+    chunks: Annotated[int | None, typer.Option(min=1, help="Parts of the prompts, between which the ways take turns.")] = None,
+    world_size: Annotated[int | None, typer.Option(min=2, max=8, help="Ranks; default: 8, 4 or 2, as GPUs allow.")] = None,
+    device: Annotated[str, typer.Option(help="cuda; cpu tries the loop without a GPU, and its times mean nothing.")] = "cuda",
+    commit: Commit = None,
+    json: Json = None,
+) -> None:
+    """Serve random prompts with a small continuous-batching loop, Collogue's ways and the NCCL chain taking turns.
+
+    Output tokens per second, time per token, time to the first token; the headline is the ratio to NCCL + torch.compile.
+    For a short run: --prompts 120 --layers 8. An estimate of the time is on stderr before serving starts.
+    """
+    check_target(json)
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
+    with exit_codes(extra="bench"):
+        from collogue.bench.schedule import Workload
+        from collogue.bench.serving import WAYS, run
+
+        work = Workload(prompts, prompt_tokens, new_tokens, concurrency, prefill_tokens)
+        given = {"model": model, "layers": layers, "world_size": world_size, "chunks": chunks}
+        passed = run(work, **given, ways=words(ways) or WAYS, device=device, json=json, commit=commit)  # type: ignore[arg-type]
+        raise typer.Exit(OK if passed else FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
 def report(
     results: Annotated[Path, _Existing],
     later: Annotated[Path | None, _Existing] = None,
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
-    """Make one static HTML page, with plots and tables, from a file of `collogue bench --json`; of two files, also what changed."""
+    """Make one static HTML page, with plots and tables, from a file of `collogue bench --json`; of two files, also what changed.
+
+    A file of `collogue bench serving` has a page, too.
+    """
     check_target(str(output))
     with exit_codes():
         from collogue.bench import page, regression
 
         read = [json_module.loads(file.read_text(encoding="utf-8")) for file in (results, later) if file is not None]
-        if any("cases" not in data or "machine" not in data for data in read):
+        served = later is None and read[0].get("benchmark") == "serving"
+        if not served and any("cases" not in data or "machine" not in data for data in read):
             raise typer.BadParameter("this is no file of `collogue bench --json`", param_hint="RESULTS")
         out = console(None)
         if len(read) == 1:

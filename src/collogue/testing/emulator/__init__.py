@@ -13,7 +13,7 @@ Not modelled: loads that return old values or overtake each other; shared memory
 are seen at once; lanes of a converged warp that read one address together see one value; limits on resident CTAs.
 """
 
-from collogue.testing.emulator.build import Case, Edit, Library, compile_cases
+from collogue.testing.emulator.build import Case, Edit, Library, compile_cases, edited
 from collogue.testing.emulator.run import MODES, Ask, Run, emulate
 
-__all__ = ["MODES", "Ask", "Case", "Edit", "Library", "Run", "compile_cases", "emulate"]
+__all__ = ["MODES", "Ask", "Case", "Edit", "Library", "Run", "compile_cases", "edited", "emulate"]

@@ -6,7 +6,7 @@ import ctypes
 import fcntl
 import hashlib
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,7 +140,7 @@ def compile_cases(cases: Sequence[Case], directory: Path, edits: tuple[Edit, ...
     machine = _compile_machine(sources, directory)
     names = ", ".join(f"kernel{i}" for i in range(len(cases)))
     units = [_unit(case.variant, i) for i, case in enumerate(cases)]
-    files = _edited(sources, edits)
+    files = edited(sources, edits)
     for name in _STAND_INS:
         del files[name]
     files["kernels.cpp"] = "".join((*units, f"void (*collogue_kernels[])(collogue::Params) = {{{names}}};\n"))
@@ -190,7 +190,8 @@ def _unit(variant: Variant, number: int) -> str:
     return variant.source().replace("Config", f"Config{number}").replace(variant.name, f"kernel{number}")
 
 
-def _edited(sources: dict[str, str], edits: tuple[Edit, ...]) -> dict[str, str]:
+def edited(sources: Mapping[str, str], edits: Iterable[Edit]) -> dict[str, str]:
+    """``sources`` by file name, edited. Raises :class:`ValueError` for a text that does not stand exactly once in its file."""
     files = dict(sources)
     for edit in edits:
         text = files[edit.file]
