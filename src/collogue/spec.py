@@ -280,11 +280,14 @@ class Output:
 
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The outputs that are there, by name."""
-        for f in fields(self):
-            value = getattr(self, f.name)
+        for name in OUTPUTS:
+            value = getattr(self, name)
             if value is not None:
-                yield f.name, value
+                yield name, value
 
+
+#: The names of a call's outputs, in order.
+OUTPUTS = ("reduced", "residual", "norm", "codes", "scales")
 
 #: What a call does. ``all_reduce``: sum, finish, the same on every rank. ``sharded``: the residual stays with the owners of its
 #: rows, the finished rows go to every rank. ``reduce_scatter`` and ``all_gather``: the two halves of ``sharded``. ``finish``: no sum.

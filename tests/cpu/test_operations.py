@@ -13,7 +13,8 @@ from samples import bits, every_format, formats_by_label, same
 
 import collogue
 from collogue import reference
-from collogue.call import Capacity, allocate, check_call, check_out
+from collogue.call import check_call
+from collogue.capacity import Capacity
 from collogue.check import Answers, Case, check_rank, default_sweep
 from collogue.cpu import ReferenceEngine
 from collogue.errors import (
@@ -32,6 +33,7 @@ from collogue.errors import (
 )
 from collogue.formats import empty_scales
 from collogue.gather import check_gather
+from collogue.outputs import allocate, check_out
 from collogue.spec import NVFP4, FP8Group, FP8PerToken, FP8Static, Operation, Output, Quant, RMSNorm, owned_rows
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
@@ -351,14 +353,14 @@ def test_a_request_is_that_of_the_call() -> None:
         quant = FP8PerToken()
         for operation in ("sharded", "reduce_scatter", "finish"):
             call = check_call(capacity, x, None, norm, quant, True, operation=operation)
-            request = comm._request(T, False, norm, quant, True, None, operation=operation)
+            request = comm._capacity.request(T, False, norm, quant, True, None, operation)
             assert (request.wanted, request.residual, request.norm) == (call.wanted, False, True)
             assert request.wide_weight
         half = Output(residual=x[:2], norm=x[:2], codes=torch.empty(2, H, dtype=F8), scales=torch.zeros(2, 1))
         call = check_gather(capacity, half, T, quant)
-        request = comm._request(T, True, True, quant, False, None, operation="all_gather")
+        request = comm._capacity.request(T, True, True, quant, False, None, "all_gather")
         assert (request.wanted, request.residual, request.norm, request.wide_weight) == (call.wanted, False, False, False)
-        assert (call.tokens, call.hidden_size, call.partial.dtype, call.device) == (T, H, BF16, torch.device("cpu"))
+        assert (call.tokens, call.hidden_size, call.partial.dtype, call.signature.device) == (T, H, BF16, torch.device("cpu"))
 
     run_virtual(2, rank)
 
@@ -379,10 +381,10 @@ def test_what_is_allocated_is_what_a_call_needs(quant: Quant) -> None:
         if operation == "all_gather":
             half = by_rank(by_reference, "reduce_scatter", [x] * 3, None, norm, quant, True)[1]
             call = check_gather(capacity, half, 7, quant)
-            assert (call.rows, call.stream_rows, call.finished_rows) == (range(3, 6), 7, 7)
+            assert (call.rows, call.signature.stream_rows, call.signature.finished_rows) == (range(3, 6), 7, 7)
         else:
             call = check_call(capacity, x, None, norm, quant, True, operation=operation)
-            assert (call.rows, call.stream_rows, call.finished_rows) == rows[operation]
+            assert (call.rows, call.signature.stream_rows, call.signature.finished_rows) == rows[operation]
         assert call.tokens == 7
         out = allocate(call)
         check_out(call, out)
