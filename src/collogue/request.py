@@ -67,7 +67,7 @@ class Form:
 
     def empty(self, device: torch.device) -> torch.Tensor:
         """A tensor of this form, uninitialised."""
-        if self.stride is None or not self.padded:
+        if self.stride is None or (self.stride[-1] == 1 and not self.padded):
             return torch.empty(self.shape, dtype=self.dtype, device=device)
         return torch.empty(self.elements, dtype=self.dtype, device=device).as_strided(self.shape, self.stride)
 

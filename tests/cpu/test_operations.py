@@ -392,6 +392,61 @@ def test_what_is_allocated_is_what_a_call_needs(quant: Quant) -> None:
         assert forms[0] == forms[1]
 
 
+@formats_by_label
+@pytest.mark.parametrize("tokens", [0, 1, 4, 7])
+def test_empty_outputs_are_those_of_the_call(quant: Quant, tokens: int) -> None:
+    """Allocated by themselves they have the form of a fresh call's, on every rank, and the call takes them."""
+
+    def rank(group: VirtualGroup) -> None:
+        comm, given = communicator(group), arguments(group.rank, tokens)
+        for operation in OPERATIONS:
+            residual = comm.shard(given["residual"]).clone() if operation in ("sharded", "reduce_scatter") else given["residual"]
+            asked: dict[str, Any] = {"residual": residual, "norm": given["norm"], "quant": quant, "keep_norm": True}
+            fresh, out = (
+                make_call(comm, operation, given["partial"], asked, out) for out in (None, comm.empty(tokens, operation=operation, **asked))
+            )
+            forms = [{name: (t.shape, t.stride(), t.dtype) for name, t in o.items()} for o in (out, fresh)]
+            assert forms[0] == forms[1]
+            assert not differing(compare(out, fresh))
+
+    run_virtual(3, rank)
+
+
+def make_call(
+    comm: collogue.Communicator, operation: Operation, partial: torch.Tensor, asked: dict[str, Any], out: Output | None
+) -> Output:
+    """The call of any operation; a gather takes the shard that these arguments make."""
+    if operation == "all_gather":
+        rows = {**asked, "residual": comm.shard(asked["residual"]).clone()}
+        return comm.all_gather(comm.reduce_scatter(partial, **rows), len(partial), quant=asked["quant"], out=out)
+    if operation == "reduce_scatter":
+        return comm.reduce_scatter(partial, **asked, out=out)
+    if operation == "finish":
+        return comm.finish(partial, norm=asked["norm"], quant=asked["quant"], keep_norm=True, out=out)
+    return comm.all_reduce(partial, **asked, sharded=operation == "sharded", out=out)
+
+
+def test_empty_refuses_what_cannot_be_called() -> None:
+    def rank(group: VirtualGroup) -> None:
+        comm = communicator(group)
+        assert [name for name, _ in comm.empty(1, residual=True, norm=True).items()] == ["residual", "norm"]
+        assert comm.empty(3, hidden_size=24).reduced.shape == (3, 24)  # type: ignore[union-attr]
+        for use, error in (
+            (lambda: comm.empty(MAX_TOKENS + 1), CapacityError),
+            (lambda: comm.empty(1, keep_norm=True), FormatError),
+            (lambda: comm.empty(1, quant=FP8Group(48)), FormatError),
+            (lambda: comm.empty(1, operation="finish"), ArgumentError),
+            (lambda: comm.empty(1, operation="sum"), ArgumentError),  # type: ignore[arg-type]
+        ):
+            with pytest.raises(error):
+                use()
+        comm.close()
+        with pytest.raises(ClosedError):
+            comm.empty(1)
+
+    run_virtual(2, rank)
+
+
 def test_a_closed_communicator_says_so() -> None:
     def rank(group: VirtualGroup) -> None:
         comm = communicator(group)
