@@ -60,7 +60,6 @@ def check_call(
     norm: RMSNorm | None,
     quant: Quant | None,
     keep_norm: bool,
-    *,
     operation: Operation = "all_reduce",
 ) -> Call:
     """Check the arguments of one call, other than an ``all_gather``, against ``capacity`` and against each other."""
@@ -81,9 +80,16 @@ def _known(
     operation: Operation,
 ) -> Signature | None:
     """The signature of a call in which nothing is wrong, like one before: the usual case, asked in one go. What is wrong is found later."""
-    if not _is_plain(partial, capacity) or (residual is not None and not _is_plain(residual, capacity)):
-        return None
-    device = capacity.device
+    device, dtype = capacity.device, capacity.dtype
+    for tensor in (partial,) if residual is None else (partial, residual):
+        if (
+            not isinstance(tensor, torch.Tensor)
+            or tensor.dtype is not dtype
+            or tensor.device != device
+            or not tensor.is_contiguous()
+            or tensor.data_ptr() % ALIGNMENT
+        ):
+            return None
     if norm is not None:
         if not isinstance(norm, RMSNorm):
             return None
@@ -171,17 +177,6 @@ def _check_residual(residual: torch.Tensor, partial: torch.Tensor, capacity: Cap
             f"residual has shape {list(residual.shape)}, partial {list(partial.shape)}",
             hint="give the residual rows of the same tokens as the partial",
         )
-
-
-def _is_plain(tensor: torch.Tensor, capacity: Capacity) -> bool:
-    """Whether nothing is wrong with a ``[T, H]`` tensor but perhaps its shape."""
-    return (
-        isinstance(tensor, torch.Tensor)
-        and tensor.dtype is capacity.dtype
-        and tensor.device == capacity.device
-        and tensor.is_contiguous()
-        and tensor.data_ptr() % ALIGNMENT == 0
-    )
 
 
 def check_values(name: str, tensor: torch.Tensor, capacity: Capacity) -> None:

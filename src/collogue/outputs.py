@@ -15,16 +15,13 @@ from collogue.spec import OUTPUTS, Output
 
 def allocate(call: Call) -> Output:
     """Fresh tensors for every output the call asks for, uninitialised."""
-    if call.signature.rows is not None:
-        return call.signature.empty()
-    out, partial = Output(), call.partial  # the usual case, and the one that has to be quick
-    for name, form in call.signature.forms.items():
-        setattr(out, name, torch.empty_like(partial) if name in _STREAMS else form.empty(partial.device))
+    signature, partial = call.signature, call.partial
+    if signature.rows is not None:
+        return signature.empty()
+    out = Output()  # the usual case, and the one that has to be quick
+    for name, form in signature.forms.items():
+        setattr(out, name, torch.empty_like(partial) if form.whole else form.empty(signature.device))
     return out
-
-
-#: Outputs with the shape and dtype of the partial, where a rank has all rows.
-_STREAMS = ("reduced", "residual", "norm")
 
 
 def check_out(call: Call, out: Output) -> None:

@@ -48,12 +48,16 @@ def make_request(
 
 @dataclass(frozen=True)
 class Form:
-    """What a tensor of a call looks like. ``stride``: of scales; other tensors are row-contiguous. ``elements`` counts padding too."""
+    """What a tensor of a call looks like.
+
+    ``elements`` counts padding too; ``stride``: of scales, other tensors are row-contiguous; ``whole``: values of all rows, like a partial.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     elements: int
     stride: tuple[int, ...] | None = None
+    whole: bool = False
 
     @functools.cached_property
     def nbytes(self) -> int:
@@ -78,7 +82,7 @@ def forms_of(request: Request, stream_rows: int, finished_rows: int) -> dict[str
     wanted, width, quant = request.wanted, request.hidden_size, request.quant
     for name, rows in ("reduced", stream_rows), ("residual", stream_rows), ("norm", finished_rows):
         if getattr(wanted, name):
-            forms[name] = Form((rows, width), request.dtype, rows * width)
+            forms[name] = Form((rows, width), request.dtype, rows * width, whole=rows == request.tokens)
     if quant is not None:
         shape, dtype = code_spec(quant, finished_rows, width)
         forms["codes"] = Form(shape, dtype, math.prod(shape))
