@@ -356,10 +356,12 @@ def test_a_request_is_that_of_the_call() -> None:
             request = comm._capacity.request(T, False, norm, quant, True, None, operation)
             assert (request.wanted, request.residual, request.norm) == (call.wanted, False, True)
             assert request.wide_weight
+            assert capacity.signature(request) is call.signature
         half = Output(residual=x[:2], norm=x[:2], codes=torch.empty(2, H, dtype=F8), scales=torch.zeros(2, 1))
         call = check_gather(capacity, half, T, quant)
         request = comm._capacity.request(T, True, True, quant, False, None, "all_gather")
         assert (request.wanted, request.residual, request.norm, request.wide_weight) == (call.wanted, False, False, False)
+        assert capacity.signature(request) is call.signature
         assert (call.tokens, call.hidden_size, call.partial.dtype, call.signature.device) == (T, H, BF16, torch.device("cpu"))
 
     run_virtual(2, rank)
