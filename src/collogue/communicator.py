@@ -221,19 +221,6 @@ class Communicator:
     ) -> Output:
         if ops.is_traced():
             return ops.call(self.name, operation, partial, residual, norm, quant, keep_norm)
-        return self.run(operation, partial, residual, norm, quant, keep_norm, out)
-
-    def run(
-        self,
-        operation: Operation,
-        partial: torch.Tensor,
-        residual: torch.Tensor | None,
-        norm: RMSNorm | None,
-        quant: Quant | None,
-        keep_norm: bool,
-        out: Output | None = None,
-    ) -> Output:
-        """Make the call ``operation``, any but ``"all_gather"``, now, also where calls are being traced: what the operators do."""
         engine = self._open()
         return run(engine, check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation), out)
 

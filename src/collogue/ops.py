@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from collogue import registry
+from collogue.call import check_call
+from collogue.engine import run
 from collogue.formats import code_spec, empty_scales
 from collogue.spec import NVFP4, FP8Group, FP8PerToken, FP8Static, Operation, Output, Quant, RMSNorm, Wanted, describe, parse
 
@@ -124,7 +126,9 @@ def _run(operation: Operation, *given: Any) -> list[Tensor]:
     norm = None if asked.weight is None else RMSNorm(asked.weight, asked.eps, asked.weight_offset)
     owner = registry.find(asked.comm)
     parts = _parts(operation, asked.partial.contiguous(), asked.residual, format, owner.max_tokens)
-    outs = [owner.run(operation, partial, residual, norm, format, asked.keep_norm) for partial, residual in parts]
+    capacity, keep_norm = owner._capacity, asked.keep_norm
+    calls = (check_call(capacity, partial, residual, norm, format, keep_norm, operation) for partial, residual in parts)
+    outs = [run(owner._open(), call, None) for call in calls]
     if len(outs) == 1:
         return _tensors(outs[0])
     return [torch.cat([getattr(out, name) for out in outs]) for name, _ in outs[0].items()]
