@@ -4,32 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal
 
 import torch
 
 from collogue import ops, registry
-from collogue.call import Call, Capacity, allocate, check_call, check_hidden_size, check_out
-from collogue.errors import ArgumentError, CapacityError, CaptureError, ClosedError, CollogueError, DTypeError, ShapeError
+from collogue.call import check_call
+from collogue.capacity import Capacity
+from collogue.engine import Engine, make_engine, run
+from collogue.errors import ArgumentError, CapacityError, CaptureError, ClosedError, CollogueError, ShapeError
 from collogue.gather import check_gather, check_tokens
 from collogue.group import as_group
 from collogue.journal import Journal
-from collogue.plan import Plan, Request, make_plan, max_hidden_size
-from collogue.spec import VALUE_DTYPES, Operation, Output, Quant, RMSNorm, Wanted, owned_rows
+from collogue.plan import Plan, make_plan, max_hidden_size
+from collogue.spec import Operation, Output, Quant, RMSNorm, owned_rows
 from collogue.table import TableArgument
 from collogue.topology import Overrides, Topology, agree
 from collogue.watch import Watch
-
-
-class Engine(Protocol):
-    """Runs checked calls: the reference on CPU groups, kernels on CUDA groups."""
-
-    def run(self, call: Call, out: Output | None) -> Output: ...
-    def prepare(self, requests: Iterable[Request]) -> None: ...
-    def check(self) -> None: ...
-    def reset(self) -> None: ...
-    def close(self, collective: bool) -> None: ...
-    def journal(self) -> Journal: ...
 
 
 class Communicator:
@@ -76,7 +67,9 @@ class Communicator:
         self.rank, self.world_size, self.device = self._group.rank, self._group.size, self._group.device
         self.max_tokens, self.hidden_size, self.dtype, self.timeout = max_tokens, hidden_size, dtype, timeout
         self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank)
-        self._check_capacity()
+        self._capacity.check()
+        if not timeout > 0:
+            raise ArgumentError(f"timeout is {timeout!r}", hint="give a positive number of seconds")
         overrides = Overrides(algorithm, max_multiprocessors, cta_threads)
         self.topology: Topology = agree(self._group, self._capacity, overrides, table)
         largest = max_hidden_size(self.topology)
@@ -84,27 +77,9 @@ class Communicator:
             raise CapacityError(
                 f"hidden size {hidden_size} is too large for {self.topology.architecture}", hint=f"the largest is {largest}"
             )
-        self._engine = self._make_engine()
+        self._engine = make_engine(self._group, self.topology, timeout)
         self.group_name = self._group.name
         self.name = registry.register(self, self.group_name)
-
-    def _check_capacity(self) -> None:
-        check_hidden_size(self.hidden_size)
-        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
-            raise CapacityError(f"max_tokens is {self.max_tokens!r}", hint="give the largest number of rows of one call")
-        if self.dtype not in VALUE_DTYPES:
-            raise DTypeError(f"dtype {self.dtype} is not supported", hint="use torch.bfloat16, torch.float16 or torch.float32")
-        if not self.timeout > 0:
-            raise ArgumentError(f"timeout is {self.timeout!r}", hint="give a positive number of seconds")
-
-    def _make_engine(self) -> Engine:
-        if self.device.type == "cpu":
-            from collogue.cpu import ReferenceEngine
-
-            return ReferenceEngine(self._group, self._capacity)
-        from collogue.cuda import KernelEngine
-
-        return KernelEngine(self._group, self._capacity, self.topology, self.timeout)
 
     def all_reduce(
         self,
@@ -145,11 +120,7 @@ class Communicator:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        if ops.is_traced():
-            return ops.call(self.name, "sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm)
-        engine = self._open()
-        call = check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation="sharded" if sharded else "all_reduce")
-        return _run(engine, call, out)
+        return self._call("sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm, out)
 
     def reduce_scatter(
         self,
@@ -180,10 +151,7 @@ class Communicator:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        if ops.is_traced():
-            return ops.call(self.name, "reduce_scatter", partial, residual, norm, quant, keep_norm)
-        engine = self._open()
-        return _run(engine, check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation="reduce_scatter"), out)
+        return self._call("reduce_scatter", partial, residual, norm, quant, keep_norm, out)
 
     def all_gather(self, shard: Output, tokens: int, *, quant: Quant | None = None, out: Output | None = None) -> Output:
         """Give every rank the rows of all ranks: the second half of ``all_reduce(sharded=True)``.
@@ -209,7 +177,7 @@ class Communicator:
         if ops.is_traced():
             return ops.gather(self.name, shard, tokens, quant)
         engine = self._open()
-        return _run(engine, check_gather(self._capacity, shard, tokens, quant), out)
+        return run(engine, check_gather(self._capacity, shard, tokens, quant), out)
 
     def finish(
         self,
@@ -239,10 +207,22 @@ class Communicator:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared.
         """
+        return self._call("finish", y, None, norm, quant, keep_norm, out)
+
+    def _call(
+        self,
+        operation: Operation,
+        partial: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: RMSNorm | None,
+        quant: Quant | None,
+        keep_norm: bool,
+        out: Output | None,
+    ) -> Output:
         if ops.is_traced():
-            return ops.call(self.name, "finish", y, None, norm, quant, keep_norm)
+            return ops.call(self.name, operation, partial, residual, norm, quant, keep_norm)
         engine = self._open()
-        return _run(engine, check_call(self._capacity, y, None, norm, quant, keep_norm, operation="finish"), out)
+        return run(engine, check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation), out)
 
     def owned_rows(self, tokens: int, rank: int | None = None) -> range:
         """The rows of ``tokens`` that ``rank`` (default: this rank) owns.
@@ -294,13 +274,45 @@ class Communicator:
         engine = self._open()
         self._refuse_capture("prepare")
         counts = [tokens] if isinstance(tokens, int) else list(tokens)
-        engine.prepare([self._request(t, residual, norm, quant, keep_norm, hidden_size, operation=operation) for t in counts])
+        requests = [self._capacity.request(t, residual, norm, quant, keep_norm, hidden_size, operation) for t in counts]
+        engine.prepare(map(self._capacity.signature, requests))
         self._group.barrier()
+
+    def empty(
+        self,
+        tokens: int,
+        *,
+        residual: torch.Tensor | bool | None = None,
+        norm: RMSNorm | bool | None = None,
+        quant: Quant | None = None,
+        keep_norm: bool = False,
+        hidden_size: int | None = None,
+        operation: Operation = "all_reduce",
+    ) -> Output:
+        """Outputs of such a call, uninitialised: allocated once, to be passed as ``out=`` to many calls.
+
+        They lie in ordinary memory: every call writes each output once, straight to where it stays, so symmetric memory would save no copy.
+
+        Args:
+            tokens, operation: as in :meth:`prepare`.
+            residual, norm, quant, keep_norm: as the call itself takes them; ``True`` stands for any residual or norm.
+            hidden_size: H, default: the communicator's.
+        Returns:
+            :class:`collogue.Output`, the tensors that the call would return. They are the caller's.
+        Synchronisation:
+            None.
+        Raises:
+            ArgumentError (its subclasses); ClosedError.
+        """
+        self._open()
+        there = isinstance(residual, torch.Tensor) or bool(residual)
+        return self._capacity.signature(
+            self._capacity.request(tokens, there, norm or None, quant, keep_norm, hidden_size, operation)
+        ).empty()
 
     def fits(self, tokens: int, hidden_size: int | None = None) -> bool:
         """Whether a call of this many tokens (and this hidden size) is within the capacity. Exact."""
-        width = self.hidden_size if hidden_size is None else hidden_size
-        return 0 <= tokens <= self.max_tokens and 0 < width <= self.hidden_size and width % 8 == 0
+        return self._capacity.fits(tokens, hidden_size)
 
     def explain(
         self,
@@ -319,40 +331,7 @@ class Communicator:
         ``tokens`` and ``operation`` are as in :meth:`prepare`.
         """
         self._open()
-        return make_plan(self.topology, self._request(tokens, residual, norm or None, quant, keep_norm, hidden_size, operation=operation))
-
-    def _request(
-        self,
-        tokens: int,
-        residual: bool,
-        norm: RMSNorm | bool | None,
-        quant: Quant | None,
-        keep_norm: bool,
-        hidden_size: int | None,
-        *,
-        operation: Operation = "all_reduce",
-    ) -> Request:
-        if operation not in get_args(Operation):
-            raise ArgumentError(f"there is no operation {operation!r}", hint=f"choose one of {', '.join(get_args(Operation))}")
-        width = self.hidden_size if hidden_size is None else hidden_size
-        if not self.fits(tokens, width):
-            raise CapacityError(
-                f"{tokens} tokens of hidden size {width} do not fit",
-                hint=f"the communicator was made for {self.max_tokens} tokens of hidden size {self.hidden_size}",
-            )
-        if quant is not None:
-            quant.check_hidden_size(width)
-        return make_request(
-            tokens,
-            width,
-            self.dtype,
-            residual=residual,
-            norm=norm if isinstance(norm, bool) else norm is not None,
-            wide_weight=isinstance(norm, RMSNorm) and norm.weight.dtype != self.dtype,
-            quant=quant,
-            keep_norm=keep_norm,
-            operation=operation,
-        )
+        return make_plan(self.topology, self._capacity.request(tokens, residual, norm or None, quant, keep_norm, hidden_size, operation))
 
     def check(self) -> None:
         """Raise what was found in an earlier call; return if there is nothing. Waits for no kernel.
@@ -415,31 +394,3 @@ class Communicator:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-def _run(engine: Engine, call: Call, out: Output | None) -> Output:
-    """Run a checked call; without tokens there is nothing to do."""
-    if out is not None:
-        check_out(call, out)
-    if call.tokens == 0:
-        return out if out is not None else allocate(call)
-    return engine.run(call, out)
-
-
-def make_request(
-    tokens: int,
-    hidden_size: int,
-    dtype: torch.dtype,
-    *,
-    residual: bool,
-    norm: bool,
-    wide_weight: bool,
-    quant: Quant | None,
-    keep_norm: bool,
-    operation: Operation,
-) -> Request:
-    """What is planned for such a call. For ``all_gather`` residual, norm and quant say what the shard holds."""
-    wanted = Wanted.of(has_residual=residual, has_norm=norm, quant=quant, keep_norm=keep_norm, operation=operation)
-    if operation == "all_gather":  # adds and finishes nothing
-        residual = norm = wide_weight = False
-    return Request(tokens, hidden_size, dtype, residual and operation != "finish", norm, wide_weight, quant, wanted, operation)

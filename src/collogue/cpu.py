@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 
 from collogue import reference
-from collogue.call import Call, Capacity
+from collogue.call import Call
 from collogue.errors import MismatchedCall
 from collogue.formats import place_scales, read_scales, scale_storage
 from collogue.group import Group
 from collogue.journal import Journal
-from collogue.plan import Request
+from collogue.request import Signature
 from collogue.spec import Output, describe
 
 _HEADER_BYTES = 256
@@ -22,9 +22,8 @@ _HEADER_BYTES = 256
 class ReferenceEngine:
     """Runs calls through :mod:`collogue.reference`. Ranks that call with different arguments all raise :class:`MismatchedCall`."""
 
-    def __init__(self, group: Group, capacity: Capacity) -> None:
+    def __init__(self, group: Group) -> None:
         self.group = group
-        self.capacity = capacity
 
     def run(self, call: Call, out: Output | None) -> Output:
         if call.operation != "finish" and self.group.size > 1:
@@ -91,7 +90,7 @@ class ReferenceEngine:
                     hint="every rank of the group must make the same call: same operation, tokens, hidden size and epilogue",
                 )
 
-    def prepare(self, requests: Iterable[Request]) -> None:
+    def prepare(self, signatures: Iterable[Signature]) -> None:
         """Nothing to build."""
 
     def check(self) -> None:

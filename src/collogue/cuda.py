@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 from collogue import jit
-from collogue.call import Call, Capacity, allocate
+from collogue.call import Call
 from collogue.errors import ConcurrentUseError, NotPrepared
 from collogue.formats import scale_storage
 from collogue.group import Group
 from collogue.journal import Journal
 from collogue.launch import Launcher, timeouts
-from collogue.parameters import fill_epilogue, fill_shape, fill_shard, fill_workspace, later_launches
-from collogue.plan import Kernel, Plan, Request, make_kernels, make_plan
+from collogue.outputs import allocate
+from collogue.parameters import fill_call, fill_shape, fill_shard, fill_workspace, later_launches
+from collogue.plan import Kernel, Plan, make_kernels, make_plan
+from collogue.request import Request, Signature
 from collogue.spec import Output
 from collogue.topology import Topology
 from collogue.variant import Variant
@@ -40,29 +42,28 @@ class _Ready:
 class KernelEngine:
     """Runs checked calls on this rank's GPU. See :meth:`collogue.Communicator.all_reduce`."""
 
-    def __init__(self, group: Group, capacity: Capacity, topology: Topology, timeout: float) -> None:
+    def __init__(self, group: Group, topology: Topology, timeout: float) -> None:
         self.group = group
         self.topology = topology
         self.timeout = timeout
         self.index = group.device.index
         self.workspace = Workspace(group, topology, timeout) if topology.world_size > 1 else None
         self._kernels: dict[Variant, Any] = {}
-        self._ready: dict[tuple[object, ...], _Ready] = {}
+        self._ready: dict[Signature, _Ready] = {}
         self._in_use = threading.Lock()
         self._stream: int | None = None  # of the last call outside a capture
         self._debug = bool(os.environ.get("COLLOGUE_DEBUG"))
 
     # ---- planning and loading
 
-    def prepare(self, requests: Iterable[Request]) -> None:
-        for request in requests:
-            self._make_ready(request)
+    def prepare(self, signatures: Iterable[Signature]) -> None:
+        for signature in signatures:
+            self._make_ready(signature)
 
-    def _make_ready(self, request: Request) -> _Ready:
-        key = _key_of_request(request)
-        if key not in self._ready:
-            self._ready[key] = self._build(request)
-        return self._ready[key]
+    def _make_ready(self, signature: Signature) -> _Ready:
+        if signature not in self._ready:
+            self._ready[signature] = self._build(signature.request)
+        return self._ready[signature]
 
     def _build(self, request: Request) -> _Ready:
         plan = make_plan(self.topology, request)
@@ -110,12 +111,12 @@ class KernelEngine:
         try:
             if self._debug or (self.workspace is not None and self.workspace.failed):
                 self.check()
-            ready = self._ready.get(_key_of_call(call))
+            ready = self._ready.get(call.signature)
             if ready is None:
-                ready = self._make_ready(_request_of(call))
+                ready = self._make_ready(call.signature)
             if out is None:
                 out = allocate(call)
-            if torch.cuda.current_device() != self.index:
+            if torch._C._cuda_getDevice() != self.index:
                 with torch.cuda.device(self.index):
                     self._launch(ready, call, out)
             else:
@@ -143,11 +144,7 @@ class KernelEngine:
             self._all_gather(ready, call, out, stream)
             return
         assert launcher is not None
-        params = launcher.params
-        params.partial = call.partial.data_ptr()
-        if call.residual is not None:
-            params.residual = call.residual.data_ptr()
-        fill_epilogue(params, call.norm, call.quant, out)
+        fill_call(launcher.params, call, out)
         launcher(stream)
         if ready.more:
             _launch_more(launcher, ready.more, stream)
@@ -208,47 +205,3 @@ def _launch_more(launcher: Launcher, more: tuple[tuple[int, int, int], ...], str
     for params.first, params.count, params.pad in more:
         launcher(stream)
     params.first, params.count, params.pad = before
-
-
-def _key_of_call(call: Call) -> tuple[object, ...]:
-    norm = call.norm
-    return (
-        *call.partial.shape,
-        call.residual is not None,
-        norm is not None,
-        norm is not None and norm.weight.dtype != call.partial.dtype,
-        call.quant.label if call.quant is not None else None,
-        call.wanted.norm,
-        call.wanted.residual,
-        call.operation,
-    )
-
-
-def _key_of_request(request: Request) -> tuple[object, ...]:
-    return (
-        request.tokens,
-        request.hidden_size,
-        request.residual,
-        request.norm,
-        request.wide_weight,
-        request.quant.label if request.quant is not None else None,
-        request.wanted.norm,
-        request.wanted.residual,
-        request.operation,
-    )
-
-
-def _request_of(call: Call) -> Request:
-    norm = call.norm
-    wide = norm is not None and norm.weight.dtype != call.partial.dtype
-    return Request(
-        call.tokens,
-        call.hidden_size,
-        call.partial.dtype,
-        call.residual is not None,
-        norm is not None,
-        wide,
-        call.quant,
-        call.wanted,
-        call.operation,
-    )

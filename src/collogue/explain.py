@@ -8,11 +8,11 @@ from typing import Any, get_args
 
 import torch
 
-from collogue.call import Capacity, check_hidden_size
-from collogue.communicator import make_request
+from collogue.capacity import Capacity, check_hidden_size
 from collogue.errors import ArgumentError, CapacityError, DTypeError, PlatformError
 from collogue.jit import architecture_of
 from collogue.plan import Plan, make_plan, max_hidden_size
+from collogue.request import make_request
 from collogue.spec import VALUE_DTYPES, Operation, describe, parse
 from collogue.table import TableArgument, find, name_of
 from collogue.topology import Topology, topology_of

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from collogue.call import Call, Capacity, check_forms, check_hidden_size, check_no_grad, check_values, forms_of, raise_capacity
+from collogue.call import Call, check_no_grad, check_values
+from collogue.capacity import Capacity, check_hidden_size, raise_capacity
 from collogue.errors import ArgumentError, FormatError, ShapeError
+from collogue.outputs import check_forms
+from collogue.request import Request, forms_of
 from collogue.spec import FP8Static, Output, Quant, Wanted, describe, owned_rows
 
 
@@ -39,13 +42,13 @@ def check_gather(capacity: Capacity, shard: Output, tokens: int, quant: Quant | 
         quant.check_hidden_size(hidden_size)
     wanted = Wanted.held(shard)
     whole = torch.empty(tokens, hidden_size, dtype=capacity.dtype, device="meta")
-    call = Call(whole, None, None, quant, wanted, "all_gather", rows, shard)
+    request = Request(tokens, hidden_size, capacity.dtype, False, False, False, quant, wanted, "all_gather")
     owned = f"rank {capacity.rank} of {capacity.world_size} owns {len(rows)} of {tokens} rows"
-    forms = forms_of(call, len(rows), len(rows))
+    forms = forms_of(request, len(rows), len(rows))
     check_forms("shard", held, forms, capacity.device, hint=f"{owned}; pass its shard as comm.reduce_scatter or comm.shard returns it")
     if torch.is_grad_enabled():
         check_no_grad(*((f"shard.{name}", tensor) for name, tensor in held.items()))
-    return call
+    return Call(whole, None, None, quant, capacity.signature(request), shard)
 
 
 def check_tokens(tokens: int) -> None:

@@ -101,6 +101,8 @@ class TorchGroup:
         self.device = torch.device(device) if device is not None else self._default_device(group)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
+        elif self.device.type == "cpu":
+            self.device = torch.device("cpu")  # as tensors have it: without an index
 
     @staticmethod
     def _default_device(group: dist.ProcessGroup) -> torch.device:

@@ -14,12 +14,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from collogue import registry
+from collogue.call import check_call
+from collogue.engine import run
 from collogue.formats import code_spec, empty_scales
 from collogue.spec import NVFP4, FP8Group, FP8PerToken, FP8Static, Operation, Output, Quant, RMSNorm, Wanted, describe, parse
 
@@ -50,7 +52,7 @@ def call(
 ) -> Output:
     """A call of ``comm`` through the operator ``operation``. Arguments as in :meth:`collogue.Communicator.all_reduce`."""
     scale = quant.given_scale if quant is not None else None
-    tensors = getattr(torch.ops.collogue, operation)(
+    tensors = getattr(torch.ops.collogue, operation).default(
         partial,
         residual,
         None if norm is None else norm.weight,
@@ -70,7 +72,7 @@ def call(
 def gather(comm: str, shard: Output, tokens: int, quant: Quant | None) -> Output:
     """:meth:`collogue.Communicator.all_gather` through the operator."""
     given = (shard.reduced, shard.residual, shard.norm, shard.codes, shard.scales)
-    tensors = torch.ops.collogue.all_gather(*given, tokens, describe(quant), getattr(quant, "smallest", 0.0), comm)
+    tensors = torch.ops.collogue.all_gather.default(*given, tokens, describe(quant), getattr(quant, "smallest", 0.0), comm)
     there = [tensor is not None for tensor in given]
     return _output(tensors, Wanted(*there))
 
@@ -83,7 +85,8 @@ def _output(tensors: list[Tensor], wanted: Wanted) -> Output:
 
 
 def _tensors(out: Output) -> list[Tensor]:
-    return [tensor for _, tensor in out.items()]
+    every = (out.reduced, out.residual, out.norm, out.codes, out.scales)
+    return [tensor for tensor in every if tensor is not None]
 
 
 @functools.lru_cache(maxsize=256)
@@ -97,36 +100,35 @@ def _format(label: str, scale: float, smallest: float) -> Quant | None:
 # ---- what runs
 
 
-def _run(
-    operation: Operation,
-    partial: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    quant: str,
-    scale: Tensor | None,
-    scale_value: float,
-    smallest: float,
-    keep_norm: bool,
-    comm: str,
-) -> list[Tensor]:
-    format = _format(quant, scale_value, smallest)
+class _Arguments(NamedTuple):
+    """:data:`ARGUMENTS` as Python has them."""
+
+    partial: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    eps: float
+    weight_offset: float
+    quant: str
+    scale: Tensor | None
+    scale_value: float
+    smallest: float
+    keep_norm: bool
+    comm: str
+
+
+def _run(operation: Operation, *given: Any) -> list[Tensor]:
+    asked = _Arguments(*given)
+    format, scale = _format(asked.quant, asked.scale_value, asked.smallest), asked.scale
     if scale is not None and isinstance(format, NVFP4):
-        format = dataclasses.replace(format, global_scale=scale)
+        format = NVFP4(scale, format.layout)
     elif scale is not None and isinstance(format, FP8Static):
-        format = dataclasses.replace(format, scale=scale)
-    norm = None if weight is None else RMSNorm(weight, eps, weight_offset)
-    owner = registry.find(comm)
-    outs = []
-    for x, r in _parts(operation, partial.contiguous(), residual, format, owner.max_tokens):
-        given: dict[str, Any] = {"norm": norm, "quant": format, "keep_norm": keep_norm}
-        if operation == "finish":
-            outs.append(owner.finish(x, **given))
-        elif operation == "reduce_scatter":
-            outs.append(owner.reduce_scatter(x, residual=r, **given))
-        else:
-            outs.append(owner.all_reduce(x, residual=r, sharded=operation == "sharded", **given))
+        format = FP8Static(scale)
+    norm = None if asked.weight is None else RMSNorm(asked.weight, asked.eps, asked.weight_offset)
+    owner = registry.find(asked.comm)
+    parts = _parts(operation, asked.partial.contiguous(), asked.residual, format, owner.max_tokens)
+    capacity, keep_norm = owner._capacity, asked.keep_norm
+    calls = (check_call(capacity, partial, residual, norm, format, keep_norm, operation) for partial, residual in parts)
+    outs = [run(owner._open(), call, None) for call in calls]
     if len(outs) == 1:
         return _tensors(outs[0])
     return [torch.cat([getattr(out, name) for out in outs]) for name, _ in outs[0].items()]
@@ -137,9 +139,10 @@ def _parts(
 ) -> Iterable[tuple[Tensor, Tensor | None]]:
     """The call's rows, in as many calls as they need. Rows are independent, and the batch never changes a bit."""
     residual = None if residual is None else residual.contiguous()
+    if partial.shape[0] <= most:
+        return [(partial, residual)]
     # Other operations share rows out among ranks, other formats lay the scales of several rows out together.
-    divisible = operation in ("all_reduce", "finish") and isinstance(format, FP8Static | FP8PerToken | None)
-    if partial.shape[0] <= most or not divisible:
+    if operation not in ("all_reduce", "finish") or not isinstance(format, FP8Static | FP8PerToken | None):
         return [(partial, residual)]
     return [(partial[i : i + most], None if residual is None else residual[i : i + most]) for i in range(0, len(partial), most)]
 
@@ -162,23 +165,11 @@ def _run_gather(
 # ---- what tracers see
 
 
-def _fake(
-    operation: Operation,
-    partial: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    quant: str,
-    scale: Tensor | None,
-    scale_value: float,
-    smallest: float,
-    keep_norm: bool,
-    comm: str,
-) -> list[Tensor]:
-    format = _format(quant, 1.0, smallest)
-    has_residual, has_norm = residual is not None, weight is not None
-    wanted = Wanted.of(has_residual=has_residual, has_norm=has_norm, quant=format, keep_norm=keep_norm, operation=operation)
+def _fake(operation: Operation, *given: Any, **named: Any) -> list[Tensor]:
+    asked = _Arguments(*given, **named)
+    partial, comm, format = asked.partial, asked.comm, _format(asked.quant, 1.0, asked.smallest)
+    has_residual, has_norm = asked.residual is not None, asked.weight is not None
+    wanted = Wanted.of(has_residual=has_residual, has_norm=has_norm, quant=format, keep_norm=asked.keep_norm, operation=operation)
     tokens, width = partial.shape
     owned = _owned(tokens, comm) if operation in ("sharded", "reduce_scatter") else tokens
     finished = owned if operation == "reduce_scatter" else tokens

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from collogue import header
+from collogue.call import Call
 from collogue.extent import CONTROL_BYTES, Extent
 from collogue.launch import Params
-from collogue.plan import Plan, Request, launch_memory
-from collogue.spec import Output, Quant, RMSNorm, owned_rows
+from collogue.plan import Plan, launch_memory
+from collogue.request import Request
+from collogue.spec import Output, owned_rows
 from collogue.topology import Topology
 
 
@@ -47,8 +49,12 @@ def fill_shard(params: Params, shard: Output, out: Output) -> None:
             setattr(params, target, getattr(out, name).data_ptr())
 
 
-def fill_epilogue(params: Params, norm: RMSNorm | None, quant: Quant | None, out: Output) -> None:
-    """Outputs, weights and scales of one call."""
+def fill_call(params: Params, call: Call, out: Output) -> None:
+    """Inputs, outputs and scalars of one call, other than an all-gather."""
+    norm, quant = call.norm, call.quant
+    params.partial = call.partial.data_ptr()
+    if call.residual is not None:
+        params.residual = call.residual.data_ptr()
     stream = out.residual if out.residual is not None else out.reduced
     if stream is not None:
         params.stream = stream.data_ptr()

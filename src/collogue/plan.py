@@ -14,7 +14,8 @@ import torch
 from collogue import cost
 from collogue.errors import FormatError
 from collogue.extent import MAX_CTAS, Memory, memory_of, round_up, wire_bytes, workspace_extent
-from collogue.spec import Operation, Quant, Wanted
+from collogue.request import Request
+from collogue.spec import Quant, Wanted
 from collogue.table import Candidate, Entry
 from collogue.topology import Topology
 from collogue.variant import QuantVariant, Variant, block_class
@@ -30,21 +31,6 @@ MAX_THREADS_OF_VECTORS = 256
 MAX_THREADS = 1024
 #: Largest hidden size where a cluster does a row, and where one CTA does.
 MAX_HIDDEN_SIZE, MAX_HIDDEN_SIZE_OF_A_CTA = 32768, 16384
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a plan is made for: the shape of a call, not its tensors."""
-
-    tokens: int
-    hidden_size: int
-    dtype: torch.dtype
-    residual: bool
-    norm: bool
-    wide_weight: bool
-    quant: Quant | None
-    wanted: Wanted
-    operation: Operation = "all_reduce"
 
 
 @dataclass(frozen=True)

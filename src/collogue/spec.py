@@ -25,6 +25,7 @@ E2M1_MAX = 6.0
 #: Smallest scale (a divisor) of the dynamic FP8 formats unless a consumer needs another.
 SMALLEST_SCALE = 1.0 / (448.0 * 512.0)
 
+_NUMBERS = (int, float)
 #: Value dtypes of partials, residual and norm.
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -50,7 +51,7 @@ class RMSNorm:
             raise DTypeError(f"RMSNorm.weight has dtype {self.weight.dtype}", hint="use the communicator's dtype or torch.float32")
         for name in ("eps", "weight_offset"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, _NUMBERS) or not math.isfinite(value):
                 raise ScaleError(f"RMSNorm.{name} must be a finite number, got {value!r}", hint="pass a Python float")
         if self.eps < 0:
             raise ScaleError(f"RMSNorm.eps must not be negative, got {self.eps}", hint="usual values: 1e-5, 1e-6")
@@ -280,11 +281,14 @@ class Output:
 
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The outputs that are there, by name."""
-        for f in fields(self):
-            value = getattr(self, f.name)
+        for name in OUTPUTS:
+            value = getattr(self, name)
             if value is not None:
-                yield f.name, value
+                yield name, value
 
+
+#: The names of a call's outputs, in order.
+OUTPUTS = ("reduced", "residual", "norm", "codes", "scales")
 
 #: What a call does. ``all_reduce``: sum, finish, the same on every rank. ``sharded``: the residual stays with the owners of its
 #: rows, the finished rows go to every rank. ``reduce_scatter`` and ``all_gather``: the two halves of ``sharded``. ``finish``: no sum.
@@ -358,6 +362,8 @@ FAMILIES: dict[str, type[Quant]] = {
     "fp8_group": FP8Group,
 }
 
+_NAMES = {kind: name for name, kind in FAMILIES.items()}
+
 #: Every suffix a label may have, and the option it sets.
 _SUFFIXES: dict[str, str] = {
     "128x4": "layout",
@@ -379,7 +385,7 @@ def describe(value: Quant | None) -> str:
     """
     if value is None:
         return "none"
-    family = next(name for name, kind in FAMILIES.items() if type(value) is kind)
+    family = _NAMES[type(value)]
     if isinstance(value, FP8Group):
         return f"{family}{value.group_size}/{value.scale_format}/{value.layout}"
     if isinstance(value, _MX):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from collogue.call import Capacity
+from collogue.capacity import Capacity
 from collogue.errors import ArgumentError, PlatformError
 from collogue.group import Group
 from collogue.table import Table, TableArgument, check_alike, find, name_of

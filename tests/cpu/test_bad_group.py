@@ -16,6 +16,7 @@ from ranks import check_works, communicator
 
 import collogue
 from collogue import topology
+from collogue.capacity import Capacity
 from collogue.errors import ArgumentError, CapacityError, CollogueError, DTypeError, GroupError, PlatformError, ShapeError
 from collogue.group import TorchGroup
 from collogue.testing import VirtualGroup, run_virtual
@@ -162,7 +163,7 @@ def test_one_kind_of_gpu_is_agreed(machine: SimpleNamespace) -> None:
 
     def rank(group: VirtualGroup) -> topology.Topology:
         group.device = torch.device("cuda", group.rank)
-        return topology.agree(group, collogue.communicator.Capacity(8, 64, torch.bfloat16, group.device))
+        return topology.agree(group, Capacity(8, 64, torch.bfloat16, group.device))
 
     found = run_virtual(4, rank)
     assert found == [topology.Topology(4, 8, 64, torch.bfloat16, "sm_90a", 114, 2)] * 4

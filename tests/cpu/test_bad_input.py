@@ -10,7 +10,8 @@ import pytest
 import torch
 from ranks import HIDDEN_SIZE, MAX_TOKENS, arguments, check_works, communicator
 
-import collogue
+import collogue.call
+import collogue.outputs
 from collogue.cpu import ReferenceEngine
 from collogue.errors import (
     ArgumentError,
@@ -26,8 +27,9 @@ from collogue.errors import (
     ShapeError,
 )
 from collogue.formats import empty_scales
-from collogue.spec import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Output, RMSNorm
+from collogue.spec import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Output, Quant, RMSNorm
 from collogue.testing import VirtualGroup, run_virtual
+from collogue.testing.compare import compare, differing
 
 Call = Callable[[collogue.Communicator, dict[str, Any]], object]
 T, H = 4, HIDDEN_SIZE
@@ -35,11 +37,26 @@ BF16 = torch.bfloat16
 
 
 def refused(call: Call, error: type[CollogueError], message: str, hint: str) -> None:
-    """``call`` on both ranks raises ``error``, whose last line is the hint; no engine ran; then a right call gives the right bits."""
-    launched = []
+    """``call`` on both ranks raises ``error``, whose last line is the hint, and no engine runs; then a right call gives the right bits.
+
+    All of it twice: on a new communicator, and on one that knows right calls of the same kind.
+    """
+    launched: list[object] = []
 
     def rank(group: VirtualGroup) -> None:
-        comm = communicator(group)
+        comm, quant = communicator(group), FP8Group(32, layout="column")
+        attempt(comm, group)
+        given = arguments(group.rank)
+        comm.all_reduce(given["partial"], residual=given["residual"])
+        for right in (NVFP4(torch.ones(1)), FP8Static(torch.ones(1))):
+            comm.all_reduce(**given, quant=right)
+        comm.all_reduce(**given, quant=quant, keep_norm=True, out=outputs(given))
+        group.barrier()
+        launched.clear()
+        attempt(comm, group)
+
+    def attempt(comm: collogue.Communicator, group: VirtualGroup) -> None:
+        group.barrier()
         with pytest.raises(error, match=message) as raised:
             call(comm, arguments(group.rank))
         assert type(raised.value) is error
@@ -50,13 +67,14 @@ def refused(call: Call, error: type[CollogueError], message: str, hint: str) -> 
         assert not launched
         group.barrier()
         check_works(comm, quant=FP8PerToken())
+        check_works(comm)
 
     run = ReferenceEngine.run
     with pytest.MonkeyPatch.context() as patch:
         # The engine after a refused call is the one of `check_works`.
         patch.setattr(ReferenceEngine, "run", lambda self, call, out: (launched.append(call), run(self, call, out))[1])
         run_virtual(2, rank)
-    assert len(launched) == 2
+    assert len(launched) == 4
 
 
 def other(**changes: Any) -> Call:
@@ -278,6 +296,31 @@ def test_parameters_are_fine_without_grad_mode(mode: Any) -> None:
 
 
 # Given outputs
+
+
+def test_what_was_right_once_is_checked_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second call with other tensors and scalars of the same forms does not ask one question after the other."""
+
+    def rank(group: VirtualGroup) -> None:
+        comm, calls = communicator(group), []
+        for seed in range(2):
+            given = arguments(group.rank, seed=seed)
+            norm = RMSNorm(given["norm"].weight, eps=10.0**-seed)
+            quants: list[Quant | None] = [None, NVFP4(torch.tensor(2.0 + seed)), NVFP4(2.0 + seed), FP8Group(32, layout="column")]
+            calls += [{**given, "norm": norm, "quant": quant} for quant in quants]
+        for given in calls[:4]:
+            comm.all_reduce(**given)
+        group.barrier()
+        monkeypatch.setattr(collogue.call, "_check", None)
+        monkeypatch.setattr(collogue.outputs, "check_forms", None)
+        for given in calls[4:]:
+            out = comm.empty(T, **{name: given[name] for name in ("residual", "norm", "quant")})
+            fresh = comm.all_reduce(**given)
+            assert not differing(compare(comm.all_reduce(**given, out=out), fresh))
+            out.residual = given["residual"]
+            assert not differing(compare(comm.all_reduce(**given, out=out), fresh))
+
+    run_virtual(2, rank)
 
 
 def outputs(given: dict[str, Any], **changes: Any) -> Output:

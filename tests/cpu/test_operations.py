@@ -13,7 +13,8 @@ from samples import bits, every_format, formats_by_label, same
 
 import collogue
 from collogue import reference
-from collogue.call import Capacity, allocate, check_call, check_out
+from collogue.call import check_call
+from collogue.capacity import Capacity
 from collogue.check import Answers, Case, check_rank, default_sweep
 from collogue.cpu import ReferenceEngine
 from collogue.errors import (
@@ -32,6 +33,7 @@ from collogue.errors import (
 )
 from collogue.formats import empty_scales
 from collogue.gather import check_gather
+from collogue.outputs import allocate, check_out
 from collogue.spec import NVFP4, FP8Group, FP8PerToken, FP8Static, Operation, Output, Quant, RMSNorm, owned_rows
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
@@ -351,14 +353,16 @@ def test_a_request_is_that_of_the_call() -> None:
         quant = FP8PerToken()
         for operation in ("sharded", "reduce_scatter", "finish"):
             call = check_call(capacity, x, None, norm, quant, True, operation=operation)
-            request = comm._request(T, False, norm, quant, True, None, operation=operation)
+            request = comm._capacity.request(T, False, norm, quant, True, None, operation)
             assert (request.wanted, request.residual, request.norm) == (call.wanted, False, True)
             assert request.wide_weight
+            assert capacity.signature(request) is call.signature
         half = Output(residual=x[:2], norm=x[:2], codes=torch.empty(2, H, dtype=F8), scales=torch.zeros(2, 1))
         call = check_gather(capacity, half, T, quant)
-        request = comm._request(T, True, True, quant, False, None, operation="all_gather")
+        request = comm._capacity.request(T, True, True, quant, False, None, "all_gather")
         assert (request.wanted, request.residual, request.norm, request.wide_weight) == (call.wanted, False, False, False)
-        assert (call.tokens, call.hidden_size, call.partial.dtype, call.device) == (T, H, BF16, torch.device("cpu"))
+        assert capacity.signature(request) is call.signature
+        assert (call.tokens, call.hidden_size, call.partial.dtype, call.signature.device) == (T, H, BF16, torch.device("cpu"))
 
     run_virtual(2, rank)
 
@@ -379,15 +383,70 @@ def test_what_is_allocated_is_what_a_call_needs(quant: Quant) -> None:
         if operation == "all_gather":
             half = by_rank(by_reference, "reduce_scatter", [x] * 3, None, norm, quant, True)[1]
             call = check_gather(capacity, half, 7, quant)
-            assert (call.rows, call.stream_rows, call.finished_rows) == (range(3, 6), 7, 7)
+            assert (call.rows, call.signature.stream_rows, call.signature.finished_rows) == (range(3, 6), 7, 7)
         else:
             call = check_call(capacity, x, None, norm, quant, True, operation=operation)
-            assert (call.rows, call.stream_rows, call.finished_rows) == rows[operation]
+            assert (call.rows, call.signature.stream_rows, call.signature.finished_rows) == rows[operation]
         assert call.tokens == 7
         out = allocate(call)
         check_out(call, out)
         forms = [{name: (t.shape, t.stride(), t.dtype) for name, t in o.items()} for o in (out, expected)]
         assert forms[0] == forms[1]
+
+
+@formats_by_label
+@pytest.mark.parametrize("tokens", [0, 1, 4, 7])
+def test_empty_outputs_are_those_of_the_call(quant: Quant, tokens: int) -> None:
+    """Allocated by themselves they have the form of a fresh call's, on every rank, and the call takes them."""
+
+    def rank(group: VirtualGroup) -> None:
+        comm, given = communicator(group), arguments(group.rank, tokens)
+        for operation in OPERATIONS:
+            residual = comm.shard(given["residual"]).clone() if operation in ("sharded", "reduce_scatter") else given["residual"]
+            asked: dict[str, Any] = {"residual": residual, "norm": given["norm"], "quant": quant, "keep_norm": True}
+            fresh, out = (
+                make_call(comm, operation, given["partial"], asked, out) for out in (None, comm.empty(tokens, operation=operation, **asked))
+            )
+            forms = [{name: (t.shape, t.stride(), t.dtype) for name, t in o.items()} for o in (out, fresh)]
+            assert forms[0] == forms[1]
+            assert not differing(compare(out, fresh))
+
+    run_virtual(3, rank)
+
+
+def make_call(
+    comm: collogue.Communicator, operation: Operation, partial: torch.Tensor, asked: dict[str, Any], out: Output | None
+) -> Output:
+    """The call of any operation; a gather takes the shard that these arguments make."""
+    if operation == "all_gather":
+        rows = {**asked, "residual": comm.shard(asked["residual"]).clone()}
+        return comm.all_gather(comm.reduce_scatter(partial, **rows), len(partial), quant=asked["quant"], out=out)
+    if operation == "reduce_scatter":
+        return comm.reduce_scatter(partial, **asked, out=out)
+    if operation == "finish":
+        return comm.finish(partial, norm=asked["norm"], quant=asked["quant"], keep_norm=True, out=out)
+    return comm.all_reduce(partial, **asked, sharded=operation == "sharded", out=out)
+
+
+def test_empty_refuses_what_cannot_be_called() -> None:
+    def rank(group: VirtualGroup) -> None:
+        comm = communicator(group)
+        assert [name for name, _ in comm.empty(1, residual=True, norm=True).items()] == ["residual", "norm"]
+        assert comm.empty(3, hidden_size=24).reduced.shape == (3, 24)  # type: ignore[union-attr]
+        for use, error in (
+            (lambda: comm.empty(MAX_TOKENS + 1), CapacityError),
+            (lambda: comm.empty(1, keep_norm=True), FormatError),
+            (lambda: comm.empty(1, quant=FP8Group(48)), FormatError),
+            (lambda: comm.empty(1, operation="finish"), ArgumentError),
+            (lambda: comm.empty(1, operation="sum"), ArgumentError),  # type: ignore[arg-type]
+        ):
+            with pytest.raises(error):
+                use()
+        comm.close()
+        with pytest.raises(ClosedError):
+            comm.empty(1)
+
+    run_virtual(2, rank)
 
 
 def test_a_closed_communicator_says_so() -> None:

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 import collogue.communicator
-from collogue.communicator import Communicator, make_request
+from collogue.communicator import Communicator
 from collogue.cost import CONSTANTS, Constants, fit, predict
 from collogue.errors import ArgumentError, CapacityError, FormatError
 from collogue.extent import GENERATIONS, ONE_SHOT_GENERATIONS, memory_of, workspace_extent
 from collogue.launch import Params
 from collogue.parameters import fill_shape, fill_workspace, later_launches
-from collogue.plan import Plan, Request, launch_shape, make_kernels, make_plan, max_hidden_size, one_shot_tokens, sends_values
+from collogue.plan import Plan, launch_shape, make_kernels, make_plan, max_hidden_size, one_shot_tokens, sends_values
+from collogue.request import Request, make_request
 from collogue.spec import MXFP8, NVFP4, FP8Group, FP8PerToken, Operation, Quant, parse
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.topology import Overrides, Topology

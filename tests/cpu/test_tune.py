@@ -19,10 +19,11 @@ from collogue.bench.gate import call_each_set
 from collogue.bench.timing import Latency
 from collogue.cli import app
 from collogue.commands.options import FAILED, IMPOSSIBLE, OK, USAGE
-from collogue.communicator import Communicator, make_request
+from collogue.communicator import Communicator
 from collogue.errors import ArgumentError, PlatformError
 from collogue.explain import MULTIPROCESSORS, Machine, explain
-from collogue.plan import Request, make_plan, one_shot_tokens
+from collogue.plan import make_plan, one_shot_tokens
+from collogue.request import Request, make_request
 from collogue.spec import FP8PerToken
 from collogue.table import VARIABLE, Candidate, Entry, Step, Table, Time, find, own_path
 from collogue.testing import VirtualGroup, run_virtual
@@ -267,7 +268,7 @@ def test_a_table_of_another_machine_or_call_is_not_used_and_the_plan_says_why(fi
 
 
 def test_what_the_communicator_fixes_goes_before_the_table(file: Path) -> None:
-    from collogue.call import Capacity
+    from collogue.capacity import Capacity
     from collogue.topology import topology_of
 
     capacity = Capacity(64, 7168, torch.bfloat16, torch.device("cpu"))

@@ -9,8 +9,8 @@ import torch
 
 from collogue import jit
 from collogue.check.case import Case
-from collogue.communicator import make_request
-from collogue.plan import Request, make_kernels, make_plan
+from collogue.plan import make_kernels, make_plan
+from collogue.request import Request, make_request
 from collogue.topology import Overrides, Topology
 from collogue.variant import Variant
 

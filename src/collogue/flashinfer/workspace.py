@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from collogue.call import check_hidden_size
+from collogue.capacity import check_hidden_size
 from collogue.communicator import Communicator
 from collogue.errors import ArgumentError, CapacityError, ClosedError, GroupError, NotPrepared, UnsupportedError
 from collogue.group import as_group

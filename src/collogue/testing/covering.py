@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import torch
 
 from collogue.jit import ARCHITECTURES
-from collogue.plan import Request, launch_shape, make_variant
+from collogue.plan import launch_shape, make_variant
+from collogue.request import Request
 from collogue.spec import VALUE_DTYPES, Operation, Wanted, parse
 from collogue.topology import Topology
 from collogue.variant import Variant

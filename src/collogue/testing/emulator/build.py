@@ -14,6 +14,7 @@ import torch
 
 from collogue import plan
 from collogue.jit import KERNELS
+from collogue.request import Request
 from collogue.spec import Operation, Quant, Wanted
 from collogue.topology import Topology
 from collogue.variant import Variant
@@ -74,11 +75,11 @@ class Case:
     def algorithm(self) -> plan.Algorithm:
         return "sharded" if self.kernel == "reduce_scatter" else self.kernel  # type: ignore[return-value]
 
-    def request(self, tokens: int) -> plan.Request:
+    def request(self, tokens: int) -> Request:
         """Of one call."""
         moves = self.kernel == "all_gather"
         residual, norm = self.residual and not moves, self.norm and not moves
-        return plan.Request(tokens, self.hidden_size, self.dtype, residual, norm, False, self.quant, self.wanted, self.operation)
+        return Request(tokens, self.hidden_size, self.dtype, residual, norm, False, self.quant, self.wanted, self.operation)
 
     def plan_of(self, tokens: int) -> plan.Plan:
         """Of one call: as many rows to a launch as in every other, of the call or of each owner."""

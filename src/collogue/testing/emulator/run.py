@@ -10,12 +10,14 @@ from typing import TypeAlias
 import torch
 
 from collogue import reference
-from collogue.call import Call, allocate
+from collogue.call import Call
 from collogue.extent import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Extent
 from collogue.failure import FailureRecord
 from collogue.formats import scale_storage
 from collogue.launch import Params, timeouts
-from collogue.parameters import fill_epilogue, fill_shape, fill_shard, fill_workspace, later_launches
+from collogue.outputs import allocate
+from collogue.parameters import fill_call, fill_shape, fill_shard, fill_workspace, later_launches
+from collogue.request import Signature
 from collogue.spec import Output, RMSNorm, owned_rows
 from collogue.testing.compare import compare
 from collogue.testing.emulator.build import Case, Library
@@ -216,10 +218,7 @@ def _launches(case: Case, rank: int, call: Call, out: Output, memory: _Memory, t
         if call.shard is not None:
             fill_shard(p, call.shard, out)
         else:
-            p.partial = call.partial.data_ptr()
-            if call.residual is not None:
-                p.residual = call.residual.data_ptr()
-            fill_epilogue(p, call.norm, call.quant, out)
+            fill_call(p, call, out)
         fill_workspace(p, memory.extent, case.algorithm)
         p.failure = ctypes.addressof(memory.failures[rank])
         p.timeout, p.relay_timeout = timeouts(timeout)
@@ -236,22 +235,25 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> t
     norm = RMSNorm(weight, eps=ask.eps, weight_offset=1.0) if case.norm else None
     epilogue = {"residual": residual, "norm": norm, "quant": case.quant, "keep_norm": case.keep_norm}
     rows = [owned_rows(ask.tokens, case.world, rank) for rank in range(case.world)]
+    request, device = case.request(ask.tokens), torch.device("cpu")
+    whole = Signature(request, None, device)
     if case.kernel == "local":
         expected = [reference.all_reduce([p], **epilogue) for p in partials]  # type: ignore[arg-type]
-        return [Call(p, residual, norm, case.quant, case.wanted) for p in partials], expected
+        return [Call(p, residual, norm, case.quant, whole) for p in partials], expected
     if case.operation == "all_reduce":
         expected = [reference.all_reduce(partials, **epilogue)] * case.world  # type: ignore[arg-type]
-        return [Call(p, residual, norm, case.quant, case.wanted) for p in partials], expected
+        return [Call(p, residual, norm, case.quant, whole) for p in partials], expected
     scatter = reference.sharded if case.kernel == "sharded" else reference.reduce_scatter
     expected = scatter(partials, **epilogue)  # type: ignore[arg-type]
     if case.kernel == "all_gather":
         names = ("codes", "scales") if case.quant is not None else ("norm",)
         shards = [Output(**{name: getattr(one, name) for name in names}) for one in expected]
-        whole = torch.empty(ask.tokens, case.hidden_size, dtype=case.dtype, device="meta")
-        calls = [Call(whole, None, None, case.quant, case.wanted, "all_gather", r, s) for r, s in zip(rows, shards, strict=True)]
+        shape = torch.empty(ask.tokens, case.hidden_size, dtype=case.dtype, device="meta")
+        calls = [Call(shape, None, None, case.quant, Signature(request, r, device), s) for r, s in zip(rows, shards, strict=True)]
         return calls, [reference.all_gather(shards, quant=case.quant)] * case.world
     own = [None if residual is None else residual[r.start : r.stop].clone() for r in rows]
-    calls = [Call(p, mine, norm, case.quant, case.wanted, case.operation, r) for p, mine, r in zip(partials, own, rows, strict=True)]
+    parts = [Signature(request, r, device) for r in rows]
+    calls = [Call(p, mine, norm, case.quant, part) for p, mine, part in zip(partials, own, parts, strict=True)]
     return calls, expected
 
 

@@ -1,0 +1,45 @@
+"""What runs checked calls: the reference on CPU groups, kernels on CUDA groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from collogue.call import Call
+from collogue.group import Group
+from collogue.journal import Journal
+from collogue.outputs import allocate, check_out
+from collogue.request import Signature
+from collogue.spec import Output
+from collogue.topology import Topology
+
+
+class Engine(Protocol):
+    """Runs checked calls."""
+
+    def run(self, call: Call, out: Output | None) -> Output: ...
+    def prepare(self, signatures: Iterable[Signature]) -> None: ...
+    def check(self) -> None: ...
+    def reset(self) -> None: ...
+    def close(self, collective: bool) -> None: ...
+    def journal(self) -> Journal: ...
+
+
+def make_engine(group: Group, topology: Topology, timeout: float) -> Engine:
+    """The engine for the group's device. Collective."""
+    if group.device.type == "cpu":
+        from collogue.cpu import ReferenceEngine
+
+        return ReferenceEngine(group)
+    from collogue.cuda import KernelEngine
+
+    return KernelEngine(group, topology, timeout)
+
+
+def run(engine: Engine, call: Call, out: Output | None) -> Output:
+    """Run a checked call; without tokens there is nothing to do."""
+    if out is not None:
+        check_out(call, out)
+    if call.tokens == 0:
+        return out if out is not None else allocate(call)
+    return engine.run(call, out)
