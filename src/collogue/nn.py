@@ -126,10 +126,9 @@ def gather_columns(x: Tensor, comm: Communicator) -> Tensor:
         group: Any = comm.group_name
         from torch.distributed._functional_collectives import all_gather_tensor
 
-        parts = all_gather_tensor(x.unsqueeze(0), 0, group)  # in another dimension PyTorch 2.11 cannot trace it
-    else:
-        parts = x.new_empty(comm.world_size, *x.shape)
-        comm._group.all_gather(parts, x.contiguous())
+        return all_gather_tensor(x, x.ndim - 1, group)
+    parts = x.new_empty(comm.world_size, *x.shape)
+    comm._group.all_gather(parts, x.contiguous())
     return parts.movedim(0, -2).reshape(*x.shape[:-1], -1)
 
 

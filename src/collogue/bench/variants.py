@@ -24,81 +24,55 @@ ALL = (*COLLOGUE, *BASELINES, LOCAL)
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
-class Blocks:
-    """The blocks of one rank's stack, each kind compiled once for all ways that do not compile what lies between them as well."""
-
-    def __init__(self, shape: Shape, blocks: list[Block], *, prefill: bool, compiled: bool) -> None:
-        self.blocks, self.compiled = blocks, compiled
-        self.functions: dict[str, Callable[..., Tensor]] = {"attention": functools.partial(attention, shape, prefill), "mlp": mlp}
-        self._compiled = {kind: self.compile(function) for kind, function in self.functions.items()}
-
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``torch.compile``. Without a GPU nothing is generated: only the graphs are made."""
-        return torch.compile(function, backend="inductor" if self.compiled else "aot_eager", fullgraph=True)
-
-    def run(self, block: Block, codes: Tensor, scales: Tensor) -> Tensor:
-        """This rank's partial sum."""
-        partial: Tensor = self._compiled[block.kind](codes, scales, *block.tensors)
-        return partial
-
-
-def make_step(name: str, blocks: Blocks, comm: Communicator, group: dist.ProcessGroup) -> Step:
-    """One pass over the stack, on this rank."""
+def make_step(name: str, shape: Shape, blocks: list[Block], comm: Communicator, group: dist.ProcessGroup, *, prefill: bool) -> Step:
+    """One pass over the stack. ``shape`` and ``blocks`` are this rank's."""
+    functions: dict[str, Callable[..., Tensor]] = {"attention": functools.partial(attention, shape, prefill), "mlp": mlp}
     if name in ("collogue eager", "collogue sharded"):
-        return _by_calls(blocks, comm, sharded=name == "collogue sharded")
+        return _by_calls(functions, blocks, comm, sharded=name == "collogue sharded")
     reduce = _reducer(name, comm, group)
-    if name == "collogue pass":
-        return _by_pass(blocks, reduce)
-    finish = blocks.compile(functools.partial(_boundary, reduce))
+    compile = _compiler(comm, fuses=name == "collogue pass")
+    units = {kind: compile(functools.partial(_unit, reduce, function)) for kind, function in functions.items()}
 
     def step(partial: Tensor, residual: Tensor) -> Tensor:
-        for block in blocks.blocks:
-            codes, scales, residual = finish(partial, residual, block.norm)
-            partial = blocks.run(block, codes, scales)
-        return residual
-
-    return step
-
-
-def _boundary(reduce: Callable[[Tensor], Tensor], partial: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What lies between two blocks, as models write it."""
-    stream = reduce(partial) + residual
-    codes, scales = per_token(torch.nn.functional.rms_norm(stream, (stream.shape[-1],), weight, EPS))
-    return codes, scales, stream
-
-
-def _by_pass(blocks: Blocks, reduce: Callable[[Tensor], Tensor]) -> Step:
-    """Every block with what stands before it, as models write it, compiled together by ``collogue.compile``."""
-    from collogue.fusion import compile
-
-    def unit(block: Callable[..., Tensor], partial: Tensor, residual: Tensor, weight: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        codes, scales, stream = _boundary(reduce, partial, residual, weight)
-        return block(codes, scales, *tensors), stream
-
-    backend = "inductor" if blocks.compiled else "eager"
-    units = {k: compile(functools.partial(unit, function), backend=backend, fullgraph=True) for k, function in blocks.functions.items()}
-
-    def step(partial: Tensor, residual: Tensor) -> Tensor:
-        for block in blocks.blocks:
+        for block in blocks:
             partial, residual = units[block.kind](partial, residual, block.norm, *block.tensors)
         return residual
 
     return step
 
 
-def _by_calls(blocks: Blocks, comm: Communicator, *, sharded: bool) -> Step:
-    """One call per boundary."""
-    norms, quant = [RMSNorm(block.norm, EPS) for block in blocks.blocks], FP8PerToken()
+def _compiler(comm: Communicator, *, fuses: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``torch.compile``, or ``collogue.compile``. Without a GPU nothing is generated: only the graphs are made."""
+    on_cpu = comm.device.type == "cpu"
+    if fuses:
+        from collogue.fusion import compile
+
+        return functools.partial(compile, backend="eager" if on_cpu else "inductor", fullgraph=True)
+    return functools.partial(torch.compile, backend="aot_eager" if on_cpu else "inductor", fullgraph=True)
+
+
+def _unit(
+    reduce: Callable[[Tensor], Tensor], block: Callable[..., Tensor], partial: Tensor, residual: Tensor, weight: Tensor, *tensors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A boundary as models write it, and the block behind it."""
+    stream = reduce(partial) + residual
+    codes, scales = per_token(torch.nn.functional.rms_norm(stream, (stream.shape[-1],), weight, EPS))
+    return block(codes, scales, *tensors), stream
+
+
+def _by_calls(functions: dict[str, Callable[..., Tensor]], blocks: list[Block], comm: Communicator, *, sharded: bool) -> Step:
+    """One call per boundary, and compiled blocks."""
+    compile = _compiler(comm, fuses=False)
+    compiled = {kind: compile(function) for kind, function in functions.items()}
+    norms, quant = [RMSNorm(block.norm, EPS) for block in blocks], FP8PerToken()
 
     def step(partial: Tensor, residual: Tensor) -> Tensor:
         stream = comm.shard(residual) if sharded else residual
-        for block, norm in zip(blocks.blocks, norms, strict=True):
+        for block, norm in zip(blocks, norms, strict=True):
             out = comm.all_reduce(partial, residual=stream, norm=norm, quant=quant, sharded=sharded)
             assert out.residual is not None
-            assert out.codes is not None
-            assert out.scales is not None
             stream = out.residual
-            partial = blocks.run(block, out.codes, out.scales)
+            partial = compiled[block.kind](out.codes, out.scales, *block.tensors)
         return comm.unshard(stream, residual.shape[0]) if sharded else stream
 
     return step

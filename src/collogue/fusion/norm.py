@@ -35,7 +35,7 @@ from collogue.fusion.graph import (
 class Norm:
     """A norm found in a graph.
 
-    ``results`` are the nodes that hold it in the stream's dtype, if any does; ``product`` is the last product, which may be wider.
+    ``results`` are the nodes that hold it in the stream's dtype; ``product`` is the last product, which may be wider.
     """
 
     results: tuple[Node, ...]

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 class Fused:
     """One all-reduce that became ``collogue::all_reduce`` with what follows it.
 
-    ``roundings``: intermediate roundings of the model that the fused call does not have (or has in another place), and one that it adds
-    where the graph quantises a norm that is left in float32.
+    ``roundings``: intermediate roundings of the model that the fused call does not have (or has in another place).
     """
 
     where: str
@@ -28,7 +27,7 @@ class Fused:
         parts[-1] += f", weight_offset={self.weight_offset:g})" if self.weight_offset else ")"
         if self.quant != "none":
             parts.append(self.quant + (" and the norm" if self.keeps_norm else ""))
-        rounded = f"; roundings that differ: {', '.join(self.roundings)}" if self.roundings else ""
+        rounded = f"; no longer rounded: {', '.join(self.roundings)}" if self.roundings else ""
         return f"fused   {self.where} {self.shape} on {self.comm}: {' + '.join(parts)}{rounded}"
 
 

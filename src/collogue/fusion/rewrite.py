@@ -62,12 +62,10 @@ def _find(reduce: Node, report: Report) -> Boundary:
     stream, residual = _stream(wait)
     why: list[str] = []
     norm = find_norm(stream, why)
-    if norm is None:
+    if norm is None or not norm.results:
         raise NotFused(why[-1] if why else "no RMSNorm reads the sum")
     why.clear()
     quant = find_quant(norm, why)
-    if quant is None and not norm.results:
-        raise NotFused(why[-1] if why else "the norm is not rounded to the sum's dtype")
     report.remarks += [f"{_where(reduce)}: quantisation not fused: {reason}" for reason in why if quant is None]
     return Boundary(reduce, wait, comm, stream, residual, norm, quant)
 
@@ -227,8 +225,6 @@ def _describe(found: Boundary, label: str) -> Fused:
     roundings = [*found.norm.roundings, *(found.quant.roundings if found.quant is not None else ())]
     if found.residual is not None and rows.dtype != torch.float32:
         roundings.insert(0, f"the sum to {str(rows.dtype).removeprefix('torch.')} before the residual")
-    if not found.norm.results:  # Inductor may take a conversion and the one back out of the graph
-        roundings.append(f"the norm to {str(rows.dtype).removeprefix('torch.')} before its quantisation (added)")
     return Fused(
         where=_where(found.reduce),
         comm=found.comm.name,
