@@ -355,5 +355,5 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         first_poll=FIRST_POLL_CYCLES if algorithm == "one_shot" else 0,
         stream=request.wanted.reduced or request.wanted.residual,
         gather=request.operation == "sharded",
-        ahead=shape.ahead > 1,
+        ahead=loop and shape.ahead > 1,
     )
