@@ -81,9 +81,9 @@ def possible(choice: Choice) -> bool:
     if choice.get("wide_weight", False) and choice.get("dtype") is torch.float32:
         return False
     kernel = choice.get("kernel")
-    if choice.get("rows_ahead", 1) > 1:
-        if choice.get("tokens") == 1 or choice.get("world") == 1 or kernel not in (None, "two_shot", "sharded", "reduce_scatter"):
-            return False
+    one_row = choice.get("tokens") == 1 or choice.get("world") == 1 or kernel not in (None, "two_shot", "sharded", "reduce_scatter")
+    if one_row and choice.get("rows_ahead", 1) > 1:
+        return False
     if kernel is None:
         return True
     if (kernel == "local") != (choice.get("world", 1 if kernel == "local" else 2) == 1):
