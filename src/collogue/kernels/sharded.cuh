@@ -102,7 +102,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
         if constexpr (C::kResidual) residual = row.load(p.residual + row.offset(r), 0);
       }
     if (r + ahead < end) give(r + ahead);
-    if constexpr (C::kAhead) prepare(r + step);
+    if constexpr (C::kAhead && C::kThreads >= 256) prepare(r + step);  // else: registers
     if (mine) {
       if (turn) row.next();
       row.aim(C::kGather ? t : r, r);
