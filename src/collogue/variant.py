@@ -46,7 +46,10 @@ class QuantVariant:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel: ``kernel`` names its file in ``kernels/``. ``stream``: y is stored; ``gather``: finished rows go to every rank."""
+    """One kernel: ``kernel`` names its file in ``kernels/``.
+
+    ``stream``: y is stored; ``gather``: finished rows go to every rank; ``ahead``: a CTA has more than one row on its way.
+    """
 
     kernel: str
     world: int
@@ -65,6 +68,7 @@ class Variant:
     first_poll: int = 0
     stream: bool = True
     gather: bool = False
+    ahead: bool = False
 
     @property
     def name(self) -> str:
@@ -97,6 +101,7 @@ class Variant:
             "bool kLoop": _flag(self.loop),
             "unsigned kFirstPoll": self.first_poll,
             "bool kGather": _flag(self.gather),
+            "bool kAhead": _flag(self.ahead),
         }
         body = "\n".join(f"  static constexpr {name} = {value};" for name, value in constants.items())
         return (

@@ -34,6 +34,7 @@ SMALL: Choice = {
     "wide_weight": False,
     "residual": True,
     "tokens": 1,
+    "rows_ahead": 1,
 }
 
 LISTING = """

@@ -12,6 +12,7 @@ from collogue.check.case import Case
 from collogue.check.sweep import DTYPES
 from collogue.errors import FormatError
 from collogue.spec import describe, parse
+from collogue.topology import Overrides
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 LARGE_TOKENS = (192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
@@ -38,16 +39,22 @@ DECODE_CHAINS = (NCCL + COMPILED, ONE_SHOT + COMPILED, VLLM + COMPILED, FLASHINF
 LARGE_CHAINS = (NCCL + COMPILED, TWO_SHOT + COMPILED, FLASHINFER)
 #: Tokens at which the chains are timed: every shape is compiled for itself, which takes seconds.
 CHAIN_TOKENS = (1, 8, 64, 512, 4096)
-SUITES = ("latency", "bandwidth", "epilogues", "hidden", "world", "eager")
+SUITES = ("latency", "bandwidth", "epilogues", "hidden", "world", "eager", "multiprocessors")
+#: How many multiprocessors the calls of the suite of that name may use.
+LIMITS = (8, 16, 32, 64, None)
 #: The suites of a run that names none: what README and docs/speed.md show.
 DEFAULT_SUITES = ("latency", "hidden", "bandwidth")
+
+#: What a communicator fixes of its plans that was not asked to.
+_NONE = Overrides()
 
 
 @dataclass(frozen=True)
 class Round:
     """Calls of one shape on one world. Floors, ``baselines`` and, for the cases that have one, ``chains`` are timed in turn with them.
 
-    ``timing``: ``"graph"``, by slope of CUDA graphs; ``"eager"``, calls from Python, host included.
+    ``timing``: ``"graph"``, by slope of CUDA graphs; ``"eager"``, calls from Python, host included. ``overrides``: what the
+    communicator fixes of its plans.
     """
 
     section: str
@@ -56,6 +63,7 @@ class Round:
     replays: int = 21
     chains: tuple[str, ...] = ()
     timing: Literal["graph", "eager"] = "graph"
+    overrides: Overrides = _NONE
 
     @property
     def shape(self) -> Case:
@@ -64,7 +72,7 @@ class Round:
 
     def __str__(self) -> str:
         c = self.shape
-        return f"{self.section}: world {c.world_size} T={c.tokens} H={c.hidden_size} {c.dtype}"
+        return f"{self.section}: world {c.world_size} T={c.tokens} H={c.hidden_size} {c.dtype}{self.overrides}"
 
 
 def _case(world_size: int, tokens: int, hidden_size: int, format: str, *, dtype: str = "bfloat16", keep_norm: bool = False) -> Case:
@@ -96,6 +104,7 @@ def suite(name: str, world_size: int) -> list[Round]:
         "hidden": _hidden,
         "world": _world,
         "eager": _eager,
+        "multiprocessors": _multiprocessors,
     }
     return makers[name](world_size)
 
@@ -156,6 +165,16 @@ def _eager(world_size: int) -> list[Round]:
         Round("eager", tuple(_case(world_size, t, HIDDEN_SIZE, f) for f in FEW), (NCCL,), 9, (NCCL + COMPILED, FLASHINFER), "eager")
         for t in (1, 8, 64, 512)
     ]
+
+
+def _multiprocessors(world_size: int) -> list[Round]:
+    """Large calls that leave multiprocessors to others. A section for each limit: floors belong to their own round."""
+    rounds = []
+    for t, limit in product((256, 2048, 8192), LIMITS):
+        cases = (_case(world_size, t, HIDDEN_SIZE, "none"), *(_sharded(world_size, t, HIDDEN_SIZE, f) for f in ("nvfp4", "fp8_per_token")))
+        overrides = Overrides(max_multiprocessors=limit)
+        rounds.append(Round(f"multiprocessors, {limit or 'all'}", cases, (NCCL,), replays=9 if t <= 2048 else 5, overrides=overrides))
+    return rounds
 
 
 def chosen_rounds(

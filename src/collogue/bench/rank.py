@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from itertools import product
 from typing import Any, TypeAlias
@@ -28,6 +28,7 @@ from collogue.communicator import Communicator
 from collogue.errors import CollectiveError, CollectiveTimeout, MismatchedCall
 from collogue.group import as_group
 from collogue.plan import make_kernels, make_plan
+from collogue.topology import Overrides
 
 Row: TypeAlias = dict[str, Any]
 Tell: TypeAlias = Callable[[str], None]
@@ -48,9 +49,8 @@ class Bench:
         self.rounds = rounds
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.answer = Answers()
-        self._comms: dict[tuple[int, str], Communicator] = {}
-        shape = rounds[0].shape
-        self.architecture = str(self.comm(shape).topology.architecture)
+        self._comms: dict[tuple[int, str, Overrides], Communicator] = {}
+        self.architecture = str(self.comm(rounds[0].shape, rounds[0].overrides).topology.architecture)
         largest = max(r.shape.tokens * r.shape.hidden_size for r in rounds)
         self.baselines = Baselines(group, self.group.device, 4 * largest)
 
@@ -59,14 +59,27 @@ class Bench:
         """The first use is collective. Not made before the compile time is taken: it loads NVRTC."""
         return Floors(self.group, self.architecture)
 
-    def comm(self, case: Case) -> Communicator:
-        """The communicator of this width and dtype, for the most tokens of any round. The first call is collective."""
-        key = (case.hidden_size, case.dtype)
+    def comm(self, case: Case, overrides: Overrides | None = None) -> Communicator:
+        """The communicator of this width, dtype and overrides (default: the first round's), for the most tokens of any round.
+
+        The first call is collective.
+        """
+        overrides = self.rounds[0].overrides if overrides is None else overrides
+        key = (case.hidden_size, case.dtype, overrides)
         if key not in self._comms:
-            tokens = max(r.shape.tokens for r in self.rounds if (r.shape.hidden_size, r.shape.dtype) == key)
-            self._comms[key] = Communicator(
-                self.process_group, max_tokens=tokens, hidden_size=case.hidden_size, dtype=case.value_dtype, timeout=TIMEOUT
+            tokens = max(r.shape.tokens for r in self.rounds if (r.shape.hidden_size, r.shape.dtype) == key[:2])
+            comm = Communicator(
+                self.process_group,
+                max_tokens=tokens,
+                hidden_size=case.hidden_size,
+                dtype=case.value_dtype,
+                timeout=TIMEOUT,
+                **{name: value for name, value in vars(overrides).items() if name != "rows_ahead"},
             )
+            if overrides.rows_ahead is not None:  # no argument of a communicator
+                engine: Any = comm._engine
+                comm.topology = engine.topology = replace(comm.topology, overrides=overrides)
+            self._comms[key] = comm
         return self._comms[key]
 
     def close(self) -> None:
@@ -96,8 +109,8 @@ class Bench:
     def build_all(self) -> None:
         """Compile every kernel of every round into the cache, on all cores of the host."""
         variants = {}
-        for case in dict.fromkeys(case for r in self.rounds for case in r.cases if case.possible):
-            topology, request = self.comm(case).topology, request_of(case)
+        for case, overrides in dict.fromkeys((case, r.overrides) for r in self.rounds for case in r.cases if case.possible):
+            topology, request = self.comm(case, overrides).topology, request_of(case)
             kernels = make_kernels(topology, request, make_plan(topology, request))
             variants.update(dict.fromkeys(kernel.variant for kernel in kernels))
         if self.group.rank == 0:
@@ -115,26 +128,34 @@ class Bench:
             makers[name] = partial(self.baselines.make, name, round.shape)
             rows[name] = {"what": name, "section": round.section, **_shape(round.shape)}
         for case in round.cases:
-            makers[str(case)] = partial(self._fused, case)
-            rows[str(case)] = {"what": "collogue", "section": round.section, **_shape(case), **_call(case), **self._plan(case)}
+            makers[str(case)] = partial(self._fused, case, round.overrides)
+            rows[str(case)] = {
+                "what": "collogue",
+                "section": round.section,
+                **_shape(case),
+                **_call(case),
+                **self._plan(case, round.overrides),
+            }
         for name, case in product(round.chains, filter(has_chain, round.cases)):
             makers[f"{name} {case}"] = partial(self.baselines.make, name, case)
             rows[f"{name} {case}"] = {"what": name, "section": round.section, **_shape(case), **_call(case)}
         latencies, errors = self.time(makers, round.replays, eager=round.timing == "eager")
         if any(error.startswith(FATAL) for error in errors.values()):
-            self.comm(round.shape).reset()
+            self.comm(round.shape, round.overrides).reset()
         for name, row in rows.items():
             row |= result(latencies.get(name), errors.get(name), round.replays)
         return list(rows.values())
 
-    def _fused(self, case: Case) -> FusedCall:
-        return FusedCall(self.comm(case), case, self.answer)
+    def _fused(self, case: Case, overrides: Overrides | None = None) -> FusedCall:
+        return FusedCall(self.comm(case, overrides), case, self.answer)
 
-    def _plan(self, case: Case) -> Row:
+    def _plan(self, case: Case, overrides: Overrides) -> Row:
         if not case.possible:
             return {"algorithm": None, "bytes_sent": None}
-        plan = self.comm(case).explain(case.tokens, quant=case.quant("cpu"), hidden_size=case.hidden_size, **case.asked)
-        return {"algorithm": plan.algorithm, "bytes_sent": plan.bytes_sent, "launches": plan.launches}
+        plan = self.comm(case, overrides).explain(case.tokens, quant=case.quant("cpu"), hidden_size=case.hidden_size, **case.asked)
+        row = {"algorithm": plan.algorithm, "bytes_sent": plan.bytes_sent, "launches": plan.launches}
+        fixed = {name: value for name, value in vars(overrides).items() if value is not None}
+        return {**row, **fixed, "shape": str(plan.shape)} if fixed else row
 
     def time(
         self, makers: dict[str, Callable[[], Subject]], replays: int, *, eager: bool = False

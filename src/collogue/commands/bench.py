@@ -29,7 +29,8 @@ from collogue.commands.options import (
 )
 
 app = typer.Typer(invoke_without_command=True)
-Suites = Annotated[Many, many("--suite", "latency, bandwidth, epilogues, hidden, world, eager; default: latency, hidden, bandwidth.")]
+_SUITES = "latency, bandwidth, epilogues, hidden, world, eager, multiprocessors; default: latency, hidden, bandwidth."
+Suites = Annotated[Many, many("--suite", _SUITES)]
 _Existing = typer.Argument(exists=True, dir_okay=False, readable=True)
 
 
@@ -43,6 +44,8 @@ def bench(
     dtype: DTypes = None,
     format: Formats = None,
     chains: Annotated[bool, typer.Option(help="Also time other libraries' chains; compiling them takes most of a minute.")] = True,
+    cta_threads: Annotated[int | None, typer.Option(help="Most threads of a CTA, in every call.")] = None,
+    rows_ahead: Annotated[int | None, typer.Option(help="Rows of a CTA on their way, in every large call.")] = None,
     commit: Commit = None,
     json: Json = None,
 ) -> None:
@@ -58,8 +61,8 @@ def bench(
         raise typer.BadParameter("suites have shapes and formats of their own", param_hint="--suite")
     if suite:
         given["suites"] = words(suite)
-    if commit is not None:
-        given["commit"] = commit
+    fixed = {"commit": commit, "cta_threads": cta_threads, "rows_ahead": rows_ahead}
+    given |= {name: value for name, value in fixed.items() if value is not None}
     with exit_codes(extra="bench"):
         from collogue.bench.latency import run
 
