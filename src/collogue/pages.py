@@ -11,10 +11,11 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from collogue.bench import tables
 from collogue.reliability import tables as reliability
 
 Data = dict[str, Any]
@@ -24,14 +25,6 @@ _BLOCK = re.compile(
 #: In place of a table whose results are not there.
 NOT_YET = "Not measured yet.\n"
 _SCORES = ("perplexity", "difference", "standard error", "logits, rms", "logits, largest", "same choice")
-
-
-def _markdown(rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    head, *rest = rows
-    yield "| " + " | ".join(head) + " |"
-    yield "|" + "---|" * len(head)
-    for row in rest:
-        yield "| " + " | ".join(row) + " |"
 
 
 def _scores(data: Data, row: Data) -> list[str]:
@@ -102,6 +95,10 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "reliability-soak": reliability.soak,
     "reliability-mutants": reliability.mutants,
     "reliability-cost": reliability.cost,
+    "bench-model": tables.model,
+    "bench-serving": tables.serving,
+    "bench-multiprocessors": tables.multiprocessors,
+    "bench-host": tables.host,
 }
 
 
@@ -115,7 +112,7 @@ def filled(page: str, folder: Path) -> str:
         if not source.exists():
             return match["head"] + NOT_YET + match["end"]
         data = json.loads(source.read_text(encoding="utf-8"))
-        return match["head"] + "\n".join(_markdown(TABLES[match["name"]](data))) + "\n" + match["end"]
+        return match["head"] + "\n".join(tables.lines(TABLES[match["name"]](data))) + "\n" + match["end"]
 
     return _BLOCK.sub(made, page)
 

@@ -46,7 +46,7 @@ def test_speedups_are_against_the_better_baseline() -> None:
     found = {r["what"]: r for r in rows}
     assert (found["collogue pass"]["speedup_nccl"], found["collogue pass"]["speedup_symm_mem"]) == (2.0, 1.5)
     assert "speedup_nccl" not in found["collogue sharded"]
-    assert model.table(rows).splitlines()[2] == "| m | 2 | 4 | 50 | 40 | - | 80 | 60 | 100 | 20 | 2.00 | 1.50 | - |"
+    assert model.table({"rows": rows}).splitlines()[2] == "| m | 2 | 4 | 50 | 40 | - | 80 | 60 | 100 | 20 | 2.00 | 1.50 | - |"
 
 
 def test_unknown_models() -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from collogue import fusion
+from collogue.bench import tables
 from collogue.bench.stack import SHAPES, functions_of, make_blocks, rank_shape
 from collogue.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL, Blocks, make_step
 from collogue.communicator import Communicator
@@ -92,7 +93,7 @@ def run(
         Path(json).write_text(text)
     if plot is not None:
         draw(data["rows"], plot)
-    print(table(data["rows"]), file=sys.stderr if json == "-" else sys.stdout)
+    print(table(data), file=sys.stderr if json == "-" else sys.stdout)
     return bool(data["passed"])
 
 
@@ -232,20 +233,9 @@ def _short(row: Row) -> str:
     return f"{row['what']} {row['us']:.0f} us" if row["us"] is not None else f"{row['what']} FAILED ({row['error']})"
 
 
-def table(rows: Sequence[Row]) -> str:
-    """One line for each model, world and size: microseconds of a pass over the whole model, and speed-ups of the best of Collogue's."""
-    lines = ["| model | world | tokens | " + " | ".join(ALL) + " | best / NCCL | best / symm. mem. | collectives' share, NCCL, best |"]
-    lines.append("|---" * (len(ALL) + 6) + "|")
-    keys = dict.fromkeys((r["model"], r["world_size"], r["tokens"]) for r in rows)
-    for key in keys:
-        mine = {r["what"]: r for r in rows if (r["model"], r["world_size"], r["tokens"]) == key}
-        times = ["-" if mine[what]["us"] is None else f"{mine[what]['us']:.0f}" for what in ALL]
-        own = [mine[what] for what in COLLOGUE if mine[what]["us"] is not None]
-        best = min(own, key=lambda r: float(r["us"]), default=None)
-        gains = ["-" if best is None or best.get(k) is None else f"{best[k]:.2f}" for k in ("speedup_nccl", "speedup_symm_mem")]
-        shares = [r["share_of_collectives"] for r in (mine["nccl"], best) if r is not None and r["share_of_collectives"] is not None]
-        lines.append("| " + " | ".join([*map(str, key), *times, *gains, ", ".join(f"{s:.0%}" for s in shares) or "-"]) + " |")
-    return "\n".join(lines)
+def table(data: Row) -> str:
+    """:func:`collogue.bench.tables.model` as text."""
+    return "\n".join(tables.lines(tables.model(data)))
 
 
 def draw(rows: Sequence[Row], file: str) -> None:

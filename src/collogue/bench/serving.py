@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from collogue.bench import tables
 from collogue.bench.schedule import Workload
 from collogue.bench.serving_rank import serving_rank
 from collogue.bench.stack import SHAPES
@@ -138,21 +139,9 @@ def totals(rows: Sequence[Row]) -> list[Row]:
 def table(data: Row) -> str:
     """One line for each way, under a heading that says what was run."""
     work, core = data["workload"], "" if data["attention_core"] else " (projections only: no attention core, no cache)"
-    lines = [
+    heading = (
         f"{data['model']}, {data['layers']} of {data['model_layers']} layers{core}, world {data['world_size']}: "
         f"{work['prompts']} prompts of {work['prompt_tokens']} tokens, "
-        f"{work['new_tokens']} new tokens each, at most {work['concurrency']} at once",
-        "",
-        "| way | output tokens/s | ms per token | ms to first token | seconds | over NCCL | by chunk |",
-        "|---" * 7 + "|",
-    ]
-    for row in data["totals"]:
-        if row["error"] is not None:
-            lines.append(f"| {row['way']} | NO NUMBER: {row['error']} |" + " |" * 5)
-            continue
-        gain = ["-", "-"]
-        if "speedup_nccl" in row:
-            gain = [f"{row['speedup_nccl']:.3f}", f"{row['speedup_low']:.3f} to {row['speedup_high']:.3f}"]
-        times = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("ms_per_token", "ms_to_first_token", "seconds")]
-        lines.append("| " + " | ".join([row["way"], f"{row['tokens_per_second']:.0f}", *times, *gain]) + " |")
-    return "\n".join(lines)
+        f"{work['new_tokens']} new tokens each, at most {work['concurrency']} at once"
+    )
+    return "\n".join([heading, "", *tables.lines(tables.serving(data))])
