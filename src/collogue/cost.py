@@ -33,8 +33,6 @@ class Constants:
 
 #: The first four from benchmarks/results/latency-2xh200.json by :func:`fit`.
 CONSTANTS = Constants(exchange_us=1.23, wire_rate=367e3, finish_us=0.7, one_shot_rate=300e3, second_hop_us=1.4, stream_rate=335e3)
-#: Bytes that leave a rank while its first ones are worked out and come back: 400 GB/s for 4 us. With less on its way the wire is idle.
-BYTES_ON_THEIR_WAY = 1_600_000
 
 
 def predict(algorithm: str, world_size: int, bytes_sent: int, constants: Constants = CONSTANTS) -> tuple[float, float]:

@@ -40,7 +40,6 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_uint32) for name in ("column_stride", "shard_column_stride")),
         *((name, ctypes.c_float) for name in ("eps", "weight_offset", "scale_value", "smallest")),
         ("header", ctypes.c_uint32 * 2),
-        ("ahead", ctypes.c_uint32),
     ]
 
 
@@ -58,7 +57,7 @@ class Launcher:
 
     def __init__(self, kernel: Any, shape: LaunchShape, *, dependent: bool) -> None:
         self.kernel = kernel  # keeps the module loaded
-        self.params = Params(ahead=shape.ahead)
+        self.params = Params()
         self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
         self._address = ctypes.addressof(self._arguments)
         self._function = driver.CUfunction(int(kernel.handle))

@@ -97,7 +97,6 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "reliability-cost": reliability.cost,
     "bench-model": tables.model,
     "bench-serving": tables.serving,
-    "bench-multiprocessors": tables.multiprocessors,
     "bench-host": tables.host,
 }
 

@@ -29,29 +29,22 @@ MAX_CLUSTER = 8
 #: Threads of the widest CTA whose threads hold several vectors, and of the widest that large calls use.
 MAX_THREADS_OF_VECTORS = 256
 MAX_THREADS = 1024
-#: Most rows of a CTA that are on their way before one is awaited.
-MAX_ROWS_AHEAD = 8
 #: Largest hidden size where a cluster does a row, and where one CTA does.
 MAX_HIDDEN_SIZE, MAX_HIDDEN_SIZE_OF_A_CTA = 32768, 16384
 
 
 @dataclass(frozen=True)
 class LaunchShape:
-    """``clusters`` clusters of ``cluster`` CTAs of ``threads`` threads; a thread holds ``vectors`` times 8 elements of a row.
-
-    ``ahead`` rows of a cluster are on their way before one is awaited.
-    """
+    """``clusters`` clusters of ``cluster`` CTAs of ``threads`` threads; a thread holds ``vectors`` times 8 elements of a row."""
 
     threads: int
     vectors: int
     cluster: int
     clusters: int
-    ahead: int = 1
 
     def __str__(self) -> str:
-        """``128 x 7 CTAs of 128 threads, 8 elements of a row each``, and ``, 4 rows ahead`` where there are several."""
-        ahead = f", {self.ahead} rows ahead" if self.ahead > 1 else ""
-        return f"{self.clusters} x {self.cluster} CTAs of {self.threads} threads, {8 * self.vectors} elements of a row each{ahead}"
+        """``128 x 7 CTAs of 128 threads, 8 elements of a row each``."""
+        return f"{self.clusters} x {self.cluster} CTAs of {self.threads} threads, {8 * self.vectors} elements of a row each"
 
 
 @dataclass(frozen=True)
@@ -126,13 +119,12 @@ def make_plan(topology: Topology, request: Request) -> Plan:
         else:
             gathered = wire if request.operation == "sharded" else 0
             algorithm, why, sent = "sharded", "rows have owners who add and finish them", (world - 1) * rows * (row + gathered)
-    launches, used, total = 1, 0, rows
-    least = total
+    launches, used, least = 1, 0, rows
     if algorithm != "local":
         memory = launch_memory(topology, request, algorithm)
         if algorithm != "one_shot":
             fits = max(1, (workspace_extent(topology).generation // (world - 1) - memory.flags) // (memory.slot + memory.gather))
-            rows = -(-rows // -(-rows // fits))
+            total, rows = rows, -(-rows // -(-rows // fits))
             launches = -(-total // rows)
             least = total - (launches - 1) * rows
         if launches > 1:
@@ -148,8 +140,6 @@ def make_plan(topology: Topology, request: Request) -> Plan:
     threads = candidate.cta_threads if candidate is not None else None
     # All launches have the grid of the last one, which may be shorter: every cluster has a row in each of them.
     shape = launch_shape(topology, least, request.hidden_size, request.quant, algorithm, cta_threads=threads)
-    if algorithm in ("two_shot", "sharded"):
-        shape = replace(shape, ahead=rows_ahead(topology, shape.clusters, least, sent // total))
     return Plan(algorithm, why, shape, sent, predicted, floor, rows, launches, used, measured, table)
 
 
@@ -189,10 +179,6 @@ def _choose(topology: Topology, request: Request) -> tuple[Candidate, str]:
     if entry is not None:
         why = f"measured: one-shot is faster up to {entry.one_shot_tokens} tokens" if fits else "larger than the one-shot slots"
         return entry.candidate(request.tokens, fits=fits), why
-    if fits and asked.max_multiprocessors is not None and topology.architecture is not None:
-        shape = launch_shape(topology, request.tokens, request.hidden_size, request.quant, "one_shot")
-        if shape.clusters < request.tokens:
-            return Candidate("two_shot", asked.cta_threads), "few multiprocessors: two-shot has several rows on their way"
     one, _ = cost.predict("one_shot", world, (world - 1) * message)
     two, _ = cost.predict("two_shot", world, 2 * (world - 1) * -(-message // world))
     if fits and one <= two:
@@ -262,18 +248,6 @@ def launch_shape(
     return LaunchShape(threads, vectors, cluster, clusters)
 
 
-def rows_ahead(topology: Topology, clusters: int, rows: int, bytes_of_row: int) -> int:
-    """How many rows a cluster has on their way before it awaits one, where ``clusters`` do ``rows`` rows.
-
-    One, unless few multiprocessors may be used: then as many as keep the wire busy. ``bytes_of_row`` leave a rank for each.
-    """
-    asked = topology.overrides.rows_ahead
-    if asked is None:
-        limited = topology.overrides.max_multiprocessors is not None
-        asked = min(-(-cost.BYTES_ON_THEIR_WAY // (clusters * max(bytes_of_row, 1))), MAX_ROWS_AHEAD) if limited else 1
-    return max(1, min(asked, -(-rows // clusters)))
-
-
 def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str) -> int:
     """Clusters that are sure to be on the GPU together, so that ranks cannot wait for rows that have not started."""
     ctas = topology.multiprocessors * ctas_per_multiprocessor(topology, shape, algorithm)
@@ -341,5 +315,4 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         first_poll=FIRST_POLL_CYCLES if algorithm == "one_shot" else 0,
         stream=request.wanted.reduced or request.wanted.residual,
         gather=request.operation == "sharded",
-        ahead=loop and shape.ahead > 1,
     )

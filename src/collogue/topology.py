@@ -20,15 +20,11 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a user fixes of the plans: the algorithm of ``all_reduce``, how many multiprocessors a call may use, the widest CTA.
-
-    ``rows_ahead``, for experiments only: rows of a CTA that are on their way before one is awaited.
-    """
+    """What a user fixes of the plans: the algorithm of ``all_reduce``, how many multiprocessors a call may use, the widest CTA."""
 
     algorithm: Literal["one_shot", "two_shot"] | None = None
     max_multiprocessors: int | None = None
     cta_threads: int | None = None
-    rows_ahead: int | None = None
 
     def __str__(self) -> str:
         """What has been fixed, to be read behind other arguments."""
@@ -42,8 +38,6 @@ class Overrides:
             raise ArgumentError(f"max_multiprocessors is {self.max_multiprocessors!r}", hint="give a positive number or nothing")
         if self.cta_threads is not None and (self.cta_threads not in range(32, 1025) or self.cta_threads % 32):
             raise ArgumentError(f"cta_threads is {self.cta_threads!r}", hint="give a multiple of 32 up to 1024, or nothing")
-        if self.rows_ahead is not None and self.rows_ahead < 1:
-            raise ArgumentError(f"rows_ahead is {self.rows_ahead!r}", hint="give a positive number or nothing")
 
 
 @dataclass(frozen=True)

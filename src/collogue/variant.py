@@ -46,10 +46,7 @@ class QuantVariant:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel: ``kernel`` names its file in ``kernels/``.
-
-    ``stream``: y is stored; ``gather``: finished rows go to every rank; ``ahead``: a CTA has more than one row on its way.
-    """
+    """One kernel: ``kernel`` names its file in ``kernels/``. ``stream``: y is stored; ``gather``: finished rows go to every rank."""
 
     kernel: str
     world: int
@@ -68,7 +65,6 @@ class Variant:
     first_poll: int = 0
     stream: bool = True
     gather: bool = False
-    ahead: bool = False
 
     @property
     def name(self) -> str:
@@ -101,7 +97,6 @@ class Variant:
             "bool kLoop": _flag(self.loop),
             "unsigned kFirstPoll": self.first_poll,
             "bool kGather": _flag(self.gather),
-            "bool kAhead": _flag(self.ahead),
         }
         body = "\n".join(f"  static constexpr {name} = {value};" for name, value in constants.items())
         return (

@@ -260,14 +260,14 @@ def test_chains_and_eager_rounds_have_rows_of_their_own(monkeypatch: pytest.Monk
 
 
 def test_rounds_have_communicators_of_their_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with rows ahead, which no argument of a communicator fixes; their rows say what was fixed, others stay as they were."""
+    """Their rows say what was fixed, others stay as they were."""
     for name, value in {"Floors": FakeFloors, "Baselines": FakeBaselines, "Chain": lambda call, stream: Recorded(call)}.items():
         monkeypatch.setattr(rank_module, name, value)
     monkeypatch.setattr(rank_module, "measure", lambda chains, replays, meet: {name: Latency(2.0, 1.0, 3.0) for name in chains})
     monkeypatch.setattr(rank_module.Bench, "meet", lambda bench: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     case = Case(4, 64, keep_norm=False)
-    every = (Overrides(), Overrides(max_multiprocessors=8), Overrides(max_multiprocessors=8, rows_ahead=3))
+    every = (Overrides(), Overrides(max_multiprocessors=8), Overrides(max_multiprocessors=8, cta_threads=96))
     rounds = [Round(f"multiprocessors, {n}", (case,), (), overrides=overrides) for n, overrides in enumerate(every)]
 
     def rank(group: Any) -> tuple[list[dict[str, Any]], list[Overrides]]:
@@ -280,8 +280,8 @@ def test_rounds_have_communicators_of_their_overrides(monkeypatch: pytest.Monkey
     rows, found = run_virtual(2, rank)[0]
     assert found == list(every)
     assert [row["error"] for row in rows] == [None] * 3
-    fixed = [{name: row[name] for name in ("max_multiprocessors", "rows_ahead", "shape") if name in row} for row in rows]
-    assert fixed == [{}, {"max_multiprocessors": 8, "shape": "None"}, {"max_multiprocessors": 8, "rows_ahead": 3, "shape": "None"}]
+    fixed = [{name: row[name] for name in ("max_multiprocessors", "cta_threads", "shape") if name in row} for row in rows]
+    assert fixed == [{}, {"max_multiprocessors": 8, "shape": "None"}, {"max_multiprocessors": 8, "cta_threads": 96, "shape": "None"}]
 
 
 def test_labels_tell_rows_apart() -> None:

@@ -181,8 +181,8 @@ def test_bench_passes_its_lists_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("bench", "--suite", "latency,hidden", "--world-size", "2", "--no-chains").exit_code == OK
     assert calls == [((), {"world_size": [2], "suites": ["latency", "hidden"], "chains": False, "json": None})]
     calls = fake(monkeypatch, "collogue.bench.latency", True)
-    assert call("bench", "--suite", "multiprocessors", "--rows-ahead", "3", "--cta-threads", "512").exit_code == OK
-    assert calls == [((), {"suites": ["multiprocessors"], "cta_threads": 512, "rows_ahead": 3, "chains": True, "json": None})]
+    assert call("bench", "--suite", "multiprocessors", "--cta-threads", "512").exit_code == OK
+    assert calls == [((), {"suites": ["multiprocessors"], "cta_threads": 512, "chains": True, "json": None})]
     assert call("bench", "--suite", "latency", "--tokens", "1").exit_code == USAGE
     fake(monkeypatch, "collogue.bench.latency", PlatformError("there is no GPU", hint="get one"))
     assert call("bench").exit_code == IMPOSSIBLE

@@ -40,14 +40,11 @@ def test_impossible_pairs_are_those_that_no_plan_makes() -> None:
     alone = {(("world", 1), ("kernel", kernel)) for kernel in FACTORS["kernel"] if kernel != "local"}
     together = {(("world", world), ("kernel", "local")) for world in range(2, 9)}
     moves = {(("kernel", "all_gather"), (name, True)) for name in ("norm", "keep_norm", "wide_weight", "residual")}
-    ahead = {(("kernel", kernel), ("rows_ahead", 4)) for kernel in ("one_shot", "all_gather", "local")}
-    ahead |= {(("world", 1), ("rows_ahead", 4)), (("tokens", 1), ("rows_ahead", 4))}
     assert impossible == (
         blocks
         | alone
         | together
         | moves
-        | ahead
         | {
             (("dtype", torch.float32), ("wide_weight", True)),
             (("norm", False), ("keep_norm", True)),

@@ -24,7 +24,7 @@ ELF = b"\x7fELF"
 def variant() -> Variant:
     """Small and quick to compile."""
     choice = {"format": "none", "world": 1, "hidden_size": 24, "architecture": "sm_90a", "dtype": torch.float32, "kernel": "local"}
-    return variant_of({**choice, "norm": False, "keep_norm": False, "wide_weight": False, "residual": True, "tokens": 1, "rows_ahead": 1})
+    return variant_of({**choice, "norm": False, "keep_norm": False, "wide_weight": False, "residual": True, "tokens": 1})
 
 
 @pytest.fixture
@@ -249,5 +249,5 @@ def test_the_cache_is_where_the_user_says(cache: Path, tmp_path: Path, monkeypat
 def test_the_name_of_a_kernel_says_what_it_does(variant: Variant) -> None:
     assert variant.name == "collogue_local_1_residual"
     choice = {"format": "fp8_per_token", "world": 4, "hidden_size": 7168, "architecture": "sm_90a", "dtype": torch.bfloat16}
-    choice |= {"kernel": "one_shot", "norm": True, "keep_norm": True, "wide_weight": False, "residual": True, "tokens": 1, "rows_ahead": 1}
+    choice |= {"kernel": "one_shot", "norm": True, "keep_norm": True, "wide_weight": False, "residual": True, "tokens": 1}
     assert variant_of(choice).name == "collogue_one_shot_4_residual_norm_fp8pertoken"

@@ -16,21 +16,12 @@ import torch
 
 import collogue.communicator
 from collogue.communicator import Communicator
-from collogue.cost import BYTES_ON_THEIR_WAY, CONSTANTS, Constants, fit, predict
+from collogue.cost import CONSTANTS, Constants, fit, predict
 from collogue.errors import ArgumentError, CapacityError, FormatError
 from collogue.extent import GENERATIONS, ONE_SHOT_GENERATIONS, memory_of, workspace_extent
 from collogue.launch import Params
 from collogue.parameters import fill_shape, fill_workspace, later_launches
-from collogue.plan import (
-    MAX_ROWS_AHEAD,
-    Plan,
-    launch_shape,
-    make_kernels,
-    make_plan,
-    max_hidden_size,
-    one_shot_tokens,
-    sends_values,
-)
+from collogue.plan import Plan, launch_shape, make_kernels, make_plan, max_hidden_size, one_shot_tokens, sends_values
 from collogue.request import Request, make_request
 from collogue.spec import MXFP8, NVFP4, FP8Group, FP8PerToken, Operation, Quant, parse
 from collogue.testing import VirtualGroup, run_virtual
@@ -248,61 +239,6 @@ def test_the_widest_cta_can_be_chosen(threads: int, hidden_size: int) -> None:
     assert shape.threads * shape.cluster * 8 >= hidden_size
     assert shape.threads <= threads or shape.cluster == 8
     assert shape.cluster <= 8
-
-
-# Rows ahead
-
-
-def rows_ahead(limit: int | None, call: Request, **overrides: Any) -> int:
-    shape = make_plan(topology(overrides=Overrides(max_multiprocessors=limit, **overrides)), call).shape
-    assert shape is not None
-    return shape.ahead
-
-
-def test_few_multiprocessors_have_as_many_rows_on_their_way_as_the_wire_needs() -> None:
-    found = [rows_ahead(limit, request(8192)) for limit in (None, 132, 64, 32, 16, 8, 1)]
-    assert found == sorted(found)
-    assert (found[0], found[-1]) == (1, MAX_ROWS_AHEAD)
-    sent = 7168 * 2  # of a row, in a world of two
-    for limit, ahead in zip((64, 32, 16), found[2:5], strict=True):
-        assert (ahead - 1) * limit * sent < BYTES_ON_THEIR_WAY <= ahead * limit * sent
-    assert rows_ahead(16, request(8192, quant=NVFP4(1.0), operation="sharded")) < rows_ahead(16, request(8192, operation="reduce_scatter"))
-
-
-def test_no_more_rows_are_ahead_than_a_cluster_has() -> None:
-    for tokens, operation in itertools.product((1, 16, 17, 40, 400), OPERATIONS):
-        call = request(tokens, operation=operation)
-        plan = make_plan(topology(overrides=Overrides("two_shot", 16)), call)
-        assert plan.shape is not None
-        rows = -(-tokens // 2) if plan.algorithm == "sharded" else tokens
-        assert 1 <= plan.shape.ahead <= -(-rows // plan.shape.clusters)
-        if plan.algorithm not in ("two_shot", "sharded"):
-            assert plan.shape.ahead == 1
-
-
-def test_one_shot_does_no_second_row_where_multiprocessors_are_few() -> None:
-    facts = topology(overrides=Overrides(max_multiprocessors=16))
-    assert [make_plan(facts, request(t)).algorithm for t in (1, 16, 17, 8192)] == ["one_shot", "one_shot", "two_shot", "two_shot"]
-    assert one_shot_tokens(facts, 7168) == 16
-
-
-def test_only_plans_with_rows_ahead_have_such_a_kernel_and_say_so() -> None:
-    for limit, ahead in ((None, False), (16, True)):
-        facts = topology(overrides=Overrides(max_multiprocessors=limit))
-        for operation in ("all_reduce", "sharded", "reduce_scatter"):
-            call = request(8192, operation=operation)
-            plan = make_plan(facts, call)
-            assert ("rows ahead" in str(plan)) is ahead
-            assert [kernel.variant.ahead for kernel in make_kernels(facts, call, plan)] == [ahead]
-            assert "kAhead = true" in make_kernels(facts, call, plan)[0].variant.source() or not ahead
-
-
-def test_rows_ahead_can_be_fixed() -> None:
-    assert [rows_ahead(limit, request(8192), rows_ahead=n) for limit, n in ((None, 2), (16, 1), (16, 12))] == [2, 1, 12]
-    assert rows_ahead(16, request(17 * 16), rows_ahead=100) == 17
-    assert rows_ahead(16, request(16), rows_ahead=100) == 1
-    with pytest.raises(ArgumentError, match="rows_ahead is 0"):
-        Overrides(rows_ahead=0).check()
 
 
 # The model

@@ -34,7 +34,6 @@ SMALL: Choice = {
     "wide_weight": False,
     "residual": True,
     "tokens": 1,
-    "rows_ahead": 1,
 }
 
 LISTING = """

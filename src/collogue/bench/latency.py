@@ -41,7 +41,6 @@ def run(
     format: Sequence[str] | None = None,
     chains: bool = True,
     cta_threads: int | None = None,
-    rows_ahead: int | None = None,
     json: str | None = None,
     commit: str | None = None,
 ) -> bool:
@@ -52,7 +51,7 @@ def run(
         world_size: default: the number of GPUs; the suite ``world``: 2 to that number. The other lists are those of
             :func:`collogue.bench.cases.chosen_rounds`.
         chains: also time other libraries' ways to do the whole call; ``torch.compile`` takes seconds for each of their shapes.
-        cta_threads, rows_ahead: what every communicator fixes of its plans, to try other shapes.
+        cta_threads: what every communicator fixes of its plans, to try other shapes.
         json: a file, or ``"-"`` for stdout (the tables then go to stderr).
         commit: recorded; default: what git says of the directory that this package is in.
     Raises:
@@ -71,7 +70,7 @@ def run(
         rounds = suite_rounds(suites or DEFAULT_SUITES, worlds, given=world_size is not None)
     if not chains:
         rounds = {n: [replace(r, chains=()) for r in mine] for n, mine in rounds.items()}
-    rounds = {n: [_fixed(r, cta_threads, rows_ahead) for r in mine] for n, mine in rounds.items()}
+    rounds = {n: [_fixed(r, cta_threads) for r in mine] for n, mine in rounds.items()}
     data = {
         "passed": False,
         **circumstances(commit),
@@ -89,14 +88,11 @@ def run(
     return bool(data["passed"])
 
 
-def _fixed(round: Round, cta_threads: int | None, rows_ahead: int | None) -> Round:
-    """``round`` with plans that have so many threads in a CTA and so many rows ahead, where they are given."""
-    overrides = round.overrides
-    overrides = replace(
-        overrides,
-        cta_threads=overrides.cta_threads if cta_threads is None else cta_threads,
-        rows_ahead=overrides.rows_ahead if rows_ahead is None else rows_ahead,
-    )
+def _fixed(round: Round, cta_threads: int | None) -> Round:
+    """``round`` with plans that have so many threads in a CTA, where they are given."""
+    if cta_threads is None:
+        return round
+    overrides = replace(round.overrides, cta_threads=cta_threads)
     overrides.check()
     return replace(round, overrides=overrides)
 

@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import product
 from typing import Any, TypeAlias
@@ -74,11 +74,8 @@ class Bench:
                 hidden_size=case.hidden_size,
                 dtype=case.value_dtype,
                 timeout=TIMEOUT,
-                **{name: value for name, value in vars(overrides).items() if name != "rows_ahead"},
+                **vars(overrides),
             )
-            if overrides.rows_ahead is not None:  # no argument of a communicator
-                engine: Any = comm._engine
-                comm.topology = engine.topology = replace(comm.topology, overrides=overrides)
             self._comms[key] = comm
         return self._comms[key]
 

@@ -45,19 +45,6 @@ def serving(data: Data) -> Iterator[Sequence[str]]:
         yield [row["way"], f"{row['tokens_per_second']:.0f}", *times, *gain]
 
 
-def multiprocessors(data: Data) -> Iterator[Sequence[str]]:
-    """Of each limit: microseconds by number of tokens and call."""
-    found: dict[str, dict[tuple[int, str, str], Data]] = {}
-    for row in data["cases"]:
-        if row["what"] == "collogue" and row["section"].startswith("multiprocessors"):
-            found.setdefault(row["section"].split(", ")[1], {})[row["tokens"], row.get("operation", "all_reduce"), row["format"]] = row
-    columns = list(dict.fromkeys(key for rows in found.values() for key in rows))
-    yield ["multiprocessors", *(f"T = {t}, {'replicated' if o == 'all_reduce' else o}, {f}" for t, o, f in columns)]
-    for limit, rows in found.items():
-        cells = (rows.get(column) for column in columns)
-        yield [limit, *("-" if r is None or r["us"] is None else f"{r['us']:.1f}" for r in cells)]
-
-
 def host(data: Data) -> Iterator[Sequence[str]]:
     """Host time of one eager call in every way to make it."""
     yield ["call", "ranks", "us of host time"]

@@ -45,7 +45,6 @@ def bench(
     format: Formats = None,
     chains: Annotated[bool, typer.Option(help="Also time other libraries' chains; compiling them takes most of a minute.")] = True,
     cta_threads: Annotated[int | None, typer.Option(help="Most threads of a CTA, in every call.")] = None,
-    rows_ahead: Annotated[int | None, typer.Option(help="Rows of a CTA on their way, in every large call.")] = None,
     commit: Commit = None,
     json: Json = None,
 ) -> None:
@@ -61,7 +60,7 @@ def bench(
         raise typer.BadParameter("suites have shapes and formats of their own", param_hint="--suite")
     if suite:
         given["suites"] = words(suite)
-    fixed = {"commit": commit, "cta_threads": cta_threads, "rows_ahead": rows_ahead}
+    fixed = {"commit": commit, "cta_threads": cta_threads}
     given |= {name: value for name, value in fixed.items() if value is not None}
     with exit_codes(extra="bench"):
         from collogue.bench.latency import run

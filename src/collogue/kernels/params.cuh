@@ -47,7 +47,6 @@ struct Params {
   float scale_value;
   float smallest;            // lower bound of dynamic FP8 scales
   u32 header[2];             // what the kernel cannot tell of itself (collogue/header.py)
-  u32 ahead;                 // kAhead: rows of a CTA that are on their way before one is awaited
 };
 
 // struct Config {                        generated per variant
@@ -61,7 +60,6 @@ struct Params {
 //   kLoop                                whether a CTA may do more than one row
 //   kFirstPoll                           cycles between sending and the first poll
 //   kGather                              whether the finished rows of an owner go to every rank
-//   kAhead                               whether more than one row of a CTA is on its way: Params::ahead
 // };
 
 }  // namespace collogue

@@ -105,13 +105,6 @@ struct Row {
     return v;
   }
 
-  // The same row will be loaded soon.
-  COLLOGUE_DEVICE void will_load(const u8* first) const {
-#pragma unroll
-    for (int i = 0; i < C::kVectors; i++)
-      if (active(i)) prefetch(first + i * kVectorStep);
-  }
-
   // Works out where the outputs of row t go, now: a load of an address must not stand in the way of a result later. `stream_row`: of
   // the stream's tensor.
   COLLOGUE_DEVICE void aim(u32 t) { aim(t, t); }

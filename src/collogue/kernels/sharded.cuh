@@ -1,7 +1,7 @@
 // Sharded: every rank owns a block of rows, and the residual of those rows only. Each sends its terms of a row to the owner, who adds
 // them and the residual, keeps y, finishes the row and sends what is finished to everybody (kGather), or keeps that as well.
 // Turn r does row r of every owner: the terms of the next turn leave first, then this turn's own row, then the others' rows
-// of the turn before are put in their places. With kAhead these are the terms of a turn further ahead and the rows of one further back.
+// of the turn before are put in their places.
 #pragma once
 #include "gather.cuh"
 
@@ -17,7 +17,6 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
   const WireRow<C> wire(p);
   const u32 end = p.first + p.count, step = grid_rows(), row_bytes = p.hidden * D::kBytes;
   const u32 gather_offset = Ranks<C>::kPeers * p.slot_bytes;
-  const u32 ahead = C::kAhead ? p.ahead * step : step;  // from a row to the one whose terms leave with it
   u32 r = p.first + grid_row();
 
   wait_for_previous_kernel();
@@ -49,16 +48,6 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
       }
     }
   };
-  // What the next turn loads of this rank's inputs: row `of` of this owner, row `of + ahead` of the others.
-  const auto prepare = [&](u32 of) {
-#pragma unroll
-    for (int k = 0; k < C::kWorld; k++) {
-      const u32 row_of_owner = k ? of + ahead : of, t = ranks.next_peer(k) * p.block + row_of_owner;
-      if (row_of_owner < end && t < p.tokens) row.will_load(p.partial + row.offset(t));
-    }
-    if constexpr (C::kResidual)
-      if (of < end && p.rank * p.block + of < p.tokens) row.will_load(p.residual + row.offset(of));
-  };
   // Row `of` of every other owner, finished.
   const auto take = [&](u32 of) {
 #pragma unroll 1
@@ -76,10 +65,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
     }
   };
 
-  if constexpr (C::kAhead)
-    for (u32 of = r; of < r + ahead && of < end; of += step) give(of);
-  else
-    give(r);
+  give(r);
   const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();
   const u32 thread = cta * C::kThreads + thread_index(), threads = ctas * C::kThreads;
   ranks.announce(thread, threads / 32);
@@ -101,8 +87,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
         x[0] = row.load(p.partial + row.offset(t), 0);
         if constexpr (C::kResidual) residual = row.load(p.residual + row.offset(r), 0);
       }
-    if (r + ahead < end) give(r + ahead);
-    if constexpr (C::kAhead && C::kThreads >= 256) prepare(r + step);  // else: registers
+    if (r + step < end) give(r + step);
     if (mine) {
       if (turn) row.next();
       row.aim(C::kGather ? t : r, r);
@@ -137,14 +122,9 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
         row.finish(turn, x, wipe, NoWire{});
       turn++;
     }
-    if (C::kGather && r >= p.first + ahead) take(r - ahead);
+    if (C::kGather && r >= p.first + step) take(r - step);
   }
-  if constexpr (C::kGather && C::kAhead) {
-    const u32 start = p.first + grid_row();
-    for (u32 of = r < start + ahead ? start : r - ahead; of < end; of += step) take(of);
-  } else if (C::kGather && p.count > grid_row()) {
-    take(r - step);
-  }
+  if (C::kGather && p.count > grid_row()) take(r - step);
   // A rank that owns no row waits for nobody, and would run ahead: it must know that all have come this far.
   if (!C::kGather && cta == 0 && thread_index() / 32 == 0) ranks.wait_for_marks();
   if (!C::kLoop && thread / 32 == 0) ranks.compare_previous_call(seen);

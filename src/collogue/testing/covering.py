@@ -57,8 +57,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "residual": (True, False),
     # One row a cluster, and many.
     "tokens": (1, 4096),
-    # Few multiprocessors have several rows on their way.
-    "rows_ahead": (1, 4),
 }
 
 
@@ -82,9 +80,6 @@ def possible(choice: Choice) -> bool:
     if choice.get("wide_weight", False) and choice.get("dtype") is torch.float32:
         return False
     kernel = choice.get("kernel")
-    one_row = choice.get("tokens") == 1 or choice.get("world") == 1 or kernel not in (None, "two_shot", "sharded", "reduce_scatter")
-    if one_row and choice.get("rows_ahead", 1) > 1:
-        return False
     if kernel is None:
         return True
     if (kernel == "local") != (choice.get("world", 1 if kernel == "local" else 2) == 1):
@@ -106,8 +101,7 @@ def variant_of(choice: Choice) -> Variant:
     if algorithm == "all_gather":
         request = replace(request, wanted=replace(wanted, norm=quant is None, residual=False, reduced=False))
     request = replace(request, operation=_OPERATIONS[choice["kernel"]])
-    shape = replace(launch_shape(topology, tokens, hidden_size, quant, algorithm), ahead=choice["rows_ahead"])
-    return make_variant(topology, request, shape, algorithm)
+    return make_variant(topology, request, launch_shape(topology, tokens, hidden_size, quant, algorithm), algorithm)
 
 
 def pairs_of(choice: Choice) -> set[Pair]:

@@ -41,7 +41,6 @@ class Case:
     of codes where ``quant`` is given).
 
     ``rows`` clusters of CTAs do all rows of a call in turns; ``None``: one cluster a row. Each thread holds ``vectors`` times 8 elements.
-    ``ahead`` rows of a cluster are on their way before one is awaited.
     """
 
     world: int
@@ -57,7 +56,6 @@ class Case:
     rows: int | None = None
     vectors: int = 1
     launches: int = 1
-    ahead: int = 1
 
     @property
     def cluster(self) -> int:
@@ -111,7 +109,7 @@ class Case:
     @property
     def variant(self) -> Variant:
         """What a GPU would run in this shape, by the plan's own rules."""
-        shape = plan.LaunchShape(self.threads, self.vectors, self.cluster, self.clusters_of(self.max_tokens), self.ahead)
+        shape = plan.LaunchShape(self.threads, self.vectors, self.cluster, self.clusters_of(self.max_tokens))
         request = self.request(self.max_tokens)
         return plan.make_variant(self.topology, request, shape, self.algorithm)
 

@@ -163,7 +163,6 @@ inline void launch_next_kernel() {
 
 // ---- global memory
 
-inline void prefetch(const void*) {}
 inline Words load(const void* p) {
   Words v;
   std::memcpy(&v, p, 16);

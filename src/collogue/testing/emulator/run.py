@@ -211,7 +211,7 @@ def _launches(case: Case, rank: int, call: Call, out: Output, memory: _Memory, t
     """The parameters of the launches of one call."""
     request, made = case.request(call.tokens), case.plan_of(call.tokens)
     for more in (None, *later_launches(case.topology, request, made, rank)):
-        p = Params(ahead=case.ahead)
+        p = Params()
         fill_shape(p, case.topology, request, made, rank)
         if more is not None:
             p.first, p.count, p.pad = more
