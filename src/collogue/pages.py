@@ -96,6 +96,7 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "reliability-mutants": reliability.mutants,
     "reliability-cost": reliability.cost,
     "bench-model": tables.model,
+    "bench-speedups": tables.speedups,
     "bench-serving": tables.serving,
     "bench-host": tables.host,
 }

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from collogue.bench.figure import figure
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 RESULTS = ROOT / "benchmarks" / "results"
@@ -98,3 +100,10 @@ def test_the_readme_counts_the_cases_of_the_check() -> None:
     assert f"in {expected} of the cases" in text
     assert f"{len(cases) - virtual} of those cases are world 2" in text
     assert f"The other {virtual} are world 3 to 8" in text
+
+
+def test_the_figure_is_that_of_the_results() -> None:
+    data = json.loads((RESULTS / "latency-2xh200.json").read_text())
+    assert (ROOT / "docs" / "figures" / "latency-2xh200.svg").read_text(encoding="utf-8") == figure(data)
+    data["cases"][5]["us"] *= 2
+    assert (ROOT / "docs" / "figures" / "latency-2xh200.svg").read_text(encoding="utf-8") != figure(data)

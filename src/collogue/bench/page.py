@@ -95,11 +95,12 @@ def _is_headline(row: Row) -> bool:
 
 
 def _latencies(rows: Iterable[Row], x: str) -> dict[str, list[Point]]:
-    """Lines by name with their spreads, and the floor of the calls that send most."""
+    """Lines by name with their spreads (a slope may come out near zero: no mark reaches below a third), and the floor of the calls that
+    send most."""
     found: dict[str, list[Point]] = {}
     floors: dict[float, float] = {}
     for row in rows:
-        found.setdefault(_name(row), []).append(Point(row[x], row["us"], max(row["low_us"], 1e-3), row["high_us"]))
+        found.setdefault(_name(row), []).append(Point(row[x], row["us"], max(row["low_us"], row["us"] / 3), row["high_us"]))
         if row.get("floor_us"):
             floors[row[x]] = max(floors.get(row[x], 0.0), row["floor_us"])
     if floors:
@@ -122,7 +123,12 @@ def _table(rows: Sequence[Row]) -> str:
     for hidden, tokens in dict.fromkeys((r["hidden_size"], r["tokens"]) for r in rows):
         found = {_name(r): r for r in rows if (r["hidden_size"], r["tokens"]) == (hidden, tokens)}
         lines.append([str(hidden), str(tokens), *(number(found.get(name)) for name in names)])
-    errors = [f"{_name(r)}, T = {r['tokens']}, H = {r['hidden_size']}: {r['error']}" for r in rows if r["error"]]
+    missing: dict[tuple[str, str], list[str]] = {}
+    for r in rows:
+        if r["error"]:
+            name = _name(r) if r["what"] == "collogue" else r["what"]
+            missing.setdefault((name, r["error"]), []).append(f"T = {r['tokens']}, H = {r['hidden_size']}")
+    errors = [f"{name} ({at[0] if len(at) == 1 else f'{len(at)} cases'}): {error}" for (name, error), at in missing.items()]
     notes = "".join(f'<p class="note"><span class="no">no number</span> {escape(text)}</p>' for text in errors)
     return _html_table(lines) + notes
 

@@ -9,7 +9,8 @@ from html import escape
 
 #: Distinguishable also by people who see few colours; lines beyond them are dashed.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#4d4d4d", "#8c510a")
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _LEGEND, _LINE = 940, 400, 64, 34, 48, 330, 19
+#: Pixels; ``_RIGHT`` is where the axes end and the legend starts.
+_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM, _LINE, _LETTER = 400, 64, 610, 34, 48, 19, 7.0
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,12 @@ def line_chart(
         return ""
     xs = sorted({p.x for p in points})
     height = max(_HEIGHT, _TOP + _LINE * len(series) + 10)
-    x = _Axis(xs[0] / 1.15, xs[-1] * 1.15, _LEFT, _WIDTH - _LEGEND, True)
+    x = _Axis(xs[0] / 1.15, xs[-1] * 1.15, _LEFT, _RIGHT, True)
+    width = _RIGHT + 50 + max(200, round(_LETTER * max(map(len, series))))
     low, high = (min(p.low for p in points), max(p.high for p in points)) if logarithmic else (0.0, max(1.0, max(p.high for p in points)))
     y = _Axis(low / 1.2 if logarithmic else low, high * 1.1, height - _BOTTOM, _TOP, logarithmic)
     parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">',
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">',
         f'<text x="{_LEFT}" y="18" class="title">{escape(title)}</text>',
         *_frame(x, y, xs, x_label, y_label, height),
     ]

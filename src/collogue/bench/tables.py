@@ -31,6 +31,16 @@ def model(data: Data) -> Iterator[Sequence[str]]:
         yield [*map(str, key), *times, *gains, ", ".join(f"{s:.0%}" for s in shares) or "-"]
 
 
+def speedups(data: Data) -> Iterator[Sequence[str]]:
+    """Of each model and size: how much faster the best of Collogue's ways is than the baselines."""
+    yield ["model", "ranks", "tokens", "over NCCL + torch.compile", "over torch symmetric memory + torch.compile"]
+    for key in dict.fromkeys((r["model"], r["world_size"], r["tokens"]) for r in data["rows"]):
+        own = [r for r in data["rows"] if (r["model"], r["world_size"], r["tokens"]) == key and r.get("speedup_nccl")]
+        best = max(own, key=lambda r: float(r["speedup_nccl"]), default=None)
+        if best is not None:
+            yield [*map(str, key), *(f"{best[k]:.2f}" for k in ("speedup_nccl", "speedup_symm_mem"))]
+
+
 def serving(data: Data) -> Iterator[Sequence[str]]:
     """Of each way: tokens per second and times of the whole workload, and the ratio to NCCL's, whole and of its chunks."""
     yield ["way", "output tokens/s", "ms per token", "ms to first token", "seconds", "over NCCL", "by chunk"]
