@@ -1,17 +1,42 @@
 #!/usr/bin/env bash
-# Everything that benchmarks/results holds of a machine, on however many GPUs it has: the bitwise sweep, the latencies, soak and faults.
+# Everything that benchmarks/results holds of a machine, on however many GPUs it has: one JSON file for each part.
 #
-#   benchmarks/run.sh OUT_DIRECTORY [COMMIT]      PYTHON=python3 chooses the Python that has collogue
+#   benchmarks/run.sh OUT_DIRECTORY [PART ...]
 #
-# About six minutes on two H200 and 32 cores, most of it compiling and checking. Exits with 1 if anything differed or failed.
+# Parts, each a few minutes: check latency multiprocessors reliability tune model serving ablation; default: all, in that order.
+# PYTHON=python3 chooses the Python that has collogue, COMMIT what is recorded, WORLDS="3 4" the numbers of ranks of `latency`, `tune` and
+# `model` (default: theirs). Nothing else may use the GPUs meanwhile. Exits with 1 if anything differed or failed.
 set -uo pipefail
-out=${1:?usage: benchmarks/run.sh OUT_DIRECTORY [COMMIT]}
-commit=${2:-$(git -C "$(dirname "$0")" describe --always --dirty)}
+out=${1:?usage: benchmarks/run.sh OUT_DIRECTORY [PART ...]}
+shift
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(check latency multiprocessors reliability tune model serving ablation)
 python=${PYTHON:-python3}
+commit=${COMMIT:-$(git -C "$(dirname "$0")" describe --always --dirty)}
 mkdir -p "$out"
 name=$("$python" -c 'import re, torch; n = torch.cuda.device_count(); g = torch.cuda.get_device_name(0); print(f"{n}x" + re.sub("[^a-z0-9]", "", g.lower().replace("nvidia", "")))')
+worlds=()
+for world in ${WORLDS:-}; do worlds+=(--world-size "$world"); done
 failed=0
-"$python" -m collogue.cli check --device cuda --sweep full --commit "$commit" --json "$out/check-$name.json" || failed=1
-"$python" -m collogue.cli bench --commit "$commit" --json "$out/latency-$name.json" || failed=1
-"$python" -m collogue.cli reliability --commit "$commit" --json "$out/reliability-$name.json" || failed=1
+
+collogue() {
+  local file=$1
+  shift
+  echo "== $*"
+  "$python" -m collogue.cli "$@" --commit "$commit" --json "$out/$file-$name.json" || failed=1
+}
+
+for part in "${parts[@]}"; do
+  case $part in
+    check) collogue check check --device cuda --sweep full ;;
+    latency) collogue latency bench "${worlds[@]}" ;;
+    multiprocessors) collogue multiprocessors bench --suite multiprocessors --no-chains ;;
+    reliability) collogue reliability reliability ;;
+    tune) collogue tune tune "${worlds[@]}" ;;
+    model) collogue model bench model "${worlds[@]}" ;;
+    serving) collogue serving bench serving ;;
+    ablation) collogue ablation ablate --no-count ;;
+    *) echo "there is no part $part" >&2; exit 2 ;;
+  esac
+done
 exit $failed
