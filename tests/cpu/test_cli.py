@@ -16,6 +16,7 @@ import collogue.check
 import collogue.doctor
 from collogue.check import CaseResult
 from collogue.cli import app
+from collogue.commands import options
 from collogue.commands.options import FAILED, IMPOSSIBLE, OK, USAGE
 from collogue.errors import PlatformError
 
@@ -202,3 +203,13 @@ def test_as_a_program() -> None:
     assert result.returncode == OK, result.stderr
     assert json.loads(result.stdout)["passed"] is True
     assert "1 of 1 cases passed" in result.stderr
+
+
+def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line now and then, so that a log of a run that was ended says how far it came."""
+    clock = iter((0.0, 4.0, 11.0, 12.0, 22.0))
+    monkeypatch.setattr(options.time, "monotonic", lambda: next(clock))
+    with options.progress(4, "check") as start:
+        for name in "abcd":
+            start(name)
+    assert capsys.readouterr().err == "check: 1 of 4 after 11 s, now b\ncheck: 3 of 4 after 22 s, now d\n"

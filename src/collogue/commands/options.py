@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 OK, FAILED, USAGE, IMPOSSIBLE = 0, 1, 2, 3
 EXIT_CODES = "Exit codes: 0 all is well; 1 a check failed; 2 wrong usage; 3 this machine cannot do it."
+#: Of progress, where stderr is no terminal.
+SECONDS_BETWEEN_LINES = 10.0
 
 Many = list[str] | None
 Commit = Annotated[str | None, typer.Option(help="The commit to record; default: what git says.")]
@@ -86,7 +89,13 @@ def exit_codes(extra: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def progress(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr. The function it yields says what starts next; the bar then counts what came before as done."""
+    """A bar on stderr, or a line every :data:`SECONDS_BETWEEN_LINES` where that is no terminal.
+
+    The function it yields says what starts next; what came before then counts as done.
+    """
+    if not sys.stderr.isatty():
+        yield _lines(total, what)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total, now="")
@@ -99,6 +108,21 @@ def progress(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
 
         yield start
         progress.update(task, completed=begun)
+
+
+def _lines(total: int | None, what: str) -> Callable[[str], None]:
+    first = last = time.monotonic()
+    begun = 0
+
+    def start(name: str) -> None:
+        nonlocal begun, last
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            print(f"{what}: {begun} of {total or '?'} after {now - first:.0f} s, now {name}", file=sys.stderr, flush=True)
+        begun += 1
+
+    return start
 
 
 def check_target(target: str | None) -> None:
