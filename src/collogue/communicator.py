@@ -10,10 +10,10 @@ import torch
 
 from collogue import ops, registry
 from collogue.call import check_call
-from collogue.capacity import Capacity
+from collogue.capacity import Capacity, check_tokens
 from collogue.engine import Engine, make_engine, run
 from collogue.errors import ArgumentError, CapacityError, CaptureError, ClosedError, CollogueError, ShapeError
-from collogue.gather import check_gather, check_tokens
+from collogue.gather import check_gather
 from collogue.group import as_group
 from collogue.journal import Journal
 from collogue.plan import Plan, make_plan, max_hidden_size
