@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from collogue.capacity import Capacity, check_hidden_size, raise_capacity
-from collogue.errors import ArgumentError, DeviceError, DTypeError, FormatError, GradError, LayoutError, ShapeError
+from collogue.capacity import Capacity, check_hidden_size, check_kinds, raise_capacity
+from collogue.errors import DeviceError, DTypeError, GradError, LayoutError, ShapeError
 from collogue.request import Signature, make_request
 from collogue.spec import Operation, Output, Quant, RMSNorm, Wanted, owned_rows
 
@@ -142,6 +142,7 @@ def _check(
     if residual is not None:
         check_values("residual", residual, capacity)
         _check_residual(residual, partial, capacity, operation)
+    check_kinds(norm, quant)
     if norm is not None:
         _check_norm(norm, hidden_size, capacity)
     if quant is not None:
@@ -215,8 +216,6 @@ def check_alignment(name: str, tensor: torch.Tensor) -> None:
 
 
 def _check_norm(norm: RMSNorm, hidden_size: int, capacity: Capacity) -> None:
-    if not isinstance(norm, RMSNorm):
-        raise ArgumentError(f"norm is a {type(norm).__name__}", hint="pass collogue.RMSNorm(weight, eps=...)")
     if norm.weight.shape[0] != hidden_size:
         raise ShapeError(
             f"RMSNorm.weight has {norm.weight.shape[0]} elements, the hidden size is {hidden_size}",
@@ -231,8 +230,6 @@ def _check_norm(norm: RMSNorm, hidden_size: int, capacity: Capacity) -> None:
 
 
 def _check_quant(quant: Quant, hidden_size: int, capacity: Capacity) -> None:
-    if not isinstance(quant, Quant):
-        raise FormatError(f"quant is a {type(quant).__name__}", hint="pass a format, such as collogue.NVFP4(global_scale)")
     scale = quant.given_scale
     quant.check_hidden_size(hidden_size)
     if isinstance(scale, torch.Tensor) and scale.device != capacity.device:

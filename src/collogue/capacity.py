@@ -7,7 +7,7 @@ from typing import NoReturn, get_args
 
 import torch
 
-from collogue.errors import ArgumentError, CapacityError, DTypeError, ShapeError
+from collogue.errors import ArgumentError, CapacityError, DTypeError, FormatError, ShapeError
 from collogue.request import Request, Signature, make_request
 from collogue.spec import VALUE_DTYPES, Operation, Quant, RMSNorm, owned_rows, parse
 
@@ -54,6 +54,8 @@ class Capacity:
         """What is planned for such a call. Raises :class:`ArgumentError` (its subclasses) for calls that cannot be."""
         if operation not in get_args(Operation):
             raise ArgumentError(f"there is no operation {operation!r}", hint=f"choose one of {', '.join(get_args(Operation))}")
+        check_tokens(tokens)
+        check_kinds(norm if not isinstance(norm, bool) else None, quant)
         width = self.hidden_size if hidden_size is None else hidden_size
         if not self.fits(tokens, width):
             raise CapacityError(
@@ -92,6 +94,20 @@ def check_hidden_size(hidden_size: int) -> None:
     """Raise :class:`ShapeError` unless ``hidden_size`` is a positive multiple of 8."""
     if hidden_size <= 0 or hidden_size % 8:
         raise ShapeError(f"hidden size {hidden_size} is not a positive multiple of 8", hint="pad the hidden size to a multiple of 8")
+
+
+def check_tokens(tokens: int) -> None:
+    """Raise :class:`ShapeError` unless ``tokens`` is a number of rows."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+        raise ShapeError(f"tokens is {tokens!r}", hint="give the number of rows of the whole tensor")
+
+
+def check_kinds(norm: RMSNorm | None, quant: Quant | None) -> None:
+    """Raise :class:`ArgumentError` unless ``norm`` is a norm, :class:`FormatError` unless ``quant`` is a format."""
+    if norm is not None and not isinstance(norm, RMSNorm):
+        raise ArgumentError(f"norm is a {type(norm).__name__}", hint="pass collogue.RMSNorm(weight, eps=...)")
+    if quant is not None and not isinstance(quant, Quant):
+        raise FormatError(f"quant is a {type(quant).__name__}", hint="pass a format, such as collogue.NVFP4(global_scale)")
 
 
 def raise_capacity(name: str, tokens: int, hidden_size: int, capacity: Capacity) -> NoReturn:

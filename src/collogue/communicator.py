@@ -10,10 +10,10 @@ import torch
 
 from collogue import ops, registry
 from collogue.call import check_call
-from collogue.capacity import Capacity
+from collogue.capacity import Capacity, check_tokens
 from collogue.engine import Engine, make_engine, run
 from collogue.errors import ArgumentError, CapacityError, CaptureError, ClosedError, CollogueError, ShapeError
-from collogue.gather import check_gather, check_tokens
+from collogue.gather import check_gather
 from collogue.group import as_group
 from collogue.journal import Journal
 from collogue.plan import Plan, make_plan, max_hidden_size
@@ -360,10 +360,11 @@ class Communicator:
     def watch(self, on_failure: Callable[[CollogueError], None], interval: float = 0.1) -> Watch:
         """Call ``on_failure(error)`` once, in a thread of its own, when something has failed: for replays of CUDA graphs.
 
-        Does every ``interval`` seconds what :meth:`check` does, which waits for no kernel. Stop it before :meth:`reset` or :meth:`close`:
-        the returned object has ``stop()`` and is a context manager.
+        Does every ``interval`` seconds what :meth:`check` does, which waits for no kernel. Stop it before :meth:`reset`:
+        the returned object has ``stop()`` and is a context manager. Closing the communicator ends it too, and is no failure.
         """
-        return Watch(self._open().check, on_failure, interval)
+        self._open()
+        return Watch(self.check, on_failure, interval)
 
     def journal(self) -> Journal:
         """The last calls of every rank, read from the ranks' GPUs over a stream of its own. Waits for no kernel, is not collective."""

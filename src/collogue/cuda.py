@@ -199,9 +199,11 @@ class KernelEngine:
 
 
 def _launch_more(launcher: Launcher, more: tuple[tuple[int, int, int], ...], stream: int) -> None:
-    """The launches after the first; then the parameters are the first one's again."""
+    """The launches after the first; then the parameters are the first one's again, also where a launch is refused."""
     params = launcher.params
     before = params.first, params.count, params.pad
-    for params.first, params.count, params.pad in more:
-        launcher(stream)
-    params.first, params.count, params.pad = before
+    try:
+        for params.first, params.count, params.pad in more:
+            launcher(stream)
+    finally:
+        params.first, params.count, params.pad = before

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from collogue.errors import PlatformError
+from collogue.errors import ClosedError, PlatformError
 
 
 def checked(result: tuple[Any, ...]) -> Any:
@@ -62,11 +62,13 @@ class Reader:
             self._stream: Any = checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value))
 
     def read(self, pointer: int, nbytes: int) -> bytes:
-        """The bytes at ``pointer``; empty where they cannot be had."""
+        """The bytes at ``pointer``; empty where they cannot be had. Raises :class:`ClosedError` once the reader is closed."""
         assert nbytes <= self._target.numel()
         address = self._target.data_ptr()
-        with self._lock, contextlib.suppress(PlatformError), on_device(self._index), _beside_captures():
-            if self._stream is not None:
+        with self._lock, contextlib.suppress(PlatformError):
+            if self._stream is None:  # by another thread, between the look at the communicator and this one
+                raise ClosedError("the communicator is closed", hint="make a new collogue.Communicator")
+            with on_device(self._index), _beside_captures():
                 checked(driver.cuMemcpyDtoHAsync(address, pointer, nbytes, self._stream))
                 checked(driver.cuStreamSynchronize(self._stream))
                 return ctypes.string_at(address, nbytes)

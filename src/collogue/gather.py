@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from collogue.call import Call, check_no_grad, check_values
-from collogue.capacity import Capacity, check_hidden_size, raise_capacity
+from collogue.capacity import Capacity, check_hidden_size, check_tokens, raise_capacity
 from collogue.errors import ArgumentError, FormatError, ShapeError
 from collogue.outputs import check_forms
 from collogue.request import Request, forms_of
@@ -49,12 +49,6 @@ def check_gather(capacity: Capacity, shard: Output, tokens: int, quant: Quant | 
     if torch.is_grad_enabled():
         check_no_grad(*((f"shard.{name}", tensor) for name, tensor in held.items()))
     return Call(whole, None, None, quant, capacity.signature(request), shard)
-
-
-def check_tokens(tokens: int) -> None:
-    """Raise :class:`ShapeError` unless ``tokens`` is a number of rows."""
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
-        raise ShapeError(f"tokens is {tokens!r}", hint="give the number of rows of the whole tensor")
 
 
 def _packed(quant: Quant | None) -> set[str]:

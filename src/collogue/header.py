@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from dataclasses import dataclass
 from typing import get_args
@@ -55,24 +56,30 @@ class Entry:
 
     @classmethod
     def of(cls, entry: bytes) -> Entry | None:
-        """``None`` where nothing has been written yet."""
-        number, tokens, hidden, first, options, group, eps, offset = struct.unpack("<6I2f", entry)
-        if not number:
-            return None
+        """``None`` where nothing has been written yet, or something that no kernel writes."""
+        (number,) = struct.unpack_from("<I", entry)
+        if number:
+            with contextlib.suppress(IndexError):
+                return cls(number - 1, _text(entry))
+        return None
 
-        word = int(options)
 
-        def take(bits: int) -> int:
-            nonlocal word
-            value, word = word & ((1 << bits) - 1), word >> bits
-            return value
+def _text(entry: bytes) -> str:
+    """The arguments in an entry. Raises :class:`IndexError` for options that there are not."""
+    _, tokens, hidden, first, options, group, eps, offset = struct.unpack("<6I2f", entry)
+    word = int(options)
 
-        algorithm, operation, dtype = _ALGORITHMS[take(4)], _OPERATIONS[take(4)], _DTYPES[take(2)]
-        residual, norm, keep_norm, quant, layout, ceil = take(1), take(1), take(1), take(4), take(3), take(1)
-        parts = [f"{operation} by {algorithm}", f"tokens={tokens}", f"hidden_size={hidden}", f"dtype={str(dtype).removeprefix('torch.')}"]
-        parts += ["residual"] * residual + [f"norm(eps={eps:g}, weight_offset={offset:g})"] * norm
-        if quant:
-            extra = [_LAYOUT_NAMES[layout]] + [f"group {group}"] * (group > 0) + ["ceil"] * ceil
-            parts.append(f"quant={_NAMES[quant]} ({', '.join(extra)})")
-        parts += ["keep_norm"] * (keep_norm and quant > 0) + [f"from row {first}"] * (first > 0)
-        return cls(number - 1, ", ".join(parts))
+    def take(bits: int) -> int:
+        nonlocal word
+        value, word = word & ((1 << bits) - 1), word >> bits
+        return value
+
+    algorithm, operation, dtype = _ALGORITHMS[take(4)], _OPERATIONS[take(4)], _DTYPES[take(2)]
+    residual, norm, keep_norm, quant, layout, ceil = take(1), take(1), take(1), take(4), take(3), take(1)
+    parts = [f"{operation} by {algorithm}", f"tokens={tokens}", f"hidden_size={hidden}", f"dtype={str(dtype).removeprefix('torch.')}"]
+    parts += ["residual"] * residual + [f"norm(eps={eps:g}, weight_offset={offset:g})"] * norm
+    if quant:
+        extra = [_LAYOUT_NAMES[layout]] + [f"group {group}"] * (group > 0) + ["ceil"] * ceil
+        parts.append(f"quant={_NAMES[quant]} ({', '.join(extra)})")
+    parts += ["keep_norm"] * (keep_norm and quant > 0) + [f"from row {first}"] * (first > 0)
+    return ", ".join(parts)

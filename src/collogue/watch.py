@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
 from types import TracebackType
 
-from collogue.errors import CollogueError
+from collogue.errors import ClosedError, CollogueError
 
 
 class Watch:
     """Calls ``check`` every ``interval`` seconds and ``on_failure`` with the first error that it raises, once, in its own thread.
 
-    It must not be used to call the communicator; tell the thread that owns it. ``stop()`` ends it; also a context manager.
+    It must not be used to call the communicator; tell the thread that owns it. ``stop()`` ends it, and so does closing the communicator
+    or the end of the process; also a context manager.
     """
 
     def __init__(self, check: Callable[[], None], on_failure: Callable[[CollogueError], None], interval: float) -> None:
         self._check, self._on_failure, self._interval = check, on_failure, interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="collogue-watch", daemon=True)
+        atexit.register(self._at_exit)
         self._thread.start()
 
     def _run(self) -> None:
+        try:
+            self._look()
+        finally:
+            atexit.unregister(self._at_exit)
+
+    def _look(self) -> None:
         while not self._stop.wait(self._interval):
             try:
                 self._check()
+            except ClosedError:
+                return
             except CollogueError as error:
                 self._on_failure(error)
                 return
@@ -34,6 +45,11 @@ class Watch:
         self._stop.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _at_exit(self) -> None:
+        """A thread that is inside CUDA when the interpreter goes may end the process in another way than it wanted."""
+        self._stop.set()
+        self._thread.join(1.0)
 
     def __enter__(self) -> Watch:
         return self

@@ -11,7 +11,7 @@ import torch
 from ranks import HIDDEN_SIZE, MAX_TOKENS, arguments, check_works, communicator, expected, gloo_rank
 from samples import every_format, formats_by_label, same
 
-from collogue.errors import CapacityError, ClosedError, FormatError, MismatchedCall
+from collogue.errors import ArgumentError, CapacityError, ClosedError, FormatError, MismatchedCall, ShapeError
 from collogue.formats import empty_scales, scale_storage
 from collogue.spec import MXFP4, NVFP4, FP8Group, FP8PerToken, FP8Static, Output, Quant, RMSNorm
 from collogue.testing import VirtualGroup, run_virtual
@@ -217,6 +217,25 @@ def test_prepare_checks_what_it_is_asked_for() -> None:
         check_works(comm)
 
     run_virtual(2, rank)
+
+
+@pytest.mark.parametrize("what", ["prepare", "empty", "explain"])
+def test_shapes_that_are_none_are_refused(what: str) -> None:
+    """Without tensors too, a mistake has the class that it has in a call."""
+
+    def rank(group: VirtualGroup) -> None:
+        ask: Any = getattr(communicator(group), what)
+        for given, error, message in (
+            ({"tokens": True}, ShapeError, "tokens is True"),
+            ({"tokens": -1}, ShapeError, "tokens is -1"),
+            ({"tokens": 1, "norm": "rms"}, ArgumentError, "norm is a str"),
+            ({"tokens": 1, "quant": "nvfp4"}, FormatError, "quant is a str"),
+            ({"tokens": 1, "quant": NVFP4}, FormatError, "quant is a type"),
+        ):
+            with pytest.raises(error, match=message):
+                ask(**given)
+
+    run_virtual(1, rank)
 
 
 # Life cycle

@@ -11,7 +11,7 @@ import torch
 from cuda.bindings import driver as real
 
 from collogue import device, jit
-from collogue.errors import PlatformError
+from collogue.errors import ClosedError, PlatformError
 
 CONTEXT, STREAM, KERNEL, FUNCTION = 77, 5, 31, 32
 OK, BAD = real.CUresult.CUDA_SUCCESS, real.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
@@ -104,7 +104,8 @@ def test_a_closed_reader_reads_nothing(driver: Driver) -> None:
     reader.close()
     reader.close()
     assert [asked for asked in driver.asked if asked[0] == "cuStreamDestroy"] == [("cuStreamDestroy", STREAM)]
-    assert reader.read(0x1000, 8) == b""
+    with pytest.raises(ClosedError):
+        reader.read(0x1000, 8)
     assert "cuMemcpyDtoHAsync" not in driver.names()
 
 

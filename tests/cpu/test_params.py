@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
+from typing import Any
 
 import pytest
 
 from collogue import failure, jit, workspace
-from collogue.errors import CompileError
+from collogue.cuda import _launch_more
+from collogue.errors import CompileError, PlatformError
 from collogue.extent import GENERATIONS, ONE_SHOT_GENERATIONS
 from collogue.failure import FailureRecord
 from collogue.header import ENTRY_BYTES
@@ -67,3 +70,26 @@ def test_constants_are_mirrored() -> None:
         f"BFloat16::kSentinel == {SENTINELS[2]}u && Float16::kSentinel == {SENTINELS[2]}u",
         f"Float32::kSentinel == {SENTINELS[4]}u",
     )
+
+
+# Several launches
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_parameters_are_the_first_launchs_again(refused: bool) -> None:
+    """Also where a later launch is refused: the next call starts with the first rows."""
+    launched = []
+
+    class Launcher:
+        params = Params(first=0, count=4, pad=0)
+
+        def __call__(self, stream: int) -> None:
+            launched.append((self.params.first, self.params.count, self.params.pad, stream))
+            if refused and len(launched) == 2:
+                raise PlatformError("x", hint="y")
+
+    launcher: Any = Launcher()
+    with pytest.raises(PlatformError) if refused else contextlib.nullcontext():
+        _launch_more(launcher, ((4, 4, 0), (8, 2, 10)), 7)
+    assert launched == [(4, 4, 0, 7), (8, 2, 10, 7)]
+    assert (launcher.params.first, launcher.params.count, launcher.params.pad) == (0, 4, 0)

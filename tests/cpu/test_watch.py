@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 import threading
+import time
+import weakref
 
 import pytest
+from ranks import communicator
 
 from collogue.errors import CollectiveTimeout, CollogueError, CorruptedWorkspace, PlatformError
+from collogue.testing import VirtualGroup, run_virtual
 from collogue.watch import Watch
 
 
@@ -25,8 +32,18 @@ def test_the_first_error_is_told_once(kind: type[CollogueError]) -> None:
     watch._thread.join(10)
     assert not watch._thread.is_alive()
     assert told == [error]
-    assert looks == 3
     watch.stop()
+    assert looks == 3
+
+
+def test_nothing_keeps_a_thread_that_has_ended() -> None:
+    """Nor the communicator that it has asked."""
+    watch = Watch(lambda: None, pytest.fail, 0.001)
+    watch.stop()
+    alive = weakref.ref(watch)
+    del watch
+    gc.collect()
+    assert alive() is None
 
 
 def test_stop_ends_it() -> None:
@@ -34,3 +51,36 @@ def test_stop_ends_it() -> None:
     with Watch(looked.set, pytest.fail, 0.001) as watch:
         assert looked.wait(10)
     assert not watch._thread.is_alive()
+
+
+def test_a_closed_communicator_is_no_failure() -> None:
+    """Whoever forgets to stop the thread hears nothing, and the thread ends."""
+
+    def rank(group: VirtualGroup) -> None:
+        comm, told = communicator(group), list[CollogueError]()
+        watch = comm.watch(told.append, 0.001)
+        time.sleep(0.01)
+        assert watch._thread.is_alive()
+        comm.close()
+        watch._thread.join(10)
+        assert not watch._thread.is_alive()
+        assert not told
+
+    run_virtual(1, rank)
+
+
+def test_the_end_of_the_process_waits_for_a_look() -> None:
+    """A daemon thread inside CUDA's driver must not outlive the interpreter."""
+    text = """
+import time
+from collogue.watch import Watch
+
+def look():
+    time.sleep(0.2)
+    print("looked", flush=True)
+
+Watch(look, print, 0.001)
+time.sleep(0.05)
+"""
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "looked\n"

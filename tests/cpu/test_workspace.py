@@ -207,6 +207,25 @@ def test_a_kernel_stopped_without_a_fault_makes_the_next_call_look() -> None:
         work.check()
 
 
+@pytest.mark.parametrize("byte", [0x55, 0x80, 0xFF])
+def test_a_page_written_over_is_corruption(byte: int) -> None:
+    """Its journal makes no sense either."""
+    work = Fake(1, 2)
+    work.call(0, {0: 4, 1: 4})
+    work.pages[1][:] = bytes([byte]) * CONTROL_BYTES
+    with pytest.raises(CorruptedWorkspace, match="rank 1's stop word"):
+        work.check()
+
+
+def test_a_journal_written_over_hides_no_failure() -> None:
+    work = Fake(0, 2)
+    work.call(0, {0: 4, 1: 4})
+    work.pages[1][JOURNAL_OFFSET:] = bytes([0xFF]) * (CONTROL_BYTES - JOURNAL_OFFSET)
+    work.fail(fault=TIMEOUT, rank=0, late_rank=1, call=1, token=0, stage=0)
+    with pytest.raises(CollectiveTimeout, match="rank 1 made no such call"):
+        work.check()
+
+
 def test_an_unreadable_workspace_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     work = Fake(0, 2)
     monkeypatch.setattr(work, "_read", lambda pointer, nbytes: b"")
