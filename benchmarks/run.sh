@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Everything that benchmarks/results holds of a machine, on however many GPUs it has: the bitwise sweep, the latencies, soak and faults.
+# On however many GPUs a machine has: the bitwise sweep, the latencies, soak, faults and the cost of the protection. docs/evidence.md names
+# the commands of the other results.
 #
 #   benchmarks/run.sh OUT_DIRECTORY [COMMIT]      PYTHON=python3 chooses the Python that has collogue
 #
-# About six minutes on two H200 and 32 cores, most of it compiling and checking. Exits with 1 if anything differed or failed.
+# Takes minutes, most of them compiling and checking. Exits with 1 if anything differed or failed.
 set -uo pipefail
 out=${1:?usage: benchmarks/run.sh OUT_DIRECTORY [COMMIT]}
 commit=${2:-$(git -C "$(dirname "$0")" describe --always --dirty)}
