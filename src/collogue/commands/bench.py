@@ -28,7 +28,7 @@ from collogue.commands.options import (
     words,
 )
 
-app = typer.Typer(invoke_without_command=True)
+app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
 _SUITES = "latency, bandwidth, epilogues, hidden, world, eager, multiprocessors; default: latency, hidden, bandwidth."
 Suites = Annotated[Many, many("--suite", _SUITES)]
 _Existing = typer.Argument(exists=True, dir_okay=False, readable=True)
