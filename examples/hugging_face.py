@@ -33,3 +33,4 @@ def main(model: Any = None, tokenizer: Any = None) -> None:
 
 if __name__ == "__main__":
     main()
+    dist.destroy_process_group()

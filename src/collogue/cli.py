@@ -55,10 +55,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # paragraphs of docstrings are wrapped to the terminal, not twice
 )
-for command in (tune, explain, resources, ablate, accuracy, calibrate, reliability):
-    app.command(epilog=EXIT_CODES)(command)
-app.add_typer(bench_app, name="bench")
 
 
 def _devices(values: Many) -> list[str]:
@@ -108,7 +106,9 @@ def check(
     """Compare every output of calls bit for bit with an independent answer.
 
     With no list given: a sweep over every dtype, format and layout, odd shapes and special values, on every device there is.
+
     --sweep full is for GPUs: also hidden sizes up to 16384, calls up to what one kernel takes and beyond, world sizes 2 to 8; minutes.
+
     With any list given: the product of the lists; the others are all_reduce, world size 2, 7 tokens, hidden size 2880, all dtypes, all
     formats. A bare format name stands for all its layouts and options.
 
@@ -247,6 +247,12 @@ def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+# In the order of --help, after those above.
+for command in (explain, tune, resources, ablate, accuracy, calibrate, reliability):
+    app.command(epilog=EXIT_CODES)(command)
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

@@ -144,6 +144,20 @@ def test_the_command(tmp_path: Path) -> None:
     assert call(str(first), "--output", "no/such/folder/page.html").exit_code == USAGE
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda f: f.name)
+def test_every_committed_file_has_a_page_or_is_refused(file: Path, tmp_path: Path) -> None:
+    result = call(str(file), "--output", str(tmp_path / "page.html"))
+    assert result.exit_code == (OK if file.name.startswith(("latency", "serving")) else USAGE)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "", '{"machine": {}, "cases": [{}]}'])
+def test_what_holds_no_results_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    result = call(str(tmp_path / "bad.json"))
+    assert result.exit_code == USAGE
+    assert "bad.json is no file of" in result.stderr
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("latency*.json")), ids=lambda f: f.name)
 def test_committed_results_make_a_page(file: Path) -> None:
     data = json.loads(file.read_text())

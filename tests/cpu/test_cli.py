@@ -36,6 +36,13 @@ def test_every_command_has_help_with_its_exit_codes(command: str) -> None:
     assert command in call("--help").stdout
 
 
+def test_paragraphs_of_help_are_wrapped_once() -> None:
+    assert (
+        "a separate version in  \n scalar numpy. CUDA: kernels against the reference; a process for each GPU, or"
+        in call("check", "--help").stdout
+    )
+
+
 def test_check_writes_json_to_stdout_and_nothing_else() -> None:
     result = call(
         "check", "--device", "cpu", *SMALL, "--format", "none,fp8_static", "--format", "nvfp4/8x4", "--world-size", "1,2", "--json", "-"

@@ -49,6 +49,12 @@ def _tiny_model() -> Any:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.stem)
+def test_example_destroys_its_group(file: Path) -> None:
+    """Left to the interpreter's end, a gloo group often ends its process with SIGABRT."""
+    assert file.read_text().endswith("    main()\n    dist.destroy_process_group()\n")
+
+
 @pytest.fixture(scope="module")
 def printed() -> dict[str, str]:
     return dict(run_processes(2, example_rank, EXAMPLES)[0])

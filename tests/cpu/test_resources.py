@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from collogue import jit
 from collogue.cli import app
 from collogue.commands.options import FAILED, IMPOSSIBLE, OK, USAGE
+from collogue.commands.resources import _print_columns
 from collogue.errors import CompileError, PlatformError
 from collogue.resources import compare, machine_code, measure, worker
 from collogue.resources.occupancy import LIMITS, occupancy, resident_ctas
@@ -242,3 +246,22 @@ def test_without_the_disassembler_the_command_ends_with_3(monkeypatch: pytest.Mo
     monkeypatch.setattr(measure, "chosen", lambda **given: [SMALL])
     assert call().exit_code == IMPOSSIBLE
     assert call("--no-count").exit_code == OK
+
+
+@pytest.mark.parametrize(("width", "expected"), [(70, "not shown, for want of width: three"), (200, "a third column")])
+def test_a_table_has_the_columns_that_the_terminal_has_room_for(width: int, expected: str) -> None:
+    written = io.StringIO()
+    out = Console(file=written, width=width, force_terminal=True, no_color=True)
+    _print_columns(out, [["kernel", "two", "three"], ["a" * 30, "b" * 30, "a third column"]])
+    shown = written.getvalue()
+    assert "a" * 30 in shown
+    assert "b" * 30 in shown
+    assert expected in shown
+
+
+def test_a_pipe_gets_every_column(monkeypatch: pytest.MonkeyPatch, row: measure.Row) -> None:
+    monkeypatch.setattr(measure, "chosen", lambda **given: [SMALL])
+    monkeypatch.setattr(measure, "measure", lambda choices, disassemble, done: [row])
+    shown = call().stdout
+    assert re.search(r"kernel +arch +H +dtype .* barrier *\n", shown)
+    assert "…" not in shown

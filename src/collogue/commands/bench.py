@@ -28,7 +28,7 @@ from collogue.commands.options import (
     words,
 )
 
-app = typer.Typer(invoke_without_command=True)
+app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
 _SUITES = "latency, bandwidth, epilogues, hidden, world, eager, multiprocessors; default: latency, hidden, bandwidth."
 Suites = Annotated[Many, many("--suite", _SUITES)]
 _Existing = typer.Argument(exists=True, dir_okay=False, readable=True)
@@ -137,16 +137,13 @@ def report(
 ) -> None:
     """Make one static HTML page, with plots and tables, from a file of `collogue bench --json`; of two files, also what changed.
 
-    A file of `collogue bench serving` has a page, too.
+    A file of `collogue bench serving --json` has a page, too; other results have none.
     """
     check_target(str(output))
     with exit_codes():
         from collogue.bench import page, regression
 
-        read = [json_module.loads(file.read_text(encoding="utf-8")) for file in (results, later) if file is not None]
-        served = later is None and read[0].get("benchmark") == "serving"
-        if not served and any("cases" not in data or "machine" not in data for data in read):
-            raise typer.BadParameter("this is no file of `collogue bench --json`", param_hint="RESULTS")
+        read = [_results(file, alone=later is None) for file in (results, later) if file is not None]
         out = console(None)
         if len(read) == 1:
             text = page.page(read[0])
@@ -155,3 +152,18 @@ def report(
             out.print(regression.counts(regression.compare(read[0], read[1])), highlight=False)
         output.write_text(text, encoding="utf-8")
         out.print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _results(file: Path, *, alone: bool) -> dict[str, Any]:
+    """What ``file`` holds, if a page can be made of it; anything else is wrong usage."""
+    try:
+        data = json_module.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        data = None
+    if isinstance(data, dict) and "machine" in data:
+        cases = data.get("cases")
+        if (alone and data.get("benchmark") == "serving") or (cases is not None and all("section" in case for case in cases)):
+            return data
+    raise typer.BadParameter(
+        f"{file.name} is no file of `collogue bench --json`, nor, alone, of `collogue bench serving --json`", param_hint="RESULTS"
+    )

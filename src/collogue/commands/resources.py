@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -115,23 +116,38 @@ def _levels(given: dict[str, list[Any]], architectures: list[str]) -> dict[str, 
 
 def _show(out: Any, rows: Sequence[Row]) -> None:
     """The kernels with the most registers, then a line for each architecture."""
-    table = Table(box=None, header_style="bold")
     names = ["load_128", "store_128", "e2m1", "reciprocal", "shuffle", "barrier"]
-    for heading in ("kernel", "arch", "H", "dtype", "threads", "reg", "shared", "stack", "spill", "occ %", "code", *names):
-        table.add_column(heading, justify="left" if heading in ("kernel", "arch", "dtype") else "right")
+    lines = [["kernel", "arch", "H", "dtype", "threads", "reg", "shared", "stack", "spill", "occ %", "code", *names]]
     for row in sorted(rows, key=lambda r: -r["registers"])[:_SHOWN]:
         choice, counts = row["choice"], row["instructions"] or {}
         cells = [row["name"].removeprefix("collogue_"), choice["architecture"], choice["hidden_size"], choice["dtype"], row["threads"]]
         cells += [row[name] for name in ("registers", "shared_bytes", "stack_bytes", "spilled_bytes")]
         cells += [f"{100 * row['occupancy']:.0f}", row["code_bytes"], *(counts.get(name, "-") for name in names)]
-        table.add_row(*map(str, cells))
+        lines.append([str(cell) for cell in cells])
     # A file or a pipe gets the whole table, whatever the width of the terminal that is not there.
-    out.print(table, width=None if out.is_terminal else 180)
+    if not out.is_terminal:
+        out.width = 180
+    _print_columns(out, lines)
     if len(rows) > _SHOWN:
         out.print(f"and {len(rows) - _SHOWN} with fewer registers; --json FILE has all", highlight=False)
     for architecture in dict.fromkeys(row["choice"]["architecture"] for row in rows):
         mine = sorted(row["registers"] for row in rows if row["choice"]["architecture"] == architecture)
         out.print(f"{architecture}: {len(mine)} kernels, registers {mine[0]} to {mine[-1]}, median {mine[len(mine) // 2]}", highlight=False)
+
+
+def _print_columns(out: Any, lines: Sequence[Sequence[str]]) -> None:
+    """A table of as many columns as the console has room for. The first line has the headings."""
+    columns = list(zip(*lines, strict=True))
+    ends = list(accumulate(max(map(len, column)) + 2 for column in columns))
+    shown = max(1, sum(end <= out.width for end in ends))
+    table = Table(box=None, header_style="bold")
+    for heading in lines[0][:shown]:
+        table.add_column(heading, justify="left" if heading in ("kernel", "arch", "dtype") else "right", no_wrap=True)
+    for line in lines[1:]:
+        table.add_row(*line[:shown])
+    out.print(table)
+    if shown < len(columns):
+        out.print(f"not shown, for want of width: {', '.join(lines[0][shown:])}", highlight=False)
 
 
 def _show_comparison(out: Any, comparison: Comparison) -> None:
