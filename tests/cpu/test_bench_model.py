@@ -9,21 +9,31 @@ from typing import Any
 import pytest
 
 from collogue.bench import model
-from collogue.bench.stack import SHAPES, rank_shape
+from collogue.bench.stack import SCALES, SHAPES, rank_shape
 from collogue.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL
 from collogue.errors import ArgumentError
 
 
-def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("scales", SCALES)
+def test_dry_run(scales: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every way that needs no GPU has a number, and its output is NCCL's (here: gloo's)."""
     file, picture = tmp_path / "model.json", tmp_path / "model.png"
     assert model.run(
-        model=["tiny"], tokens=[3], world_size=[2], layers=1, replays=1, device="cpu", json=str(file), plot=str(picture), commit="c"
+        model=["tiny"],
+        tokens=[3],
+        world_size=[2],
+        layers=1,
+        replays=1,
+        scales=scales,
+        device="cpu",
+        json=str(file),
+        plot=str(picture),
+        commit="c",
     )
     data = json.loads(file.read_text())
     rows = {row["what"]: row for row in data["rows"]}
     assert list(rows) == list(ALL)
-    assert (data["commit"], data["layers"]) == ("c", 1)
+    assert (data["commit"], data["layers"], data["scales"]) == ("c", 1, scales)
     for what in (*COLLOGUE, "nccl", LOCAL):
         assert rows[what]["error"] is None
         assert rows[what]["tokens_per_second"] == pytest.approx(3e6 / rows[what]["us"])

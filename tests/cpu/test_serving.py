@@ -19,7 +19,7 @@ from collogue.bench import cached, page, serving
 from collogue.bench.engine import cache_length, layer_bytes
 from collogue.bench.schedule import Workload, decode_rows, prefill_counts, rows, schedule
 from collogue.bench.serving_rank import _slowest
-from collogue.bench.stack import SHAPES, activation_scale, attention, make_blocks, quantise, rank_shape
+from collogue.bench.stack import SHAPES, activation_scale, attention, make_blocks, rank_shape, static
 from collogue.bench.variants import COLLOGUE
 from collogue.cli import app
 from collogue.errors import ArgumentError
@@ -86,14 +86,14 @@ def test_cached_attention() -> None:
     (block, _) = make_blocks(shape, 1, 1, prefill=True, device=device, seed=0)
     x = torch.randn(length, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     scale = activation_scale(torch.device("cpu"))
-    whole = attention(shape, True, quantise(x, scale), scale, *block.tensors)
+    whole = attention(shape, True, static, *static(x, scale), *block.tensors)
     weights, cache = block.tensors[:-2], torch.full((2, 4, 2, 16, 16), 5.0).bfloat16()
     prompts = torch.cat([x[:4].flip(0), x[:4]])  # two of four tokens; ours goes into row 2
-    first = cached.prefill(shape, 4, quantise(prompts, scale), scale, *weights, *cache, torch.tensor([0, 2, 1]))
+    first = cached.prefill(shape, 4, *static(prompts, scale), *weights, *cache, torch.tensor([0, 2, 1]))
     assert torch.allclose(first[4:], whole[:4], rtol=0.05, atol=0.02)
     for position in (4, 5):
         three = x[position].expand(3, -1)
-        made = cached.decode(shape, quantise(three, scale), scale, *weights, *cache, torch.tensor([1, 0, position, 3]))
+        made = cached.decode(shape, *static(three, scale), *weights, *cache, torch.tensor([1, 0, position, 3]))
         assert torch.allclose(made[2], whole[position], rtol=0.05, atol=0.02)
         assert not torch.allclose(made[0], whole[position], rtol=0.05, atol=0.02), "the positions make no difference"
     assert (cache[:, 3] == 5).all()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collogue.bench.stack import Shape, matmul, quantise
+from collogue.bench.stack import Shape, matmul, static
 
 
 def _heads(shape: Shape, codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> list[Tensor]:
@@ -28,7 +28,7 @@ def prefill(shape: Shape, prompt_tokens: int, codes: Tensor, scale: Tensor, *ten
     keys[into, :, :prompt_tokens] = k
     values[into, :, :prompt_tokens] = v
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    return matmul(quantise(mixed.reshape(codes.shape[0], -1), scale), scale, out, out_s)
+    return matmul(*static(mixed.reshape(codes.shape[0], -1), scale), out, out_s)
 
 
 def decode(shape: Shape, codes: Tensor, scale: Tensor, *tensors: Tensor) -> Tensor:
@@ -43,4 +43,4 @@ def decode(shape: Shape, codes: Tensor, scale: Tensor, *tensors: Tensor) -> Tens
     # The query heads of one key-value head stand where queries stand: all of them see the same.
     grouped = q.view(tokens, shape.kv_heads, -1, shape.head_dim)
     mixed = F.scaled_dot_product_attention(grouped, keys[:tokens], values[:tokens], attn_mask=seen[:, None, None, :])
-    return matmul(quantise(mixed.reshape(tokens, -1), scale), scale, out, out_s)
+    return matmul(*static(mixed.reshape(tokens, -1), scale), out, out_s)

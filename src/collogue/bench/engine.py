@@ -13,7 +13,7 @@ from torch import Tensor
 
 from collogue.bench import cached
 from collogue.bench.schedule import Step, Workload, rows
-from collogue.bench.stack import Block, Shape, functions_of, make_blocks, mlp
+from collogue.bench.stack import Block, Shape, functions_of, make_blocks, mlp, static
 from collogue.bench.variants import Blocks, Functions, make_step
 from collogue.communicator import Communicator
 
@@ -54,8 +54,11 @@ class Stack:
         if shape.low_rank is None:
             cache = (layers, 2, work.concurrency, shape.kv_heads, cache_length(work), shape.head_dim)
             self.cache = torch.zeros(cache, dtype=torch.bfloat16, device=device)
-            decode: Functions = {"attention": functools.partial(cached.decode, shape), "mlp": mlp}
-            prefill: Functions = {"attention": functools.partial(cached.prefill, shape, work.prompt_tokens), "mlp": mlp}
+            decode: Functions = {"attention": functools.partial(cached.decode, shape), "mlp": functools.partial(mlp, static)}
+            prefill: Functions = {
+                "attention": functools.partial(cached.prefill, shape, work.prompt_tokens),
+                "mlp": functools.partial(mlp, static),
+            }
             pairs = list(enumerate(blocks))
             self.decode = Blocks(decode, [self._with_cache(i, block, self.decoded[1]) for i, block in pairs], device)
             self.prefill = Blocks(prefill, [self._with_cache(i, block, self.prefilled[1]) for i, block in pairs], device)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from collogue import fusion
 from collogue.bench import tables
-from collogue.bench.stack import SHAPES, functions_of, make_blocks, rank_shape
+from collogue.bench.stack import SCALES, SHAPES, functions_of, make_blocks, rank_shape
 from collogue.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL, Blocks, make_step
 from collogue.communicator import Communicator
 from collogue.errors import ArgumentError, PlatformError
@@ -46,6 +46,7 @@ def run(
     world_size: Sequence[int] | None = None,
     layers: int = 4,
     replays: int = 20,
+    scales: str = "static",
     device: str = "cuda",
     json: str | None = None,
     plot: str | None = None,
@@ -58,15 +59,18 @@ def run(
         tokens: batch of a decode step, or length of a prefill from :data:`PREFILL` on; default :data:`TOKENS`.
         world_size: default: 2, 4 and 8, as far as there are GPUs.
         layers: of the stack that is timed. replays: of each graph, of which the median counts.
+        scales: of activations, a key of :data:`collogue.bench.stack.SCALES`.
         device: ``"cpu"`` runs the same code without graphs; its times mean nothing.
         json: a file, or ``"-"`` for stdout (the tables then go to stderr). plot: a file for a plot of the speed-ups.
     Raises:
-        ArgumentError: an unknown model. PlatformError: fewer GPUs than ranks.
+        ArgumentError: an unknown model or kind of scales. PlatformError: fewer GPUs than ranks.
     """
     names, counts = list(model or MODELS), list(tokens or TOKENS)
     for name in names:
         if name not in SHAPES:
             raise ArgumentError(f"there is no model {name!r}", hint=f"choose one of {', '.join(SHAPES)}")
+    if scales not in SCALES:
+        raise ArgumentError(f"there are no scales {scales!r}", hint=f"choose one of {', '.join(SCALES)}")
     if device == "cuda":
         environment.set_defaults()
     gpus = torch.cuda.device_count() if device == "cuda" else 8
@@ -75,14 +79,14 @@ def run(
         raise PlatformError(
             f"{max(worlds, default=2)} ranks on {gpus} GPUs", hint="the benchmark needs a GPU for each of two or more ranks"
         )
-    data: dict[str, Any] = {"passed": False, **circumstances(commit), "layers": layers, "replays": replays, "rows": []}
+    data: dict[str, Any] = {"passed": False, **circumstances(commit), "layers": layers, "replays": replays, "scales": scales, "rows": []}
     for world in worlds:
 
         def heard(rank: int, stage: str) -> None:
             if rank == 0:
                 print(stage, file=sys.stderr, flush=True)
 
-        ranks = run_processes(world, model_rank, names, counts, layers, replays, device=device, silence=SILENCE, heard=heard)
+        ranks = run_processes(world, model_rank, names, counts, layers, replays, scales, device=device, silence=SILENCE, heard=heard)
         data["rows"] += ranks[0]
     data["passed"] = all(row["error"] is None for row in data["rows"] if row["what"] in COLLOGUE)
     _add_speedups(data["rows"])
@@ -101,7 +105,13 @@ def run(
 
 
 def model_rank(
-    group: dist.ProcessGroup, tell: Callable[[str], None], names: Sequence[str], counts: Sequence[int], layers: int, replays: int
+    group: dist.ProcessGroup,
+    tell: Callable[[str], None],
+    names: Sequence[str],
+    counts: Sequence[int],
+    layers: int,
+    replays: int,
+    scales: str,
 ) -> list[Row]:
     """Every model and size on this rank; the same rows on every rank."""
     rows: list[Row] = []
@@ -112,20 +122,20 @@ def model_rank(
                 torch.no_grad(),
                 Communicator(group, max_tokens=tokens, hidden_size=shape.hidden_size, timeout=20.0) as comm,
             ):
-                rows += _measure(group, comm, name, tokens, layers, replays)
+                rows += _measure(group, comm, name, tokens, layers, replays, scales)
             torch._dynamo.reset()  # units of other shapes are other graphs
             tell(f"world {comm.world_size}, {name}, {tokens} tokens: " + ", ".join(_short(row) for row in rows[-len(ALL) :]))
     return rows
 
 
-def _measure(group: dist.ProcessGroup, comm: Communicator, name: str, tokens: int, layers: int, replays: int) -> list[Row]:
+def _measure(group: dist.ProcessGroup, comm: Communicator, name: str, tokens: int, layers: int, replays: int, scales: str) -> list[Row]:
     whole, device, prefill = SHAPES[name], comm.device, tokens >= PREFILL
     shape = rank_shape(whole, comm.world_size)
-    blocks = make_blocks(shape, layers, tokens, prefill=prefill, device=device, seed=comm.rank)
+    blocks = make_blocks(shape, layers, tokens, prefill=prefill, device=device, seed=comm.rank, rowwise=scales == "token")
     rows_of = torch.Generator(device).manual_seed(100)
     residual = torch.randn(tokens, whole.hidden_size, device=device, generator=rows_of).bfloat16()
     partial = torch.randn(tokens, whole.hidden_size, device=device, generator=rows_of).bfloat16() / comm.world_size
-    stack = Blocks(functions_of(shape, prefill), blocks, device)
+    stack = Blocks(functions_of(shape, prefill, SCALES[scales]), blocks, device, SCALES[scales])
     found: dict[str, Row] = {}
     runs: dict[str, Callable[[], torch.Tensor]] = {}
     row: Row

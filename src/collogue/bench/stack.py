@@ -1,8 +1,8 @@
 """Stacks of decoder layers with published shapes and random FP8 weights: what ``collogue bench model`` runs.
 
-A layer is two blocks, attention and MLP. A block takes FP8 codes with one static scale, as FP8 checkpoints mostly have them, and gives
-this rank's partial sum; what lies between two blocks (all-reduce, residual, RMSNorm, quantisation) is the benchmark's subject and
-stands in ``variants``.
+A layer is two blocks, attention and MLP. A block takes FP8 codes with their scale, and gives this rank's partial sum; what lies between
+two blocks (all-reduce, residual, RMSNorm, quantisation) is the benchmark's subject and stands in ``variants``. Scales are divisors:
+one static scale, as FP8 checkpoints mostly have it, or one for each token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collogue.spec import E4M3_MAX
+from collogue.spec import E4M3_MAX, SMALLEST_SCALE
 
 EPS = 1e-6
 #: Cached tokens of every sequence in a decode step.
@@ -54,16 +54,17 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Linear:
-    """``[O, I]`` E4M3 codes and their scale (a divisor), ``[1]``."""
+    """``[O, I]`` E4M3 codes and their scale: ``[1]``, or ``[1, O]`` where activations have scales of their own."""
 
     codes: Tensor
     scale: Tensor
 
     @classmethod
-    def random(cls, outputs: int, inputs: int, generator: torch.Generator) -> Linear:
+    def random(cls, outputs: int, inputs: int, generator: torch.Generator, *, rowwise: bool = False) -> Linear:
         """Weights of variance ``1 / I``, as far as E4M3 holds them."""
         codes = torch.randn(outputs, inputs, device=generator.device, generator=generator, dtype=torch.bfloat16)
-        return cls(codes.to(torch.float8_e4m3fn), torch.full((1,), inputs**-0.5, device=generator.device))
+        scale = torch.full((1, outputs) if rowwise else (1,), inputs**-0.5, device=generator.device)
+        return cls(codes.to(torch.float8_e4m3fn), scale)
 
 
 def activation_scale(device: torch.device) -> Tensor:
@@ -72,15 +73,30 @@ def activation_scale(device: torch.device) -> Tensor:
 
 
 def matmul(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """``[T, I]`` codes times a :class:`Linear`: ``[T, O]`` bfloat16."""
+    """``[T, I]`` codes with scales ``[1]`` or ``[T, 1]`` times a :class:`Linear`: ``[T, O]`` bfloat16."""
     if codes.device.type == "cpu":  # the tests' way: right, not fast
-        return ((codes.float() * scale) @ (weight.float() * weight_scale).t()).bfloat16()
+        return ((codes.float() * scale) @ (weight.float() * weight_scale.t()).t()).bfloat16()
     return torch._scaled_mm(codes, weight.t(), scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def quantise(n: Tensor, scale: Tensor) -> Tensor:
-    """FP8 with a static scale, as models write it."""
-    return (n.float() * (1.0 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+#: ``quantise(n, static scale) -> codes, their scale``, in FP8 as models write it.
+Quantise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def static(n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """One scale for all, which is given."""
+    return (n.float() * (1.0 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+def per_token(n: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    """A scale for each row."""
+    wide = n.float()
+    scale = (wide.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    return (wide / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+#: Ways to scale activations, by name.
+SCALES: dict[str, Quantise] = {"static": static, "token": per_token}
 
 
 @dataclass(frozen=True)
@@ -92,16 +108,16 @@ class Block:
     tensors: tuple[Tensor, ...]
 
 
-def attention(shape: Shape, prefill: bool, codes: Tensor, scale: Tensor, *tensors: Tensor) -> Tensor:
+def attention(shape: Shape, prefill: bool, quantise: Quantise, codes: Tensor, scale: Tensor, *tensors: Tensor) -> Tensor:
     """``[T, H]`` partial. ``shape`` is this rank's. In a decode step every row is a sequence with :data:`CONTEXT` cached tokens."""
     tokens = codes.shape[0]
     if shape.low_rank is not None:
         down, down_s, query, query_s, both, both_s, out, out_s = tensors
         low = matmul(codes, scale, down, down_s)
-        q = matmul(quantise(low[:, : shape.low_rank[0]], scale), scale, query, query_s)
-        kv = matmul(quantise(low[:, shape.low_rank[0] : shape.low_rank[0] + 512], scale), scale, both, both_s)
+        q = matmul(*quantise(low[:, : shape.low_rank[0]], scale), query, query_s)
+        kv = matmul(*quantise(low[:, shape.low_rank[0] : shape.low_rank[0] + 512], scale), both, both_s)
         width = shape.heads * 128
-        return matmul(quantise(q[:, :width] + kv[:, :width], scale), scale, out, out_s)
+        return matmul(*quantise(q[:, :width] + kv[:, :width], scale), out, out_s)
     qkv_w, qkv_s, out, out_s, keys, values = tensors
     q, k, v = torch.split(
         matmul(codes, scale, qkv_w, qkv_s), [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)], dim=-1
@@ -111,19 +127,19 @@ def attention(shape: Shape, prefill: bool, codes: Tensor, scale: Tensor, *tensor
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     else:  # the new token's own key and value are computed by the projection, and not written to the cache
         mixed = F.scaled_dot_product_attention(q.reshape(tokens, -1, 1, shape.head_dim), keys, values, enable_gqa=True)
-    return matmul(quantise(mixed.reshape(tokens, -1), scale), scale, out, out_s)
+    return matmul(*quantise(mixed.reshape(tokens, -1), scale), out, out_s)
 
 
-def mlp(codes: Tensor, scale: Tensor, *tensors: Tensor) -> Tensor:
+def mlp(quantise: Quantise, codes: Tensor, scale: Tensor, *tensors: Tensor) -> Tensor:
     """``[T, H]`` partial: ``down(silu(gate) * up)``."""
     up, up_s, down, down_s = tensors
     gate, value = matmul(codes, scale, up, up_s).chunk(2, -1)
-    return matmul(quantise(F.silu(gate) * value, scale), scale, down, down_s)
+    return matmul(*quantise(F.silu(gate) * value, scale), down, down_s)
 
 
-def functions_of(shape: Shape, prefill: bool) -> dict[str, Callable[..., Tensor]]:
+def functions_of(shape: Shape, prefill: bool, quantise: Quantise = static) -> dict[str, Callable[..., Tensor]]:
     """What this rank's blocks do, by kind."""
-    return {"attention": functools.partial(attention, shape, prefill), "mlp": mlp}
+    return {"attention": functools.partial(attention, shape, prefill, quantise), "mlp": functools.partial(mlp, quantise)}
 
 
 def rank_shape(shape: Shape, world: int) -> Shape:
@@ -132,13 +148,15 @@ def rank_shape(shape: Shape, world: int) -> Shape:
     return replace(shape, heads=shape.heads // world, kv_heads=kv_heads, intermediate_size=shape.intermediate_size // world)
 
 
-def make_blocks(shape: Shape, layers: int, tokens: int, *, prefill: bool, device: torch.device, seed: int) -> list[Block]:
-    """``2 * layers`` blocks of this rank's ``shape``."""
+def make_blocks(
+    shape: Shape, layers: int, tokens: int, *, prefill: bool, device: torch.device, seed: int, rowwise: bool = False
+) -> list[Block]:
+    """``2 * layers`` blocks of this rank's ``shape``. ``rowwise``: weights have a scale for each output."""
     generator = torch.Generator(device).manual_seed(seed)
     hidden, width = shape.hidden_size, shape.heads * shape.head_dim
 
     def linear(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-        made = Linear.random(outputs, inputs, generator)
+        made = Linear.random(outputs, inputs, generator, rowwise=rowwise)
         return made.codes, made.scale
 
     blocks = []

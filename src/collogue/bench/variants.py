@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from collogue.bench.stack import EPS, Block, activation_scale, quantise
+from collogue.bench.stack import EPS, Block, Quantise, activation_scale, per_token, static
 from collogue.communicator import Communicator
-from collogue.spec import FP8Static, RMSNorm
+from collogue.spec import FP8PerToken, FP8Static, RMSNorm
 
 #: Names of the ways: Collogue's, the baselines, and the stack without communication, which tells the share of the collectives.
 COLLOGUE = ("collogue eager", "collogue pass", "collogue sharded")
@@ -30,10 +30,14 @@ Functions = dict[str, Callable[..., Tensor]]
 
 
 class Blocks:
-    """The blocks of one rank's stack, each kind compiled once for all ways that do not compile what lies between them as well."""
+    """The blocks of one rank's stack, each kind compiled once for all ways that do not compile what lies between them as well.
 
-    def __init__(self, functions: Functions, blocks: list[Block], device: torch.device) -> None:
-        self.functions, self.blocks, self.on_gpu, self.scale = functions, blocks, device.type == "cuda", activation_scale(device)
+    ``quantise``: how codes are made of what lies between them.
+    """
+
+    def __init__(self, functions: Functions, blocks: list[Block], device: torch.device, quantise: Quantise = static) -> None:
+        self.functions, self.blocks, self.quantise = functions, blocks, quantise
+        self.on_gpu, self.scale = device.type == "cuda", activation_scale(device)
         self._compiled = {kind: self.compile(function) for kind, function in functions.items()}
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,9 +51,9 @@ class Blocks:
         fused: Callable[..., Any] = compile(_with_own_code(function), backend="inductor" if self.on_gpu else "eager", fullgraph=True)
         return fused
 
-    def run(self, block: Block, codes: Tensor) -> Tensor:
+    def run(self, block: Block, codes: Tensor, scale: Tensor) -> Tensor:
         """This rank's partial sum."""
-        partial: Tensor = self._compiled[block.kind](codes, self.scale, *block.tensors)
+        partial: Tensor = self._compiled[block.kind](codes, scale, *block.tensors)
         return partial
 
 
@@ -73,30 +77,30 @@ def make_step(name: str, blocks: Blocks, comm: Communicator, group: dist.Process
     reduce = _reducer(name, comm, group)
     if name == "collogue pass":
         return _by_pass(blocks, reduce)
-    finish = blocks.compile(functools.partial(_boundary, reduce))
+    finish = blocks.compile(functools.partial(_boundary, reduce, blocks.quantise))
 
     def step(partial: Tensor, residual: Tensor) -> Tensor:
         for block in blocks.blocks:
-            codes, residual = finish(partial, residual, block.norm, blocks.scale)
-            partial = blocks.run(block, codes)
+            codes, scale, residual = finish(partial, residual, block.norm, blocks.scale)
+            partial = blocks.run(block, codes, scale)
         return residual
 
     return step
 
 
 def _boundary(
-    reduce: Callable[[Tensor], Tensor], partial: Tensor, residual: Tensor, weight: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What lies between two blocks, as models write it: codes and the residual stream."""
+    reduce: Callable[[Tensor], Tensor], quantise: Quantise, partial: Tensor, residual: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What lies between two blocks, as models write it: codes, their scale and the residual stream."""
     stream = reduce(partial) + residual
-    return quantise(torch.nn.functional.rms_norm(stream, (stream.shape[-1],), weight, EPS), scale), stream
+    return *quantise(torch.nn.functional.rms_norm(stream, (stream.shape[-1],), weight, EPS), scale), stream
 
 
 def _by_pass(blocks: Blocks, reduce: Callable[[Tensor], Tensor]) -> Step:
     """Every block with what stands before it, as models write it, compiled together by ``collogue.compile``."""
 
     def unit(block: Callable[..., Tensor], partial: Tensor, residual: Tensor, norm: Tensor, scale: Tensor, *tensors: Tensor) -> Any:
-        codes, stream = _boundary(reduce, partial, residual, norm, scale)
+        codes, scale, stream = _boundary(reduce, blocks.quantise, partial, residual, norm, scale)
         return block(codes, scale, *tensors), stream
 
     units = {kind: blocks.fuse(functools.partial(unit, function)) for kind, function in blocks.functions.items()}
@@ -111,7 +115,8 @@ def _by_pass(blocks: Blocks, reduce: Callable[[Tensor], Tensor]) -> Step:
 
 def _by_calls(blocks: Blocks, comm: Communicator, *, sharded: bool) -> Step:
     """One call per boundary."""
-    norms, quant = [RMSNorm(block.norm, EPS) for block in blocks.blocks], FP8Static(blocks.scale)
+    norms = [RMSNorm(block.norm, EPS) for block in blocks.blocks]
+    quant = FP8PerToken() if blocks.quantise is per_token else FP8Static(blocks.scale)
 
     def step(partial: Tensor, residual: Tensor) -> Tensor:
         stream = comm.shard(residual) if sharded else residual
@@ -120,7 +125,7 @@ def _by_calls(blocks: Blocks, comm: Communicator, *, sharded: bool) -> Step:
             assert out.residual is not None
             assert out.codes is not None
             stream = out.residual
-            partial = blocks.run(block, out.codes)
+            partial = blocks.run(block, out.codes, blocks.scale if out.scales is None else out.scales)
         return comm.unshard(stream, residual.shape[0]) if sharded else stream
 
     return step

@@ -76,6 +76,7 @@ def model(
     tokens: Tokens = None,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the stack that is timed.")] = 4,
     replays: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 20,
+    scales: Annotated[str, typer.Option(help="Of FP8 activations: static (one), or token (one for each).")] = "static",
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the speed-ups.")] = None,
     commit: Commit = None,
     json: Json = None,
@@ -91,7 +92,8 @@ def model(
         from collogue.bench.model import run
 
         picture = None if plot is None else str(plot)
-        passed = run(**given, model=words(name), layers=layers, replays=replays, json=json, plot=picture, commit=commit)
+        given |= {"layers": layers, "replays": replays, "scales": scales}
+        passed = run(**given, model=words(name), json=json, plot=picture, commit=commit)
         raise typer.Exit(OK if passed else FAILED)
 
 
