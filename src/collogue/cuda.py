@@ -195,7 +195,7 @@ class KernelEngine:
             self.workspace.close()
         self.workspace = None
         if collective:
-            self.group.barrier()  # unloading a kernel may wait for the GPU: virtual ranks must not launch before all have done it
+            self.group.barrier()  # giving memory back may wait for the GPU: virtual ranks must not launch before all have done it
 
 
 def _launch_more(launcher: Launcher, more: tuple[tuple[int, int, int], ...], stream: int) -> None:

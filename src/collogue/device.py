@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,7 +52,8 @@ class Reader:
     """Copies up to ``most`` bytes of device memory to the host while kernels spin.
 
     It has a stream of its own that waits for no other, the null stream included (PyTorch's streams are shared: a user's kernel may spin
-    on any of them), and pinned memory of its own (to allocate some may wait for the GPU). Any thread may read.
+    on any of them), and pinned memory of its own (to allocate some may wait for the GPU). Any thread may read. The stream goes with
+    :meth:`close` or with the object.
     """
 
     def __init__(self, index: int, most: int) -> None:
@@ -60,6 +62,8 @@ class Reader:
         self._target = torch.empty(most, dtype=torch.uint8, pin_memory=True)
         with on_device(index):
             self._stream: Any = checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value))
+        self._destroy = weakref.finalize(self, _destroy, index, self._stream)
+        self._destroy.atexit = False
 
     def read(self, pointer: int, nbytes: int) -> bytes:
         """The bytes at ``pointer``; empty where they cannot be had. Raises :class:`ClosedError` once the reader is closed."""
@@ -76,8 +80,11 @@ class Reader:
 
     def close(self) -> None:
         """Give the stream back; nothing can be read any more."""
-        with self._lock, contextlib.suppress(PlatformError):
-            stream, self._stream = self._stream, None
-            if stream is not None:
-                with on_device(self._index):
-                    checked(driver.cuStreamDestroy(stream))
+        with self._lock:
+            self._stream = None
+            self._destroy()
+
+
+def _destroy(index: int, stream: Any) -> None:
+    with contextlib.suppress(PlatformError), on_device(index):
+        checked(driver.cuStreamDestroy(stream))

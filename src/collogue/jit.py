@@ -27,7 +27,9 @@ from collogue.variant import Variant
 KERNELS = Path(__file__).parent / "kernels"
 #: Architectures that kernels are compiled for. sm_80: one CTA per row, no PDL, E4M3 by integers.
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_103a", "sm_120a")
-_IMPORTING = threading.Lock()
+_IMPORTING, _LOADING = threading.Lock(), threading.Lock()
+#: Kernels on GPUs, by device, name and machine code.
+_LOADED: dict[tuple[int, str, bytes], Any] = {}
 _OPTIONS = {"std": "c++17", "fma": False, "ftz": False, "prec_div": True, "prec_sqrt": True}
 
 
@@ -129,20 +131,28 @@ def resources(log: str) -> Resources:
 
 
 def load(code: bytes, name: str) -> Any:
-    """The kernel ``name`` of a cubin, loaded on the current device (a ``cuda.core`` kernel). Its first launch may be captured."""
-    kernel = _cuda_core().ObjectCode.from_cubin(code).get_kernel(name)
-    _load_now(int(kernel.handle))
-    return kernel
+    """The kernel ``name`` of a cubin, loaded on the current device (a ``cuda.core`` kernel). Its first launch may be captured.
 
-
-def _load_now(kernel: int) -> None:
-    """By default the driver puts a kernel on the GPU at its first launch (``CUDA_MODULE_LOADING=LAZY``), which a capture may forbid."""
+    It is loaded once in a process and stays: to unload it would wait for the GPU, where other kernels may wait for this process.
+    """
     import torch
+
+    key = (torch.cuda.current_device(), name, code)
+    with _LOADING:
+        if key not in _LOADED:
+            kernel = _cuda_core().ObjectCode.from_cubin(code).get_kernel(name)
+            _load_now(int(kernel.handle), key[0])
+            _LOADED[key] = kernel
+        return _LOADED[key]
+
+
+def _load_now(kernel: int, device: int) -> None:
+    """By default the driver puts a kernel on the GPU at its first launch (``CUDA_MODULE_LOADING=LAZY``), which a capture may forbid."""
     from cuda.bindings import driver
 
     from collogue.device import checked, on_device
 
-    with on_device(torch.cuda.current_device()):
+    with on_device(device):
         function = checked(driver.cuKernelGetFunction(driver.CUkernel(kernel)))
         with contextlib.suppress(AttributeError, RuntimeError):  # before CUDA 12.4 there is no such function, and the one above loads
             checked(driver.cuFuncLoad(function))

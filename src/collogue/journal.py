@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -64,8 +65,12 @@ class Journal:
         return "\n".join(lines)
 
 
+#: Of the journals that this process writes: two communicators may fail in the same second.
+_NUMBERS = itertools.count()
+
+
 def default_path(rank: int) -> Path:
-    """Where a failure of this process's ``rank`` is written: in ``$COLLOGUE_JOURNAL_DIR``, or beside the kernels' cache."""
+    """Where the next failure of this process's ``rank`` is written: in ``$COLLOGUE_JOURNAL_DIR``, or beside the kernels' cache."""
     folder = os.environ.get("COLLOGUE_JOURNAL_DIR")
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-rank{rank}.json"
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_NUMBERS)}-rank{rank}.json"
     return (Path(folder) if folder else cache_directory() / "journals") / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,12 +110,20 @@ def test_a_closed_reader_reads_nothing(driver: Driver) -> None:
     assert "cuMemcpyDtoHAsync" not in driver.names()
 
 
+def test_a_reader_that_is_dropped_gives_its_stream_back(driver: Driver) -> None:
+    reader = device.Reader(3, 64)
+    del reader
+    gc.collect()
+    assert [asked for asked in driver.asked if asked[0] == "cuStreamDestroy"] == [("cuStreamDestroy", STREAM)]
+
+
 @pytest.fixture
 def loader(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Driver:
     """``jit.load`` finds one kernel on GPU 3."""
     kernel = SimpleNamespace(handle=KERNEL)
     core = SimpleNamespace(ObjectCode=SimpleNamespace(from_cubin=lambda code: SimpleNamespace(get_kernel=lambda name: kernel)))
     monkeypatch.setattr(jit, "_cuda_core", lambda: core)
+    monkeypatch.setattr(jit, "_LOADED", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(real, "cuKernelGetFunction", lambda kernel: driver.cuKernelGetFunction(int(kernel)))
     monkeypatch.setattr(real, "cuFuncLoad", lambda function: driver.cuFuncLoad(function))
@@ -126,6 +135,13 @@ def test_a_kernel_is_loaded_at_once(loader: Driver) -> None:
     pushed, popped = loader.names().index("cuCtxPushCurrent"), loader.names().index("cuCtxPopCurrent")
     assert loader.asked[pushed + 1 : popped] == [("cuKernelGetFunction", KERNEL), ("cuFuncLoad", FUNCTION)]
     assert ("cuDeviceGet", 3) in loader.asked
+
+
+def test_a_kernel_is_loaded_once_and_stays(loader: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    for code, name, gpu in ((b"", "k", 3), (b"", "k", 3), (b"", "other", 3), (b"another", "k", 3), (b"", "k", 4)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda gpu=gpu: gpu)
+        assert jit.load(code, name).handle == KERNEL
+    assert loader.names().count("cuFuncLoad") == 4
 
 
 def test_a_driver_without_the_last_step_is_enough(loader: Driver) -> None:

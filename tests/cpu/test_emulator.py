@@ -32,11 +32,13 @@ CASES = {
     "two-shot-float32": Case(2, 264, 32, kernel="two_shot", dtype=torch.float32, rows=1),
     "two-shot-loop": Case(3, 264, 32, kernel="two_shot", rows=2, quant=FP8PerToken(), keep_norm=True),
     "two-shot-vectors": Case(3, 576, 64, kernel="two_shot", vectors=2, rows=1, dtype=torch.float16, quant=MXFP8(rounding="ceil")),
+    "two-shot-no-norm": Case(2, 576, 64, kernel="two_shot", rows=1, norm=False, quant=NVFP4(37.5)),
     "two-shot-launches": Case(3, 288, 64, kernel="two_shot", quant=NVFP4(37.5, "8x4"), max_tokens=5, launches=3),
     "sharded": Case(4, 24, 32, kernel="sharded", max_tokens=5),
     "sharded-cluster": Case(2, 576, 96, kernel="sharded", quant=NVFP4(37.5), max_tokens=5, rows=2),
     "sharded-float32": Case(4, 288, 64, kernel="sharded", quant=MXFP4(rounding="floor"), keep_norm=True, max_tokens=6, dtype=torch.float32),
     "sharded-loop": Case(3, 264, 32, kernel="sharded", quant=FP8PerToken(), max_tokens=7, rows=2),
+    "sharded-sum": Case(2, 576, 64, kernel="sharded", rows=1, residual=False, norm=False, max_tokens=5),
     "sharded-static": Case(2, 264, 64, kernel="sharded", quant=FP8Static(0.5), max_tokens=5, rows=1, keep_norm=True),
     "sharded-group": Case(
         2, 576, 64, kernel="sharded", vectors=2, rows=1, quant=FP8Group(48, scale_format="ue8m0", layout="column"), max_tokens=6
@@ -353,7 +355,7 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
     ),
     "group maxima overwritten by the next row": (
         Case(2, 768, 96, kernel="local", rows=1, residual=False, norm=False, quant=FP8Group(48)),
-        (Edit("row.cuh", "COLLOGUE_DEVICE void next() { sync_block(); }", "COLLOGUE_DEVICE void next() {}"),),
+        (Edit("row.cuh", "#endif\n    sync_block();\n  }\n", "#endif\n  }\n"),),
     ),
     "barriers of the cluster not waited for": (
         Case(2, 264, 32, kernel="local"),

@@ -16,7 +16,7 @@ from collogue.errors import ArgumentError, CollectiveTimeout, CorruptedWorkspace
 from collogue.extent import CONTROL_BYTES
 from collogue.failure import MISMATCH, TIMEOUT, FailureRecord
 from collogue.header import Entry, pack
-from collogue.journal import Journal
+from collogue.journal import Journal, default_path
 from collogue.topology import Topology
 from collogue.workspace import JOURNAL_OFFSET, MARKS_OFFSET, Control, Workspace, clean_control
 
@@ -290,6 +290,11 @@ def test_a_journal_without_stages_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(data))
     assert Journal.load(tmp_path / "x.json") == journal
     assert journal.text().endswith("call 0: a call")
+
+
+def test_no_two_journals_have_one_name(journals: Path) -> None:
+    assert default_path(1) != default_path(1)
+    assert default_path(1).parent == journals
 
 
 def test_only_journals_are_loaded(tmp_path: Path) -> None:

@@ -155,8 +155,18 @@ struct Row {
     if constexpr (C::kFormat != Format::kNone) quantise(turn, y, wire);
   }
 
-  // Between two rows of one CTA: exchange buffers are used again two turns later, so no warp may fall two turns behind.
-  COLLOGUE_DEVICE void next() { sync_block(); }
+  // Between two rows of one CTA: exchange buffers are used again two turns later, so no warp may fall two turns behind. The CTAs of a
+  // cluster wait for each other where no sum of the row makes them: those that drift apart are an eighth slower (docs/large.md).
+  COLLOGUE_DEVICE void next() const {
+#if COLLOGUE_HAS_CLUSTERS
+    if constexpr (C::kClustered && !C::kNorm && !Quant::kPerRow) {
+      cluster_arrive();
+      cluster_wait();
+      return;
+    }
+#endif
+    sync_block();
+  }
 
  private:
   // On entry `row` holds the stream, on return the rounded norm. Vectors past the end of the row are zeros and add nothing.
