@@ -38,6 +38,13 @@ def on_device(index: int) -> Iterator[None]:
         driver.cuDevicePrimaryCtxRelease(gpu)
 
 
+def use_device(index: int) -> None:
+    """PyTorch's context of GPU ``index`` is current from now on, in a thread that has used no GPU before."""
+    with on_device(index):
+        context = checked(driver.cuCtxGetCurrent())
+    checked(driver.cuCtxSetCurrent(context))
+
+
 @contextlib.contextmanager
 def _beside_captures() -> Iterator[None]:
     """What is done inside is no part of a graph that is being captured, in this thread or another, and does not end the capture."""

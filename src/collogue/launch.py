@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import torch
 from cuda.bindings import driver
 
+from collogue.device import use_device
 from collogue.errors import PlatformError
 from collogue.plan import LaunchShape
 
@@ -85,6 +87,14 @@ class Launcher:
             self._config.hStream = driver.CUstream(stream)
             self._stream = stream
         (error,) = driver.cuLaunchKernelEx(self._config, self._function, self._address, 0)
+        if error:
+            self._launch_again(error)
+
+    def _launch_again(self, error: Any) -> None:
+        """In a thread that has used no GPU before, now that it has a context. Raises :class:`PlatformError` where that was not it."""
+        if error == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            use_device(torch.cuda.current_device())
+            (error,) = driver.cuLaunchKernelEx(self._config, self._function, self._address, 0)
         if error:
             raise PlatformError(
                 f"a kernel could not be launched: {error!r}", hint="run with CUDA_LAUNCH_BLOCKING=1 to find the failing call"

@@ -11,8 +11,9 @@ import pytest
 import torch
 from cuda.bindings import driver as real
 
-from collogue import device, jit
+from collogue import device, jit, launch
 from collogue.errors import ClosedError, PlatformError
+from collogue.plan import LaunchShape
 
 CONTEXT, STREAM, KERNEL, FUNCTION = 77, 5, 31, 32
 OK, BAD = real.CUresult.CUDA_SUCCESS, real.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
@@ -49,6 +50,8 @@ class Driver:
         values = {
             "cuDeviceGet": (3,),
             "cuDevicePrimaryCtxRetain": (CONTEXT,),
+            "cuCtxGetCurrent": (CONTEXT,),
+            "cuDeviceGetAttribute": (228 << 10,),
             "cuStreamCreate": (STREAM,),
             "cuThreadExchangeStreamCaptureMode": (real.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL,),
             "cuKernelGetFunction": (FUNCTION,),
@@ -127,14 +130,25 @@ def loader(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(real, "cuKernelGetFunction", lambda kernel: driver.cuKernelGetFunction(int(kernel)))
     monkeypatch.setattr(real, "cuFuncLoad", lambda function: driver.cuFuncLoad(function))
+    monkeypatch.setattr(real, "cuDeviceGet", lambda index: driver.cuDeviceGet(index))
+    monkeypatch.setattr(real, "cuDeviceGetAttribute", lambda what, gpu: driver.cuDeviceGetAttribute(what, gpu))
+    monkeypatch.setattr(
+        real, "cuKernelSetAttribute", lambda what, value, kernel, gpu: driver.cuKernelSetAttribute(what, value, int(kernel), gpu)
+    )
     return driver
 
 
 def test_a_kernel_is_loaded_at_once(loader: Driver) -> None:
     assert jit.load(b"", "k").handle == KERNEL
     pushed, popped = loader.names().index("cuCtxPushCurrent"), loader.names().index("cuCtxPopCurrent")
-    assert loader.asked[pushed + 1 : popped] == [("cuKernelGetFunction", KERNEL), ("cuFuncLoad", FUNCTION)]
-    assert ("cuDeviceGet", 3) in loader.asked
+    assert loader.asked[pushed + 1 : popped] == [
+        ("cuDeviceGet", 3),
+        ("cuDeviceGetAttribute", real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR, 3),
+        # 14 % of 228 KiB is the 32 KiB that every kernel prefers.
+        ("cuKernelSetAttribute", real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 14, KERNEL, 3),
+        ("cuKernelGetFunction", KERNEL),
+        ("cuFuncLoad", FUNCTION),
+    ]
 
 
 def test_a_kernel_is_loaded_once_and_stays(loader: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,3 +169,32 @@ def test_a_kernel_that_cannot_be_loaded_is_an_error(loader: Driver, step: str) -
     with pytest.raises(PlatformError, match="ILLEGAL_ADDRESS"):
         jit.load(b"", "k")
     assert loader.pushed == 0
+
+
+# ---- launching
+
+
+@pytest.fixture
+def launcher(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Its ``errors`` are what the driver returns, launch by launch."""
+    made: Any = launch.Launcher(SimpleNamespace(handle=KERNEL), LaunchShape(128, 1, 1, 1), dependent=False)
+    made.errors = []
+    monkeypatch.setattr(launch.driver, "cuLaunchKernelEx", lambda *arguments: (made.errors.pop(0),))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    return made
+
+
+def test_a_thread_that_has_used_no_gpu_gets_a_context(launcher: Any, driver: Driver) -> None:
+    launcher.errors += [real.CUresult.CUDA_ERROR_INVALID_CONTEXT, OK]
+    launcher(STREAM)
+    assert not launcher.errors
+    assert driver.asked[-1] == ("cuCtxSetCurrent", CONTEXT)
+    assert driver.pushed == 0
+
+
+@pytest.mark.parametrize("errors", [[BAD], [real.CUresult.CUDA_ERROR_INVALID_CONTEXT, BAD]], ids=["at once", "with a context"])
+def test_a_refused_launch_is_an_error(launcher: Any, errors: list[Any]) -> None:
+    launcher.errors += errors
+    with pytest.raises(PlatformError, match="ILLEGAL_ADDRESS"):
+        launcher(STREAM)
+    assert not launcher.errors
