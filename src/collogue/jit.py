@@ -27,8 +27,6 @@ from collogue.variant import Variant
 KERNELS = Path(__file__).parent / "kernels"
 #: Architectures that kernels are compiled for. sm_80: one CTA per row, no PDL, E4M3 by integers.
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_103a", "sm_120a")
-#: Of a multiprocessor's memory: what 16 CTAs of any kernel take, as many as plans count on.
-SHARED_BYTES = 32 << 10
 _IMPORTING, _LOADING = threading.Lock(), threading.Lock()
 #: Kernels on GPUs, by device, name and machine code.
 _LOADED: dict[tuple[int, str, bytes], Any] = {}
@@ -155,26 +153,9 @@ def _load_now(kernel: int, device: int) -> None:
     from collogue.device import checked, on_device
 
     with on_device(device):
-        _prefer_shared_memory(kernel, device)
         function = checked(driver.cuKernelGetFunction(driver.CUkernel(kernel)))
         with contextlib.suppress(AttributeError, RuntimeError):  # before CUDA 12.4 there is no such function, and the one above loads
             checked(driver.cuFuncLoad(function))
-
-
-def _prefer_shared_memory(kernel: int, device: int) -> None:
-    """The same division of a multiprocessor's memory for every kernel: it is changed only while nothing runs there.
-
-    Left to the driver, kernels differ in it, and one that others wait for could not start where those that wait have every
-    multiprocessor.
-    """
-    from cuda.bindings import driver
-
-    from collogue.device import checked
-
-    gpu = checked(driver.cuDeviceGet(device))
-    most = checked(driver.cuDeviceGetAttribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR, gpu))
-    preference = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-    checked(driver.cuKernelSetAttribute(preference, 100 * SHARED_BYTES // most, driver.CUkernel(kernel), gpu))
 
 
 def _cuda_core() -> Any:
