@@ -35,7 +35,7 @@ for part in "${parts[@]}"; do
     tune) collogue tune tune "${worlds[@]}" ;;
     model) collogue model bench model "${worlds[@]}" ;;
     serving) collogue serving bench serving ;;
-    ablation) collogue ablation ablate --no-count ;;
+    ablation) collogue ablation ablate --no-facts ;;  # facts need no GPU: ablation-compiled.json
     *) echo "there is no part $part" >&2; exit 2 ;;
   esac
 done

@@ -90,7 +90,7 @@ class KernelEngine:
             code = jit.cubin(variant, self.topology.architecture)
             with torch.cuda.device(self.index):
                 self._kernels[variant] = jit.load(code, variant.name)
-        launcher = Launcher(self._kernels[variant], shape, dependent=self.topology.has_clusters)
+        launcher = Launcher(self._kernels[variant], shape, dependent=self.topology.starts_early)
         params = launcher.params
         fill_shape(params, self.topology, request, plan, self.group.rank)
         params.timeout, params.relay_timeout = timeouts(self.timeout)

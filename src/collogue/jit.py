@@ -106,9 +106,10 @@ def options(
     name: str, architecture: str, *, verbose: bool = False, kernels: Path | None = None, changes: Mapping[str, bool] | None = None
 ) -> Any:
     """The ``cuda.core.ProgramOptions`` that every kernel is compiled with, but for ``kernels`` and ``changes``."""
-    chosen = {**_OPTIONS, **(changes or {})}
-    ptxas = ["-v"] if verbose else None
-    return _cuda_core().ProgramOptions(name=name, arch=architecture, include_path=str(kernels or KERNELS), ptxas_options=ptxas, **chosen)
+    chosen: dict[str, Any] = {**_OPTIONS, **(changes or {})}
+    if verbose:  # what NVRTC takes from its own cache has no report
+        chosen |= {"ptxas_options": ["-v"], "no_cache": True}
+    return _cuda_core().ProgramOptions(name=name, arch=architecture, include_path=str(kernels or KERNELS), **chosen)
 
 
 @dataclass(frozen=True)

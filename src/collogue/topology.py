@@ -59,6 +59,14 @@ class Topology:
         """Thread-block clusters, PDL and mbarrier transactions: sm_90 and later."""
         return self.architecture is not None and not self.architecture.startswith("sm_8")
 
+    @property
+    def starts_early(self) -> bool:
+        """Whether kernels are launched before the one before them has ended (PDL).
+
+        Not with more than two virtual ranks on a GPU: of three that wait for each other so, one may never start (docs/design.md).
+        """
+        return self.has_clusters and self.ranks_per_gpu <= 2
+
 
 def agree(group: Group, capacity: Capacity, overrides: Overrides = Overrides(), table: TableArgument = False) -> Topology:
     """Exchange what every rank sees and return what all share. Collective.

@@ -37,30 +37,36 @@ def run(
     *,
     architectures: Sequence[str],
     timing: bool,
+    measure_facts: bool = True,
     disassemble: bool = True,
     replays: int = 15,
     done: Callable[[str], None] = lambda name: None,
 ) -> Row:
-    """Facts of every switch, and with ``timing`` its times on this machine's GPUs, a process for each rank."""
-    formats = list(dict.fromkeys(case.format for case in chosen))
-    bits = []
+    """With ``timing`` times of every switch on this machine's GPUs, a process for each rank, and with ``measure_facts`` the rest."""
+    times: list[Row] = []
+    if timing:
+        given, world = (list(switches), list(chosen), replays), chosen[0].world_size
+        times = run_processes(world, ablate_rank, *given, device="cuda", silence=120.0, heard=_heard(done))[0]
+    bits, rows = list[Row](), list[Row]()
+    if measure_facts:
+        bits = _bits(switches, list(dict.fromkeys(case.format for case in chosen)), done)
+        smallest = [case for case in chosen if case.tokens == min(c.tokens for c in chosen)]
+        rows = facts.compiled(switches, smallest, architectures, disassemble=disassemble, done=done)
+    described = [{"name": s.name, "what": s.what, "valid": s.valid, "architectures": list(s.architectures)} for s in switches]
+    return {"method": METHOD, "switches": described, "bits": bits, "compiled": rows, "times": times}
+
+
+def _bits(switches: Sequence[Switch], formats: Sequence[str], done: Callable[[str], None]) -> list[Row]:
+    """Whether the emulated kernel with a switch gives other bits, for each switch and format where it applies."""
+    rows = []
     for switch in switches:
         for format in formats:
             if not switch.formats or format.split("/")[0] in switch.formats:
                 done(f"{switch.name}, {format}: bits")
                 found = facts.changed_bits(switch, format)
                 changed = None if found is None else bool(found)
-                bits.append({"switch": switch.name, "format": format, "by_emulator": changed, "first_difference": found or None})
-    smallest = [case for case in chosen if case.tokens == min(c.tokens for c in chosen)]
-    rows = facts.compiled(switches, smallest, architectures, disassemble=disassemble, done=done)
-    times: list[Row] = []
-    if timing:
-        world = chosen[0].world_size
-        times = run_processes(world, ablate_rank, list(switches), list(chosen), replays, device="cuda", silence=120.0, heard=_heard(done))[
-            0
-        ]
-    described = [{"name": s.name, "what": s.what, "valid": s.valid, "architectures": list(s.architectures)} for s in switches]
-    return {"method": METHOD, "switches": described, "bits": bits, "compiled": rows, "times": times}
+                rows.append({"switch": switch.name, "format": format, "by_emulator": changed, "first_difference": found or None})
+    return rows
 
 
 def _heard(done: Callable[[str], None]) -> Callable[[int, str], None]:

@@ -32,6 +32,7 @@ def ablate(
     format: Formats = None,
     architecture: Architectures = None,
     timing: Annotated[bool | None, typer.Option(help="Measure on this machine's GPUs; default: if there are two or more.")] = None,
+    facts: Annotated[bool, typer.Option(help="Registers, code and bits, which need no GPU.")] = True,
     count: Annotated[bool, typer.Option(help="Count instructions (needs nvdisasm).")] = True,
     list_: Annotated[bool, typer.Option("--list", help="Name the switches and end.")] = False,
     commit: Commit = None,
@@ -72,6 +73,7 @@ def ablate(
                 cases,
                 architectures=architectures,
                 timing=gpus >= 2 if timing is None else timing,
+                measure_facts=facts,
                 disassemble=count,
                 done=start,
             )

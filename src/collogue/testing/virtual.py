@@ -6,10 +6,8 @@ the ones that real ranks use. Timings of virtual ranks mean nothing: they share 
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -108,30 +106,11 @@ def run_virtual(world_size: int, fn: Callable[[VirtualGroup], T], *, device: str
 
     On GPUs, kernels of one rank wait for kernels of the others, so nothing that waits for a whole GPU (freeing memory, loading a
     kernel, starting a graph capture) may come between the launches of one call: :meth:`Communicator.prepare` first, and
-    :meth:`VirtualGroup.settle` around everything else. Garbage is not collected meanwhile: what it frees may be on a GPU.
-    CUDA must start with what :mod:`collogue.testing.environment` sets.
+    :meth:`VirtualGroup.settle` around everything else. CUDA must start with what :mod:`collogue.testing.environment` sets.
     """
     kind = torch.device(device)
     if kind.type == "cuda":
         environment.set_defaults()
-    with _garbage_stays() if kind.type == "cuda" else contextlib.nullcontext():
-        return _run(world_size, fn, kind, timeout)
-
-
-@contextlib.contextmanager
-def _garbage_stays() -> Iterator[None]:
-    """Inside, garbage is not collected."""
-    collects = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _run(world_size: int, fn: Callable[[VirtualGroup], T], kind: torch.device, timeout: float) -> list[T]:
     meeting = _Meeting(world_size, timeout)
     subgroups: dict[Any, _Meeting] = {}
     results: list[Any] = [None] * world_size
