@@ -1,8 +1,8 @@
 """Tables in documents, made from committed results: ``python -m collogue.pages [--check] PAGE.md ...``.
 
-A table stands between ``<!-- table NAME: RESULTS.json -->`` and ``<!-- end of table -->``; the path is relative to the page, ``NAME`` is
-one of :data:`TABLES`. Where the results do not exist yet, it says so. (The table at the top of README.md has its own:
-:mod:`collogue.bench.readme`.)
+A table stands between ``<!-- table NAME: RESULTS.json [RESULTS.json ...] -->`` and ``<!-- end of table -->``; paths are relative to the
+page, ``NAME`` is one of :data:`TABLES`; the lists of several files are joined. Where the results do not exist yet, it says so. (The
+table at the top of README.md has its own: :mod:`collogue.bench.readme`.)
 """
 
 from __future__ import annotations
@@ -99,7 +99,18 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "bench-speedups": tables.speedups,
     "bench-serving": tables.serving,
     "bench-host": tables.host,
+    "bench-eager": tables.eager,
+    "bench-epilogues": tables.epilogues,
 }
+
+
+def _joined(sources: Sequence[Path]) -> Data:
+    """What the files hold; lists of the same name one behind the other."""
+    data: Data = {}
+    for source in sources:
+        for name, value in json.loads(source.read_text(encoding="utf-8")).items():
+            data[name] = data[name] + value if isinstance(value, list) and name in data else value
+    return data
 
 
 def filled(page: str, folder: Path) -> str:
@@ -108,10 +119,10 @@ def filled(page: str, folder: Path) -> str:
     def made(match: re.Match[str]) -> str:
         if match["name"] not in TABLES:
             raise ValueError(f"there is no table {match['name']!r}; there are {', '.join(TABLES)}")
-        source = folder / match["source"]
-        if not source.exists():
+        sources = [folder / name for name in match["source"].split()]
+        if not all(source.exists() for source in sources):
             return match["head"] + NOT_YET + match["end"]
-        data = json.loads(source.read_text(encoding="utf-8"))
+        data = _joined(sources)
         return match["head"] + "\n".join(tables.lines(TABLES[match["name"]](data))) + "\n" + match["end"]
 
     return _BLOCK.sub(made, page)

@@ -12,6 +12,7 @@ from collogue.bench.plot import Point, line_chart
 from collogue.bench.rank import Row, label
 from collogue.bench.regression import Change, compare, counts
 from collogue.bench.report import number
+from collogue.bench.tables import call_name
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 1000px; margin: 24px auto; padding: 0 16px; }
@@ -62,13 +63,6 @@ def _about(data: dict[str, Any]) -> str:
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value) + "</dl>"
 
 
-def _name(row: Row) -> str:
-    """What a line or a column is called."""
-    if row["what"] != "collogue":
-        return label(row)
-    return "Collogue, " + ("norm" if label(row) == "none" else label(row))
-
-
 def _section(title: str, rows: Sequence[Row]) -> list[str]:
     """Plots and a table; plots for each value of the axis that is not drawn."""
     parts = [f"<h2>{escape(title)}</h2>"]
@@ -76,7 +70,7 @@ def _section(title: str, rows: Sequence[Row]) -> list[str]:
     x, other = ("tokens", "hidden_size") if len(tokens) >= len(hidden) else ("hidden_size", "tokens")
     words = {"tokens": "tokens T", "hidden_size": "hidden size H"}
     if len({r[x] for r in rows}) > 1:
-        order = [_FLOOR, *dict.fromkeys(map(_name, sorted(rows, key=lambda r: (r["what"] != "collogue", not _is_headline(r)))))]
+        order = [_FLOOR, *dict.fromkeys(map(call_name, sorted(rows, key=lambda r: (r["what"] != "collogue", not _is_headline(r)))))]
         for value in sorted({r[other] for r in rows}):
             mine = [r for r in rows if r[other] == value and r["us"]]
             at = f"{words[other]} = {value}"
@@ -100,7 +94,7 @@ def _latencies(rows: Iterable[Row], x: str) -> dict[str, list[Point]]:
     found: dict[str, list[Point]] = {}
     floors: dict[float, float] = {}
     for row in rows:
-        found.setdefault(_name(row), []).append(Point(row[x], row["us"], max(row["low_us"], row["us"] / 3), row["high_us"]))
+        found.setdefault(call_name(row), []).append(Point(row[x], row["us"], max(row["low_us"], row["us"] / 3), row["high_us"]))
         if row.get("floor_us"):
             floors[row[x]] = max(floors.get(row[x], 0.0), row["floor_us"])
     if floors:
@@ -113,20 +107,20 @@ def _shares(rows: Iterable[Row], x: str) -> dict[str, list[Point]]:
     found: dict[str, list[Point]] = {}
     for row in rows:
         if row.get("share"):
-            found.setdefault(_name(row), []).append(Point(row[x], row["share"], row["share"], row["share"]))
+            found.setdefault(call_name(row), []).append(Point(row[x], row["share"], row["share"], row["share"]))
     return found
 
 
 def _table(rows: Sequence[Row]) -> str:
-    names = list(dict.fromkeys(_name(r) for r in rows))
+    names = list(dict.fromkeys(call_name(r) for r in rows))
     lines = [["H", "T", *names]]
     for hidden, tokens in dict.fromkeys((r["hidden_size"], r["tokens"]) for r in rows):
-        found = {_name(r): r for r in rows if (r["hidden_size"], r["tokens"]) == (hidden, tokens)}
+        found = {call_name(r): r for r in rows if (r["hidden_size"], r["tokens"]) == (hidden, tokens)}
         lines.append([str(hidden), str(tokens), *(number(found.get(name)) for name in names)])
     missing: dict[tuple[str, str], list[str]] = {}
     for r in rows:
         if r["error"]:
-            name = _name(r) if r["what"] == "collogue" else r["what"]
+            name = call_name(r) if r["what"] == "collogue" else r["what"]
             missing.setdefault((name, r["error"]), []).append(f"T = {r['tokens']}, H = {r['hidden_size']}")
     errors = [f"{name} ({at[0] if len(at) == 1 else f'{len(at)} cases'}): {error}" for (name, error), at in missing.items()]
     notes = "".join(f'<p class="note"><span class="no">no number</span> {escape(text)}</p>' for text in errors)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from collogue.bench.floors import EMPTY, EXCHANGE
+from collogue.bench.rank import label
 from collogue.bench.variants import ALL, COLLOGUE
 
 Data = dict[str, Any]
@@ -18,27 +20,41 @@ def lines(rows: Iterable[Sequence[str]]) -> Iterator[str]:
             yield "|" + "---|" * len(row)
 
 
+def _by_model(data: Data) -> dict[tuple[str, int], dict[int, dict[str, Data]]]:
+    """Rows of ``collogue bench model`` by model and world size, tokens in rising order, and way."""
+    found: dict[tuple[str, int], dict[int, dict[str, Data]]] = {}
+    for row in sorted(data["rows"], key=lambda r: int(r["tokens"])):
+        found.setdefault((row["model"], row["world_size"]), {}).setdefault(row["tokens"], {})[row["what"]] = row
+    first = list(dict.fromkeys((r["model"], r["world_size"]) for r in data["rows"]))
+    return {key: found[key] for key in first}
+
+
+def _best(ways: dict[str, Data]) -> Data | None:
+    """The fastest of Collogue's ways."""
+    return min((ways[what] for what in COLLOGUE if ways[what]["us"] is not None), key=lambda r: float(r["us"]), default=None)
+
+
+def _gains(best: Data | None) -> list[str]:
+    return ["-" if best is None or best.get(k) is None else f"{best[k]:.2f}" for k in ("speedup_nccl", "speedup_symm_mem")]
+
+
 def model(data: Data) -> Iterator[Sequence[str]]:
     """Of each model, world and size: microseconds of a pass over the whole model, and speed-ups of the best of Collogue's ways."""
     yield ["model", "ranks", "tokens", *ALL, "best / NCCL", "best / symm. mem.", "collectives' share: NCCL, best"]
-    for key in dict.fromkeys((r["model"], r["world_size"], r["tokens"]) for r in data["rows"]):
-        mine = {r["what"]: r for r in data["rows"] if (r["model"], r["world_size"], r["tokens"]) == key}
-        times = ["-" if mine[what]["us"] is None else f"{mine[what]['us']:.0f}" for what in ALL]
-        own = [mine[what] for what in COLLOGUE if mine[what]["us"] is not None]
-        best = min(own, key=lambda r: float(r["us"]), default=None)
-        gains = ["-" if best is None or best.get(k) is None else f"{best[k]:.2f}" for k in ("speedup_nccl", "speedup_symm_mem")]
-        shares = [r["share_of_collectives"] for r in (mine["nccl"], best) if r is not None and r["share_of_collectives"] is not None]
-        yield [*map(str, key), *times, *gains, ", ".join(f"{s:.0%}" for s in shares) or "-"]
+    for (name, world), sizes in _by_model(data).items():
+        for tokens, ways in sizes.items():
+            times = ["-" if ways[what]["us"] is None else f"{ways[what]['us']:.0f}" for what in ALL]
+            best = _best(ways)
+            shares = [r["share_of_collectives"] for r in (ways["nccl"], best) if r is not None and r["share_of_collectives"] is not None]
+            yield [name, str(world), str(tokens), *times, *_gains(best), ", ".join(f"{s:.0%}" for s in shares) or "-"]
 
 
 def speedups(data: Data) -> Iterator[Sequence[str]]:
-    """Of each model and size: how much faster the best of Collogue's ways is than the baselines."""
-    yield ["model", "ranks", "tokens", "over NCCL + torch.compile", "over torch symmetric memory + torch.compile"]
-    for key in dict.fromkeys((r["model"], r["world_size"], r["tokens"]) for r in data["rows"]):
-        own = [r for r in data["rows"] if (r["model"], r["world_size"], r["tokens"]) == key and r.get("speedup_nccl")]
-        best = max(own, key=lambda r: float(r["speedup_nccl"]), default=None)
-        if best is not None:
-            yield [*map(str, key), *(f"{best[k]:.2f}" for k in ("speedup_nccl", "speedup_symm_mem"))]
+    """Of each model and size: how much faster the best of Collogue's ways is, over NCCL / over torch's symmetric memory."""
+    counts = sorted({int(r["tokens"]) for r in data["rows"]})
+    yield ["model, ranks", *(f"T = {tokens}" for tokens in counts)]
+    for (name, world), sizes in _by_model(data).items():
+        yield [f"{name}, {world}", *(" / ".join(_gains(_best(sizes[t]))) if t in sizes else "" for t in counts)]
 
 
 def serving(data: Data) -> Iterator[Sequence[str]]:
@@ -60,3 +76,30 @@ def host(data: Data) -> Iterator[Sequence[str]]:
     yield ["call", "ranks", "us of host time"]
     for row in data["host"]:
         yield [f"`{row['what']}`", str(row["world_size"]), f"{row['us']:.1f}"]
+
+
+def call_name(row: Data) -> str:
+    """What a row of ``collogue bench`` is called in tables and plots."""
+    if row["what"] != "collogue":
+        return label(row)
+    return "Collogue, " + ("norm" if label(row) == "none" else label(row))
+
+
+def eager(data: Data) -> Iterator[Sequence[str]]:
+    """Calls from Python: microseconds of each until the GPU has done a row of them, by number of tokens."""
+    return _section(data, "eager")
+
+
+def epilogues(data: Data) -> Iterator[Sequence[str]]:
+    """Microseconds of a call with each epilogue, by number of tokens."""
+    return _section(data, "epilogues")
+
+
+def _section(data: Data, section: str) -> Iterator[Sequence[str]]:
+    """All calls of a section of ``collogue bench`` but the floors; a call has a row, a number of tokens a column."""
+    rows = [r for r in data["cases"] if r["section"] == section and r["us"] is not None and r["what"] not in (EMPTY, EXCHANGE)]
+    counts = sorted({int(r["tokens"]) for r in rows})
+    found = {(call_name(r), r["tokens"]): r["us"] for r in rows}
+    yield ["call", *(f"T = {tokens}" for tokens in counts)]
+    for name in dict.fromkeys(call_name(r) for r in rows):
+        yield [name, *(f"{found[name, t]:.2f}" if (name, t) in found else "-" for t in counts)]
