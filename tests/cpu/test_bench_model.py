@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from collogue.bench import model
 from collogue.bench.stack import SCALES, SHAPES, rank_shape
 from collogue.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL
 from collogue.errors import ArgumentError
+from collogue.testing.processes import run_processes
 
 
 @pytest.mark.parametrize("scales", SCALES)
@@ -43,6 +46,26 @@ def test_dry_run(scales: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert all("SymmetricMemory" in rows[what]["error"] for what in BASELINES[1:])
     assert picture.stat().st_size > 0
     assert "| tiny | 2 | 3 |" in capsys.readouterr().out
+
+
+def _unclamped(n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """What the fusion pass leaves alone: larger values would be NaN."""
+    return (n.float() * (1.0 / scale)).to(torch.float8_e4m3fn), scale
+
+
+def _unfused(group: Any, tell: Any) -> list[model.Row]:
+    """The rows of a rank whose models do not clamp."""
+    SCALES["static"] = _unclamped
+    return model.model_rank(group, tell, ["tiny"], [3], 1, 1, "static")
+
+
+def test_a_pass_that_has_not_fused_has_no_number() -> None:
+    """Its output would be right, and its time that of something else."""
+    for rows in run_processes(2, _unfused):
+        found = {row["what"]: row for row in rows}
+        assert "without a clamp" in (found["collogue pass"]["error"] or "")
+        assert found["collogue pass"]["us"] is None
+        assert found["collogue eager"]["error"] is None
 
 
 def row(what: str, us: float | None, **more: Any) -> dict[str, Any]:

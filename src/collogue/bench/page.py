@@ -72,17 +72,16 @@ def _section(title: str, rows: Sequence[Row]) -> list[str]:
     if len({r[x] for r in rows}) > 1:
         order = [_FLOOR, *dict.fromkeys(map(call_name, sorted(rows, key=lambda r: (r["what"] != "collogue", not _is_headline(r)))))]
         for value in sorted({r[other] for r in rows}):
-            mine = [r for r in rows if r[other] == value and r["us"]]
+            few = [r for r in rows if r[other] == value and r["us"] and _is_headline(r)]
             at = f"{words[other]} = {value}"
-            few = [r for r in mine if _is_headline(r)]
             parts.append(line_chart(f"Latency, {at}", words[x], "microseconds per call", _latencies(few, x), order=order))
-            shares = _shares(mine, x)
+            shares = _shares(few, x)
             parts.append(line_chart(f"Share of the floor, {at}", words[x], "floor / latency", shares, order=order, logarithmic=False))
     return [*parts, _table(rows)]
 
 
 def _is_headline(row: Row) -> bool:
-    """Whether the row is in the plot of latencies: other libraries, the exchange, and Collogue in a few formats. Tables have all."""
+    """Whether the row is in the plots: other libraries, the exchange, and Collogue in a few formats. Tables have all."""
     if row["what"] != "collogue":
         return bool(row["what"] != EMPTY)
     return label(row) in ("none", "nvfp4/128x4", "fp8_static", "sharded, nvfp4/128x4", "sharded, fp8_per_token")
