@@ -23,7 +23,8 @@ from samples import same
 import collogue.flashinfer
 from collogue import reference
 from collogue.formats import scale_storage
-from collogue.spec import NVFP4, FP8Static, Output, Quant, RMSNorm
+from collogue.quant import NVFP4, FP8Static, Quant
+from collogue.spec import Output, RMSNorm
 from collogue.testing.inputs import make_inputs, make_partials
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,8 @@ import torch.distributed as dist
 import collogue
 from collogue import reference
 from collogue.errors import CollogueError
-from collogue.spec import FP8PerToken, Output, Quant, RMSNorm
+from collogue.quant import FP8PerToken, Quant
+from collogue.spec import Output, RMSNorm
 from collogue.testing.compare import compare, differing
 from collogue.testing.inputs import make_inputs, make_partials
 

@@ -12,8 +12,9 @@ from collogue.communicator import Communicator
 from collogue.errors import CollectiveError, CollectiveTimeout, CollogueError, MismatchedCall, NotPrepared
 from collogue.journal import Journal
 from collogue.plan import Plan
+from collogue.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 from collogue.reference import dequantize, quantize
-from collogue.spec import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Output, Quant, RMSNorm
+from collogue.spec import Output, RMSNorm
 
 if TYPE_CHECKING:
     from collogue import nn

@@ -8,8 +8,9 @@ import torch
 
 from collogue.capacity import Capacity, check_hidden_size, check_kinds, raise_capacity
 from collogue.errors import DeviceError, DTypeError, GradError, LayoutError, ShapeError
+from collogue.quant import Quant
 from collogue.request import Signature, make_request
-from collogue.spec import Operation, Output, Quant, RMSNorm, Wanted, owned_rows
+from collogue.spec import Operation, Output, RMSNorm, Wanted, owned_rows
 
 #: Bytes to which rows and tensors must be aligned: kernels move 16 bytes at a time.
 ALIGNMENT = 16

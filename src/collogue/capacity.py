@@ -8,8 +8,9 @@ from typing import NoReturn, get_args
 import torch
 
 from collogue.errors import ArgumentError, CapacityError, DTypeError, FormatError, ShapeError
+from collogue.quant import Quant, parse
 from collogue.request import Request, Signature, make_request
-from collogue.spec import VALUE_DTYPES, Operation, Quant, RMSNorm, owned_rows, parse
+from collogue.spec import VALUE_DTYPES, Operation, RMSNorm, owned_rows
 
 
 @dataclass(frozen=True, eq=False)

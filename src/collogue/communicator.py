@@ -17,7 +17,8 @@ from collogue.gather import check_gather
 from collogue.group import as_group
 from collogue.journal import Journal
 from collogue.plan import Plan, make_plan, max_hidden_size
-from collogue.spec import Operation, Output, Quant, RMSNorm, owned_rows
+from collogue.quant import Quant
+from collogue.spec import Operation, Output, RMSNorm, owned_rows
 from collogue.table import TableArgument
 from collogue.topology import Overrides, Topology, agree
 from collogue.watch import Watch

@@ -13,8 +13,9 @@ from collogue.errors import MismatchedCall
 from collogue.formats import place_scales, read_scales, scale_storage
 from collogue.group import Group
 from collogue.journal import Journal
+from collogue.quant import describe
 from collogue.request import Signature
-from collogue.spec import Output, describe
+from collogue.spec import Output
 
 _HEADER_BYTES = 256
 

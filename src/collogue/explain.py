@@ -12,8 +12,9 @@ from collogue.capacity import Capacity, check_hidden_size
 from collogue.errors import ArgumentError, CapacityError, DTypeError, PlatformError
 from collogue.jit import architecture_of
 from collogue.plan import Plan, make_plan, max_hidden_size
+from collogue.quant import describe, parse
 from collogue.request import make_request
-from collogue.spec import VALUE_DTYPES, Operation, describe, parse
+from collogue.spec import VALUE_DTYPES, Operation
 from collogue.table import TableArgument, find, name_of
 from collogue.topology import Topology, topology_of
 

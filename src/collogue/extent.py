@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from collogue.spec import Quant
+from collogue.quant import Quant
 from collogue.topology import Topology
 from collogue.variant import QuantVariant
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from collogue.errors import DTypeError, ShapeError
-from collogue.spec import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 
 #: An integer dtype of the same width, and the pattern of infinity in it. Above it, but for the sign, lies NaN.
 INTEGER_VIEW = {torch.bfloat16: (torch.int16, 0x7F80), torch.float16: (torch.int16, 0x7C00), torch.float32: (torch.int32, 0x7F800000)}

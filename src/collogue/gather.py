@@ -8,8 +8,9 @@ from collogue.call import Call, check_no_grad, check_values
 from collogue.capacity import Capacity, check_hidden_size, check_tokens, raise_capacity
 from collogue.errors import ArgumentError, FormatError, ShapeError
 from collogue.outputs import check_forms
+from collogue.quant import FP8Static, Quant, describe
 from collogue.request import Request, forms_of
-from collogue.spec import FP8Static, Output, Quant, Wanted, describe, owned_rows
+from collogue.spec import Output, Wanted, owned_rows
 
 
 def check_gather(capacity: Capacity, shard: Output, tokens: int, quant: Quant | None) -> Call:

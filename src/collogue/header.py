@@ -9,7 +9,8 @@ from typing import get_args
 
 import torch
 
-from collogue.spec import Operation, Quant
+from collogue.quant import Quant
+from collogue.spec import Operation
 from collogue.variant import QuantVariant
 
 #: Of one call in a journal (``collogue::Entry``).

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from collogue.communicator import Communicator
 from collogue.errors import ShapeError
 from collogue.ops import is_traced
-from collogue.spec import Output, Quant, RMSNorm
+from collogue.quant import Quant
+from collogue.spec import Output, RMSNorm
 
 
 def shard(tensor: Tensor, comm: Communicator, dim: int, what: str) -> nn.Parameter:

@@ -1,7 +1,7 @@
 """``torch.ops.collogue``: the calls of a communicator as PyTorch operators, for whatever traces.
 
 ``all_reduce``, ``sharded``, ``reduce_scatter`` and ``finish`` take :data:`ARGUMENTS`, ``all_gather`` takes a shard's tensors. The
-communicator is named (:attr:`collogue.Communicator.name`), the format is its label (:func:`collogue.spec.describe`), and what comes
+communicator is named (:attr:`collogue.Communicator.name`), the format is its label (:func:`collogue.quant.describe`), and what comes
 back is the list of the call's outputs in the order of :class:`collogue.Output`.
 
 Eager calls of a communicator do not come by here; under ``torch.compile`` and other tracers they turn into these operators. A
@@ -23,7 +23,8 @@ from collogue import registry
 from collogue.call import check_call
 from collogue.engine import run
 from collogue.formats import code_spec, empty_scales
-from collogue.spec import NVFP4, FP8Group, FP8PerToken, FP8Static, Operation, Output, Quant, RMSNorm, Wanted, describe, parse
+from collogue.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe, parse
+from collogue.spec import Operation, Output, RMSNorm, Wanted
 
 #: Of every operator but ``all_gather``. ``partial`` is y for ``finish``; ``scale_value`` counts where ``scale`` is ``None``.
 ARGUMENTS = (

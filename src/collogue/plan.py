@@ -14,8 +14,9 @@ import torch
 from collogue import cost
 from collogue.errors import FormatError
 from collogue.extent import MAX_CTAS, Memory, memory_of, round_up, wire_bytes, workspace_extent
+from collogue.quant import Quant
 from collogue.request import Request
-from collogue.spec import Quant, Wanted
+from collogue.spec import Wanted
 from collogue.table import Candidate, Entry
 from collogue.topology import Topology
 from collogue.variant import QuantVariant, Variant, block_class

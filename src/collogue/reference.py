@@ -35,23 +35,8 @@ from collogue.formats import (
     scales_per_row,
     unpack_nibbles,
 )
-from collogue.spec import (
-    E2M1_MAX,
-    E4M3_MAX,
-    MXFP4,
-    MXFP8,
-    NVFP4,
-    VALUE_DTYPES,
-    FP8Group,
-    FP8PerToken,
-    FP8Static,
-    Output,
-    Quant,
-    RMSNorm,
-    Wanted,
-    describe,
-    owned_rows,
-)
+from collogue.quant import E2M1_MAX, E4M3_MAX, MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
+from collogue.spec import VALUE_DTYPES, Output, RMSNorm, Wanted, owned_rows
 
 #: Shape of the mean square: a lane adds 8 elements, 32 lanes are folded by halves into the sum of one block.
 LANE = 8

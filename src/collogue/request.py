@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from collogue.formats import code_spec, scale_spec
-from collogue.spec import Operation, Output, Quant, Wanted
+from collogue.quant import Quant
+from collogue.spec import Operation, Output, Wanted
 
 
 @dataclass(frozen=True)

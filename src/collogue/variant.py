@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from collogue.spec import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 
 _DTYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16", torch.float32: "Float32"}
 _LAYOUTS = {"linear": "kLinear", "row": "kLinear", "128x4": "k128x4", "8x4": "k8x4", "column": "kColumn"}

@@ -22,7 +22,8 @@ from collogue.commands.options import OK, USAGE
 from collogue.communicator import Communicator
 from collogue.demo.model import Cache, ShardedLlama
 from collogue.errors import FormatError, ScaleError
-from collogue.spec import NVFP4, FP8PerToken, RMSNorm
+from collogue.quant import NVFP4, FP8PerToken
+from collogue.spec import RMSNorm
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 

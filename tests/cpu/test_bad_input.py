@@ -27,7 +27,8 @@ from collogue.errors import (
     ShapeError,
 )
 from collogue.formats import empty_scales
-from collogue.spec import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Output, Quant, RMSNorm
+from collogue.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.spec import Output, RMSNorm
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 

@@ -14,7 +14,8 @@ from collogue.check.run import _process, merge
 from collogue.check.sweep import DTYPES, OPERATIONS, VARIANTS
 from collogue.errors import CollectiveTimeout, FormatError, PlatformError
 from collogue.formats import scale_storage
-from collogue.spec import Operation, Output, describe, parse
+from collogue.quant import describe, parse
+from collogue.spec import Operation, Output
 from collogue.testing import run_virtual
 from collogue.testing.compare import compare
 from collogue.testing.inputs import KINDS, make_inputs, make_partials

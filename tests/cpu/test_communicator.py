@@ -13,7 +13,8 @@ from samples import every_format, formats_by_label, same
 
 from collogue.errors import ArgumentError, CapacityError, ClosedError, FormatError, MismatchedCall, ShapeError
 from collogue.formats import empty_scales, scale_storage
-from collogue.spec import MXFP4, NVFP4, FP8Group, FP8PerToken, FP8Static, Output, Quant, RMSNorm
+from collogue.quant import MXFP4, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.spec import Output, RMSNorm
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 from collogue.testing.processes import run_processes

@@ -13,10 +13,10 @@ import torch
 from cuda.bindings import nvrtc
 
 from collogue import jit
+from collogue.quant import parse
 from collogue.resources.compare import violations
 from collogue.resources.measure import chosen, describe
 from collogue.resources.worker import compile_choice
-from collogue.spec import parse
 from collogue.testing.covering import FACTORS, FORMATS, all_pairs, covering_set, pairs_of, variant_of
 from collogue.variant import Variant
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from collogue.failure import MISMATCH, TIMEOUT
-from collogue.spec import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static
+from collogue.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static
 from collogue.testing.emulator import MODES, Ask, Case, Edit, Library, compile_cases, emulate
 from collogue.testing.inputs import KINDS
 

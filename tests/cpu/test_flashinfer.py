@@ -28,7 +28,8 @@ from collogue.errors import (
 )
 from collogue.flashinfer.workspace import workspace_of
 from collogue.formats import empty_scales, scale_storage
-from collogue.spec import NVFP4, FP8Group, FP8PerToken, FP8Static, Output, Quant, RMSNorm
+from collogue.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.spec import Output, RMSNorm
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.inputs import make_inputs, make_partials
 

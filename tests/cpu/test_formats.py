@@ -12,7 +12,7 @@ from torch import Tensor
 
 from collogue import formats
 from collogue.errors import DTypeError, FormatError, ShapeError
-from collogue.spec import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
+from collogue.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
 
 
 def every_16_bit_value(dtype: torch.dtype) -> Tensor:

@@ -34,7 +34,8 @@ from collogue.errors import (
 from collogue.formats import empty_scales
 from collogue.gather import check_gather
 from collogue.outputs import allocate, check_out
-from collogue.spec import NVFP4, FP8Group, FP8PerToken, FP8Static, Operation, Output, Quant, RMSNorm, owned_rows
+from collogue.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.spec import Operation, Output, RMSNorm, owned_rows
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 from collogue.testing.inputs import make_partials

@@ -14,7 +14,7 @@ from samples import every_format
 import collogue
 from collogue import FP8Group, FP8PerToken, FP8Static, Output, RMSNorm, ops, registry
 from collogue.errors import CaptureError, ClosedError
-from collogue.spec import Quant
+from collogue.quant import Quant
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 

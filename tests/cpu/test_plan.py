@@ -22,8 +22,9 @@ from collogue.extent import GENERATIONS, ONE_SHOT_GENERATIONS, memory_of, worksp
 from collogue.launch import Params
 from collogue.parameters import fill_shape, fill_workspace, later_launches
 from collogue.plan import Plan, launch_shape, make_kernels, make_plan, max_hidden_size, one_shot_tokens, sends_values
+from collogue.quant import MXFP8, NVFP4, FP8Group, FP8PerToken, Quant, parse
 from collogue.request import Request, make_request
-from collogue.spec import MXFP8, NVFP4, FP8Group, FP8PerToken, Operation, Quant, parse
+from collogue.spec import Operation
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.topology import Overrides, Topology
 

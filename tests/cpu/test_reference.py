@@ -13,7 +13,8 @@ from torch import Tensor
 
 from collogue import formats, reference
 from collogue.errors import ArgumentError, FormatError
-from collogue.spec import FP8Group, FP8PerToken, FP8Static, Quant, RMSNorm
+from collogue.quant import FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.spec import RMSNorm
 
 # Sum and prenorm
 

@@ -23,8 +23,8 @@ from collogue.communicator import Communicator
 from collogue.errors import ArgumentError, PlatformError
 from collogue.explain import MULTIPROCESSORS, Machine, explain
 from collogue.plan import make_plan, one_shot_tokens
+from collogue.quant import FP8PerToken
 from collogue.request import Request, make_request
-from collogue.spec import FP8PerToken
 from collogue.table import VARIABLE, Candidate, Entry, Step, Table, Time, find, own_path
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.emulator import Ask, compile_cases, emulate

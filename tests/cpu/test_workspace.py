@@ -304,7 +304,7 @@ def test_only_journals_are_loaded(tmp_path: Path) -> None:
 
 
 def test_entries_name_every_argument() -> None:
-    from collogue.spec import MXFP8
+    from collogue.quant import MXFP8
 
     options = pack("sharded", "reduce_scatter", torch.float16, False, True, True, MXFP8(rounding="ceil", layout="8x4"))
     entry = Entry.of(struct.pack("<6I2f", 8, 5, 64, 3, *options, 1e-5, 1.0))

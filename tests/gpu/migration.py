@@ -18,7 +18,8 @@ from collogue import reference
 from collogue.check import Case
 from collogue.formats import scale_storage
 from collogue.group import as_group
-from collogue.spec import NVFP4, FP8Group, FP8PerToken, FP8Static, Output, Quant, RMSNorm
+from collogue.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.spec import Output, RMSNorm
 from collogue.testing import VirtualGroup
 from collogue.testing.inputs import make_inputs, make_partials
 

@@ -11,8 +11,8 @@ from collogue import jit
 from collogue.ablation.build import Builder, topology_of, variant_of
 from collogue.ablation.switches import Switch
 from collogue.check.case import Case
+from collogue.quant import parse
 from collogue.resources.machine_code import code_bytes, count_instructions
-from collogue.spec import parse
 from collogue.testing import emulator
 
 Row: TypeAlias = dict[str, Any]

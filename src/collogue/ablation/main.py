@@ -11,7 +11,7 @@ from collogue.ablation.rank import ablate_rank
 from collogue.ablation.switches import Switch
 from collogue.accuracy.main import aligned
 from collogue.check.case import Case
-from collogue.spec import describe, parse
+from collogue.quant import describe, parse
 from collogue.testing.processes import run_processes
 
 Row: TypeAlias = dict[str, Any]

@@ -19,7 +19,7 @@ from collogue.accuracy.models import Model
 from collogue.accuracy.orders import contract
 from collogue.demo.weights import ModelShape
 from collogue.errors import FormatError, ScaleError
-from collogue.spec import E2M1_MAX, E4M3_MAX
+from collogue.quant import E2M1_MAX, E4M3_MAX
 
 Direction = Literal["divisor", "multiplier"]
 #: Largest value that the codes (and for NVFP4 the block scales) of a format reach: ``divisor = amax / LARGEST``.

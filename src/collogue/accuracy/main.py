@@ -15,7 +15,7 @@ from collogue.accuracy.models import Model
 from collogue.accuracy.orders import ORDERS, contract
 from collogue.demo.formats import FORMATS, quants_for
 from collogue.errors import FormatError
-from collogue.spec import Quant, parse
+from collogue.quant import Quant, parse
 
 Row: TypeAlias = dict[str, Any]
 
@@ -54,7 +54,7 @@ def run(
 
     Args:
         world_size: virtual ranks; sharded sizes of the model must divide by it.
-        formats: as :func:`collogue.spec.parse` reads them.
+        formats: as :func:`collogue.quant.parse` reads them.
         static: formats with a static scale whose choice is swept over :data:`FACTORS`.
         started: hears the name of each pass.
     Returns:

@@ -11,8 +11,8 @@ import torch
 from collogue.accuracy.models import Model
 from collogue.accuracy.orders import Order, OrderedSum
 from collogue.demo.model import Cache, ShardedLlama
+from collogue.quant import Quant
 from collogue.reference import dequantize, quantize
-from collogue.spec import Quant
 from collogue.testing import VirtualGroup, run_virtual
 
 

@@ -15,8 +15,9 @@ from dataclasses import replace
 import torch
 
 from collogue.formats import round_value
+from collogue.quant import Quant
 from collogue.reference import all_reduce, sum_partials
-from collogue.spec import Output, Quant, RMSNorm
+from collogue.spec import Output, RMSNorm
 from collogue.testing import VirtualGroup
 
 #: From all partials [T, H] in rank order and the residual to y, in their dtype.

@@ -19,7 +19,8 @@ from collogue.bench.cases import COMPILED, FLASHINFER, NCCL, ONE_SHOT, TWO_SHOT,
 from collogue.bench.timing import SETS
 from collogue.check.case import GLOBAL_SCALE, STATIC_SCALE, Case
 from collogue.check.rank import arguments
-from collogue.spec import FP8Static, Output, RMSNorm
+from collogue.quant import FP8Static
+from collogue.spec import Output, RMSNorm
 
 #: In place, or returning the sum.
 Sum: TypeAlias = Callable[[torch.Tensor], Any]

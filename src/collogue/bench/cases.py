@@ -11,7 +11,7 @@ from collogue.bench import epilogue
 from collogue.check.case import Case
 from collogue.check.sweep import DTYPES
 from collogue.errors import FormatError
-from collogue.spec import describe, parse
+from collogue.quant import describe, parse
 from collogue.topology import Overrides
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from collogue.quant import E2M1_MAX, E4M3_MAX, NVFP4, SMALLEST_SCALE, FP8PerToken, FP8Static, Quant
 from collogue.reference import dequantize
-from collogue.spec import E2M1_MAX, E4M3_MAX, NVFP4, SMALLEST_SCALE, FP8PerToken, FP8Static, Output, Quant
+from collogue.spec import Output
 
 #: (total, residual, weight, given scale) -> y, and n or codes and scales.
 Epilogue = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collogue.spec import E4M3_MAX, SMALLEST_SCALE
+from collogue.quant import E4M3_MAX, SMALLEST_SCALE
 
 EPS = 1e-6
 #: Cached tokens of every sequence in a decode step.

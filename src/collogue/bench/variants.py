@@ -13,7 +13,8 @@ from torch import Tensor
 
 from collogue.bench.stack import EPS, Block, Quantise, activation_scale, per_token, static
 from collogue.communicator import Communicator
-from collogue.spec import FP8PerToken, FP8Static, RMSNorm
+from collogue.quant import FP8PerToken, FP8Static
+from collogue.spec import RMSNorm
 
 #: Names of the ways: Collogue's, the baselines, and the stack without communication, which tells the share of the collectives.
 COLLOGUE = ("collogue eager", "collogue pass", "collogue sharded")

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from collogue.spec import FP8Static, Operation, Quant, parse
+from collogue.quant import FP8Static, Quant, parse
+from collogue.spec import Operation
 
 #: A multiplier and a divisor that suit values of deviation 1; neither is a power of two.
 GLOBAL_SCALE = 448.0 * 6.0 / 5.0
@@ -23,7 +24,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Case:
-    """One call to check: everything that decides its bits. ``format`` is a label as :func:`collogue.spec.parse` takes."""
+    """One call to check: everything that decides its bits. ``format`` is a label as :func:`collogue.quant.parse` takes."""
 
     tokens: int
     hidden_size: int

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from collogue.errors import CompileError, PlatformError
 from collogue.failure import MISMATCH, TIMEOUT
 from collogue.jit import cache_directory
-from collogue.spec import NVFP4
+from collogue.quant import NVFP4
 
 if TYPE_CHECKING:
     from collogue.testing.emulator import Library, Run

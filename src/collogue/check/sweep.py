@@ -10,7 +10,8 @@ import torch
 
 from collogue.check.case import Case
 from collogue.errors import FormatError
-from collogue.spec import Operation, describe, parse
+from collogue.quant import describe, parse
+from collogue.spec import Operation
 from collogue.testing.inputs import KINDS
 
 DTYPES = ("bfloat16", "float16", "float32")

@@ -101,7 +101,8 @@ def _levels(given: dict[str, list[Any]], architectures: list[str]) -> dict[str, 
     import torch
 
     from collogue.errors import DTypeError
-    from collogue.spec import VALUE_DTYPES, describe, parse
+    from collogue.quant import describe, parse
+    from collogue.spec import VALUE_DTYPES
 
     dtypes = {str(d).removeprefix("torch."): d for d in VALUE_DTYPES}
     for name in given.get("dtype", ()):

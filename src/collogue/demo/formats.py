@@ -8,9 +8,9 @@ import torch
 
 from collogue import Quant
 from collogue.demo.model import Cache, ShardedLlama
-from collogue.spec import E2M1_MAX, E4M3_MAX, parse
+from collogue.quant import E2M1_MAX, E4M3_MAX, parse
 
-#: Rows of the table, as :func:`collogue.spec.parse` reads them.
+#: Rows of the table, as :func:`collogue.quant.parse` reads them.
 FORMATS = ("none", "fp8_static", "fp8_per_token", "fp8_group64", "mxfp8/ceil", "nvfp4", "mxfp4/ceil")
 
 

@@ -29,7 +29,7 @@ from collogue.demo.formats import FORMATS
 from collogue.demo.weights import ModelShape, Weights, attach, read_model, share
 from collogue.demo.worker import Row, Task, work
 from collogue.errors import PlatformError
-from collogue.spec import parse
+from collogue.quant import parse
 
 #: Largest difference of a float32 logit (they reach 42) to the unsharded model's that the run accepts:
 #: what sums in another order may cost over 30 layers. A wrong shard, norm or rotation is off by whole units.
@@ -89,7 +89,7 @@ def run(
     Args:
         device: ``"cpu"`` (processes, gloo), ``"cuda"`` (a GPU each, NCCL), or ``"auto"``: GPUs where there are enough.
         tokens: how many tokens of the evaluation text are read.
-        formats: rows of the table, in order, as :func:`collogue.spec.parse` reads them.
+        formats: rows of the table, in order, as :func:`collogue.quant.parse` reads them.
         new_tokens: how many tokens are generated.
         sharded: each rank keeps only the rows of the residual stream that it owns (:mod:`collogue.demo.sequence`).
         json: where to save the table; ``"-"`` is stdout, which then holds nothing else.

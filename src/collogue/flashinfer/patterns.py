@@ -8,7 +8,7 @@ from typing import Literal, NoReturn
 import torch
 
 from collogue.errors import ArgumentError, FormatError, ScaleError, UnsupportedError
-from collogue.spec import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, ScaleLayout
+from collogue.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, ScaleLayout
 
 
 class AllReduceFusionPattern:

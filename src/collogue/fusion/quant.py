@@ -28,7 +28,7 @@ from collogue.fusion.graph import (
     value,
 )
 from collogue.fusion.norm import Norm
-from collogue.spec import E4M3_MAX
+from collogue.quant import E4M3_MAX
 
 
 @dataclass(frozen=True)

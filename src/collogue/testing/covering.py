@@ -16,8 +16,9 @@ import torch
 
 from collogue.jit import ARCHITECTURES
 from collogue.plan import launch_shape, make_variant
+from collogue.quant import parse
 from collogue.request import Request
-from collogue.spec import VALUE_DTYPES, Operation, Wanted, parse
+from collogue.spec import VALUE_DTYPES, Operation, Wanted
 from collogue.topology import Topology
 from collogue.variant import Variant
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from collogue import reference
-from collogue.spec import Operation, Output, Quant, RMSNorm
+from collogue.quant import Quant
+from collogue.spec import Operation, Output, RMSNorm
 from collogue.testing import scalar
 
 #: :func:`by_reference` or :func:`by_scalar`.

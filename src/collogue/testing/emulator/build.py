@@ -14,8 +14,9 @@ import torch
 
 from collogue import plan
 from collogue.jit import KERNELS
+from collogue.quant import Quant
 from collogue.request import Request
-from collogue.spec import Operation, Quant, Wanted
+from collogue.spec import Operation, Wanted
 from collogue.topology import Topology
 from collogue.variant import Variant
 
