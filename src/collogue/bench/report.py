@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from collogue.bench.cases import NCCL
+from collogue.bench.cases import COMPILED, NCCL
 from collogue.bench.floors import EMPTY, EXCHANGE
 from collogue.bench.rank import Row, label
 
@@ -50,18 +50,22 @@ def find(data: dict[str, Any], **wanted: Any) -> list[Row]:
     return [row for row in data["cases"] if all(row.get(key) == value for key, value in wanted.items())]
 
 
-#: Columns of the table in README.md: heading, and the fields of the row.
-COLUMNS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("Collogue, norm", {"what": "collogue", "format": "none", "norm": True, "keep_norm": False}),
-    ("Collogue, NVFP4", {"what": "collogue", "format": "nvfp4/128x4", "norm": True, "keep_norm": False}),
-    ("Collogue, FP8 static", {"what": "collogue", "format": "fp8_static", "norm": True, "keep_norm": False}),
-    ("NCCL all-reduce alone", {"what": NCCL}),
-    ("floor: one-word exchange", {"what": EXCHANGE}),
+_NORM: dict[str, Any] = {"what": "collogue", "format": "none", "norm": True, "keep_norm": False, "operation": None}
+#: Columns of the table in README.md: heading, the fields of the row, and which number of it.
+COLUMNS: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("Collogue, norm", _NORM, "us"),
+    ("Collogue, NVFP4", {"what": "collogue", "format": "nvfp4/128x4", "norm": True, "keep_norm": False, "operation": None}, "us"),
+    ("Collogue, FP8 static", {"what": "collogue", "format": "fp8_static", "norm": True, "keep_norm": False, "operation": None}, "us"),
+    ("NCCL, then a compiled norm", {"what": NCCL + COMPILED, "format": "none"}, "us"),
+    ("NCCL all-reduce alone", {"what": NCCL}, "us"),
+    ("floor of the norm", _NORM, "floor_us"),
 )
+#: Large calls that the table has as well.
+LARGE = (512, 4096, 16384)
 
 
 def latency_table(data: dict[str, Any]) -> str:
-    """The decode sizes as Markdown: tokens by :data:`COLUMNS`, with the machine named."""
+    """The decode sizes and some large ones as Markdown: tokens by :data:`COLUMNS`, with the machine named."""
     decode = find(data, section="decode")
     if not decode:
         raise ValueError("the results have no decode section: run `collogue bench` without lists of shapes")
@@ -69,22 +73,22 @@ def latency_table(data: dict[str, Any]) -> str:
     world, gpu = first["world_size"], data["machine"]["gpus"][0]
     lines = [
         f"{world} x {gpu}, H = {first['hidden_size']}, {first['dtype']}: microseconds per call of all-reduce + residual + RMSNorm",
-        "(+ quantisation), back to back in a CUDA graph.",
+        "(+ quantisation), back to back in a CUDA graph. The floor: a word exchanged with every peer, and the bytes at the wire's rate.",
         "",
-        _line(["tokens", *(heading for heading, _ in COLUMNS)]),
+        _line(["tokens", *(heading for heading, _, _ in COLUMNS)]),
         "|" + "---|" * (1 + len(COLUMNS)),
     ]
-    for tokens in sorted({row["tokens"] for row in decode}):
-        cells = [find(data, section="decode", world_size=world, tokens=tokens, **fields) for _, fields in COLUMNS]
-        lines.append(_line([str(tokens), *(number(rows[0] if rows else None) for rows in cells)]))
+    large = [row for row in find(data, section="large") if row["tokens"] in LARGE]
+    for section, tokens in sorted({(row["section"], row["tokens"]) for row in (*decode, *large)}):
+        cells = [(find(data, section=section, world_size=world, tokens=tokens, **fields), key) for _, fields, key in COLUMNS]
+        lines.append(_line([str(tokens), *(number(rows[0] if rows else None, key) for rows, key in cells)]))
     return "\n".join(lines) + "\n"
 
 
-def number(row: Row | None) -> str:
-    """A latency as a table shows it; what has no number is a dash."""
-    if row is None or row["us"] is None:
-        return "-"
-    return f"{row['us']:.2f}" if row["us"] < 100 else f"{row['us']:.0f}"
+def number(row: Row | None, key: str = "us") -> str:
+    """A time of ``row`` as a table shows it; what has no number is a dash."""
+    us = None if row is None else row[key]
+    return "-" if us is None else f"{us:.2f}" if us < 100 else f"{us:.0f}"
 
 
 def _line(cells: Sequence[str]) -> str:
