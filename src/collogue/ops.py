@@ -148,19 +148,25 @@ def _parts(
     return [(partial[i : i + most], None if residual is None else residual[i : i + most]) for i in range(0, len(partial), most)]
 
 
-def _run_gather(
-    reduced: Tensor | None,
-    residual: Tensor | None,
-    norm: Tensor | None,
-    codes: Tensor | None,
-    scales: Tensor | None,
-    tokens: int,
-    quant: str,
-    smallest: float,
-    comm: str,
-) -> list[Tensor]:
-    shard = Output(reduced=reduced, residual=residual, norm=norm, codes=codes, scales=scales)
-    return _tensors(registry.find(comm).all_gather(shard, tokens, quant=_format(quant, 1.0, smallest)))
+class _Gathered(NamedTuple):
+    """:data:`_GATHERED` as Python has them."""
+
+    reduced: Tensor | None
+    residual: Tensor | None
+    norm: Tensor | None
+    codes: Tensor | None
+    scales: Tensor | None
+    tokens: int
+    quant: str
+    smallest: float
+    comm: str
+
+
+def _run_gather(*given: Any) -> list[Tensor]:
+    asked = _Gathered(*given)
+    shard = Output(asked.reduced, asked.residual, asked.norm, asked.codes, asked.scales)
+    format = _format(asked.quant, 1.0, asked.smallest)
+    return _tensors(registry.find(asked.comm).all_gather(shard, asked.tokens, quant=format))
 
 
 # ---- what tracers see
@@ -199,21 +205,13 @@ def _fake_codes(format: Quant | None, rows: int, width: int, device: torch.devic
     return [codes] if isinstance(format, FP8Static) else [codes, empty_scales(format, rows, width, device)]
 
 
-def _fake_gather(
-    reduced: Tensor | None,
-    residual: Tensor | None,
-    norm: Tensor | None,
-    codes: Tensor | None,
-    scales: Tensor | None,
-    tokens: int,
-    quant: str,
-    smallest: float,
-    comm: str,
-) -> list[Tensor]:
-    values = [tensor.new_empty(tokens, tensor.shape[1]) for tensor in (reduced, residual, norm) if tensor is not None]
+def _fake_gather(*given: Any, **named: Any) -> list[Tensor]:
+    asked = _Gathered(*given, **named)
+    tokens, codes = asked.tokens, asked.codes
+    values = [x.new_empty(tokens, x.shape[1]) for x in (asked.reduced, asked.residual, asked.norm) if x is not None]
     if codes is None:
         return values
-    format = _format(quant, 1.0, smallest)
+    format = _format(asked.quant, 1.0, asked.smallest)
     width = codes.shape[1] * (2 if format is not None and format.element == "e2m1" else 1)
     return [*values, *_fake_codes(format, tokens, width, codes.device)]
 
