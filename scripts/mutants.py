@@ -5,6 +5,7 @@ Without a name the results go to benchmarks/results/emulator-mutants.json. Exits
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -35,6 +36,9 @@ def mutants(report: Path) -> list[dict[str, Any]]:
 
 def main(arguments: list[str]) -> int:
     """Run, collect, write."""
+    parser = argparse.ArgumentParser(description="Run the mutated twins of tests/cpu/test_emulator.py; keep how many seeds each needed.")
+    parser.add_argument("out", type=Path, nargs="?", default=OUT)
+    out: Path = parser.parse_args(arguments).out
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", str(TEST), "-q", "-k", "mutated_twin", "-p", "no:cacheprovider"]
@@ -42,7 +46,7 @@ def main(arguments: list[str]) -> int:
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
         rows = mutants(report)
     data = {"passed": code == 0 and bool(rows), **circumstances(), "mutants": rows}
-    (Path(arguments[0]) if arguments else OUT).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return 0 if data["passed"] else 1
 
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="collogue",
-    help="Collectives that finish the layer: all-reduce + residual + RMSNorm + quantisation in one kernel.",
+    help="Collectives that finish the layer: all-reduce + residual + RMSNorm + quantisation in one call.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
@@ -64,6 +64,20 @@ def _devices(values: Many) -> list[str]:
         if word not in ("cpu", "cuda"):
             raise typer.BadParameter(f"{word!r} is neither cpu nor cuda", param_hint="--device")
     return words(values)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from collogue import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit(OK)
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and end.")] = False,
+) -> None: ...
 
 
 @app.command(epilog=EXIT_CODES)
@@ -209,7 +223,9 @@ def _show_report(console: Console, report: Report, shown: int = 20) -> None:
 @app.command(epilog=EXIT_CODES)
 def doctor(
     json: Json = None,
-    journal: Annotated[Path | None, typer.Option(help="Print a journal that a failed call wrote, no more.", dir_okay=False)] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="Print a journal that a failed call wrote, no more.", exists=True, dir_okay=False)
+    ] = None,
 ) -> None:
     """Say what this machine has, what Collogue will use, and what to do about what is missing.
 
@@ -240,7 +256,8 @@ def _show_findings(console: Console, report: Examination) -> None:
         color, word = style[f.status]
         table.add_row(f"[{color}]{word}[/]", f.name, _escape(f.detail) + (f"\n[dim]hint: {_escape(f.hint)}[/]" if f.hint else ""))
     console.print(table, highlight=False)
-    console.print("Collogue can work here." if report.usable else "Collogue cannot work here before what is missing is there.")
+    where = "" if report.gpus else " On the CPU only: the reference, which is right and slow."
+    console.print(f"Collogue can work here.{where}" if report.usable else "Collogue cannot work here before what is missing is there.")
 
 
 def _escape(text: str) -> str:

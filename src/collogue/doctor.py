@@ -51,6 +51,11 @@ class Examination:
     def usable(self) -> bool:
         return not any(f.required and f.status == "missing" for f in self.findings)
 
+    @property
+    def gpus(self) -> bool:
+        """Whether torch sees a GPU."""
+        return not any(f.name == "GPUs" and f.status == "missing" for f in self.findings)
+
     def as_json(self) -> dict[str, Any]:
         return {"usable": self.usable, "findings": [asdict(f) for f in self.findings]}
 
@@ -224,7 +229,12 @@ def _nvlink() -> Iterator[Finding]:
 
 def _symmetric_memory() -> Iterator[Finding]:
     if _gpu_count() < 2:
-        yield Finding("symmetric memory", "warn", "not tried: it takes two GPUs", "virtual ranks still work on one GPU")
+        yield Finding(
+            "symmetric memory",
+            "warn",
+            "not tried: it takes two GPUs",
+            "virtual ranks work on one GPU" if _gpu_count() else "only GPU groups need it",
+        )
         return
     from collogue.testing.processes import RanksFailed, run_processes
 

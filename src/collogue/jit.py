@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from collogue.variant import Variant
 KERNELS = Path(__file__).parent / "kernels"
 #: Architectures that kernels are compiled for. sm_80: one CTA per row, no PDL, E4M3 by integers.
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_103a", "sm_120a")
-_IMPORTING, _LOADING = threading.Lock(), threading.Lock()
+_IMPORTING = threading.Lock()
+#: By GPU: a kernel that waits there to be loaded must not keep others from being loaded elsewhere.
+_LOADING: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
 #: Kernels on GPUs, by device, name and machine code.
 _LOADED: dict[tuple[int, str, bytes], Any] = {}
 _OPTIONS = {"std": "c++17", "fma": False, "ftz": False, "prec_div": True, "prec_sqrt": True}
@@ -134,12 +137,12 @@ def resources(log: str) -> Resources:
 def load(code: bytes, name: str) -> Any:
     """The kernel ``name`` of a cubin, loaded on the current device (a ``cuda.core`` kernel). Its first launch may be captured.
 
-    It is loaded once in a process and stays: to unload it would wait for the GPU, where other kernels may wait for this process.
+    It is loaded once on each GPU and stays: to unload it would wait for the GPU, where other kernels may wait for this process.
     """
     import torch
 
     key = (torch.cuda.current_device(), name, code)
-    with _LOADING:
+    with _LOADING[key[0]]:
         if key not in _LOADED:
             kernel = _cuda_core().ObjectCode.from_cubin(code).get_kernel(name)
             _load_now(int(kernel.handle), key[0])

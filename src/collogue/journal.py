@@ -48,7 +48,7 @@ class Journal:
                 raise ValueError("another format")
             data["calls"] = {int(rank): tuple(Entry(**entry) for entry in entries) for rank, entries in data["calls"].items()}
             return cls(**data)
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArgumentError(f"{path} is no journal: {error}", hint="give a file that a failed call or Journal.save wrote") from error
 
     def made(self, rank: int, call: int) -> str | None:

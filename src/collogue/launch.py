@@ -58,7 +58,6 @@ class Launcher:
     """A loaded kernel in a launch shape, with parameters that stay between calls."""
 
     def __init__(self, kernel: Any, shape: LaunchShape, *, dependent: bool) -> None:
-        self.kernel = kernel
         self.params = Params()
         self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self.params))
         self._address = ctypes.addressof(self._arguments)

@@ -76,9 +76,9 @@ class Plan:
             "algorithm": self.algorithm,
             "why": self.why,
             "shape": "-" if self.shape is None else str(self.shape),
-            "launches": f"{self.launches} of {self.rows} rows" if self.shape is not None else "-",
-            "predicted": f"{self.predicted_us:.2f} us",
-            "floor": f"{self.floor_us:.2f} us",
+            "launches": f"{self.launches}, of up to {self.rows} rows" if self.shape is not None else "-",
+            "predicted": "-" if self.algorithm == "reference" else f"{self.predicted_us:.2f} us, by a model of two H200 without the format",
+            "floor": "-" if self.algorithm == "reference" else f"{self.floor_us:.2f} us, likewise",
             "measured": measured,
             "table": self.table,
             "bytes sent": f"{self.bytes_sent:,} from each rank",
@@ -253,7 +253,7 @@ def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str) -
     """Clusters that are sure to be on the GPU together, so that ranks cannot wait for rows that have not started."""
     ctas = topology.multiprocessors * ctas_per_multiprocessor(topology, shape, algorithm)
     if topology.ranks_per_gpu > 1:
-        ctas //= 2 * topology.ranks_per_gpu  # this kernel and the next of every rank are resident together
+        ctas //= 2 * topology.ranks_per_gpu  # this kernel and, where it starts early, the next of every rank are resident together
     if shape.cluster > 1:
         ctas = ctas * 9 // 10  # a tenth is lost where clusters do not fill a GPC
     return max(1, min(ctas, MAX_CTAS) // shape.cluster)

@@ -7,8 +7,8 @@ What needs a hidden size is checked by :meth:`Quant.check_hidden_size`.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -243,18 +243,11 @@ FAMILIES: dict[str, type[Quant]] = {
 
 _NAMES = {kind: name for name, kind in FAMILIES.items()}
 
-#: Every suffix a label may have, and the option it sets.
-_SUFFIXES: dict[str, str] = {
-    "128x4": "layout",
-    "8x4": "layout",
-    "linear": "layout",
-    "row": "layout",
-    "column": "layout",
-    "floor": "rounding",
-    "ceil": "rounding",
-    "float32": "scale_format",
-    "ue8m0": "scale_format",
-}
+
+def _choices(kind: type[Quant]) -> dict[str, str]:
+    """Every option that a label of ``kind`` may have, and the field it sets."""
+    hints = get_type_hints(kind)
+    return {choice: name for name, hint in hints.items() if get_origin(hint) is Literal for choice in get_args(hint)}
 
 
 def describe(value: Quant | None) -> str:
@@ -291,11 +284,10 @@ def parse(label: str, *, global_scale: float | torch.Tensor = 1.0, static_scale:
     if head != family:
         options["group_size"] = int(head.removeprefix(family))
     kind = FAMILIES[family]
-    known = {f.name for f in fields(kind)}
+    choices = _choices(kind)
     for suffix in suffixes:
-        option = _SUFFIXES.get(suffix)
-        if option not in known or option in options:
-            choices = [name for name, sets in _SUFFIXES.items() if sets in known]
+        option = choices.get(suffix)
+        if option is None or option in options:
             raise FormatError(f"{family} has no option {suffix!r} here", hint=f"options are {', '.join(choices) or 'none at all'}")
         options[option] = suffix
     if kind is NVFP4:

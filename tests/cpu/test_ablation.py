@@ -240,6 +240,12 @@ def test_the_tables() -> None:
     assert main.noise({**made_up(), "times": []}) is None
 
 
+def test_times_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "run_processes", lambda *given, **named: [["a row"]])
+    found = main.run([BY_NAME["base"]], [CASE], architectures=["sm_90a"], timing=True, measure_facts=False)
+    assert (found["times"], found["bits"], found["compiled"]) == (["a row"], [], [])
+
+
 def call(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["ablate", *arguments], env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 
@@ -254,6 +260,8 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data["times"] == []
     assert "scale division" in call("--list").stdout
     assert call("--timing").exit_code == IMPOSSIBLE
+    assert call("--no-facts").exit_code == IMPOSSIBLE
+    assert call("--no-facts", "--no-timing").exit_code == USAGE
     assert call("--switch", "turbo").exit_code == USAGE
     assert call("--architecture", "sm_70").exit_code == USAGE
     assert call("--format", "nvfp5", "--no-timing").exit_code == USAGE

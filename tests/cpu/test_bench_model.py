@@ -14,6 +14,7 @@ from collogue.bench import model
 from collogue.bench.stack import SCALES, SHAPES, rank_shape
 from collogue.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL
 from collogue.errors import ArgumentError
+from collogue.fusion import Fused, Missed, Report
 from collogue.testing.processes import run_processes
 
 
@@ -66,6 +67,29 @@ def test_a_pass_that_has_not_fused_has_no_number() -> None:
         assert "without a clamp" in (found["collogue pass"]["error"] or "")
         assert found["collogue pass"]["us"] is None
         assert found["collogue eager"]["error"] is None
+
+
+def fused(**changed: Any) -> Fused:
+    given = {"residual": True, "eps": 1e-6, "weight_offset": 0.0, "quant": "fp8_static", "keeps_norm": False, "roundings": ()}
+    return Fused(where="x", comm="c", shape="[1]", **given | changed)
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        (Report([fused(), fused()]), None),
+        (Report([fused()]), "fused 1 of 2"),
+        (Report(), "fused 0 of 2"),
+        (Report([fused(), fused(quant="none")]), "RMSNorm"),
+        (Report([fused(), fused(keeps_norm=True)]), "and the norm"),
+        (Report([fused(), fused(residual=False)]), "all_reduce + RMSNorm"),
+        (Report([fused(), fused()], [Missed("x", "why")]), "missed"),
+        (Report([fused(), fused()], [], ["outside"]), "outside"),
+    ],
+)
+def test_what_a_pass_leaves_is_said(report: Report, said: str | None) -> None:
+    found = model._left_out(report, 2)
+    assert found is None if said is None else said in (found or "")
 
 
 def row(what: str, us: float | None, **more: Any) -> dict[str, Any]:

@@ -123,13 +123,12 @@ def test_the_table_of_the_readme() -> None:
     lines = report.latency_table(data).splitlines()
     assert lines[0].startswith(f"2 x GPU X, H = {HIDDEN_SIZE}, bfloat16")
     assert (
-        lines[3]
-        == "| tokens | Collogue, norm | Collogue, NVFP4 | Collogue, FP8 static | NCCL, then a compiled norm | NCCL all-reduce alone "
-        "| floor of the norm |"
+        lines[3] == "| tokens | Collogue, norm | Collogue, NVFP4 | Collogue, FP8 static "
+        "| NCCL or symm. mem., then a compiled norm | NCCL all-reduce alone | floor of the norm |"
     )
-    assert lines[5].startswith("| 1 | 1.15 | 1.16 | 1.17 | ")
-    assert lines[6].startswith("| 2 | 1.25 | 1.26 | 1.27 | ")
-    assert [cell.strip() for cell in lines[6].split("|")][6] == "-"
+    assert lines[5] == "| 1 | 1.15 | 1.16 | 1.17 | - | 1.12 | 3.11 |"
+    assert lines[6] == "| 2 | 1.25 | 1.26 | 1.27 | - | - | 3.21 |"
+    assert lines[13] == "| 512 | 52.25 | 52.26 | 52.27 | - | 52.22 | 54.21 |"
     assert lines[11].startswith("| 64 | 123 |")
     assert len(lines) == 5 + len(TOKENS) + len(report.LARGE)
     with pytest.raises(ValueError, match="decode"):

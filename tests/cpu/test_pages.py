@@ -44,6 +44,17 @@ def test_a_page_is_filled_and_checked(tmp_path: Path, capsys: pytest.CaptureFixt
         pages.filled(PAGE.replace("resources", "other"), tmp_path)
 
 
+def test_a_table_of_several_files(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps({"kernels": KERNELS[:2]}))
+    (tmp_path / "s.json").write_text(json.dumps({"kernels": KERNELS[2:]}))
+    assert pages.filled(PAGE.replace("r.json", "r.json s.json"), tmp_path) == FILLED.replace("r.json", "r.json s.json")
+    rows = [{"model": "m", "world_size": 2, "tokens": 4, "what": "nccl", "us": 1.0}]
+    for name in "rs":
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
+    with pytest.raises(ValueError, match="two results of m"):
+        pages.filled(PAGE.replace("resources: r.json", "bench-speedups: r.json s.json"), tmp_path)
+
+
 def test_results_that_are_not_there_yet(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE)

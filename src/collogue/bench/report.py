@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from collogue.bench.cases import COMPILED, NCCL
+from collogue.bench.cases import BASELINES, COMPILED, NCCL
 from collogue.bench.floors import EMPTY, EXCHANGE
 from collogue.bench.rank import Row, label
 
@@ -46,17 +46,19 @@ def passed(data: dict[str, Any]) -> bool:
 
 
 def find(data: dict[str, Any], **wanted: Any) -> list[Row]:
-    """Cases whose fields equal ``wanted``."""
-    return [row for row in data["cases"] if all(row.get(key) == value for key, value in wanted.items())]
+    """Cases whose fields equal ``wanted``, or one of them where it is a tuple."""
+    choices = {key: value if isinstance(value, tuple) else (value,) for key, value in wanted.items()}
+    return [row for row in data["cases"] if all(row.get(key) in values for key, values in choices.items())]
 
 
 _NORM: dict[str, Any] = {"what": "collogue", "format": "none", "norm": True, "keep_norm": False, "operation": None}
-#: Columns of the table in README.md: heading, the fields of the row, and which number of it.
+_CHAINS = tuple(name + COMPILED for name in BASELINES)
+#: Columns of the table in README.md: heading, the fields of rows, and which number of them; the least is shown.
 COLUMNS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("Collogue, norm", _NORM, "us"),
     ("Collogue, NVFP4", {"what": "collogue", "format": "nvfp4/128x4", "norm": True, "keep_norm": False, "operation": None}, "us"),
     ("Collogue, FP8 static", {"what": "collogue", "format": "fp8_static", "norm": True, "keep_norm": False, "operation": None}, "us"),
-    ("NCCL, then a compiled norm", {"what": NCCL + COMPILED, "format": "none"}, "us"),
+    ("NCCL or symm. mem., then a compiled norm", {"what": _CHAINS, "format": "none"}, "us"),
     ("NCCL all-reduce alone", {"what": NCCL}, "us"),
     ("floor of the norm", _NORM, "floor_us"),
 )
@@ -80,8 +82,11 @@ def latency_table(data: dict[str, Any]) -> str:
     ]
     large = [row for row in find(data, section="large") if row["tokens"] in LARGE]
     for section, tokens in sorted({(row["section"], row["tokens"]) for row in (*decode, *large)}):
-        cells = [(find(data, section=section, world_size=world, tokens=tokens, **fields), key) for _, fields, key in COLUMNS]
-        lines.append(_line([str(tokens), *(number(rows[0] if rows else None, key) for rows, key in cells)]))
+        cells = []
+        for _, fields, key in COLUMNS:
+            rows = [row for row in find(data, section=section, world_size=world, tokens=tokens, **fields) if row[key] is not None]
+            cells.append(number(min(rows, key=lambda row: float(row[key]), default=None), key))
+        lines.append(_line([str(tokens), *cells]))
     return "\n".join(lines) + "\n"
 
 

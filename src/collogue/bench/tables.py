@@ -24,7 +24,10 @@ def _by_model(data: Data) -> dict[tuple[str, int], dict[int, dict[str, Data]]]:
     """Rows of ``collogue bench model`` by model and world size, tokens in rising order, and way."""
     found: dict[tuple[str, int], dict[int, dict[str, Data]]] = {}
     for row in sorted(data["rows"], key=lambda r: int(r["tokens"])):
-        found.setdefault((row["model"], row["world_size"]), {}).setdefault(row["tokens"], {})[row["what"]] = row
+        ways = found.setdefault((row["model"], row["world_size"]), {}).setdefault(row["tokens"], {})
+        if row["what"] in ways:
+            raise ValueError(f"two results of {row['model']}, world {row['world_size']}, T = {row['tokens']}, {row['what']}")
+        ways[row["what"]] = row
     first = list(dict.fromkeys((r["model"], r["world_size"]) for r in data["rows"]))
     return {key: found[key] for key in first}
 

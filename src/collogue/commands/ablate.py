@@ -63,7 +63,10 @@ def ablate(
 
         architectures = check_architectures(words(architecture)) or list(ARCHITECTURES)
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if timing and gpus < 2:
+        measured = gpus >= 2 if timing is None else timing
+        if not measured and not facts and timing is not None:
+            raise typer.BadParameter("without times there is nothing left to say", param_hint="--no-facts")
+        if (timing or not facts) and gpus < 2:
             raise PlatformError(f"{gpus} GPUs", hint="timings need a GPU for each of two or more ranks; --no-timing gives the rest")
         world = min(8, gpus) if gpus >= 2 else 2
         cases = main.cases(world, numbers("--tokens", tokens, low=1) or main.TOKENS, words(format) or main.FORMATS)
@@ -72,7 +75,7 @@ def ablate(
                 switches,
                 cases,
                 architectures=architectures,
-                timing=gpus >= 2 if timing is None else timing,
+                timing=measured,
                 measure_facts=facts,
                 disassemble=count,
                 done=start,

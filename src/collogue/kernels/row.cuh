@@ -159,6 +159,8 @@ struct Row {
   // cluster wait for each other where no sum of the row makes them: those that drift apart are an eighth slower (docs/large.md).
   COLLOGUE_DEVICE void next() const {
 #if COLLOGUE_HAS_CLUSTERS
+    // Orders nothing in shared memory: groups that are reduced there lie in one CTA.
+    static_assert(!(C::kClustered && Quant::kGroupInBlock));
     if constexpr (C::kClustered && !C::kNorm && !Quant::kPerRow) {
       cluster_arrive();
       cluster_wait();
