@@ -47,6 +47,15 @@ def _formats(data: Data) -> Iterator[Sequence[str]]:
         yield [row["format"], *_scores(data, row), *errors]
 
 
+def _noise(data: Data) -> Iterator[Sequence[str]]:
+    """Of a model of random weights, whose perplexity means nothing."""
+    yield ["format", "SQNR, mean", "SQNR, worst", "logits, rms", "same choice"]
+    for row in data["formats"]:
+        each = [layer["sqnr_db"] for layer in data["layers"] if layer["format"] == row["format"]]
+        errors = [f"{sum(each) / len(each):.1f} dB", f"{min(each):.1f} dB"] if each else ["-", "-"]
+        yield [row["format"], *errors, f"{row['logit_rms']:.3f}", f"{100 * row['agreement']:.1f} %"]
+
+
 def _static(data: Data) -> Iterator[Sequence[str]]:
     yield ["format", "scale, x calibrated", *_SCORES, "SQNR, mean", "above range"]
     for row in data["static_scales"]:
@@ -88,6 +97,7 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "accuracy-orders": _orders,
     "accuracy-formats": _formats,
     "accuracy-static": _static,
+    "accuracy-noise": _noise,
     "resources": _resources,
     "ablation-compiled": _compiled,
     "ablation-times": _times,

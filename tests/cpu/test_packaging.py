@@ -81,7 +81,7 @@ def test_readme_example_runs(tmp_path: Path) -> None:
     output = run_python(
         "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}", str(example)
     )
-    assert output.count("torch.Size([8, 3584])") == 2
+    assert output.count("torch.Size([8, 7168]) torch.Size([8, 7168]) torch.Size([8, 1])") == 2
 
 
 @pytest.fixture(scope="module")
