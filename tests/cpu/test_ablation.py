@@ -240,6 +240,18 @@ def test_the_tables() -> None:
     assert main.noise({**made_up(), "times": []}) is None
 
 
+@pytest.mark.parametrize(("norm", "waits"), [(False, True), (True, False)])
+def test_the_ctas_of_a_row_wait_for_each_other_where_no_sum_makes_them(norm: bool, waits: bool) -> None:
+    """Nothing would be wrong without that barrier, only slower: the machine code has it, or not."""
+    case = Case(4096, 7168, residual=False, norm=norm, keep_norm=False)
+    alone = Switch("x", "x", (Edit("row.cuh", "      cluster_arrive();\n      cluster_wait();\n      return;", "      return;"),))
+    variant = variant_of(alone, topology_of(alone, case, "sm_90a"), case)
+    assert (variant.clustered, variant.loop, variant.kernel) == (True, True, "two_shot")
+    with Builder("sm_90a") as builder:
+        codes = {builder.compile(switch, variant)[0] for switch in (BY_NAME["base"], alone)}
+    assert (len(codes) == 2) == waits
+
+
 def test_times_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "run_processes", lambda *given, **named: [["a row"]])
     found = main.run([BY_NAME["base"]], [CASE], architectures=["sm_90a"], timing=True, measure_facts=False)
