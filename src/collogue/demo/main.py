@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,14 +26,11 @@ import torch
 
 from collogue.demo import text
 from collogue.demo.formats import FORMATS
+from collogue.demo.result import Result
 from collogue.demo.weights import ModelShape, Weights, attach, read_model, share
 from collogue.demo.worker import Row, Task, work
 from collogue.errors import PlatformError
 from collogue.quant import parse
-
-#: Largest difference of a float32 logit (they reach 42) to the unsharded model's that the run accepts:
-#: what sums in another order may cost over 30 layers. A wrong shard, norm or rotation is off by whole units.
-LOGITS_BOUND = 1e-3
 
 _TIMEOUT = timedelta(seconds=120)
 
@@ -45,32 +42,6 @@ class Unsharded:
     perplexity: float
     generated: list[int]
     logits: torch.Tensor  # [T, V] float32
-
-
-@dataclass
-class Result:
-    """What a run found. ``passed``: no row has an error, and the unquantised logits are within :data:`LOGITS_BOUND`."""
-
-    device: str
-    world_size: int
-    tokens: int
-    dtype: str
-    machine: dict[str, str]
-    unsharded_perplexity: float
-    prompt: str
-    sharded: bool = False
-    rows: list[Row] = field(default_factory=list)
-    generated: str = ""
-    same_text: bool | None = None
-    logits_difference: float | None = None
-    logits_bound: float = LOGITS_BOUND
-    seconds: float = 0.0
-    error: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        logits = self.logits_difference is None or self.logits_difference <= self.logits_bound
-        return self.error is None and logits and all(row.error is None for row in self.rows)
 
 
 def run(
