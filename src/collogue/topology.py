@@ -63,7 +63,7 @@ class Topology:
     def starts_early(self) -> bool:
         """Whether kernels are launched before the one before them has ended (PDL).
 
-        Not with more than two virtual ranks on a GPU: of four that wait for each other so, one never started (docs/design.md).
+        Not with more than two virtual ranks on a GPU: of three that wait for each other so, one may never start (docs/design.md).
         """
         return self.has_clusters and self.ranks_per_gpu <= 2
 
