@@ -110,7 +110,7 @@ def options(
 ) -> Any:
     """The ``cuda.core.ProgramOptions`` that every kernel is compiled with, but for ``kernels`` and ``changes``."""
     chosen: dict[str, Any] = {**_OPTIONS, **(changes or {})}
-    if verbose:  # what NVRTC takes from its own cache has no report
+    if verbose:  # NVRTC has a cache of its own (CUDA 12.9), and what comes from it may have no report
         chosen |= {"ptxas_options": ["-v"], "no_cache": True}
     return _cuda_core().ProgramOptions(name=name, arch=architecture, include_path=str(kernels or KERNELS), **chosen)
 

@@ -22,7 +22,8 @@ from collogue.bench.cases import (
 )
 from collogue.bench.floors import source
 from collogue.bench.latency import suite_rounds
-from collogue.bench.rank import _call, label
+from collogue.bench.names import label
+from collogue.bench.rank import _call
 from collogue.check import Case
 from collogue.errors import FormatError
 

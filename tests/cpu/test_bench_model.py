@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 
 from collogue.bench import model
-from collogue.bench.stack import SCALES, SHAPES, rank_shape
+from collogue.bench.stack import ACTIVATIONS, SHAPES, rank_shape
 from collogue.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL
 from collogue.errors import ArgumentError
 from collogue.fusion import Fused, Missed, Report
 from collogue.testing.processes import run_processes
 
 
-@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("scales", ACTIVATIONS)
 def test_dry_run(scales: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every way that needs no GPU has a number, and its output is NCCL's (here: gloo's)."""
     file, picture = tmp_path / "model.json", tmp_path / "model.png"
@@ -56,7 +57,7 @@ def _unclamped(n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def _unfused(group: Any, tell: Any) -> list[model.Row]:
     """The rows of a rank whose models do not clamp."""
-    SCALES["static"] = _unclamped
+    ACTIVATIONS["static"] = replace(ACTIVATIONS["static"], quantise=_unclamped)
     return model.model_rank(group, tell, ["tiny"], [3], 1, 1, "static")
 
 

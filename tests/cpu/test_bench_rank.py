@@ -18,7 +18,7 @@ from collogue.bench.baselines import Baseline, Baselines, OtherCall, integers
 from collogue.bench.cases import COMPILED, FLASHINFER, NCCL, VLLM, Round, chosen_rounds, has_chain
 from collogue.bench.floors import EMPTY, EXCHANGE, WIRE
 from collogue.bench.gate import call_each_set
-from collogue.bench.rank import label
+from collogue.bench.names import label
 from collogue.bench.timing import SETS, EagerLatency, Latency
 from collogue.check import Case
 from collogue.check.rank import arguments

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from collogue import fusion
 from collogue.bench import tables
-from collogue.bench.stack import SCALES, SHAPES, functions_of, make_blocks, rank_shape
+from collogue.bench.stack import ACTIVATIONS, SHAPES, functions_of, make_blocks, rank_shape
 from collogue.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL, Blocks, make_step
 from collogue.communicator import Communicator
 from collogue.errors import ArgumentError, PlatformError
@@ -59,7 +59,7 @@ def run(
         tokens: batch of a decode step, or length of a prefill from :data:`PREFILL` on; default :data:`TOKENS`.
         world_size: default: 2, 4 and 8, as far as there are GPUs.
         layers: of the stack that is timed. replays: of each graph, of which the median counts.
-        scales: of activations, a key of :data:`collogue.bench.stack.SCALES`.
+        scales: of activations, a key of :data:`collogue.bench.stack.ACTIVATIONS`.
         device: ``"cpu"`` runs the same code without graphs; its times mean nothing.
         json: a file, or ``"-"`` for stdout (the tables then go to stderr). plot: a file for a plot of the speed-ups.
     Raises:
@@ -69,8 +69,8 @@ def run(
     for name in names:
         if name not in SHAPES:
             raise ArgumentError(f"there is no model {name!r}", hint=f"choose one of {', '.join(SHAPES)}")
-    if scales not in SCALES:
-        raise ArgumentError(f"there are no scales {scales!r}", hint=f"choose one of {', '.join(SCALES)}")
+    if scales not in ACTIVATIONS:
+        raise ArgumentError(f"there are no scales {scales!r}", hint=f"choose one of {', '.join(ACTIVATIONS)}")
     if device == "cuda":
         environment.set_defaults()
     gpus = torch.cuda.device_count() if device == "cuda" else 8
@@ -129,13 +129,13 @@ def model_rank(
 
 
 def _measure(group: dist.ProcessGroup, comm: Communicator, name: str, tokens: int, layers: int, replays: int, scales: str) -> list[Row]:
-    whole, device, prefill = SHAPES[name], comm.device, tokens >= PREFILL
+    whole, device, prefill, activations = SHAPES[name], comm.device, tokens >= PREFILL, ACTIVATIONS[scales]
     shape = rank_shape(whole, comm.world_size)
-    blocks = make_blocks(shape, layers, tokens, prefill=prefill, device=device, seed=comm.rank, rowwise=scales == "token")
+    blocks = make_blocks(shape, layers, tokens, prefill=prefill, device=device, seed=comm.rank, rowwise=activations.rowwise)
     rows_of = torch.Generator(device).manual_seed(100)
     residual = torch.randn(tokens, whole.hidden_size, device=device, generator=rows_of).bfloat16()
     partial = torch.randn(tokens, whole.hidden_size, device=device, generator=rows_of).bfloat16() / comm.world_size
-    stack = Blocks(functions_of(shape, prefill, SCALES[scales]), blocks, device, SCALES[scales])
+    stack = Blocks(functions_of(shape, prefill, activations.quantise), blocks, device, activations)
     found: dict[str, Row] = {}
     runs: dict[str, Callable[[], torch.Tensor]] = {}
     row: Row

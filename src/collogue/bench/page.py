@@ -8,11 +8,10 @@ from typing import Any
 
 from collogue.bench import serving
 from collogue.bench.floors import EMPTY
+from collogue.bench.names import Row, call_name, label
 from collogue.bench.plot import Point, line_chart
-from collogue.bench.rank import Row, label
 from collogue.bench.regression import Change, compare, counts
 from collogue.bench.report import number
-from collogue.bench.tables import call_name
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 1000px; margin: 24px auto; padding: 0 16px; }

@@ -20,6 +20,7 @@ from collogue.bench.cases import NCCL, Round, has_chain
 from collogue.bench.floors import EMPTY, EXCHANGE, WIRE, Floors
 from collogue.bench.fused import FusedCall
 from collogue.bench.gate import call_each_set, each, time_gated
+from collogue.bench.names import Row, label
 from collogue.bench.timing import Chain, EagerCalls, Latency, Subject, measure, measure_eager, meet
 from collogue.check.case import Case
 from collogue.check.kernels import request_of
@@ -30,7 +31,6 @@ from collogue.group import as_group
 from collogue.plan import make_kernels, make_plan
 from collogue.topology import Overrides
 
-Row: TypeAlias = dict[str, Any]
 Tell: TypeAlias = Callable[[str], None]
 
 #: Errors after which a communicator has to be reset.
@@ -269,17 +269,3 @@ def summary(title: str, rows: Sequence[Row]) -> str:
     for row in rows:
         parts.append(f"{label(row)} {row['us']:.2f}" if row["us"] is not None else f"{label(row)} FAILED: {row['error']}")
     return " | ".join(parts)
-
-
-def label(row: Row) -> str:
-    """What a row is of, in a few words."""
-    if row["what"] != "collogue":
-        return f"{row['what']}, {row['format']}" if "format" in row else str(row["what"])
-    if not row["norm"] and row["format"] == "none":
-        return "residual" if row["residual"] else "sum"
-    operation = [str(row["operation"])] if "operation" in row else []
-    parts = {"norm kept": row["keep_norm"], "no norm": not row["norm"], "no residual": not row["residual"]}
-    weight = row.get("weight_dtype")
-    return ", ".join(
-        [*operation, str(row["format"]), *(name for name, so in parts.items() if so), *([f"{weight} weight"] if weight else [])]
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from collogue.bench.rank import Row, label
+from collogue.bench.names import Row, label
 
 Verdict = Literal["faster", "slower", "same", "no number"]
 _KEY = ("section", "world_size", "tokens", "hidden_size", "dtype")

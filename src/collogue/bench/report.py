@@ -7,7 +7,7 @@ from typing import Any
 
 from collogue.bench.cases import BASELINES, COMPILED, NCCL
 from collogue.bench.floors import EMPTY, EXCHANGE
-from collogue.bench.rank import Row, label
+from collogue.bench.names import Row, label
 
 METHOD = (
     "Microseconds per call by slope: (CUDA graph of 100 back-to-back calls - graph of 20) / 80; median over replays, maximum over ranks; "

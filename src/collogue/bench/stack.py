@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collogue.quant import E4M3_MAX, SMALLEST_SCALE
+from collogue.quant import E4M3_MAX, SMALLEST_SCALE, FP8PerToken, FP8Static, Quant
 
 EPS = 1e-6
 #: Cached tokens of every sequence in a decode step.
@@ -95,8 +95,21 @@ def per_token(n: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
-#: Ways to scale activations, by name.
-SCALES: dict[str, Quantise] = {"static": static, "token": per_token}
+@dataclass(frozen=True)
+class Activations:
+    """How activations become FP8: as models write it, and as the communicator is asked, both with the static scale in hand.
+
+    ``rowwise``: weights then have a scale for each output, as torch's GEMM asks.
+    """
+
+    quantise: Quantise
+    quant: Callable[[Tensor], Quant]
+    rowwise: bool
+
+
+STATIC = Activations(static, FP8Static, rowwise=False)
+#: By name.
+ACTIVATIONS = {"static": STATIC, "token": Activations(per_token, lambda scale: FP8PerToken(), rowwise=True)}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from collogue.bench.floors import EMPTY, EXCHANGE
-from collogue.bench.rank import label
+from collogue.bench.names import call_name
 from collogue.bench.variants import ALL, COLLOGUE
 
 Data = dict[str, Any]
@@ -79,13 +79,6 @@ def host(data: Data) -> Iterator[Sequence[str]]:
     yield ["call", "ranks", "us of host time"]
     for row in data["host"]:
         yield [f"`{row['what']}`", str(row["world_size"]), f"{row['us']:.1f}"]
-
-
-def call_name(row: Data) -> str:
-    """What a row of ``collogue bench`` is called in tables and plots."""
-    if row["what"] != "collogue":
-        return label(row)
-    return "Collogue, " + ("norm" if label(row) == "none" else label(row))
 
 
 def eager(data: Data) -> Iterator[Sequence[str]]:

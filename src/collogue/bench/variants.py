@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from collogue.bench.stack import EPS, Block, Quantise, activation_scale, per_token, static
+from collogue.bench.stack import EPS, STATIC, Activations, Block, Quantise, activation_scale
 from collogue.communicator import Communicator
-from collogue.quant import FP8PerToken, FP8Static
 from collogue.spec import RMSNorm
 
 #: Names of the ways: Collogue's, the baselines, and the stack without communication, which tells the share of the collectives.
@@ -33,11 +32,11 @@ Functions = dict[str, Callable[..., Tensor]]
 class Blocks:
     """The blocks of one rank's stack, each kind compiled once for all ways that do not compile what lies between them as well.
 
-    ``quantise``: how codes are made of what lies between them.
+    ``activations``: how codes are made of what lies between them.
     """
 
-    def __init__(self, functions: Functions, blocks: list[Block], device: torch.device, quantise: Quantise = static) -> None:
-        self.functions, self.blocks, self.quantise = functions, blocks, quantise
+    def __init__(self, functions: Functions, blocks: list[Block], device: torch.device, activations: Activations = STATIC) -> None:
+        self.functions, self.blocks, self.activations = functions, blocks, activations
         self.on_gpu, self.scale = device.type == "cuda", activation_scale(device)
         self._compiled = {kind: self.compile(function) for kind, function in functions.items()}
 
@@ -78,7 +77,7 @@ def make_step(name: str, blocks: Blocks, comm: Communicator, group: dist.Process
     reduce = _reducer(name, comm, group)
     if name == "collogue pass":
         return _by_pass(blocks, reduce)
-    finish = blocks.compile(functools.partial(_boundary, reduce, blocks.quantise))
+    finish = blocks.compile(functools.partial(_boundary, reduce, blocks.activations.quantise))
 
     def step(partial: Tensor, residual: Tensor) -> Tensor:
         for block in blocks.blocks:
@@ -101,7 +100,7 @@ def _by_pass(blocks: Blocks, reduce: Callable[[Tensor], Tensor]) -> Step:
     """Every block with what stands before it, as models write it, compiled together by ``collogue.compile``."""
 
     def unit(block: Callable[..., Tensor], partial: Tensor, residual: Tensor, norm: Tensor, scale: Tensor, *tensors: Tensor) -> Any:
-        codes, scale, stream = _boundary(reduce, blocks.quantise, partial, residual, norm, scale)
+        codes, scale, stream = _boundary(reduce, blocks.activations.quantise, partial, residual, norm, scale)
         return block(codes, scale, *tensors), stream
 
     units = {kind: blocks.fuse(functools.partial(unit, function)) for kind, function in blocks.functions.items()}
@@ -116,8 +115,7 @@ def _by_pass(blocks: Blocks, reduce: Callable[[Tensor], Tensor]) -> Step:
 
 def _by_calls(blocks: Blocks, comm: Communicator, *, sharded: bool) -> Step:
     """One call per boundary."""
-    norms = [RMSNorm(block.norm, EPS) for block in blocks.blocks]
-    quant = FP8PerToken() if blocks.quantise is per_token else FP8Static(blocks.scale)
+    norms, quant = [RMSNorm(block.norm, EPS) for block in blocks.blocks], blocks.activations.quant(blocks.scale)
 
     def step(partial: Tensor, residual: Tensor) -> Tensor:
         stream = comm.shard(residual) if sharded else residual

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from collogue import jit
-from collogue.bench.rank import Row
+from collogue.bench.names import Row
 from collogue.bench.report import aligned, number
 from collogue.errors import PlatformError
 from collogue.explain import Machine

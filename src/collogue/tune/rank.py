@@ -13,7 +13,8 @@ import torch.distributed as dist
 from collogue import jit
 from collogue.bench.fused import FusedCall
 from collogue.bench.gate import time_gated
-from collogue.bench.rank import FATAL, TIMEOUT, Row, result
+from collogue.bench.names import Row
+from collogue.bench.rank import FATAL, TIMEOUT, result
 from collogue.bench.timing import Chain, measure, meet
 from collogue.check.case import Case
 from collogue.check.kernels import request_of
