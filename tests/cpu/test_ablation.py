@@ -198,7 +198,8 @@ def test_a_rank_with_graphs_of_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank._Shape, "prepare", prepare)
     monkeypatch.setattr(rank, "as_group", lambda group: group)
     monkeypatch.setattr(rank, "Chain", lambda call, stream: call)
-    monkeypatch.setattr(rank, "measure", lambda chains, replays, meet: {name: Latency(2.0, 1.0, 3.0) for name in chains})
+    turns = iter([3.0, 3.0, 2.0, 2.0, 1.0, 1.0] * 2)  # of two ranks, in three rounds of two cases
+    monkeypatch.setattr(rank, "measure", lambda chains, replays, meet: dict.fromkeys(chains, Latency(next(turns), 1.0, 3.0)))
     monkeypatch.setattr(rank.Builder, "compile_all", lambda builder, wanted: None)
     monkeypatch.setattr(rank.dist, "barrier", lambda group: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
@@ -208,7 +209,7 @@ def test_a_rank_with_graphs_of_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = main.cases(2, [1, 8], ["none"])
 
     def one(group: VirtualGroup) -> list[dict[str, Any]]:
-        return rank.ablate_rank(group, lambda text: None, switches, cases, 5)  # type: ignore[arg-type]
+        return rank.ablate_rank(group, lambda text: None, switches, cases, 5, 3)  # type: ignore[arg-type]
 
     first, second = run_virtual(2, one)
     assert first == second
@@ -217,6 +218,7 @@ def test_a_rank_with_graphs_of_paper(monkeypatch: pytest.MonkeyPatch) -> None:
         (1, "fma", 2.0, True),
         (1, "160 threads", None, None),
     ]
+    assert (first[0]["rounds_us"], first[2]["rounds_us"]) == ([3.0, 2.0, 1.0], [])
     assert first[2]["error"].startswith("FormatError: too wide")
     assert first[3]["tokens"] == 8
 

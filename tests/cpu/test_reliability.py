@@ -25,7 +25,7 @@ from collogue.reliability import compare, faults, jobs, main, soak, tables
 from collogue.reliability.jobs import Outcome, run_jobs
 from collogue.reliability.parts import Counts, Part, make_parts
 from collogue.spec import Output
-from collogue.testing import run_virtual
+from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.processes import RanksFailed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,10 +75,13 @@ def small(part: Part, calls: int = 40) -> Part:
     return replace(part, runs=tuple(narrow), calls=calls, graph_calls=7, graphs=3)
 
 
-@pytest.mark.parametrize("part", [p for p in make_parts(4) if not p.split], ids=lambda p: p.name)
+@pytest.mark.parametrize("part", make_parts(4), ids=lambda p: p.name)
 def test_every_call_of_the_soak_is_made_and_compared(part: Part) -> None:
-    world = part.runs[0].cases[0].world_size
-    found = run_virtual(world, lambda group: soak.soak(group, small(part), CPU, lambda text: None))
+    def one(group: VirtualGroup) -> dict[str, Any]:
+        halves = [group.subgroup(ranks) for ranks in ([0, 1], [2, 3])]
+        return soak.soak((halves[0] or halves[1]) if part.split else group, small(part), CPU, lambda text: None)
+
+    found = run_virtual(part.ranks, one)
     for rank in found:
         assert (rank["calls"], rank["comparisons"], rank["wrong_words"], rank["error"]) == (40, 40, 0, None)
         assert 0 < rank["eager_calls"] < 40
@@ -111,8 +114,19 @@ def test_a_wrong_bit_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     found = soak_with(monkeypatch, spoil)
     assert [rank["wrong_words"] for rank in found] == [0, 1]
-    row = main._soak_row(small(make_parts(2)[0]), 2, found, None)
+    row = main._soak_row(small(make_parts(2)[0]), found, None)
     assert (row["passed"], row["wrong_words"], row["hung"]) == (False, 1, False)
+
+
+def test_two_groups_have_processes_of_their_own() -> None:
+    """Of two GPUs four processes; the other parts two. On the CPU, by gloo."""
+    options = replace(OPTIONS, counts=Counts(0, 0, 4, 0, 6))
+    data = main.run(2, ("soak",), options)
+    assert data["passed"], main.text(data)
+    assert [(row["part"], row["ranks"], row["calls"], row["comparisons"]) for row in data["soak"]] == [
+        ("rows with owners", 2, 4, 8),
+        ("two groups at once", 4, 6, 24),
+    ]
 
 
 def test_the_soak_takes_every_case_it_can() -> None:
@@ -120,7 +134,10 @@ def test_the_soak_takes_every_case_it_can() -> None:
         parts = make_parts(world)
         assert [p.name for p in parts][:2] == ["one-shot", "two-shot"]
         assert [p.calls for p in parts][:2] == [1_000_000, 100_000]
-        assert any(p.split for p in parts) == (world >= 4)
+        halves = parts[-1]
+        assert (halves.split, halves.ranks) == (True, {2: 4, 3: 6, 4: 4, 8: 8}[world]), "no rank is left out, and no group has one rank"
+        assert {case.world_size for case in halves.runs[0].cases} == {halves.ranks // 2}
+        assert {p.ranks for p in parts[:-1]} == {world}
         for run in (run for part in parts for run in part.runs):
             assert all(case.possible and len(case.outputs) <= compare.MOST for case in run.cases)
             assert len({case.dtype for case in run.cases}) == 1
@@ -267,7 +284,7 @@ NAMES = ["cost", "soak: one-shot", "fault: a late rank", "fault: a killed proces
 def outcome_with(changed: dict[str, Any] | None = None, problems: dict[str, str] | None = None) -> Outcome:
     cost = [
         {"format": "none", "tokens": 1, "switch": name, "us": us, "error": None}
-        for name, us in zip(main.SWITCHES, (2.05, 2.06, 2.0, 2.03, 2.0), strict=True)
+        for name, us in zip(main.SWITCHES, (2.05, 2.06, 2.01, 2.03, 2.0), strict=True)
     ]
     results: dict[str, Any] = {
         "cost": {0: cost, 1: cost},
@@ -290,7 +307,7 @@ def test_a_good_report_and_its_tables() -> None:
     assert late[2:] == ["`CollectiveTimeout` by check, 1.02 s", "`CollectiveTimeout` by check, 1.70 s", "yes"]
     assert killed[3] == "it is dead"
     assert list(tables.soak(data))[1] == ["one-shot", "10", "2", "20", "6", "0", "none", "1.5"]
-    assert list(tables.cost(data))[1] == ["none", "1", "2.05", "2.06", "2.03", "2.00", "2.00", "+2.5 %"]
+    assert list(tables.cost(data))[1] == ["none", "1", "2.050", "2.060", "2.030", "2.010", "2.000", "+2.0 %", "+2.5 %"]
     assert "ok     one-shot: 10 calls" in main.text(data)
 
 
@@ -340,7 +357,7 @@ def test_the_command_line() -> None:
     for text in ("cost", "soak: one-shot", "one-shot: 5 of 9 calls, 0 wrong words", "fault: a late rank", "faults: kernels"):
         main.once(started.append)(text)
     assert started == ["cost", "soak: one-shot", "fault: a late rank"]
-    assert main.names_of(2, ("soak",), main.Options(Counts(5, 0, 0, 5, 5))) == [
+    assert main.names_of(2, ("soak",), main.Options(Counts(5, 0, 0, 5, 0))) == [
         "soak: one-shot",
         "soak: two communicators on two streams",
     ]

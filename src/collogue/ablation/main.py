@@ -19,9 +19,10 @@ Row: TypeAlias = dict[str, Any]
 TOKENS, FORMATS, HIDDEN_SIZE = (1, 8, 32), ("none", "nvfp4", "fp8_static"), 7168
 METHOD = (
     "Every switch is one change of the kernels as they are (base), alone; together has several. Times: as in `collogue bench`, by slope, "
-    "all switches of one shape replayed in turn in one run, median over replays, maximum over ranks; base again is base once more, so its "
-    "difference from base is what means nothing. bits_changed: outputs compared with the reference on the GPU; by_emulator: the same "
-    "kernel sources with the same edits on the CPU. Registers, code and instructions: of the cubin, by NVRTC and nvdisasm."
+    "all switches of one shape replayed in turn in one run, median over replays, maximum over ranks, and median over rounds, each with "
+    "memory of its own; base again is base once more, so its difference from base is what means nothing. bits_changed: outputs compared "
+    "with the reference on the GPU; by_emulator: the same kernel sources with the same edits on the CPU. Registers, code and "
+    "instructions: of the cubin, by NVRTC and nvdisasm."
 )
 
 
@@ -40,12 +41,13 @@ def run(
     measure_facts: bool = True,
     disassemble: bool = True,
     replays: int = 15,
+    rounds: int = 3,
     done: Callable[[str], None] = lambda name: None,
 ) -> Row:
     """With ``timing`` times of every switch on this machine's GPUs, a process for each rank, and with ``measure_facts`` the rest."""
     times: list[Row] = []
     if timing:
-        given, world = (list(switches), list(chosen), replays), chosen[0].world_size
+        given, world = (list(switches), list(chosen), replays, rounds), chosen[0].world_size
         times = run_processes(world, ablate_rank, *given, device="cuda", silence=120.0, heard=_heard(done))[0]
     bits, rows = list[Row](), list[Row]()
     if measure_facts:

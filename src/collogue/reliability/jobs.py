@@ -23,6 +23,10 @@ class Outcome:
     problems: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def __or__(self, other: Outcome) -> Outcome:
+        """Of two lists of jobs, that have none in common."""
+        return Outcome(self.results | other.results, self.problems | other.problems, self.seconds | other.seconds)
+
 
 def run_jobs(
     world_size: int,

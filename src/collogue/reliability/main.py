@@ -6,9 +6,11 @@ import gc
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -29,7 +31,8 @@ METHOD = (
     "Soak: every call's outputs are compared with the reference's on the device, word by word, by a kernel that then spoils them; ranks "
     "are delayed at random by spinning kernels, each in graphs of its own. Faults: the last rank does what must not be done; seconds are "
     "from the start of the fault until comm.check(), the next call or comm.watch() raised; afterwards the communicator is reset and "
-    "calls are compared with the reference. Cost: switches of `collogue ablate`, all replayed in turn in one run, by slope."
+    "calls are compared with the reference. Cost: switches of `collogue ablate`, all replayed in turn in one run, by slope, the median of "
+    "rounds with memory of their own."
 )
 
 
@@ -41,6 +44,7 @@ class Options:
     device: str = "cuda"
     seed: int = 0
     replays: int = 31
+    rounds: int = 5
     timeout: float = TIMEOUT
     hidden_size: int = 7168
     rows: int = 700
@@ -56,34 +60,33 @@ def names_of(world: int, sections: tuple[str, ...], options: Options) -> list[st
     return names
 
 
-def run_job(name: str, group: Any, state: dict[str, Any], tell: Callable[[str], None], options: Options) -> Any:
-    """One job on this rank."""
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
+def run_job(name: str, group: Any, state: dict[str, Any], tell: Callable[[str], None], options: Options, *, world: int) -> Any:
+    """One job on this rank; ``world``: the number of GPUs."""
     device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
     kind, _, rest = name.partition(": ")
     if kind == "cost":
-        rows = ablate_rank(group, tell, chosen(SWITCHES[1:]), cost_cases(world), options.replays)
+        rows = ablate_rank(group, tell, chosen(SWITCHES[1:]), cost_cases(world), options.replays, options.rounds)
         gc.enable()  # switched off there
         return rows
     if kind == "soak":
         part = next(part for part in make_parts(world, options.counts) if part.name == rest)
-        return soak(_half(world, rank, device) if part.split else group, part, device, tell, seed=options.seed)
+        return soak(_half(group) if part.split else group, part, device, tell, seed=options.seed)
     if "scene" not in state:
         tell("faults: kernels")
         state["scene"] = Scene.make(group, device, options.timeout, options.hidden_size, options.rows)
     return commit(next(fault for fault in FAULTS if fault.name == rest), state["scene"])
 
 
-def _half(world: int, rank: int, device: torch.device) -> Any:
-    """This rank's half of the world as a group. Collective."""
-    halves = [list(range(half * (world // 2), (half + 1) * (world // 2))) for half in (0, 1)]
-    groups = [dist.new_group(ranks) for ranks in halves]
-    return groups[0 if rank in halves[0] else 1]
+def _half(group: Any) -> Any:
+    """This rank's half of the group as a group. Collective."""
+    half = dist.get_world_size(group) // 2
+    groups = [dist.new_group(list(range(first, first + half))) for first in (0, half)]
+    return groups[dist.get_rank(group) // half]
 
 
 def cost_cases(world: int) -> list[Case]:
     """One row, and eight, with residual and norm."""
-    formats = ("none", "nvfp4/128x4")
+    formats = ("none", "nvfp4/128x4", "fp8_static")
     return [Case(tokens, 7168, format=label, world_size=world, keep_norm=False) for label in formats for tokens in (1, 8)]
 
 
@@ -99,8 +102,14 @@ def run(
     """Do all jobs of ``sections`` and put together what they gave. ``passed`` says whether all is as promised."""
     names = names_of(world, sections, options)
     last = [f"fault: {fault.name}" for fault in FAULTS if fault.last]
+    ranks = {f"soak: {part.name}": part.ranks for part in make_parts(world, options.counts)}
+    outcome, deadline = Outcome(), time.monotonic() + limit
     with _journals():
-        outcome = run_jobs(world, run_job, names, options, device=options.device, last=last, silence=silence, limit=limit, heard=heard)
+        for size in sorted({ranks.get(name, world) for name in names}):
+            some = [name for name in names if ranks.get(name, world) == size]
+            left = max(0.0, deadline - time.monotonic())
+            runner = partial(run_job, world=world)
+            outcome |= run_jobs(size, runner, some, options, device=options.device, last=last, silence=silence, limit=left, heard=heard)
     return report(world, names, options, outcome)
 
 
@@ -130,7 +139,7 @@ def report(world: int, names: list[str], options: Options, outcome: Outcome) -> 
         if kind == "cost":
             data["cost"] = ranks[0] if ranks else []
         elif kind == "soak":
-            data["soak"].append(_soak_row(parts[rest], world, ranks, problem))
+            data["soak"].append(_soak_row(parts[rest], ranks, problem))
         else:
             data["faults"].append(_fault_row(faults[rest], world, options, ranks, problem))
     data["problems"], data["seconds"] = outcome.problems, outcome.seconds
@@ -147,16 +156,16 @@ def _in_a_line(problem: str | None) -> str | None:
     return lines[-1] if lines else problem.splitlines()[0]
 
 
-def _soak_row(part: Part, world: int, ranks: list[Row], problem: str | None) -> Row:
+def _soak_row(part: Part, ranks: list[Row], problem: str | None) -> Row:
     """Sums over the ranks, but of calls and time."""
-    row: Row = {"part": part.name, "asked": part.calls, "graph_calls": part.graph_calls, "graphs": part.graphs}
+    row: Row = {"part": part.name, "ranks": part.ranks, "asked": part.calls, "graph_calls": part.graph_calls, "graphs": part.graphs}
     for key in ("calls", "replays", "eager_calls"):
         row[key] = min((found[key] for found in ranks), default=0)
     for key in ("comparisons", "wrong_words", "delays"):
         row[key] = sum(found[key] for found in ranks)
     row["seconds"] = max((found["seconds"] for found in ranks), default=None)
     row["errors"] = [found["error"] for found in ranks if found["error"]] + ([problem] if problem else [])
-    row["hung"] = bool(row["errors"]) or len(ranks) < world
+    row["hung"] = bool(row["errors"]) or len(ranks) < part.ranks
     done = row["calls"] >= part.calls and row["comparisons"] == sum(found["calls"] for found in ranks)
     row["passed"] = done and not row["hung"] and row["wrong_words"] == 0
     return row

@@ -32,9 +32,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """``calls`` calls, all ``runs`` at once on streams of their own; ``split``: half the ranks in a group each."""
+    """``calls`` calls on each of ``ranks`` processes, all ``runs`` at once on streams of their own.
+
+    ``split``: the first half of the ranks is one group, the second another.
+    """
 
     name: str
+    ranks: int
     calls: int
     runs: tuple[Run, ...]
     split: bool = False
@@ -54,21 +58,23 @@ class Counts:
 
 
 def make_parts(world: int, counts: Counts = Counts()) -> list[Part]:
-    """The parts of a world; half groups need four ranks."""
+    """The parts for ``world`` GPUs, with a process each.
+
+    Two groups at once: each has half the GPUs, or, where these are fewer than four or an odd number, a process on every one of them.
+    """
     one_shot = _cases(world, (1, 1, 2, 3, 4, 8, 16, 32), (7168, 2880, 4096, 576), 24)
     two_shot = _cases(world, (1, 3, 16, 64, 127, 300, 512), (7168, 2880), 14)
     small = _cases(world, (1, 2, 4, 16), (7168, 2880), 8)
     narrow = [replace(case, dtype="float16", seed=500 + case.seed) for case in _cases(world, (1, 3, 8, 16), (2880, 576), 8)]
-    parts = [
-        Part("one-shot", counts.one_shot, (Run(one_shot, "one_shot"),)),
-        Part("two-shot", counts.two_shot, (Run(two_shot, "two_shot"),)),
-        Part("rows with owners", counts.owned, (Run(_owned(world)),)),
-        Part("two communicators on two streams", counts.streams, (Run(small, "one_shot"), Run(tuple(narrow), "two_shot"))),
+    half = world // 2 if world >= 4 and world % 2 == 0 else world
+    halves = _cases(half, (1, 2, 8, 64), (7168, 2880), 12)
+    return [
+        Part("one-shot", world, counts.one_shot, (Run(one_shot, "one_shot"),)),
+        Part("two-shot", world, counts.two_shot, (Run(two_shot, "two_shot"),)),
+        Part("rows with owners", world, counts.owned, (Run(_owned(world)),)),
+        Part("two communicators on two streams", world, counts.streams, (Run(small, "one_shot"), Run(tuple(narrow), "two_shot"))),
+        Part("two groups at once", 2 * half, counts.split, (Run(halves),), split=True),
     ]
-    if world >= 4:
-        half = _cases(world // 2, (1, 2, 8, 64), (7168, 2880), 12)
-        parts.append(Part("half groups at once", counts.split, (Run(half),), split=True))
-    return parts
 
 
 def _cases(world: int, tokens: Sequence[int], widths: Sequence[int], count: int) -> tuple[Case, ...]:

@@ -54,10 +54,13 @@ _COLUMNS = {
 
 def cost(data: Data) -> Iterator[Sequence[str]]:
     """Microseconds per call with and without protection."""
-    yield ["format", "tokens", *_COLUMNS.values(), "cost of both"]
+    yield ["format", "tokens", *_COLUMNS.values(), "cost of the bound", "of both"]
     cells = {(row["format"], row["tokens"], row["switch"]): row["us"] for row in data["cost"]}
     for format, tokens in dict.fromkeys((row["format"], row["tokens"]) for row in data["cost"]):
         found = {name: cells.get((format, tokens, name)) for name in _COLUMNS}
-        with_it, without = found["base"], found["unguarded"]
-        percent = f"{100 * (with_it / without - 1):+.1f} %" if with_it and without else "-"
-        yield [format, str(tokens), *("-" if us is None else f"{us:.2f}" for us in found.values()), percent]
+        shares = [_percent(found["base"], found[without]) for without in ("no bound", "unguarded")]
+        yield [format, str(tokens), *("-" if us is None else f"{us:.3f}" for us in found.values()), *shares]
+
+
+def _percent(protected: float | None, without: float | None) -> str:
+    return f"{100 * (protected / without - 1):+.1f} %" if protected and without else "-"

@@ -39,7 +39,8 @@ def run_processes(
 
     Args:
         fn: importable (it is pickled). ``group`` is the world's process group; ``tell("text")`` names the stage the rank is in.
-        device: ``"cpu"`` (gloo) or ``"cuda"`` (NCCL, rank r on GPU r).
+        device: ``"cpu"`` (gloo) or ``"cuda"``: NCCL, rank r on GPU r. Where there are more ranks than GPUs, GPUs are given out in turn
+            and the group is gloo's, as NCCL refuses two ranks of one GPU.
         silence: seconds without a word from any rank, after which all are ended.
         limit: seconds for everything, after which all are ended.
         mortal: ranks that may die; the result of one that does is ``None``. The others then do not meet at the end.
@@ -140,14 +141,17 @@ def _rank(
 ) -> None:
     try:
         where: dict[str, Any] = {}
+        backend = "gloo"
         if device == "cuda":
             environment.set_defaults()
-            torch.cuda.set_device(rank)
-            where = {"device_id": torch.device("cuda", rank)}
+            gpu = torch.device("cuda", rank % torch.cuda.device_count())
+            torch.cuda.set_device(gpu)
+            if world_size <= torch.cuda.device_count():
+                backend, where = "nccl", {"device_id": gpu}
         else:
             torch.set_num_threads(1)
         inbox.put((rank, "stage", "joining the group"))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=rendezvous, rank=rank, world_size=world_size, **where)
+        dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world_size, **where)
         # Whoever is early, at the start or at the end, must not tear down connections that others still make or use.
         dist.barrier()
         result = fn(dist.group.WORLD, lambda stage: inbox.put((rank, "stage", stage)), *args)
