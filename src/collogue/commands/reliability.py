@@ -31,7 +31,7 @@ def reliability(
     only: Sections = None,
     soak: Calls = 1_000_000,
     soak_large: LargeCalls = 100_000,
-    soak_other: OtherCalls = 30_000,
+    soak_other: OtherCalls = 100_000,
     world_size: Annotated[int | None, typer.Option(min=2, max=8, help="Ranks, a GPU each; default: the number of GPUs.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of calls and of the delays.")] = 0,
     limit: Annotated[float, typer.Option(min=1, help="Seconds, after which everything is ended.")] = 300.0,

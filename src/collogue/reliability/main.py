@@ -70,7 +70,8 @@ def run_job(name: str, group: Any, state: dict[str, Any], tell: Callable[[str], 
         return rows
     if kind == "soak":
         part = next(part for part in make_parts(world, options.counts) if part.name == rest)
-        return soak(_half(group) if part.split else group, part, device, tell, seed=options.seed)
+        mine = _half(group) if part.split else group
+        return soak(mine, part, device, tell, seed=options.seed, meet=lambda: dist.barrier(group))
     if "scene" not in state:
         tell("faults: kernels")
         state["scene"] = Scene.make(group, device, options.timeout, options.hidden_size, options.rows)

@@ -52,9 +52,9 @@ class Counts:
 
     one_shot: int = 1_000_000
     two_shot: int = 100_000
-    owned: int = 30_000
-    streams: int = 30_000
-    split: int = 30_000
+    owned: int = 100_000
+    streams: int = 100_000
+    split: int = 100_000
 
 
 def make_parts(world: int, counts: Counts = Counts()) -> list[Part]:
@@ -65,14 +65,16 @@ def make_parts(world: int, counts: Counts = Counts()) -> list[Part]:
     one_shot = _cases(world, (1, 1, 2, 3, 4, 8, 16, 32), (7168, 2880, 4096, 576), 24)
     two_shot = _cases(world, (1, 3, 16, 64, 127, 300, 512), (7168, 2880), 14)
     small = _cases(world, (1, 2, 4, 16), (7168, 2880), 8)
-    narrow = [replace(case, dtype="float16", seed=500 + case.seed) for case in _cases(world, (1, 3, 8, 16), (2880, 576), 8)]
+    narrow = tuple(replace(case, dtype="float16", seed=500 + case.seed) for case in _cases(world, (1, 3, 8, 16), (2880, 576), 8))
+    eight = tuple(Run(_reseeded(narrow if n % 2 else small, 1000 * n), "two_shot" if n % 2 else "one_shot") for n in range(8))
     half = world // 2 if world >= 4 and world % 2 == 0 else world
     halves = _cases(half, (1, 2, 8, 64), (7168, 2880), 12)
     return [
         Part("one-shot", world, counts.one_shot, (Run(one_shot, "one_shot"),)),
         Part("two-shot", world, counts.two_shot, (Run(two_shot, "two_shot"),)),
         Part("rows with owners", world, counts.owned, (Run(_owned(world)),)),
-        Part("two communicators on two streams", world, counts.streams, (Run(small, "one_shot"), Run(tuple(narrow), "two_shot"))),
+        Part("two communicators on two streams", world, counts.streams, eight[:2]),
+        Part("eight communicators on eight streams", world, counts.streams, eight),
         Part("two groups at once", 2 * half, counts.split, (Run(halves),), split=True),
     ]
 
@@ -96,6 +98,11 @@ def _cases(world: int, tokens: Sequence[int], widths: Sequence[int], count: int)
         )
         cases.append(case if case.possible else replace(case, hidden_size=7168))
     return tuple(cases)
+
+
+def _reseeded(cases: Sequence[Case], by: int) -> tuple[Case, ...]:
+    """The same with other inputs."""
+    return tuple(replace(case, seed=by + case.seed) for case in cases)
 
 
 def _owned(world: int) -> tuple[Case, ...]:

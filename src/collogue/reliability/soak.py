@@ -136,8 +136,19 @@ def build(comm: Communicator, cases: Sequence[Case]) -> None:
     comm._group.barrier()
 
 
-def soak(group: Any, part: Part, device: torch.device, tell: Callable[[str], None], *, seed: int = 0) -> dict[str, Any]:
-    """Make the calls of ``part`` on this rank. Collective over the ranks that have the part's groups; returns :class:`Found` as data."""
+def soak(
+    group: Any,
+    part: Part,
+    device: torch.device,
+    tell: Callable[[str], None],
+    *,
+    seed: int = 0,
+    meet: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Make the calls of ``part`` on this rank. Collective over ``group``; returns :class:`Found` as data.
+
+    ``meet`` is called once, before the first call: groups that are to work at once wait for each other there.
+    """
     found, comparer = Found(), Comparer(device)
     # What all ranks of a group draw alike.
     shared = random.Random(f"{seed} {part.name}")
@@ -147,6 +158,7 @@ def soak(group: Any, part: Part, device: torch.device, tell: Callable[[str], Non
     found.delays = 0
     tell(f"{part.name}: graphs")
     graphs = [[track.record(track.bursts(part.graph_calls, shared)) for track in tracks] for _ in range(part.graphs)]
+    meet()
     start = time.perf_counter()
     try:
         _make_calls(part, tracks, graphs, shared, found, tell)
