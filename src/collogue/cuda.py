@@ -52,7 +52,7 @@ class KernelEngine:
         self._ready: dict[Signature, _Ready] = {}
         self._in_use = threading.Lock()
         self._stream: int | None = None  # of the last call outside a capture
-        self._debug = bool(os.environ.get("COLLOGUE_DEBUG"))
+        self._debug = os.environ.get("COLLOGUE_DEBUG", "0") not in ("", "0")
 
     # ---- planning and loading
 
@@ -161,19 +161,19 @@ class KernelEngine:
         if ready.values is not None:
             for name in ("reduced", "residual", "norm"):
                 if getattr(shard, name) is not None:
-                    fill_shard(ready.values.params, Output(norm=getattr(shard, name)), Output(norm=getattr(out, name)))
+                    fill_shard(ready.values.params, Output(norm=getattr(shard, name)), Output(norm=getattr(out, name)), name)
                     ready.values(stream)
                     _launch_more(ready.values, ready.more, stream)
         if ready.main is not None:
-            fill_shard(ready.main.params, Output(codes=shard.codes, scales=shard.scales), out)
+            fill_shard(ready.main.params, Output(codes=shard.codes, scales=shard.scales), out, "codes")
             ready.main(stream)
             _launch_more(ready.main, ready.more, stream)
 
     # ---- failures
 
     def check(self) -> None:
-        if self.workspace is not None:
-            self.workspace.check()
+        if (workspace := self.workspace) is not None:  # another thread may close it meanwhile
+            workspace.check()
 
     def journal(self) -> Journal:
         if self.workspace is None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import get_args
 
 import torch
 
-from collogue.quant import Quant
+from collogue.request import Request
 from collogue.spec import Operation
 from collogue.variant import QuantVariant
 
@@ -24,27 +25,42 @@ _LAYOUT_NAMES = ("linear", "128x4", "8x4", "column")
 _ALGORITHMS = ("local", "one_shot", "two_shot", "sharded", "all_gather")
 
 
-def pack(
-    algorithm: str, operation: Operation, dtype: torch.dtype, residual: bool, norm: bool, keep_norm: bool, quant: Quant | None
-) -> tuple[int, int]:
-    """The two words of options."""
-    q = QuantVariant.of(quant)
+#: What an all-gather moves at a time, a bit each, in front of which the options of every call lie.
+_MOVED, _MOVED_SHIFT = ("reduced", "residual", "norm", "codes"), 22
+
+
+def pack(algorithm: str, request: Request) -> tuple[int, int]:
+    """The two words of options, without what :func:`moving` and :func:`bounded` put in for one call."""
+    q = QuantVariant.of(request.quant)
     fields = (
         (_ALGORITHMS.index(algorithm), 4),
-        (_OPERATIONS.index(operation), 4),
-        (_DTYPES.index(dtype), 2),
-        (residual, 1),
-        (norm, 1),
-        (keep_norm, 1),
+        (_OPERATIONS.index(request.operation), 4),
+        (_DTYPES.index(request.dtype), 2),
+        (request.residual, 1),
+        (request.norm, 1),
+        (request.wanted.norm, 1),
         (_FORMATS.index(q.format), 4),
         (_LAYOUTS.index(q.layout), 3),
         (q.ceil, 1),
+        (request.wide_weight, 1),
     )
     word = shift = 0
     for value, bits in fields:
         word |= int(value) << shift
         shift += bits
+    assert shift == _MOVED_SHIFT
     return word, q.group
+
+
+def moving(word: int, name: str) -> int:
+    """The first word of an all-gather of ``name``."""
+    return word & ((1 << _MOVED_SHIFT) - 1) | 1 << _MOVED_SHIFT + _MOVED.index(name)
+
+
+@lru_cache
+def bounded(word: int, smallest: float) -> int:
+    """The second word where scales have a lower bound: the upper half of its float32 goes into the upper half."""
+    return word & 0xFFFF | int.from_bytes(struct.pack("<f", smallest)[2:], "little") << 16
 
 
 @dataclass(frozen=True)
@@ -76,11 +92,20 @@ def _text(entry: bytes) -> str:
         return value
 
     algorithm, operation, dtype = _ALGORITHMS[take(4)], _OPERATIONS[take(4)], _DTYPES[take(2)]
-    residual, norm, keep_norm, quant, layout, ceil = take(1), take(1), take(1), take(4), take(3), take(1)
-    parts = [f"{operation} by {algorithm}", f"tokens={tokens}", f"hidden_size={hidden}", f"dtype={str(dtype).removeprefix('torch.')}"]
+    residual, norm, keep_norm, quant, layout, ceil, wide = take(1), take(1), take(1), take(4), take(3), take(1), take(1)
+    moved = [name for name in _MOVED if take(1)]
+    group, smallest = group & 0xFFFF, struct.unpack("<f", struct.pack("<I", group & 0xFFFF0000))[0]
+    parts = [
+        f"{operation}{' of ' * bool(moved)}{'+'.join(moved)} by {algorithm}",
+        f"tokens={tokens}",
+        f"hidden_size={hidden}",
+        f"dtype={str(dtype).removeprefix('torch.')}",
+    ]
     parts += ["residual"] * residual + [f"norm(eps={eps:g}, weight_offset={offset:g})"] * norm
+    parts += ["weight in float32"] * (wide and norm)
     if quant:
         extra = [_LAYOUT_NAMES[layout]] + [f"group {group}"] * (group > 0) + ["ceil"] * ceil
+        extra += [f"smallest {smallest:.3g}"] * (smallest > 0)
         parts.append(f"quant={_NAMES[quant]} ({', '.join(extra)})")
     parts += ["keep_norm"] * (keep_norm and quant > 0) + [f"from row {first}"] * (first > 0)
     return ", ".join(parts)

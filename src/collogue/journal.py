@@ -21,9 +21,10 @@ FORMAT = "collogue journal 1"
 class Journal:
     """The last calls of every rank as rank ``rank`` could read them, oldest first.
 
-    ``started``: calls that this rank's GPU has started. ``failure``: what the failure record says, or ``None``. A rank whose calls end
-    before the others' is the late one. The stage of a call says how far it has come, as far as can be known: ``finished`` if its rank has
-    started a later one; of a rank's last call what this rank's failure record or the rank's stop word says, else ``started``.
+    ``started``: calls that this rank's GPU has started. ``calls``: of the ranks that could be read. ``failure``: what the failure record
+    says, or ``None``. A rank whose calls end before the others' is the late one. The stage of a call says how far it has come, as far as
+    can be known: ``finished`` if its rank has started a later one; of a rank's last call what this rank's failure record, or the other
+    rank's stop word and what it had found, say, else ``started``.
     """
 
     rank: int
@@ -59,8 +60,9 @@ class Journal:
         """The failure and each rank's ``last`` calls."""
         lines = [f"Journal of rank {self.rank} of {self.world_size}, written {self.written}; {self.started} calls started here."]
         lines += [self.error] if self.error else []
-        for rank, entries in self.calls.items():
-            lines.append(f"rank {rank}:" if entries else f"rank {rank}: nothing could be read")
+        for rank in range(self.world_size):
+            entries = self.calls.get(rank, ())
+            lines.append(f"rank {rank}:" + ("" if entries else " no calls" if rank in self.calls else " could not be read"))
             lines += [f"  call {entry.call}: {entry.text}" + f" [{entry.stage}]" * bool(entry.stage) for entry in entries[-last:]]
         return "\n".join(lines)
 

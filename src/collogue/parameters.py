@@ -27,9 +27,7 @@ def fill_shape(params: Params, topology: Topology, request: Request, plan: Plan,
         memory = launch_memory(topology, request, algorithm)
         params.slot_bytes, params.gather_bytes = plan.rows * memory.slot, plan.rows * memory.gather
         params.wire_bytes, params.width = memory.wire, memory.width
-    params.header[0], params.header[1] = header.pack(
-        algorithm, request.operation, request.dtype, request.residual, request.norm, request.wanted.norm, request.quant
-    )
+    params.header[0], params.header[1] = header.pack(algorithm, request)
 
 
 def fill_workspace(params: Params, extent: Extent, algorithm: str) -> None:
@@ -41,12 +39,13 @@ def fill_workspace(params: Params, extent: Extent, algorithm: str) -> None:
         params.data_offset, params.generation_bytes = extent.offset, extent.generation
 
 
-def fill_shard(params: Params, shard: Output, out: Output) -> None:
-    """What an all-gather moves: values (as ``norm``), or codes and their scales."""
-    for source, target, name in (("shard_values", "norm", "norm"), ("shard_codes", "codes", "codes"), ("shard_scales", "scales", "scales")):
-        if getattr(shard, name) is not None:
-            setattr(params, source, getattr(shard, name).data_ptr())
-            setattr(params, target, getattr(out, name).data_ptr())
+def fill_shard(params: Params, shard: Output, out: Output, name: str) -> None:
+    """What an all-gather moves: values (as ``norm``) of ``name``, or codes and their scales."""
+    params.header[0] = header.moving(params.header[0], name)
+    for source, field in (("shard_values", "norm"), ("shard_codes", "codes"), ("shard_scales", "scales")):
+        if getattr(shard, field) is not None:
+            setattr(params, source, getattr(shard, field).data_ptr())
+            setattr(params, field, getattr(out, field).data_ptr())
 
 
 def fill_call(params: Params, call: Call, out: Output) -> None:
@@ -73,7 +72,9 @@ def fill_call(params: Params, call: Call, out: Output) -> None:
         params.scale = scale.data_ptr()
     elif scale is not None:
         params.scale, params.scale_value = None, scale
-    params.smallest = getattr(quant, "smallest", 0.0)
+    if (smallest := getattr(quant, "smallest", None)) is not None:
+        params.smallest = smallest
+        params.header[1] = header.bounded(params.header[1], smallest)
 
 
 def rows_of_scales(topology: Topology, request: Request, rank: int) -> int:

@@ -15,10 +15,18 @@ import torch
 from collogue.errors import ArgumentError, CollectiveTimeout, CorruptedWorkspace, MismatchedCall, PlatformError
 from collogue.extent import CONTROL_BYTES
 from collogue.failure import MISMATCH, TIMEOUT, FailureRecord
-from collogue.header import Entry, pack
+from collogue.header import Entry, bounded, moving, pack
 from collogue.journal import Journal, default_path
+from collogue.quant import MXFP8, FP8PerToken, Quant
+from collogue.request import Request, make_request
+from collogue.spec import Operation
 from collogue.topology import Topology
-from collogue.workspace import JOURNAL_OFFSET, MARKS_OFFSET, Control, Workspace, clean_control
+from collogue.workspace import CONTROL_WORDS, JOURNAL_OFFSET, MARKS_OFFSET, NOTES_END, NOTES_OFFSET, Control, Workspace, clean_control
+
+
+def request(quant: Quant | None = None, operation: Operation = "all_reduce", dtype: torch.dtype = torch.bfloat16, **flags: bool) -> Request:
+    options = {"residual": True, "norm": True, "wide_weight": False, "keep_norm": False} | flags
+    return make_request(4, 64, dtype, quant=quant, operation=operation, **options)
 
 
 class Fake(Workspace):
@@ -31,6 +39,7 @@ class Fake(Workspace):
         self.pages = [clean_control() for _ in range(world)]
         self.buffer: Any = SimpleNamespace(pointers=tuple(r << 20 for r in range(world)))
         self.failure = FailureRecord()
+        self._saved = None
 
     def _read(self, pointer: int, nbytes: int) -> bytes:
         rank, first = pointer >> 20, pointer & 0xFFFFF
@@ -45,12 +54,18 @@ class Fake(Workspace):
         """A rank's stop word."""
         self.pages[rank][8:12] = struct.pack("<I", word)
 
+    def note(self, finder: int, *, call: int, late_rank: int, token: int = 0, stage: int = 0) -> None:
+        """What ``finder`` has found, on every rank."""
+        for page in self.pages:
+            at = NOTES_OFFSET + 8 * finder
+            page[at : at + 8] = struct.pack("<2I", call, 1 + (token << 8 | stage << 4 | late_rank))
+
     def stages(self, rank: int) -> list[str]:
         return [entry.stage for entry in self.journal().calls[rank]]
 
     def call(self, number: int, tokens: dict[int, int]) -> None:
         """Every rank of ``tokens`` has made call ``number`` with so many; its mark is everywhere."""
-        options = pack("one_shot", "all_reduce", torch.bfloat16, True, True, False, None)
+        options = pack("one_shot", request())
         for rank, count in tokens.items():
             entry = struct.pack("<6I2f", number + 1, count, 64, 0, *options, 1e-6, 0.0)
             at = JOURNAL_OFFSET + number % 64 * 32
@@ -72,16 +87,43 @@ def test_a_clean_page_has_whole_canaries() -> None:
     assert len(work.pages[0]) == CONTROL_BYTES
     control = work.control()
     assert (control.calls, control.stop) == (0, 0)
-    work.check_canaries(control)
     work.raise_failure(control)
 
 
-@pytest.mark.parametrize("at", [32, MARKS_OFFSET - 1, MARKS_OFFSET + 256, JOURNAL_OFFSET - 1])
-def test_a_flipped_canary_is_seen(at: int) -> None:
+@pytest.mark.parametrize("at", [CONTROL_WORDS, MARKS_OFFSET - 1, NOTES_END, JOURNAL_OFFSET - 1])
+def test_a_flipped_canary_is_seen(at: int, journals: Path) -> None:
     work = Fake(1, 2)
     work.pages[1][at] ^= 4
-    with pytest.raises(CorruptedWorkspace, match="rank 1"):
-        work.check_canaries(work.control())
+    with pytest.raises(CorruptedWorkspace, match="rank 1's control words have been written over"):
+        work.check()
+    assert len(list(journals.iterdir())) == 1
+
+
+@pytest.mark.parametrize("at", [12, 13, 14, 15, 16, 19])
+def test_a_flipped_control_word_is_seen(at: int) -> None:
+    """What is left to be cleaned, and who fills the failure record."""
+    work = Fake(1, 2)
+    work.call(0, {0: 4, 1: 4})
+    work.check()
+    work.pages[1][at] ^= 4
+    with pytest.raises(CorruptedWorkspace, match="rank 1's control words have been written over"):
+        work.check()
+
+
+def test_a_record_that_is_being_filled_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Fake(0, 2)
+    work.call(0, {0: 4})
+    work.pages[0][16:20] = struct.pack("<I", 1)
+    monkeypatch.setattr("collogue.workspace.time.sleep", lambda seconds: work.fail(fault=TIMEOUT, rank=0, late_rank=1))
+    assert work._plausible(work.control())
+
+
+def test_marks_that_differ_where_calls_do_not_are_written_over() -> None:
+    work = Fake(0, 2)
+    work.call(0, {0: 4, 1: 4})
+    work.pages[0][MARKS_OFFSET + 8 + 5] ^= 1
+    with pytest.raises(CorruptedWorkspace, match="the marks of call 0 differ, and the ranks' calls do not"):
+        work.check()
 
 
 def test_calls_that_agree_are_no_failure() -> None:
@@ -89,7 +131,6 @@ def test_calls_that_agree_are_no_failure() -> None:
     for number in range(6):
         work.call(number, {0: 4, 1: 4, 2: 4})
         work.raise_failure(work.control())
-        work.check_canaries(work.control())
     assert work.control().calls == 6
 
 
@@ -111,9 +152,53 @@ def test_a_rank_that_has_not_come_is_no_mismatch() -> None:
 def test_a_stop_word_of_another_rank_is_found() -> None:
     work = Fake(0, 2)
     work.call(0, {0: 4, 1: 4})
-    work.pages[0][8:12] = struct.pack("<I", 1 << 8 | 2)
-    with pytest.raises(CollectiveTimeout, match="rank 1 gave up waiting and stopped the group at call 0"):
+    work.stop(0, TIMEOUT << 8 | 2)
+    with pytest.raises(CollectiveTimeout, match="rank 1 gave up waiting and stopped the group"):
         work.raise_failure(work.control())
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_every_rank_is_told_what_the_one_that_stopped_it_has_found(recorded: bool) -> None:
+    work = Fake(0, 3)
+    work.call(0, {0: 4, 1: 4, 2: 4})
+    work.call(1, {1: 5})
+    work.stop(0, TIMEOUT << 8 | 2)
+    work.note(1, call=1, late_rank=2, token=3, stage=1)
+    if recorded:
+        work.fail(fault=TIMEOUT, rank=1, late_rank=3, call=0)
+    with pytest.raises(CollectiveTimeout) as caught:
+        work.check()
+    assert caught.value.message.startswith("rank 1 waited 1.5 s for the reduced rows of rank 2, call 1, token 3 (all_reduce")
+    assert caught.value.message.endswith("rank 2 made no such call")
+
+
+def test_what_cannot_be_read_is_not_called_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Fake(0, 2)
+    work.call(0, {0: 4, 1: 4})
+    read = work._read
+    monkeypatch.setattr(work, "_read", lambda pointer, nbytes: b"" if pointer >> 20 else read(pointer, nbytes))
+    work.fail(fault=TIMEOUT, rank=0, late_rank=1, call=0)
+    with pytest.raises(CollectiveTimeout, match="rank 1 cannot be read"):
+        work.check()
+    assert work.journal().text().endswith("rank 1: could not be read")
+
+
+def test_one_failure_writes_one_journal_and_says_if_it_cannot(journals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Fake(0, 2)
+    work.call(0, {0: 4})
+    work.fail(fault=TIMEOUT, rank=0, late_rank=1, call=0)
+    hints = set()
+    for _ in range(3):
+        with pytest.raises(CollectiveTimeout) as caught:
+            work.check()
+        hints.add(caught.value.hint)
+    assert len(hints) == len(list(journals.iterdir())) == 1
+    (journals / "file").touch()
+    monkeypatch.setenv("COLLOGUE_JOURNAL_DIR", str(journals / "file" / "x"))
+    work._saved = None
+    with pytest.raises(CollectiveTimeout) as caught:
+        work.check()
+    assert "The journal could not be written" in caught.value.hint
 
 
 def test_a_timeout_names_who_when_and_what(journals: Path) -> None:
@@ -159,7 +244,7 @@ def test_who_is_stopped_after_calls_that_differ_sees_the_mismatch_too() -> None:
     work.call(1, {0: 4, 1: 4, 2: 7})
     work.call(2, {2: 4})
     work.stop(2, TIMEOUT << 8 | 1)
-    with pytest.raises(MismatchedCall, match=r"number 1 differ.*; then rank 0 gave up waiting and stopped the group at call 2"):
+    with pytest.raises(MismatchedCall, match=r"number 1 differ.*; then rank 0 gave up waiting and stopped the group"):
         work.check()
 
 
@@ -255,8 +340,8 @@ def test_stages_of_a_rank_that_waited() -> None:
         work.stop(rank, TIMEOUT << 8 | 1)
     work.fail(fault=TIMEOUT, rank=0, late_rank=2, call=1, token=3, stage=2)
     assert work.stages(0) == ["finished", "waiting for the start of token 3 from rank 2"]
-    assert work.stages(1) == ["finished", "started; stopped by rank 0 unless it had finished"]
-    assert work.stages(2) == ["started; stopped by rank 0 unless it had finished"]
+    assert work.stages(1) == ["finished", "stopped by rank 0 unless it had finished"]
+    assert work.stages(2) == ["stopped by rank 0 unless it had finished"]
 
 
 def test_stages_of_a_rank_that_was_stopped() -> None:
@@ -267,6 +352,8 @@ def test_stages_of_a_rank_that_was_stopped() -> None:
     work.fail(fault=TIMEOUT, rank=0, late_rank=2, call=1)
     assert work.stages(1) == ["finished", "stopped by rank 0"]
     assert work.stages(0) == ["finished", "started; it stopped the group"]
+    work.note(0, call=1, late_rank=1, token=2)
+    assert work.stages(0) == ["finished", "waiting for the partial sums of token 2 from rank 1"]
     work.fail(call=2)  # stopped before it began: not in the journal
     assert work.stages(1) == ["finished", "finished"]
 
@@ -279,7 +366,7 @@ def test_stages_of_a_mismatch() -> None:
     assert work.stages(0) == ["finished", "waiting for the partial sums; the arguments of rank 1 differ"]
     work.call(2, {0: 4, 1: 4})
     work.fail(stage=3)  # found in call 2: other warps may have been stopped
-    assert work.stages(0) == ["finished", "finished", "started"]
+    assert work.stages(0) == ["finished", "finished", "started; it stopped the group"]
 
 
 def test_a_journal_without_stages_is_read(tmp_path: Path) -> None:
@@ -304,9 +391,8 @@ def test_only_journals_are_loaded(tmp_path: Path) -> None:
 
 
 def test_entries_name_every_argument() -> None:
-    from collogue.quant import MXFP8
-
-    options = pack("sharded", "reduce_scatter", torch.float16, False, True, True, MXFP8(rounding="ceil", layout="8x4"))
+    quant = MXFP8(rounding="ceil", layout="8x4")
+    options = pack("sharded", request(quant, "reduce_scatter", torch.float16, residual=False, keep_norm=True, wide_weight=True))
     entry = Entry.of(struct.pack("<6I2f", 8, 5, 64, 3, *options, 1e-5, 1.0))
     assert entry is not None
     assert entry.call == 7
@@ -316,12 +402,29 @@ def test_entries_name_every_argument() -> None:
         "eps=1e-05, weight_offset=1",
         "MXFP8 (8x4, group 32, ceil)",
         "keep_norm",
+        "weight in float32",
         "from row 3",
     ):
         assert part in entry.text
     assert Entry.of(bytes(32)) is None
 
 
+def test_entries_tell_what_an_all_gather_moves_and_what_bounds_scales() -> None:
+    """Arguments of one call, put in when it is made."""
+    first, second = pack("all_gather", request(FP8PerToken(), "all_gather", norm=False))
+
+    def text(first: int, second: int) -> str:
+        entry = Entry.of(struct.pack("<6I2f", 1, 5, 64, 0, first, second, 0.0, 0.0))
+        assert entry is not None
+        return entry.text
+
+    moved = [text(moving(moving(first, "codes"), name), second) for name in ("reduced", "residual", "norm", "codes")]
+    assert [one.split(" by ")[0] for one in moved] == [f"all_gather of {name}" for name in ("reduced", "residual", "norm", "codes")]
+    assert "smallest 0.00195" in text(first, bounded(second, 2**-9))
+    assert bounded(bounded(second, 0.01), 2**-9) == bounded(second, 2**-9)
+    assert text(first, bounded(second, 1e-5)) != text(first, bounded(second, 1e-6))
+
+
 def test_control_words_have_the_size_that_python_skips() -> None:
-    assert ctypes.sizeof(ctypes.c_uint64) + 3 * 4 + 4 <= 32
+    assert ctypes.sizeof(ctypes.c_uint64) + 3 * 4 == CONTROL_WORDS
     assert Control.of(bytes(clean_control()[:JOURNAL_OFFSET])).marks[3][7] == (0, 0)

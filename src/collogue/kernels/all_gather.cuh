@@ -68,11 +68,12 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
   if (warp == 0) {
     const bool peer = lane < C::kWorld && lane != p.rank;
     if (peer) fence_system();
-    if (peer && !ranks.stopped)
-      store_word_to_peer(reinterpret_cast<u32*>(p.workspace[lane] + p.data_offset + ranks.generation + flags_offset) + ranks.position(p.rank, lane) * ctas + cta, 1u);
+    const u32 place = flags_offset + (ranks.position(p.rank, lane) * ctas + cta) * 4;
+    if (peer && !ranks.stopped && place < p.generation_bytes)
+      store_word_to_peer(reinterpret_cast<u32*>(p.workspace[lane] + p.data_offset + ranks.generation + place), 1u);
     u32* const flag = reinterpret_cast<u32*>(ranks.own + p.data_offset + ranks.generation + flags_offset) + ranks.position(lane, p.rank) * ctas + cta;
     const auto missing = [&] { return peer && load_peer_written_word(flag) == D::kSentinel; };
-    ranks.wait(missing, [&] { return missing() ? lane : kNobody; }, kStageRows, 0);
+    ranks.wait(missing, [&] { return missing() ? lane : kNobody; }, kStageShard, lane * p.block + p.first + grid_row());
     fence_system();
     if (peer && !ranks.stopped) store_word(reinterpret_cast<u8*>(flag), D::kSentinel);
     if (lane == 0) shared.stopped = ranks.stopped;

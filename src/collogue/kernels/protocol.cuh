@@ -13,10 +13,11 @@ namespace collogue {
 constexpr u32 kGenerations = 2, kOneShotGenerations = 4;
 constexpr u32 kMarksOffset = 256;        // of the marks of the last calls in the workspace: [call % kMarks][rank]
 constexpr u32 kMarks = 4;
+constexpr u32 kNotesOffset = 512;        // of what ranks that stopped the group had found: [rank]
 constexpr u32 kJournalOffset = 2048;     // of this rank's last calls: [call % kJournal]
 constexpr u32 kJournal = 64;
 constexpr u32 kDataOffset = 4096;        // of what one-shot uses; the other kernels' memory lies behind
-constexpr u32 kLeftUnit = 256;           // bytes
+constexpr u32 kLeftUnit = 512;           // bytes
 constexpr u32 kPollsBetweenLooks = 256;  // at the clock and the stop word
 constexpr u32 kLongWait = 96;            // in units of 2^20 ns: a wait longer than this compares marks
 constexpr u32 kNobody = ~0u;
@@ -25,8 +26,8 @@ constexpr u32 kNobody = ~0u;
 struct Control {
   u64 counter;  // calls in the high half, warps of the current call that have read these words in the low half
   u32 stop;     // Fault << 8 | 1 + rank of whoever found it, written on every rank: kernels end without sending or waiting
-  u16 left[2];  // by call % 2: units of its generation that a one-shot call left to be cleaned
-  u32 claimed;  // the failure record has been taken
+  u16 left[2];  // by call % 2: units of its generation that a one-shot call left to be cleaned, with a parity bit
+  u32 claimed;  // 1 + the call that fills the failure record
 };
 
 enum Fault : u32 { kNoFault = 0, kTimeout = 1, kMismatch = 2 };
@@ -44,6 +45,11 @@ struct Mark {
   u32 number, hash;
 };
 
+// What a rank has found, on every rank before its stop word: eight bytes that arrive together.
+struct Note {
+  u32 call, what;  // what: 1 + Ranks::late
+};
+
 // In pinned host memory, one per communicator; written by the first thread of a rank that has something to say.
 struct Failure {
   u32 fault;      // 0: nothing; see Fault
@@ -55,7 +61,7 @@ struct Failure {
 };
 
 // What a wait is for.
-enum Stage : u32 { kStagePartials = 0, kStageRows = 1, kStageStart = 2, kStagePrevious = 3 };
+enum Stage : u32 { kStagePartials = 0, kStageRows = 1, kStageStart = 2, kStagePrevious = 3, kStageShard = 4 };
 
 template <class C>
 struct Ranks {
@@ -140,7 +146,8 @@ struct Ranks {
     if (thread % 32) return;
     count(&control()->counter, thread == 0 ? (1ull << 32) - (warps - 1) : 1ull);
     if (thread != 0) return;
-    control()->left[call % 2] = static_cast<u16>((left + kLeftUnit - 1) / kLeftUnit);
+    const u32 units = (left + kLeftUnit - 1) / kLeftUnit;
+    control()->left[call % 2] = static_cast<u16>(units | ones(units) % 2 << 15);
     if (stopped) return;
     const Words entry[2] = {{{call + 1, p.tokens, p.hidden, p.first}}, {{p.header[0], p.header[1], bits(p.eps), bits(p.weight_offset)}}};
     u32 hash = 0;
@@ -153,9 +160,11 @@ struct Ranks {
     store(journal, entry[0]);
     store(journal + 16, entry[1]);
   }
-  // What the call before has left. All threads of the grid together, while they would wait anyway.
+  // What the call before has left; everything where a bit of that has been turned over. All threads of the grid together, while they
+  // would wait anyway.
   COLLOGUE_DEVICE void clean(u32 thread, u32 threads) const {
-    const u32 bytes = (call % 2 ? head.w[3] & 0xffffu : head.w[3] >> 16) * kLeftUnit;
+    const u32 left = call % 2 ? head.w[3] & 0xffffu : head.w[3] >> 16, units = left & 0x7fffu;
+    const u32 bytes = ones(left) % 2 || units * kLeftUnit > p.one_shot_bytes ? p.one_shot_bytes : units * kLeftUnit;
     u8* const first = own + kDataOffset + (call - 1) % kOneShotGenerations * p.one_shot_bytes;
 #pragma unroll 1
     for (u32 at = thread * 16; at < bytes; at += threads * 16) store(first + at, Words{{D::kSentinel, D::kSentinel, D::kSentinel, D::kSentinel}});
@@ -171,8 +180,8 @@ struct Ranks {
     const u32 marked = of_lane(seen.w[0], p.rank), mine = of_lane(seen.w[1], p.rank);
     const bool differs = marked == of_call + 1 && seen.w[0] == of_call + 1 && seen.w[1] != mine;
     if (!any_in_warp(differs)) return;
-    stopped = kFoundHere | kMismatch << 8;
     if (differs) late = stage << 4 | (thread_index() % 32);
+    stop_everyone(kMismatch);
   }
   // Of what was seen after this call's sends: the call before. The first warp of the grid, where it would wait anyway.
   COLLOGUE_DEVICE void compare_previous_call(const Pair& seen) {
@@ -196,10 +205,10 @@ struct Ranks {
         stopped = load_peer_written_together(own).w[2];
         if (!stopped && any_in_warp(now - started > kLongWait)) compare_marks(call, look_at_marks(call), stage);
         // Whoever waits for what others relay gives up a little later than those who know whom they miss.
-        if (!stopped && any_in_warp(now - started > (stage == kStagePartials ? p.timeout : p.relay_timeout))) {
+        if (!stopped && any_in_warp(now - started > (stage == kStageRows ? p.relay_timeout : p.timeout))) {
           const u32 rank = missing_rank();
-          if (any_in_warp(rank != kNobody)) stopped = kFoundHere | kTimeout << 8;  // else it has come after all
           if (rank != kNobody) late = token << 8 | stage << 4 | rank;
+          if (any_in_warp(rank != kNobody)) stop_everyone(kTimeout);  // else it has come after all
         }
       }
     }
@@ -286,22 +295,35 @@ struct Ranks {
 
   // ---- failing
 
-  // At the end of a kernel that stopped: fill the failure record, once per communicator; who found the fault tells every rank to stop.
+  COLLOGUE_DEVICE u32 call_of_fault() const { return (late >> 4 & 0xfu) == kStagePrevious ? call - 1 : call; }
+  // What lanes of this warp have put into `late` ends every wait of the group, this rank's too: not at the end of the kernel, or one
+  // warp after the other would wait for a whole timeout. All lanes.
+  COLLOGUE_DEVICE void stop_everyone(u32 fault) {
+    stopped = kFoundHere | fault << 8;
+    if (late == kNobody) return;
+#pragma unroll 1
+    for (u32 k = 0; k < C::kWorld; k++) store_pair_together_to_peer(p.workspace[k] + kNotesOffset + p.rank * sizeof(Note), Pair{{call_of_fault(), 1 + late}});
+    fence_system();
+#pragma unroll 1
+    for (u32 k = 0; k < C::kWorld; k++) store_word_to_peer(&reinterpret_cast<Control*>(p.workspace[k])->stop, fault << 8 | (p.rank + 1));
+  }
+  // At the end of a kernel that stopped: fill the failure record, once per communicator.
   COLLOGUE_DEVICE void report() const {
     const bool here = stopped & kFoundHere;
     if (here ? late == kNobody : thread_index() % 32 != 0) return;
-    if (!claim(&control()->claimed)) return;
-    const u32 fault = stopped >> 8 & 0xffu, stage = late >> 4 & 0xfu;
+    if (!here && stopped >> 8 && (stopped & 0xffu) == p.rank + 1) return;  // this rank's other warp, which has more to say
     Failure* const f = p.failure;
+    if (load_peer_written_word(&f->fault)) return;
+    // Another kernel may be filling it now; what no kernel of these calls can have written keeps nobody away.
+    const u32 taken = claim(&control()->claimed, call + 1);
+    if (taken && taken - call <= 2) return;
     f->rank = here ? p.rank : (stopped & 0xffu) - 1;
     f->late_rank = here ? late & 0xfu : C::kWorld;
-    f->call = here && stage == kStagePrevious ? call - 1 : call;
+    f->call = here ? call_of_fault() : call;
     f->token = here ? late >> 8 : 0;
-    f->stage = here ? stage : 0;
+    f->stage = here ? late >> 4 & 0xfu : 0;
     fence_system();
-    store_word_to_peer(&f->fault, fault);
-#pragma unroll 1
-    for (u32 k = 0; here && k < C::kWorld; k++) store_word_to_peer(&reinterpret_cast<Control*>(p.workspace[k])->stop, fault << 8 | (p.rank + 1));
+    store_word_to_peer(&f->fault, stopped >> 8 & 0xffu);
   }
 };
 

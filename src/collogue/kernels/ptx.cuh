@@ -27,6 +27,8 @@ COLLOGUE_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 COLLOGUE_DEVICE float reciprocal(float x) { return __frcp_rn(x); }  // 1 / x, correctly rounded
 COLLOGUE_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
+COLLOGUE_DEVICE u32 ones(u32 x) { return static_cast<u32>(__popc(x)); }
+
 COLLOGUE_DEVICE u32 thread_index() { return threadIdx.x; }
 COLLOGUE_DEVICE u32 thread_count() { return blockDim.x; }
 // The grid is (CTAs of a row, rows at once): a cluster is one row of the grid.
@@ -133,8 +135,8 @@ COLLOGUE_DEVICE Words load_peer_written_together(const void* p) { return load_pe
 COLLOGUE_DEVICE void store_word_to_peer(u32* p, u32 v) { asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 // Adds without an answer and without order.
 COLLOGUE_DEVICE void count(u64* p, u64 n) { asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(n) : "memory"); }
-// Sets *p from 0 to 1; true for the one caller that did.
-COLLOGUE_DEVICE bool claim(u32* p) { return atomicCAS(p, 0u, 1u) == 0u; }
+// Sets *p from 0 to `value`, and returns what was there.
+COLLOGUE_DEVICE u32 claim(u32* p, u32 value) { return atomicCAS(p, 0u, value); }
 COLLOGUE_DEVICE void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // ---- thread-block clusters

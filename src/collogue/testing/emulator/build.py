@@ -130,6 +130,7 @@ class Library:
 
     cases: tuple[Case, ...]
     emulate: Callable[..., None]
+    one_shot_generations: int
 
     @property
     def world(self) -> int:
@@ -145,14 +146,20 @@ def compile_cases(cases: Sequence[Case], directory: Path, edits: tuple[Edit, ...
     files = edited(sources, edits)
     for name in _STAND_INS:
         del files[name]
-    files["kernels.cpp"] = "".join((*units, f"void (*collogue_kernels[])(collogue::Params) = {{{names}}};\n"))
+    files["kernels.cpp"] = "".join((*units, f"void (*collogue_kernels[])(collogue::Params) = {{{names}}};\n", _GENERATIONS))
     # Functions that both define are the machine's: what runs most is optimised.
     command = ["-O1", "-shared", f"-I{machine}", "-include", "ptx.cuh", "-o", "kernels.so", str(machine / "driver.o"), "kernels.cpp"]
-    library = _compile(files, (machine.name, *command), directory, [command]) / "kernels.so"
-    function = ctypes.CDLL(str(library)).collogue_emulate
-    function.restype = None
-    return Library(tuple(cases), function)
+    library = ctypes.CDLL(str(_compile(files, (machine.name, *command), directory, [command]) / "kernels.so"))
+    library.collogue_emulate.restype = None
+    return Library(tuple(cases), library.collogue_emulate, ctypes.c_uint.in_dll(library, "collogue_one_shot_generations").value)
 
+
+#: What the machine has to know of a twin's protocol, so that it is the protocol that fails.
+_GENERATIONS = """
+#include "protocol.cuh"
+extern const unsigned collogue_generations = collogue::kGenerations;
+extern const unsigned collogue_one_shot_generations = collogue::kOneShotGenerations;
+"""
 
 #: What the kernels include and the emulator has its own version of, or shares with them.
 _STAND_INS = ("ptx.cuh", "types.cuh")

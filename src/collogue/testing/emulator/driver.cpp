@@ -3,6 +3,8 @@
 
 // By the numbers that launches name.
 extern void (*collogue_kernels[])(collogue::Params);
+// Of the kernels' protocol, which may be a twin's.
+extern const unsigned collogue_generations, collogue_one_shot_generations;
 
 // Mirrored by collogue/testing/emulator/run.py.
 struct Launch {
@@ -12,7 +14,8 @@ struct Launch {
 };
 struct Job {
   unsigned ranks, launches, mode, victim, absent_launch, bytes;
-  unsigned long long seed, workspace_bytes, failures, failure_bytes, ticks;
+  unsigned long long seed, workspace_bytes, failures, failure_bytes, ticks, outputs;
+  const collogue::emulator::Range* output;  // in order
   Launch* launch;  // of every rank in the order of its stream
   char error[256];
 };
@@ -34,6 +37,7 @@ extern "C" void collogue_emulate(Job* job) {
     machine.workspaces.push_back({workspace, workspace + job->workspace_bytes});
     machine.failures.push_back({job->failures + rank * job->failure_bytes, job->failures + (rank + 1) * job->failure_bytes});
   }
+  machine.outputs.assign(job->output, job->output + job->outputs);
   std::vector<std::unique_ptr<Kernel>> kernels;
   for (u32 i = 0; i < job->launches; i++) {
     const Launch& launch = job->launch[i];
@@ -47,9 +51,9 @@ extern "C" void collogue_emulate(Job* job) {
     kernel->cluster_size = launch.cluster;
     kernel->rows = launch.rows;
     // The generation of this call on every rank, and the one that the call before has left to be cleaned on this one.
-    const u32 generations = params.data_offset == collogue::kDataOffset ? collogue::kOneShotGenerations : collogue::kGenerations;
+    const u32 generations = params.data_offset == collogue::kDataOffset ? collogue_one_shot_generations : collogue_generations;
     const u64 send = params.data_offset + launch.number % generations * params.generation_bytes;
-    const u64 clean = collogue::kDataOffset + (launch.number - 1) % collogue::kOneShotGenerations * params.one_shot_bytes;
+    const u64 clean = collogue::kDataOffset + (launch.number - 1) % collogue_one_shot_generations * params.one_shot_bytes;
     kernel->may_send = {send, send + params.generation_bytes};
     kernel->may_clean = {clean, clean + params.one_shot_bytes};
     machine.ranks[launch.rank].stream.push_back(kernel.get());

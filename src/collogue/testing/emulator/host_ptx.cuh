@@ -56,6 +56,8 @@ inline float square_root(float x) { return std::sqrt(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
+inline u32 ones(u32 x) { return static_cast<u32>(__builtin_popcount(x)); }
+
 inline u32 thread_index() { return self().thread; }
 inline u32 thread_count() { return self().cta->kernel->threads; }
 inline u32 block_in_row() { return self().cta->x; }
@@ -170,10 +172,7 @@ inline Words load(const void* p) {
 }
 // To memory that peers see too, words arrive late; to this rank's outputs at once.
 inline void store(void* p, const Words& v) {
-  if (!machine->is_peer_memory(p, 16)) {
-    std::memcpy(p, &v, 16);
-    return;
-  }
+  if (!machine->is_peer_memory(p, 16)) return machine->store_now(p, &v, 16);
   for (u32 i = 0; i < 4; i++) machine->store_later(static_cast<u8*>(p) + 4 * i, v.w[i]);
   machine->point();
 }
@@ -215,7 +214,7 @@ inline void store_word(void* p, u32 v) {
     machine->store_later(p, v);
     machine->point();
   } else {
-    std::memcpy(p, &v, 4);
+    machine->store_now(p, &v, 4);
   }
 }
 inline void store_word_to_peer(u32* p, u32 v) {
@@ -226,9 +225,11 @@ inline void count(u64* p, u64 n) {
   machine->point();
   *p += n;
 }
-inline bool claim(u32* p) {
+inline u32 claim(u32* p, u32 value) {
   machine->point();
-  return *p == 0 && (*p = 1);
+  const u32 was = *p;
+  if (was == 0) *p = value;
+  return was;
 }
 inline void fence_system() { machine->fence(); }
 

@@ -69,6 +69,7 @@ class Machine {
   void (*entry)(u32, const void*) = nullptr;  // a kernel by its number
   std::vector<Rank> ranks;
   std::vector<Range> workspaces, failures;  // addresses, by rank
+  std::vector<Range> outputs;               // addresses, in order
   u64 control_bytes = 0;                    // at the start of every workspace
   char error[256] = "";
   Fibre* current = nullptr;
@@ -139,6 +140,13 @@ class Machine {
     if (!cta.shared) return fail("a word was sent to a CTA that has no barriers yet");
     if (offset + 4 > cta.shared_bytes || barrier + 8 > cta.shared_bytes) return fail("a word missed the other CTA's shared memory");
     send({0, 0, cta.shared.get() + offset, word, current->cta->kernel, &cta, barrier, false, 0});
+  }
+  // To an output of any rank.
+  void store_now(void* address, const void* from, u32 bytes) {
+    const u64 first = reinterpret_cast<u64>(address);
+    const auto behind = std::upper_bound(outputs.begin(), outputs.end(), first, [](u64 at, const Range& range) { return at < range.first; });
+    if (behind == outputs.begin() || !behind[-1].holds(first, bytes)) return fail("a store left the outputs");
+    std::memcpy(address, from, bytes);
   }
   // Whether it lies where peers store.
   bool is_peer_memory(const void* address, u32 bytes) const {

@@ -30,7 +30,7 @@ MODES = ("fair", "late", "ahead", "slow_ctas", "absent")
 #: Makes a rank's partial from the one that the kind of inputs has given it.
 Terms: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 _POISON = 0xEE
-_LEFT_UNIT = 256  # what one-shot leaves to be cleaned is a multiple of this
+_LEFT_UNIT = 512  # what one-shot leaves to be cleaned is a multiple of this
 _NEVER = (1 << 32) - 1
 
 
@@ -49,7 +49,8 @@ class _Job(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_uint32) for name in ("ranks", "launches", "mode", "victim", "absent_launch", "bytes")),
-        *((name, ctypes.c_uint64) for name in ("seed", "workspace_bytes", "failures", "failure_bytes", "ticks")),
+        *((name, ctypes.c_uint64) for name in ("seed", "workspace_bytes", "failures", "failure_bytes", "ticks", "outputs")),
+        ("output", ctypes.c_void_p),
         ("launch", ctypes.c_void_p),
         ("error", ctypes.c_char * 256),
     ]
@@ -113,6 +114,7 @@ def emulate(
     kind: str = "normal",
     terms: Terms | None = None,
     timeout: float = 1.0,
+    before: Callable[[list[torch.Tensor]], None] = lambda workspaces: None,
 ) -> Run:
     """One call after the other on every rank, queued at once.
 
@@ -123,8 +125,10 @@ def emulate(
         kind: of inputs (:data:`collogue.testing.inputs.KINDS`). Words that look like the sentinel are sprinkled over the partials.
         terms: changes the partials.
         timeout: in emulated seconds, of one million scheduling points each.
+        before: may spoil the ranks' workspaces, as words of 32 bits, before the first call.
     """
     memory = _Memory(library)
+    before(memory.workspaces)
     every, outputs, expected = [], [], []  # `every` keeps what kernels read
     streams: list[list[tuple[int, _Launch, Params]]] = [[] for _ in range(library.world)]
     counted, absent_launch = [0] * library.world, _NEVER
@@ -144,22 +148,24 @@ def emulate(
                 counted[rank] += case.kernel != "local"
                 memory.left = case.kernel == "one_shot" or (memory.left and case.kernel == "local")
     queued = [launch for stream in streams for launch in stream]
-    before = memory.controls()
     array = (_Launch * len(queued))(*(launch for _, launch, _ in queued))
     for launch, (_, _, params) in zip(array, queued, strict=True):
         launch.params = ctypes.addressof(params)
     job = _Job(library.world, len(queued), MODES.index(mode), victim, absent_launch, ctypes.sizeof(_Job), seed)
     job.workspace_bytes, job.launch = memory.workspaces[0].nbytes, ctypes.addressof(array)
     job.failures, job.failure_bytes = ctypes.addressof(memory.failures), ctypes.sizeof(FailureRecord)
+    ranges = sorted(r for of_call in outputs for out in of_call for r in _memory_of(out))
+    flat = (ctypes.c_uint64 * (2 * len(ranges)))(*(end for r in ranges for end in r))
+    job.outputs, job.output = len(ranges), ctypes.addressof(flat)
     library.emulate(ctypes.byref(job))
     assert job.ticks > 0, "driver.cpp and run.py describe a job differently"
     sent = [[0] * library.world for _ in calls]
     for launch, (i, _, _) in zip(array, queued, strict=True):
         sent[i][launch.rank] += launch.sent
     controls = memory.controls()
-    canaries = all(now.canaries == then.canaries for now, then in zip(controls, before, strict=True))
+    plausible = all(control.plausible for control in controls)
     return Run(
-        error=job.error.decode() or ("" if canaries else "a control word that nobody uses was written"),
+        error=job.error.decode() or ("" if plausible else "the control words are not as kernels write them"),
         outputs=outputs,
         expected=expected,
         failures=list(memory.failures),
@@ -168,6 +174,13 @@ def emulate(
         leftover=memory.leftover(counted[0] - 1),
         ticks=job.ticks,
     )
+
+
+def _memory_of(out: Output) -> Iterator[tuple[int, int]]:
+    """First address, and the one behind the last, of each tensor."""
+    for name, tensor in out.items():
+        flat = scale_storage(tensor) if name == "scales" else tensor
+        yield flat.data_ptr(), flat.data_ptr() + flat.nbytes
 
 
 def _by_rank(call: int | Ask | Sequence[Ask], ranks: int) -> list[Ask]:
@@ -189,6 +202,7 @@ class _Memory:
         for workspace in self.workspaces:
             workspace[: CONTROL_BYTES // 4] = torch.frombuffer(clean_control(), dtype=torch.int32)
         self.failures = (FailureRecord * library.world)()
+        self.generations = library.one_shot_generations
         self.left = False  # the last call has left its generation to the next one
 
     def controls(self) -> list[Control]:
@@ -202,7 +216,7 @@ class _Memory:
             dirty = workspace[CONTROL_BYTES // 4 :] != self.sentinel
             if self.left:
                 generations = dirty[: self.extent.one_shot * ONE_SHOT_GENERATIONS // 4].view(ONE_SHOT_GENERATIONS, -1)
-                generations[last % ONE_SHOT_GENERATIONS] = False
+                generations[last % self.generations] = False
             total += int(dirty.sum())
         return total
 
@@ -216,7 +230,7 @@ def _launches(case: Case, rank: int, call: Call, out: Output, memory: _Memory, t
         if more is not None:
             p.first, p.count, p.pad = more
         if call.shard is not None:
-            fill_shard(p, call.shard, out)
+            fill_shard(p, call.shard, out, "norm" if call.quant is None else "codes")
         else:
             fill_call(p, call, out)
         fill_workspace(p, memory.extent, case.algorithm)
