@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Literal
@@ -362,10 +363,18 @@ class Communicator:
         """Call ``on_failure(error)`` once, in a thread of its own, when something has failed: for replays of CUDA graphs.
 
         Does every ``interval`` seconds what :meth:`check` does, which waits for no kernel. Stop it before :meth:`reset`:
-        the returned object has ``stop()`` and is a context manager. Closing the communicator ends it too, and is no failure.
+        the returned object has ``stop()`` and is a context manager. Closing or dropping the communicator ends it too, and is no failure.
         """
         self._open()
-        return Watch(self.check, on_failure, interval)
+        check = weakref.WeakMethod(self.check)
+
+        def look() -> None:
+            alive = check()
+            if alive is None:
+                raise ClosedError("the communicator is gone", hint="keep it as long as it is watched")
+            alive()
+
+        return Watch(look, on_failure, interval)
 
     def journal(self) -> Journal:
         """The last calls of every rank, read from the ranks' GPUs over a stream of its own. Waits for no kernel, is not collective."""
@@ -395,4 +404,9 @@ class Communicator:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        """Close; not collectively where an error leaves the block, which the other ranks may not share and which must not be hidden."""
+        try:
+            self.close(collective=error is None)
+        except Exception:
+            if error is None:
+                raise

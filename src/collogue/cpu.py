@@ -9,6 +9,7 @@ import torch
 
 from collogue import reference
 from collogue.call import Call
+from collogue.engine import Exclusive
 from collogue.errors import MismatchedCall
 from collogue.formats import place_scales, read_scales, scale_storage
 from collogue.group import Group
@@ -25,11 +26,13 @@ class ReferenceEngine:
 
     def __init__(self, group: Group) -> None:
         self.group = group
+        self._in_use = Exclusive()
 
     def run(self, call: Call, out: Output | None) -> Output:
-        if call.operation != "finish" and self.group.size > 1:
-            self._compare_headers(call)
-        result = self._result(call)
+        with self._in_use:
+            if call.operation != "finish" and self.group.size > 1:
+                self._compare_headers(call)
+            result = self._result(call)
         if out is None:
             return result
         for name, tensor in result.items():
@@ -118,8 +121,10 @@ def _header(call: Call) -> bytes:
     else:
         parts.append(f"residual={'yes' if call.residual is not None else 'no'}")
     if call.norm is not None:
-        parts.append(f"norm(eps={call.norm.eps:g}, weight_offset={call.norm.weight_offset:g})")
+        parts.append(f"norm(eps={call.norm.eps:.9g}, weight_offset={call.norm.weight_offset:.9g}, weight={call.norm.weight.dtype})")
     parts.append(f"quant={describe(call.quant)}")
+    if (smallest := getattr(call.quant, "smallest", None)) is not None:
+        parts.append(f"smallest={smallest:.9g}")
     if call.norm is not None and call.wanted.norm and call.quant is not None:
         parts.append("keep_norm")
     return ", ".join(parts).encode()[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0")

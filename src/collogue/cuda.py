@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 
 from collogue import jit
 from collogue.call import Call
-from collogue.errors import ConcurrentUseError, NotPrepared
+from collogue.engine import Exclusive
+from collogue.errors import NotPrepared
 from collogue.formats import scale_storage
 from collogue.group import Group
 from collogue.journal import Journal
@@ -50,15 +50,16 @@ class KernelEngine:
         self.workspace = Workspace(group, topology, timeout) if topology.world_size > 1 else None
         self._kernels: dict[Variant, Any] = {}
         self._ready: dict[Signature, _Ready] = {}
-        self._in_use = threading.Lock()
+        self._in_use = Exclusive()
         self._stream: int | None = None  # of the last call outside a capture
         self._debug = os.environ.get("COLLOGUE_DEBUG", "0") not in ("", "0")
 
     # ---- planning and loading
 
     def prepare(self, signatures: Iterable[Signature]) -> None:
-        for signature in signatures:
-            self._make_ready(signature)
+        with self._in_use:
+            for signature in signatures:
+                self._make_ready(signature)
 
     def _make_ready(self, signature: Signature) -> _Ready:
         if signature not in self._ready:
@@ -104,11 +105,7 @@ class KernelEngine:
     # ---- running
 
     def run(self, call: Call, out: Output | None) -> Output:
-        if not self._in_use.acquire(blocking=False):
-            raise ConcurrentUseError(
-                "another thread is making a call of this communicator", hint="make one communicator for each thread, or use a lock"
-            )
-        try:
+        with self._in_use:
             if self._debug or (self.workspace is not None and self.workspace.failed):
                 self.check()
             ready = self._ready.get(call.signature)
@@ -122,13 +119,9 @@ class KernelEngine:
             else:
                 self._launch(ready, call, out)
             return out
-        finally:
-            self._in_use.release()
 
     def _follow(self, stream: int) -> None:
         """Calls use one workspace in turn: on another stream than the last call's, wait for what was queued there."""
-        if torch.cuda.is_current_stream_capturing():
-            return  # replays are the user's to order
         if self._stream is not None:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.ExternalStream(self._stream, device=self.index))  # type: ignore[no-untyped-call]
@@ -137,7 +130,9 @@ class KernelEngine:
 
     def _launch(self, ready: _Ready, call: Call, out: Output) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self.index)
-        if stream != self._stream:
+        if torch.cuda.is_current_stream_capturing():  # in what order graphs are replayed is the user's to say
+            _captured.add(self)
+        elif stream != self._stream:
             self._follow(stream)
         launcher = ready.main
         if call.operation == "all_gather":
@@ -181,21 +176,28 @@ class KernelEngine:
         return self.workspace.journal()
 
     def reset(self) -> None:
-        torch.cuda.synchronize(self.index)
-        if self.workspace is not None:
-            self.workspace.reset()
+        with self._in_use:
+            torch.cuda.synchronize(self.index)
+            if self.workspace is not None:
+                self.workspace.reset()
 
     def close(self, collective: bool) -> None:
-        torch.cuda.synchronize(self.index)
-        if collective:
-            self.group.barrier()
-        self._ready.clear()
-        self._kernels.clear()
-        if self.workspace is not None:
-            self.workspace.close()
-        self.workspace = None
-        if collective:
-            self.group.barrier()  # giving memory back may wait for the GPU: virtual ranks must not launch before all have done it
+        with self._in_use.wait():
+            torch.cuda.synchronize(self.index)
+            if collective:
+                self.group.barrier()
+            self._ready.clear()
+            self._kernels.clear()
+            _captured.discard(self)
+            if self.workspace is not None:
+                self.workspace.close()
+            self.workspace = None
+            if collective:
+                self.group.barrier()  # giving memory back may wait for the GPU: virtual ranks must not launch before all have done it
+
+
+#: Engines whose calls lie in CUDA graphs, until they are closed: a graph holds addresses, and nothing that keeps the memory.
+_captured: set[KernelEngine] = set()
 
 
 def _launch_more(launcher: Launcher, more: tuple[tuple[int, int, int], ...], stream: int) -> None:

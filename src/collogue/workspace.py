@@ -191,13 +191,11 @@ class Workspace:
         if found is not None and fault == MISMATCH and differing is None:
             differing = found["call"]
         if differing is not None:
+            finder = found["rank"] if found is not None and fault == MISMATCH else rank
             alike = {journal.made(of, differing) for of in journal.calls}
             if len(alike) == 1 and None not in alike:
-                return (
-                    CorruptedWorkspace,
-                    f"the marks of call {differing} differ, and the ranks' calls do not: rank {rank}'s have been written over",
-                )
-            finder = found["rank"] if found is not None and fault == MISMATCH else rank
+                text = f"the marks of call {differing} differ, and the ranks' calls do not: rank {finder}'s have been written over"
+                return CorruptedWorkspace, text
             then = f"; then {self._timeout(journal, found)}" if found is not None and fault == TIMEOUT else ""
             return MismatchedCall, _mismatch(journal, finder, differing) + then
         if found is not None and fault == TIMEOUT:

@@ -12,7 +12,7 @@ from collogue.reliability.parts import Counts
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason="takes two GPUs"), pytest.mark.timeout(300)]
-OPTIONS = main.Options(Counts(3000, 1000, 1000, 1000, 1000))
+OPTIONS = main.Options(Counts(3000, 1000, 1000, 10_000, 1000, 1000))
 WORLD = min(8, GPUS)
 
 

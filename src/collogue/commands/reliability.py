@@ -62,7 +62,7 @@ def reliability(
         from collogue.reliability import main
         from collogue.reliability.parts import Counts
 
-        options = main.Options(Counts(soak, soak_large, soak_other, soak_other, soak_other), seed=seed)
+        options = main.Options(Counts(soak, soak_large, soak_other, soak_other, soak_other, soak_other), seed=seed)
         sections = tuple(section for section in main.SECTIONS if section in (words(only) or main.SECTIONS))
         with progress(len(main.names_of(world, sections, options)), "reliability") as start:
             found = main.run(world, sections, options, limit=limit, heard=main.once(start))

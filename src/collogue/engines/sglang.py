@@ -10,6 +10,7 @@ import os
 import sys
 
 from collogue import flashinfer
+from collogue.flashinfer.workspace import ON_FAILURE
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def register() -> None:
     if not flashinfer.flashinfer_present():
         logger.warning("COLLOGUE_SGLANG=1 has no effect: SGLang fuses all-reduces only if flashinfer-python is installed")
         return
+    os.environ.setdefault(ON_FAILURE, "abort")  # nobody looks while the engine replays graphs
     flashinfer.install()
     layer = sys.modules.get(_LAYER)
     if getattr(layer, _KEPT, None) is not None:

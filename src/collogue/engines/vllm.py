@@ -10,6 +10,7 @@ import logging
 import os
 
 from collogue import flashinfer
+from collogue.flashinfer.workspace import ON_FAILURE
 
 logger = logging.getLogger(__name__)
 
@@ -24,5 +25,6 @@ def register() -> None:
     if not flashinfer.flashinfer_present():
         logger.warning("COLLOGUE_VLLM=1 has no effect: vLLM fuses all-reduces only if flashinfer-python is installed")
         return
+    os.environ.setdefault(ON_FAILURE, "abort")  # nobody looks while the engine replays graphs
     flashinfer.install()
     logger.info("flashinfer.comm's all-reduce calls are served by Collogue")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import weakref
 from abc import ABC, abstractmethod
 from typing import Any, Literal
@@ -11,13 +13,20 @@ import torch.distributed as dist
 
 from collogue.capacity import check_hidden_size
 from collogue.communicator import Communicator
-from collogue.errors import ArgumentError, CapacityError, ClosedError, GroupError, NotPrepared, UnsupportedError
+from collogue.errors import ArgumentError, CapacityError, ClosedError, CollogueError, GroupError, NotPrepared, UnsupportedError
 from collogue.group import as_group
 from collogue.spec import VALUE_DTYPES
+from collogue.watch import Watch
 
 #: Seconds that a call waits for a rank before it fails, as long as PyTorch waits for NCCL. FlashInfer waits for ever, and an engine's
 #: ranks may be minutes apart while one of them compiles.
 TIMEOUT = 600.0
+#: Seconds between two looks for failures that no call has told of: an engine may replay graphs for ever.
+WATCH_INTERVAL = 1.0
+#: ``abort`` ends the process at a failure, as PyTorch does where NCCL fails; anything else only logs it.
+ON_FAILURE = "COLLOGUE_ON_FAILURE"
+
+logger = logging.getLogger(__name__)
 
 
 class NotOursError(UnsupportedError):
@@ -100,6 +109,7 @@ class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
         self._backend = "trtllm"
         self._group, self._device = _resolve(tp_size, tp_rank, comm_backend, group)
         self._communicators: list[Communicator] = []
+        self._watches: list[Watch] = []
         self.metadata = {
             "tp_rank": tp_rank,
             "tp_size": tp_size,
@@ -158,6 +168,8 @@ class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
             )
         made = Communicator(self._group, max_tokens=max_tokens, hidden_size=hidden_size, dtype=dtype, timeout=TIMEOUT)
         self._communicators.append(made)
+        if made.device.type == "cuda":
+            self._watches.append(made.watch(failed, WATCH_INTERVAL))
         return made
 
     def destroy(self) -> None:
@@ -165,6 +177,8 @@ class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
         if self._destroyed:
             return
         self._destroyed = True
+        for watch in self._watches:
+            watch.stop()
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._communicators.clear()
@@ -180,6 +194,13 @@ class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
 
 #: Workspaces by the address of their ``workspace_tensor``, which is all that ``trtllm_allreduce_fusion`` is given.
 _of_tensor: weakref.WeakValueDictionary[int, TRTLLMAllReduceFusionWorkspace] = weakref.WeakValueDictionary()
+
+
+def failed(error: CollogueError) -> None:
+    """What follows when a collective has failed, whether or not anybody calls: outputs are undefined from now on."""
+    logger.critical("a collective has failed, its outputs and all later ones are undefined: %s", error)
+    if os.environ.get(ON_FAILURE) == "abort":
+        os.abort()
 
 
 class _Handles(list[list[int]]):

@@ -14,107 +14,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 
-from collogue.check.case import Case
-from collogue.check.rank import Answers, Given
-from collogue.communicator import Communicator
 from collogue.errors import CollogueError
 from collogue.journal import Journal
-from collogue.reliability.soak import build
-from collogue.spec import Output
-from collogue.testing.compare import compare
+from collogue.reliability.scene import TIMEOUT, Scene
 from collogue.workspace import CONTROL_WORDS, MARKS, MARKS_OFFSET, MAX_RANKS
 
-#: Seconds that a kernel waits for a peer, and by which more every rank must know.
-TIMEOUT, GRACE = 1.0, 1.0
+#: Seconds beyond the timeout in which every rank must know.
+GRACE = 1.0
+#: Seconds in which kernels of calls that differ end.
+MISMATCHED = 1.0
 #: Calls of the graph that a fault interrupts, and calls that the culprit makes.
 GRAPH_CALLS, GRAPH_MADE = 200, 100
+#: Large calls of a graph that is replayed until a process dies.
+REPLAYED_CALLS = 50
 _POLL = 0.01
-
-
-@dataclass
-class Scene:
-    """One rank among the others, with a communicator and calls whose right answers it knows. The last rank is the culprit."""
-
-    group: Any
-    device: torch.device
-    comm: Communicator
-    calls: dict[str, Given] = field(default_factory=dict)
-    expected: dict[str, Output] = field(default_factory=dict)
-    outputs: dict[str, Output] = field(default_factory=dict)
-    watched: list[CollogueError] = field(default_factory=list)
-
-    @property
-    def culprit(self) -> bool:
-        return self.comm.rank == self.comm.world_size - 1
-
-    @classmethod
-    def make(cls, group: Any, device: torch.device, timeout: float = TIMEOUT, hidden_size: int = 7168, rows: int = 700) -> Scene:
-        """Collective. ``rows``: of the calls that are to be two-shot."""
-        world = dist.get_world_size(group) if isinstance(group, dist.ProcessGroup) else group.size
-        cases = {
-            "a": Case(2, hidden_size, world_size=world, seed=1),
-            "more tokens": Case(3, hidden_size, world_size=world, seed=2),
-            "another eps": Case(2, hidden_size, world_size=world, eps=1e-5, seed=1),
-            "another format": Case(2, hidden_size, format="fp8_per_token", world_size=world, seed=1),
-            "b": Case(5, hidden_size, format="nvfp4/128x4", world_size=world, seed=3),
-            "large": Case(rows, hidden_size, world_size=world, seed=4),
-            "larger": Case(rows + 1, hidden_size, world_size=world, seed=5),
-            "sharded": Case(64, hidden_size, format="fp8_per_token", world_size=world, operation="sharded", seed=6),
-            "more sharded": Case(66, hidden_size, format="fp8_per_token", world_size=world, operation="sharded", seed=7),
-        }
-        comm = Communicator(
-            group, max_tokens=max(c.tokens for c in cases.values()), hidden_size=hidden_size, device=device, timeout=timeout
-        )
-        scene, answers = cls(group, device, comm), Answers()
-        build(comm, list(cases.values()))
-        for name, case in cases.items():
-            scene.calls[name] = Given.of(case, comm.rank, device, answers)
-            scene.expected[name] = answers(case, device, comm.rank)
-            scene.calls[name].prepare(comm)
-        return scene
-
-    def call(self, name: str) -> None:
-        """Queue a call. Its outputs are kept: memory that a stopped kernel may still write."""
-        self.outputs[name] = self.calls[name].call(self.comm)
-
-    def settle(self) -> None:
-        """This rank's GPU has done everything, and so have all others."""
-        self.synchronize()
-        self.comm._group.barrier()
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def words(self, offset: int, count: int = 1) -> torch.Tensor:
-        """Words of this rank's workspace."""
-        workspace = self.comm._engine.workspace  # type: ignore[union-attr]
-        local: torch.Tensor = workspace.buffer.local
-        return local[offset : offset + 4 * count].view(torch.int32)
-
-    def flip(self, offset: int) -> None:
-        """One bit of this rank's workspace."""
-        self.words(offset).bitwise_xor_(1)
-        self.synchronize()
-
-    def wrong(self) -> str | None:
-        """What is wrong with the calls of a communicator that should work, if anything is. Collective."""
-        for name in self.calls:
-            self.call(name)
-        self.settle()
-        self.comm.check()
-        for name, expected in self.expected.items():
-            for difference in compare(self.outputs[name], expected).values():
-                if difference.count:
-                    return f"{name}: {difference.count} elements differ: {difference.first}"
-        return None
 
 
 Allowed: TypeAlias = tuple[str, ...]
@@ -149,10 +69,13 @@ def _calls(usual: str, culprit: str) -> Callable[[Scene], None]:
     return act
 
 
-def _late(scene: Scene) -> None:
-    if scene.culprit:
-        time.sleep(1.6 * scene.comm.timeout)
-    scene.call("a")
+def _late(name: str) -> Callable[[Scene], None]:
+    def act(scene: Scene) -> None:
+        if scene.culprit:
+            time.sleep(1.6 * scene.comm.timeout)
+        scene.call(name)
+
+    return act
 
 
 def _flip(offset: Callable[[Scene], int], *, on_first: bool = False) -> Callable[[Scene], None]:
@@ -173,9 +96,14 @@ def _mark(scene: Scene) -> int:
     return MARKS_OFFSET + ((calls - 1) % MARKS * MAX_RANKS + scene.comm.world_size - 1) * 8 + 4
 
 
-def _canary(scene: Scene) -> None:
-    if scene.culprit:
-        scene.flip(CONTROL_WORDS)
+def _rest(offset: int) -> Callable[[Scene], None]:
+    """The culprit flips a bit of its control words, and nobody calls."""
+
+    def act(scene: Scene) -> None:
+        if scene.culprit:
+            scene.flip(offset)
+
+    return act
 
 
 def _threads(scene: Scene) -> None:
@@ -210,16 +138,7 @@ def _threads(scene: Scene) -> None:
 
 def _graph(scene: Scene) -> None:
     """The culprit's graph holds half as many calls; the others' must end in one timeout, and their watch must tell."""
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(scene.device)  # type: ignore[no-untyped-call]
-    given, out = scene.calls["a"], scene.outputs["a"]
-    with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            for _ in range(GRAPH_MADE if scene.culprit else GRAPH_CALLS):
-                given.call(scene.comm, out)
-        finally:
-            graph.capture_end()
+    graph, stream = scene.capture("a", GRAPH_MADE if scene.culprit else GRAPH_CALLS)
     scene.settle()
     with scene.comm.watch(scene.watched.append, interval=_POLL):
         with torch.cuda.stream(stream):
@@ -234,17 +153,40 @@ def _graph(scene: Scene) -> None:
 
 def _killed(scene: Scene) -> None:
     if scene.culprit:
-        time.sleep(0.3)  # what this rank has told must have left it
-        os.kill(os.getpid(), signal.SIGKILL)
+        _die()
     time.sleep(0.4)
     scene.call("a")
+
+
+def _die() -> None:
+    time.sleep(0.3)  # what this rank has told must have left it
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed_inside(scene: Scene) -> None:
+    """All replay graphs of large calls, one after the other; the culprit dies meanwhile."""
+    graph, stream = scene.capture("large", REPLAYED_CALLS)
+    scene.settle()
+    if scene.culprit:
+        threading.Thread(target=_die).start()
+    ended = time.perf_counter() + 3.0
+    with torch.cuda.stream(stream):
+        while time.perf_counter() < ended:
+            graph.replay()
+            stream.synchronize()
+            scene.comm.check()
 
 
 FAULTS: tuple[Fault, ...] = (
     Fault("a call left out", "the last of two equal calls is not made by one rank", _calls("a,a", "a"), _TIMEOUT, _TIMEOUT),
     Fault("a call left out between others", "of calls a, b one rank makes only b", _calls("a,b", "b"), _EITHER, _EITHER),
     Fault("a call too many", "one rank makes a second call", _calls("a", "a,a"), _TIMEOUT, _TIMEOUT),
-    Fault("a late rank", "one rank calls 1.6 timeouts after the others", _late, _TIMEOUT, _TIMEOUT),
+    Fault("a late rank", "one rank calls 1.6 timeouts after the others", _late("a"), _TIMEOUT, _TIMEOUT),
+    Fault("a late rank, two-shot", "the same, 700 rows", _late("large"), _TIMEOUT, _TIMEOUT),
+    Fault("a late rank, sharded", "the same, 64 rows", _late("sharded"), _TIMEOUT, _TIMEOUT),
+    Fault("a late rank, reduce_scatter", "the same, 64 rows", _late("scattered"), _TIMEOUT, _TIMEOUT),
+    Fault("a late rank, all_gather", "the same, 64 rows", _late("gathered"), _TIMEOUT, _TIMEOUT),
+    Fault("a call left out, two-shot", "the last of two equal calls of 700 rows", _calls("large,large", "large"), _TIMEOUT, _TIMEOUT),
     Fault("other tokens, one-shot", "2 rows, on one rank 3", _calls("a", "more tokens"), _MISMATCH, _MISMATCH, on_cpu=True),
     Fault("other tokens, two-shot", "700 rows, on one rank 701", _calls("large", "larger"), _MISMATCH, _MISMATCH, on_cpu=True),
     Fault("other tokens, sharded", "64 rows, on one rank 66", _calls("sharded", "more sharded"), _MISMATCH, _MISMATCH, on_cpu=True),
@@ -254,12 +196,22 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("another order", "calls a, b; on one rank b, a", _calls("a,b", "b,a"), _MISMATCH, _MISMATCH, on_cpu=True),
     Fault("call counter flipped", "one bit of the call number in one rank's control words", _flip(lambda scene: 4), _EITHER, _EITHER),
-    Fault("mark flipped", "one bit of what rank 0 knows of the last call of another", _flip(_mark, on_first=True), _MISMATCH, _MISMATCH),
+    Fault("mark flipped", "one bit of what rank 0 knows of the last call of another", _flip(_mark, on_first=True), _CORRUPTED, _CORRUPTED),
     Fault("stop word flipped", "one bit of one rank's stop word", _flip(lambda scene: 8), _TIMEOUT, _CORRUPTED),
-    Fault("canary flipped", "one bit between one rank's control words", _canary, (), _CORRUPTED),
+    Fault("what is left to clean flipped", "one bit of how much one rank has to clean", _rest(12), (), _CORRUPTED),
+    Fault("claim of the record flipped", "one bit of who fills one rank's failure record", _rest(16), (), _CORRUPTED),
+    Fault("canary flipped", "one bit between one rank's control words", _rest(CONTROL_WORDS), (), _CORRUPTED),
     Fault("two threads at once", "two threads of one rank call", _threads, (), ("ConcurrentUseError",)),
     Fault("a graph", f"graphs of {GRAPH_CALLS} calls are replayed, one rank's holds {GRAPH_MADE}", _graph, _TIMEOUT, _TIMEOUT),
     Fault("a killed process", "one process is killed before it calls", _killed, _TIMEOUT, (), last=True),
+    Fault(
+        "a process killed in large calls",
+        "one process is killed while all replay calls of 700 rows",
+        _killed_inside,
+        _TIMEOUT,
+        (),
+        last=True,
+    ),
 )
 
 
@@ -271,6 +223,7 @@ def commit(fault: Fault, scene: Scene) -> dict[str, Any]:
     start = time.perf_counter()
     by, error = _see(fault, scene)
     seconds = time.perf_counter() - start
+    over = _kernels_over(scene, start)
     allowed = fault.culprit if scene.culprit else fault.others
     saw = type(error).__name__ if error is not None else None
     row: dict[str, Any] = {
@@ -279,11 +232,14 @@ def commit(fault: Fault, scene: Scene) -> dict[str, Any]:
         "saw": saw,
         "by": by,
         "seconds": round(seconds, 3),
+        "kernels_over": over,
         "text": error.message.splitlines()[0] if error is not None else None,
         "hint": re.sub(r"--journal \S+", "--journal FILE", error.hint) if error is not None else None,
         "journal": _journal_of(error),
     }
     row["as_expected"] = saw in allowed and seconds <= scene.comm.timeout + GRACE if allowed else saw is None
+    if over is not None:  # calls that differ end within a second, whatever the timeout
+        row["as_expected"] &= over <= (MISMATCHED if saw == "MismatchedCall" else scene.comm.timeout + GRACE)
     row["afterwards"] = _rebuild(scene) if fault.last else _renew(scene)
     return row
 
@@ -304,6 +260,14 @@ def _see(fault: Fault, scene: Scene) -> tuple[str | None, CollogueError | None]:
             return "check", error
         time.sleep(_POLL)
     return None, None
+
+
+def _kernels_over(scene: Scene, start: float) -> float | None:
+    """Seconds from ``start`` until this rank's kernels had ended, which no look at them makes sooner; ``None`` on the CPU."""
+    if scene.device.type == "cpu":
+        return None
+    torch.cuda.synchronize(scene.device)
+    return round(time.perf_counter() - start, 3)
 
 
 def _journal_of(error: CollogueError | None) -> bool | None:

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from collogue.ablation.rank import ablate_rank
 from collogue.ablation.switches import chosen
 from collogue.check.case import Case
-from collogue.reliability.faults import FAULTS, GRACE, TIMEOUT, Fault, Scene, commit, faults_of
+from collogue.reliability.faults import FAULTS, GRACE, Fault, commit, faults_of
 from collogue.reliability.jobs import Outcome, run_jobs
 from collogue.reliability.parts import Counts, Part, make_parts
+from collogue.reliability.scene import TIMEOUT, Scene
 from collogue.reliability.soak import soak
 
 Row: TypeAlias = dict[str, Any]
@@ -105,9 +106,13 @@ def run(
     last = [f"fault: {fault.name}" for fault in FAULTS if fault.last]
     ranks = {f"soak: {part.name}": part.ranks for part in make_parts(world, options.counts)}
     outcome, deadline = Outcome(), time.monotonic() + limit
+    # Each set of processes has one size, and ends with a process that dies, if with any.
+    sets: dict[tuple[int, str], list[str]] = {}
+    deaths = [name for name in names if name in last]
+    for name in names:
+        sets.setdefault((ranks.get(name, world), name if name in deaths[1:] else ""), []).append(name)
     with _journals():
-        for size in sorted({ranks.get(name, world) for name in names}):
-            some = [name for name in names if ranks.get(name, world) == size]
+        for (size, _), some in sets.items():
             left = max(0.0, deadline - time.monotonic())
             runner = partial(run_job, world=world)
             outcome |= run_jobs(size, runner, some, options, device=options.device, last=last, silence=silence, limit=left, heard=heard)

@@ -24,10 +24,11 @@ _KINDS = ("normal", "order", "outlier", "normal", "subnormal", "nan", "inf")
 
 @dataclass(frozen=True)
 class Run:
-    """One communicator and the cases that it is called with."""
+    """One communicator and the cases that it is called with. ``delays_inside``: with kernels whose warps dawdle."""
 
     cases: tuple[Case, ...]
     algorithm: Literal["one_shot", "two_shot"] | None = None
+    delays_inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Counts:
     one_shot: int = 1_000_000
     two_shot: int = 100_000
     owned: int = 100_000
+    inside: int = 100_000
     streams: int = 100_000
     split: int = 100_000
 
@@ -73,6 +75,9 @@ def make_parts(world: int, counts: Counts = Counts()) -> list[Part]:
         Part("one-shot", world, counts.one_shot, (Run(one_shot, "one_shot"),)),
         Part("two-shot", world, counts.two_shot, (Run(two_shot, "two_shot"),)),
         Part("rows with owners", world, counts.owned, (Run(_owned(world)),)),
+        Part("delays inside kernels, one-shot", world, counts.inside, (Run(one_shot, "one_shot", delays_inside=True),)),
+        Part("delays inside kernels, two-shot", world, counts.inside // 10, (Run(two_shot, "two_shot", delays_inside=True),)),
+        Part("delays inside kernels, rows with owners", world, counts.inside // 10, (Run(_owned(world), delays_inside=True),)),
         Part("two communicators on two streams", world, counts.streams, eight[:2]),
         Part("eight communicators on eight streams", world, counts.streams, eight),
         Part("two groups at once", 2 * half, counts.split, (Run(halves),), split=True),

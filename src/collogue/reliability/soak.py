@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from collogue import jit
+from collogue.ablation.build import Builder
+from collogue.ablation.rank import built_by
 from collogue.check.case import Case
 from collogue.check.kernels import capacity_of, request_of
 from collogue.check.rank import Answers, Given, poisoned
@@ -24,7 +26,9 @@ from collogue.errors import CollectiveError
 from collogue.group import as_group
 from collogue.plan import make_kernels, make_plan
 from collogue.reliability.compare import Comparer, words_of
+from collogue.reliability.delays import DELAYS
 from collogue.reliability.parts import Part, Run
+from collogue.variant import Variant
 
 #: Seconds that a kernel waits for a peer.
 TIMEOUT = 10.0
@@ -69,8 +73,7 @@ class Track:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._own = random.Random(f"{seed} {as_group(group, device).rank}")
         answers = Answers()
-        build(self.comm, run.cases)
-        with self.on_stream():
+        with self.on_stream(), kernels_of(self.comm, run):
             self.sets = []
             for case in run.cases:
                 given = Given.of(case, self.comm.rank, device, answers)
@@ -124,15 +127,33 @@ class Track:
         return graph.replay
 
 
+@contextlib.contextmanager
+def kernels_of(comm: Communicator, run: Run) -> Iterator[None]:
+    """Inside, ``comm`` loads the kernels that ``run`` asks for. Collective."""
+    architecture = comm.topology.architecture
+    if architecture is None or not run.delays_inside:
+        build(comm, run.cases)
+        yield
+        return
+    with Builder(architecture) as builder:
+        builder.compile_all([(DELAYS, variant) for variant in variants_of(comm, run.cases)])
+        with built_by(builder, DELAYS):
+            yield
+
+
+def variants_of(comm: Communicator, cases: Sequence[Case]) -> list[Variant]:
+    """The kernels of ``cases``."""
+    requests = [request_of(case) for case in cases]
+    return list(dict.fromkeys(k.variant for r in requests for k in make_kernels(comm.topology, r, make_plan(comm.topology, r))))
+
+
 def build(comm: Communicator, cases: Sequence[Case]) -> None:
     """Compile the kernels of ``cases`` into the cache, on one rank, on all cores. Collective."""
     topology = comm.topology
     if topology.architecture is None:
         return
-    requests = [request_of(case) for case in cases]
-    variants = dict.fromkeys(k.variant for r in requests for k in make_kernels(topology, r, make_plan(topology, r)))
     if comm.rank == 0:
-        jit.build(list(variants), topology.architecture)
+        jit.build(variants_of(comm, cases), topology.architecture)
     comm._group.barrier()
 
 

@@ -9,13 +9,15 @@ Data = dict[str, Any]
 
 
 def faults(data: Data) -> Iterator[Sequence[str]]:
-    """What every rank saw, how it learnt of it, and after how many seconds."""
-    yield ["fault", "what was done", "the other ranks saw", "the rank that did it saw", "in time, and right afterwards"]
+    """What every rank saw, how it learnt of it, and after how many seconds; when the last rank's kernels had ended."""
+    yield ["fault", "what was done", "the other ranks saw", "the rank that did it saw", "kernels over", "in time, and right afterwards"]
     for row in data["faults"]:
         others = [rank for rank in row["ranks"] if not rank["culprit"]]
         culprit = [rank for rank in row["ranks"] if rank["culprit"]]
         dead = "it is dead" if not culprit and others else "-"
-        yield [row["fault"], row["what"], _seen(others) or "-", _seen(culprit) or dead, "yes" if row["passed"] else "**no**"]
+        ends = [rank["kernels_over"] for rank in row["ranks"] if rank["kernels_over"] is not None]
+        over = f"{max(ends):.2f} s" if ends else "-"
+        yield [row["fault"], row["what"], _seen(others) or "-", _seen(culprit) or dead, over, "yes" if row["passed"] else "**no**"]
 
 
 def _seen(ranks: Sequence[Data]) -> str:
