@@ -268,7 +268,7 @@ def test_words_that_come_when_the_time_is_over(build: Build) -> None:
             wrong += run.problem() != "" and not any(record.fault for record in run.failures)
         return wrong
 
-    case, stop = Case(3, 24, 32, kernel="all_gather", max_tokens=5), "stop_everyone(kTimeout);"
+    case, stop = Case(3, 24, 32, kernel="all_gather", max_tokens=5), "stop(kTimeout);"
     assert silent(build(case, edits=(_SLOW_LOOK,))) == 0
     assert silent(build(case, edits=(_SLOW_LOOK, Edit(_PROTOCOL, f"if (any_in_warp(rank != kNobody)) {stop}", stop)))) > 0
 

@@ -181,7 +181,7 @@ struct Ranks {
     const bool differs = marked == of_call + 1 && seen.w[0] == of_call + 1 && seen.w[1] != mine;
     if (!any_in_warp(differs)) return;
     if (differs) late = stage << 4 | (thread_index() % 32);
-    stop_everyone(kMismatch);
+    stop(kMismatch);
   }
   // Of what was seen after this call's sends: the call before. The first warp of the grid, where it would wait anyway.
   COLLOGUE_DEVICE void compare_previous_call(const Pair& seen) {
@@ -208,7 +208,7 @@ struct Ranks {
         if (!stopped && any_in_warp(now - started > (stage == kStageRows ? p.relay_timeout : p.timeout))) {
           const u32 rank = missing_rank();
           if (rank != kNobody) late = token << 8 | stage << 4 | rank;
-          if (any_in_warp(rank != kNobody)) stop_everyone(kTimeout);  // else it has come after all
+          if (any_in_warp(rank != kNobody)) stop(kTimeout);  // else it has come after all
         }
       }
     }
@@ -295,35 +295,37 @@ struct Ranks {
 
   // ---- failing
 
-  COLLOGUE_DEVICE u32 call_of_fault() const { return (late >> 4 & 0xfu) == kStagePrevious ? call - 1 : call; }
-  // What lanes of this warp have put into `late` ends every wait of the group, this rank's too: not at the end of the kernel, or one
-  // warp after the other would wait for a whole timeout. All lanes.
-  COLLOGUE_DEVICE void stop_everyone(u32 fault) {
+  // This warp has found a fault. The rank's other warps must not wait for a whole timeout each; the other ranks hear of it at the end
+  // of the kernel, by report(): what stands in every wait is in the way of every call.
+  COLLOGUE_DEVICE void stop(u32 fault) {
     stopped = kFoundHere | fault << 8;
-    if (late == kNobody) return;
-#pragma unroll 1
-    for (u32 k = 0; k < C::kWorld; k++) store_pair_together_to_peer(p.workspace[k] + kNotesOffset + p.rank * sizeof(Note), Pair{{call_of_fault(), 1 + late}});
-    fence_system();
-#pragma unroll 1
-    for (u32 k = 0; k < C::kWorld; k++) store_word_to_peer(&reinterpret_cast<Control*>(p.workspace[k])->stop, fault << 8 | (p.rank + 1));
+    store_word_to_peer(&control()->stop, fault << 8 | (p.rank + 1));
   }
-  // At the end of a kernel that stopped: fill the failure record, once per communicator.
+  // At the end of a kernel that stopped. Who found the fault leaves on every rank what it has found, and tells it to stop. Once per
+  // communicator somebody fills the failure record.
   COLLOGUE_DEVICE void report() const {
     const bool here = stopped & kFoundHere;
-    if (here ? late == kNobody : thread_index() % 32 != 0) return;
-    if (!here && stopped >> 8 && (stopped & 0xffu) == p.rank + 1) return;  // this rank's other warp, which has more to say
+    const u32 fault = stopped >> 8 & 0xffu, finder = here ? p.rank : (stopped & 0xffu) - 1, stage = late >> 4 & 0xfu;
+    if (here ? late == kNobody : thread_index() % 32 != 0 || (fault && finder == p.rank)) return;  // the finder has more to say
+    const u32 of_call = here && stage == kStagePrevious ? call - 1 : call;
+#pragma unroll 1
+    for (u32 k = 0; here && k < C::kWorld; k++) {
+      store_pair_together_to_peer(p.workspace[k] + kNotesOffset + p.rank * sizeof(Note), Pair{{of_call, 1 + late}});
+      fence_system();
+      store_word_to_peer(&reinterpret_cast<Control*>(p.workspace[k])->stop, fault << 8 | (p.rank + 1));
+    }
     Failure* const f = p.failure;
     if (load_peer_written_word(&f->fault)) return;
     // Another kernel may be filling it now; what no kernel of these calls can have written keeps nobody away.
     const u32 taken = claim(&control()->claimed, call + 1);
     if (taken && taken - call <= 2) return;
-    f->rank = here ? p.rank : (stopped & 0xffu) - 1;
+    f->rank = finder;
     f->late_rank = here ? late & 0xfu : C::kWorld;
-    f->call = here ? call_of_fault() : call;
+    f->call = of_call;
     f->token = here ? late >> 8 : 0;
-    f->stage = here ? late >> 4 & 0xfu : 0;
+    f->stage = here ? stage : 0;
     fence_system();
-    store_word_to_peer(&f->fault, stopped >> 8 & 0xffu);
+    store_word_to_peer(&f->fault, fault);
   }
 };
 
