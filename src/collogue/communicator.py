@@ -16,6 +16,7 @@ from collogue.errors import ArgumentError, CapacityError, CaptureError, ClosedEr
 from collogue.gather import check_gather
 from collogue.group import as_group
 from collogue.journal import Journal
+from collogue.number import is_whole
 from collogue.plan import Plan, make_plan, max_hidden_size
 from collogue.quant import Quant
 from collogue.spec import Operation, Output, RMSNorm, owned_rows
@@ -33,7 +34,7 @@ class Communicator:
         hidden_size: largest ``H`` of a call; a multiple of 8. Calls may be narrower.
         dtype: of partials, residual and norm: bfloat16, float16 or float32.
         device: the device of every tensor; default: this process's CUDA device if the group has NCCL, else the CPU.
-        timeout: seconds that a kernel waits for a peer before it gives up.
+        timeout: seconds that a kernel waits for a peer before it gives up; at most 4,500,000, and the same on every rank.
         algorithm: ``"one_shot"`` or ``"two_shot"`` for every ``all_reduce`` that the workspace has room for; default: what the
             plan expects to be faster. Never changes a bit.
         max_multiprocessors: most multiprocessors that a call may use, to leave the others to a GEMM; default: all.
@@ -69,10 +70,8 @@ class Communicator:
         self.max_tokens, self.hidden_size, self.dtype, self.timeout = max_tokens, hidden_size, dtype, timeout
         self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank)
         self._capacity.check()
-        if not timeout > 0:
-            raise ArgumentError(f"timeout is {timeout!r}", hint="give a positive number of seconds")
         overrides = Overrides(algorithm, max_multiprocessors, cta_threads)
-        self.topology: Topology = agree(self._group, self._capacity, overrides, table)
+        self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table)
         largest = max_hidden_size(self.topology)
         if largest is not None and hidden_size > largest:
             raise CapacityError(
@@ -232,7 +231,7 @@ class Communicator:
         function of T, N and the rank, the same for :meth:`all_reduce` with ``sharded``, :meth:`reduce_scatter` and :meth:`all_gather`.
         """
         check_tokens(tokens)
-        if rank is not None and not 0 <= rank < self.world_size:
+        if rank is not None and not (is_whole(rank) and 0 <= rank < self.world_size):
             raise ArgumentError(f"there is no rank {rank!r}", hint=f"ranks of this group are 0 to {self.world_size - 1}")
         return owned_rows(tokens, self.world_size, self.rank if rank is None else rank)
 
@@ -274,7 +273,7 @@ class Communicator:
         """
         engine = self._open()
         self._refuse_capture("prepare")
-        counts = [tokens] if isinstance(tokens, int) else list(tokens)
+        counts = list(tokens) if isinstance(tokens, Iterable) else [tokens]
         requests = [self._capacity.request(t, residual, norm, quant, keep_norm, hidden_size, operation) for t in counts]
         engine.prepare(map(self._capacity.signature, requests))
         self._group.barrier()
