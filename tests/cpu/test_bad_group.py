@@ -99,6 +99,15 @@ def test_a_gpu_that_is_not_there(alone: dist.ProcessGroup, monkeypatch: pytest.M
         communicator(alone, device="cuda:2")
 
 
+@pytest.mark.parametrize(("usable", "error"), [(False, PlatformError), (True, ZeroDivisionError)])
+def test_virtual_ranks_on_gpus_that_are_not_there(usable: bool, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a rank that cannot choose its GPU end unheard."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(error):
+        run_virtual(2, lambda group: None, device="cuda")
+
+
 # What the communicator is made with
 
 

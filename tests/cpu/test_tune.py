@@ -512,7 +512,8 @@ def test_json_to_stdout_is_alone_there(two_gpus: SimpleNamespace, cache: Path) -
 def test_tune_without_gpus_or_with_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = tune()
-    assert (result.exit_code, "hint: run `collogue doctor`" in result.stderr) == (IMPOSSIBLE, True)
+    assert (result.exit_code, "hint: run `collogue doctor`\n" in result.stderr) == (IMPOSSIBLE, True)  # and no option of another command
+    assert "hint: run `collogue doctor`, or name an --architecture\n" in call("--device", "cuda").stderr
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls: replace(MACHINE, gpus=1)))
     with pytest.raises(PlatformError, match="1 ranks on 1 GPUs"):
         main.run()
