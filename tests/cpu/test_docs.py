@@ -72,6 +72,13 @@ def test_a_missing_file_is_seen(tmp_path: Path) -> None:
     assert sorted(missing(document)) == ["nowhere.cuh", "nowhere.md"]
 
 
+def test_nobody_is_told_to_install_from_an_index() -> None:
+    """Collogue is on none."""
+    files = [*DOCUMENTS, *(file for folder in ("src", "examples", "tests") for file in (ROOT / folder).rglob("*.py"))]
+    wrong = re.compile(r"install\s+['\"]?collogue\b")
+    assert [file.name for file in files if wrong.search(file.read_text(encoding="utf-8"))] == []
+
+
 def test_numbers_of_speed_are_the_measured_ones(steps: list[dict[str, Any]]) -> None:
     text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     assert len(list(cells(text))) > 100
