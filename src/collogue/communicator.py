@@ -12,12 +12,12 @@ from collogue import ops, registry
 from collogue.call import check_call
 from collogue.capacity import Capacity, check_tokens
 from collogue.engine import Engine, make_engine, run
-from collogue.errors import ArgumentError, CapacityError, CaptureError, ClosedError, CollogueError, ShapeError
+from collogue.errors import ArgumentError, CaptureError, ClosedError, CollogueError, ShapeError
 from collogue.gather import check_gather
 from collogue.group import as_group
 from collogue.journal import Journal
 from collogue.number import is_whole
-from collogue.plan import Plan, make_plan, max_hidden_size
+from collogue.plan import Plan, check_width, make_plan
 from collogue.quant import Quant
 from collogue.spec import Operation, Output, RMSNorm, owned_rows
 from collogue.table import TableArgument
@@ -72,11 +72,7 @@ class Communicator:
         self._capacity.check()
         overrides = Overrides(algorithm, max_multiprocessors, cta_threads)
         self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table)
-        largest = max_hidden_size(self.topology)
-        if largest is not None and hidden_size > largest:
-            raise CapacityError(
-                f"hidden size {hidden_size} is too large for {self.topology.architecture}", hint=f"the largest is {largest}"
-            )
+        check_width(self.topology, hidden_size)
         self._engine = make_engine(self._group, self.topology, timeout)
         self.group_name = self._group.name
         self.name = registry.register(self, self.group_name)
@@ -311,7 +307,11 @@ class Communicator:
         ).empty()
 
     def fits(self, tokens: int, hidden_size: int | None = None) -> bool:
-        """Whether a call of this many tokens (and this hidden size) is within the capacity. Exact."""
+        """Whether a call of this many tokens (and this hidden size) is within the capacity. Exact, but for what a format asks of the width.
+
+        A format's block must divide it, and on GPUs it is at most 16384 for an ``FP8Group`` whose size is not a power of two up to 256.
+        Raises :class:`ShapeError` for what are no whole numbers.
+        """
         return self._capacity.fits(tokens, hidden_size)
 
     def explain(

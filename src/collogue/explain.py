@@ -9,10 +9,10 @@ from typing import Any, get_args
 import torch
 
 from collogue.capacity import Capacity, check_hidden_size
-from collogue.errors import ArgumentError, CapacityError, DTypeError
+from collogue.errors import ArgumentError, DTypeError
 from collogue.group import check_gpus
 from collogue.jit import architecture_of
-from collogue.plan import Plan, make_plan, max_hidden_size
+from collogue.plan import Plan, check_width, make_plan
 from collogue.quant import describe, parse
 from collogue.request import make_request
 from collogue.spec import VALUE_DTYPES, Operation
@@ -69,9 +69,7 @@ class Machine:
             ranks_per_gpu=-(-world_size // self.gpus),
             table=found,
         )
-        largest = max_hidden_size(topology)
-        if largest is not None and hidden_size > largest:
-            raise CapacityError(f"hidden size {hidden_size} is too large for {self.architecture}", hint=f"the largest is {largest}")
+        check_width(topology, hidden_size)
         return topology
 
 
