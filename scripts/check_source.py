@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "collogue"
 #: Modules of the package from the ground up. ``__init__`` stands for ``import collogue``.
 ORDER = (
     "errors",
+    "number",
     "quant",
     "spec",
     "formats",

@@ -8,6 +8,7 @@ from typing import NoReturn, get_args
 import torch
 
 from collogue.errors import ArgumentError, CapacityError, DTypeError, FormatError, ShapeError
+from collogue.number import is_whole
 from collogue.quant import Quant, parse
 from collogue.request import Request, Signature, make_request
 from collogue.spec import VALUE_DTYPES, Operation, RMSNorm, owned_rows
@@ -32,14 +33,17 @@ class Capacity:
     def check(self) -> None:
         """Raise :class:`ArgumentError` (its subclasses) where no communicator can be made for it."""
         check_hidden_size(self.hidden_size)
-        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+        if not is_whole(self.max_tokens) or self.max_tokens < 1:
             raise CapacityError(f"max_tokens is {self.max_tokens!r}", hint="give the largest number of rows of one call")
         if self.dtype not in VALUE_DTYPES:
             raise DTypeError(f"dtype {self.dtype} is not supported", hint="use torch.bfloat16, torch.float16 or torch.float32")
 
     def fits(self, tokens: int, hidden_size: int | None) -> bool:
-        """Whether a call of this shape is within the capacity."""
+        """Whether a call of this shape is within the capacity. Raises :class:`ShapeError` for what is no shape."""
         width = self.hidden_size if hidden_size is None else hidden_size
+        for name, value in (("tokens", tokens), ("hidden_size", width)):
+            if not is_whole(value):
+                raise ShapeError(f"{name} is {value!r}, which is no whole number", hint="give rows and their elements as ints")
         return 0 <= tokens <= self.max_tokens and 0 < width <= self.hidden_size and width % 8 == 0
 
     def request(
@@ -93,13 +97,13 @@ class Capacity:
 
 def check_hidden_size(hidden_size: int) -> None:
     """Raise :class:`ShapeError` unless ``hidden_size`` is a positive multiple of 8."""
-    if hidden_size <= 0 or hidden_size % 8:
-        raise ShapeError(f"hidden size {hidden_size} is not a positive multiple of 8", hint="pad the hidden size to a multiple of 8")
+    if not is_whole(hidden_size) or hidden_size <= 0 or hidden_size % 8:
+        raise ShapeError(f"hidden size {hidden_size!r} is not a positive multiple of 8", hint="pad the hidden size to a multiple of 8")
 
 
 def check_tokens(tokens: int) -> None:
     """Raise :class:`ShapeError` unless ``tokens`` is a number of rows."""
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+    if not is_whole(tokens) or tokens < 0:
         raise ShapeError(f"tokens is {tokens!r}", hint="give the number of rows of the whole tensor")
 
 

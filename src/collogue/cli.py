@@ -22,6 +22,7 @@ from collogue.commands.options import (
     FAILED,
     IMPOSSIBLE,
     OK,
+    PICTURES,
     Commit,
     Devices,
     DTypes,
@@ -33,6 +34,7 @@ from collogue.commands.options import (
     Tokens,
     WorldSizes,
     check_target,
+    check_word,
     console,
     exit_codes,
     lists,
@@ -61,8 +63,7 @@ app = typer.Typer(
 
 def _devices(values: Many) -> list[str]:
     for word in words(values):
-        if word not in ("cpu", "cuda"):
-            raise typer.BadParameter(f"{word!r} is neither cpu nor cuda", param_hint="--device")
+        check_word("--device", word, "cpu", "cuda")
     return words(values)
 
 
@@ -88,10 +89,11 @@ def demo(
     format: Formats = None,
     sharded: Annotated[bool, typer.Option(help="Each rank keeps only its rows of the residual; the same logits.")] = False,
     json: Json = None,
-    plot: Annotated[Path | None, typer.Option(help="Save the plot here (needs matplotlib).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Save the plot here: .png, .svg or .pdf (needs matplotlib).")] = None,
 ) -> None:
     """Run a real language model tensor-parallel and compare the formats."""
     check_target(json)
+    check_target(plot, "--plot", PICTURES)
     chosen: dict[str, Any] = {"formats": tuple(words(format))} if format else {}
     if sharded:
         chosen["sharded"] = True
@@ -136,8 +138,7 @@ def check(
     devices, given = _devices(device), lists(world_size, tokens, hidden_size, dtype, format)
     if operation:
         given["operation"] = words(operation)
-    if sweep not in ("default", "full"):
-        raise typer.BadParameter(f"{sweep!r} is neither default nor full", param_hint="--sweep")
+    check_word("--sweep", sweep, "default", "full")
     if sweep == "full" and (given or "cpu" in devices):
         raise typer.BadParameter("the full sweep is for --device cuda and takes no lists", param_hint="--sweep")
     with exit_codes():

@@ -13,11 +13,12 @@ from collogue import ops, registry
 from collogue.call import check_call
 from collogue.capacity import Capacity, check_tokens
 from collogue.engine import Engine, make_engine, run
-from collogue.errors import ArgumentError, CapacityError, CaptureError, ClosedError, CollogueError, ShapeError
+from collogue.errors import ArgumentError, CaptureError, ClosedError, CollogueError, ShapeError
 from collogue.gather import check_gather
 from collogue.group import as_group
 from collogue.journal import Journal
-from collogue.plan import Plan, make_plan, max_hidden_size
+from collogue.number import is_whole
+from collogue.plan import Plan, check_width, make_plan
 from collogue.quant import Quant
 from collogue.spec import Operation, Output, RMSNorm, owned_rows
 from collogue.table import TableArgument
@@ -34,7 +35,7 @@ class Communicator:
         hidden_size: largest ``H`` of a call; a multiple of 8. Calls may be narrower.
         dtype: of partials, residual and norm: bfloat16, float16 or float32.
         device: the device of every tensor; default: this process's CUDA device if the group has NCCL, else the CPU.
-        timeout: seconds that a kernel waits for a peer before it gives up.
+        timeout: seconds that a kernel waits for a peer before it gives up; at most 4,500,000, and the same on every rank.
         algorithm: ``"one_shot"`` or ``"two_shot"`` for every ``all_reduce`` that the workspace has room for; default: what the
             plan expects to be faster. Never changes a bit.
         max_multiprocessors: most multiprocessors that a call may use, to leave the others to a GEMM; default: all.
@@ -70,15 +71,9 @@ class Communicator:
         self.max_tokens, self.hidden_size, self.dtype, self.timeout = max_tokens, hidden_size, dtype, timeout
         self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank)
         self._capacity.check()
-        if not timeout > 0:
-            raise ArgumentError(f"timeout is {timeout!r}", hint="give a positive number of seconds")
         overrides = Overrides(algorithm, max_multiprocessors, cta_threads)
-        self.topology: Topology = agree(self._group, self._capacity, overrides, table)
-        largest = max_hidden_size(self.topology)
-        if largest is not None and hidden_size > largest:
-            raise CapacityError(
-                f"hidden size {hidden_size} is too large for {self.topology.architecture}", hint=f"the largest is {largest}"
-            )
+        self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table)
+        check_width(self.topology, hidden_size)
         self._engine = make_engine(self._group, self.topology, timeout)
         self.group_name = self._group.name
         self.name = registry.register(self, self.group_name)
@@ -233,7 +228,7 @@ class Communicator:
         function of T, N and the rank, the same for :meth:`all_reduce` with ``sharded``, :meth:`reduce_scatter` and :meth:`all_gather`.
         """
         check_tokens(tokens)
-        if rank is not None and not 0 <= rank < self.world_size:
+        if rank is not None and not (is_whole(rank) and 0 <= rank < self.world_size):
             raise ArgumentError(f"there is no rank {rank!r}", hint=f"ranks of this group are 0 to {self.world_size - 1}")
         return owned_rows(tokens, self.world_size, self.rank if rank is None else rank)
 
@@ -275,7 +270,7 @@ class Communicator:
         """
         engine = self._open()
         self._refuse_capture("prepare")
-        counts = [tokens] if isinstance(tokens, int) else list(tokens)
+        counts = list(tokens) if isinstance(tokens, Iterable) else [tokens]
         requests = [self._capacity.request(t, residual, norm, quant, keep_norm, hidden_size, operation) for t in counts]
         engine.prepare(map(self._capacity.signature, requests))
         self._group.barrier()
@@ -313,7 +308,11 @@ class Communicator:
         ).empty()
 
     def fits(self, tokens: int, hidden_size: int | None = None) -> bool:
-        """Whether a call of this many tokens (and this hidden size) is within the capacity. Exact."""
+        """Whether a call of this many tokens (and this hidden size) is within the capacity. Exact, but for what a format asks of the width.
+
+        A format's block must divide it, and on GPUs it is at most 16384 for an ``FP8Group`` whose size is not a power of two up to 256.
+        Raises :class:`ShapeError` for what are no whole numbers.
+        """
         return self._capacity.fits(tokens, hidden_size)
 
     def explain(

@@ -18,9 +18,11 @@ CollogueError
 ├── CaptureError                    something that a CUDA graph cannot hold was called under graph capture
 ├── PlatformError                   this machine cannot do it (no peer access, several hosts, no symmetric memory)
 ├── CompileError                    NVRTC refused a kernel
+├── ConcurrentUseError              two threads used one communicator at once
 └── CollectiveError                 a collective failed; ``comm.reset()`` makes the communicator usable again
     ├── CollectiveTimeout           a rank waited longer than the communicator's timeout
-    └── MismatchedCall              ranks called with different arguments
+    ├── MismatchedCall              ranks called with different arguments
+    └── CorruptedWorkspace          something wrote over a communicator's control words
 
 Every error carries a ``hint``: one line that says what to do, shown as the last line of the message.
 """

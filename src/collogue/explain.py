@@ -9,9 +9,10 @@ from typing import Any, get_args
 import torch
 
 from collogue.capacity import Capacity, check_hidden_size
-from collogue.errors import ArgumentError, CapacityError, DTypeError, PlatformError
+from collogue.errors import ArgumentError, DTypeError
+from collogue.group import check_gpus
 from collogue.jit import architecture_of
-from collogue.plan import Plan, make_plan, max_hidden_size
+from collogue.plan import Plan, check_width, make_plan
 from collogue.quant import describe, parse
 from collogue.request import make_request
 from collogue.spec import VALUE_DTYPES, Operation
@@ -39,10 +40,9 @@ class Machine:
         return cls(architecture, None, MULTIPROCESSORS[architecture])
 
     @classmethod
-    def here(cls) -> Machine:
-        """This machine's GPUs. Raises :class:`PlatformError` where there is none."""
-        if not torch.cuda.is_available():
-            raise PlatformError("there is no CUDA GPU that PyTorch can use", hint="run `collogue doctor`, or name an --architecture")
+    def here(cls, instead: str = "") -> Machine:
+        """This machine's GPUs. Raises :class:`PlatformError` where there is none, with ``instead`` in the hint."""
+        check_gpus(instead)
         properties = torch.cuda.get_device_properties(0)
         architecture = architecture_of((properties.major, properties.minor))
         return cls(architecture, properties.name, properties.multi_processor_count, torch.cuda.device_count())
@@ -54,7 +54,7 @@ class Machine:
             raise ArgumentError(f"there is no device {device!r}", hint="choose one of auto, cpu, cuda")
         if architecture is not None:
             return cls.named(architecture)
-        return cls.here() if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else cls()
+        return cls.here("name an --architecture") if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else cls()
 
     def topology(self, world_size: int, max_tokens: int, hidden_size: int, dtype: torch.dtype, table: TableArgument = None) -> Topology:
         """What ``world_size`` ranks on this machine would agree on."""
@@ -69,9 +69,7 @@ class Machine:
             ranks_per_gpu=-(-world_size // self.gpus),
             table=found,
         )
-        largest = max_hidden_size(topology)
-        if largest is not None and hidden_size > largest:
-            raise CapacityError(f"hidden size {hidden_size} is too large for {self.architecture}", hint=f"the largest is {largest}")
+        check_width(topology, hidden_size)
         return topology
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 
-from collogue.errors import GroupError, PlatformError
+from collogue.errors import ArgumentError, GroupError, PlatformError
 
 MAX_WORLD_SIZE = 8
 
@@ -98,15 +98,9 @@ class TorchGroup:
         self.name = str(group.group_name)
         self.rank = rank
         self.size = dist.get_world_size(group)
-        self.device = torch.device(device) if device is not None else self._default_device(group)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        elif self.device.type == "cpu":
-            self.device = torch.device("cpu")  # as tensors have it: without an index
-
-    @staticmethod
-    def _default_device(group: dist.ProcessGroup) -> torch.device:
-        return torch.device("cuda" if "nccl" in dist.get_backend_config(group) else "cpu")
+        if device is None:
+            device = "cuda" if "nccl" in dist.get_backend_config(group) else "cpu"
+        self.device = _usable(device)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
@@ -147,6 +141,30 @@ class TorchGroup:
 
     def stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)
+
+
+def check_gpus(instead: str = "") -> None:
+    """Raise :class:`PlatformError` where PyTorch can use no GPU. ``instead``: what else may be done, for the hint."""
+    if not torch.cuda.is_available():
+        hint = "run `collogue doctor`" + (f", or {instead}" if instead else "")
+        raise PlatformError("there is no CUDA GPU that PyTorch can use", hint=hint)
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """``device`` as tensors have it: a GPU with its index, the CPU without. Raises where a communicator cannot have it."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"device is {device!r}", hint="give 'cpu', or a GPU such as 'cuda:0'")
+    if found.type == "cpu":
+        return torch.device("cpu")
+    check_gpus()
+    found = torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+    if found.index >= torch.cuda.device_count():
+        raise PlatformError(f"there is no {found}, PyTorch sees {torch.cuda.device_count()} GPUs", hint="run `collogue doctor`")
+    return found
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

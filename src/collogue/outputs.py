@@ -91,6 +91,8 @@ def _are_apart(call: Call, out: Output, spans: list[tuple[int, int]]) -> bool:
 def check_forms(owner: str, given: dict[str, torch.Tensor], forms: dict[str, Form], device: torch.device, *, hint: str) -> None:
     """Raise unless each tensor of ``given`` has its form and lies on ``device``, contiguous (scales: with their padding) and aligned."""
     for name, tensor in given.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ShapeError(f"{owner}.{name} is a {type(tensor).__name__}, no tensor", hint=hint)
         form = forms[name]
         shape, dtype, stride = form.shape, form.dtype, form.stride
         if tuple(tensor.shape) != shape or (stride is not None and tensor.numel() and tensor.stride() != stride):

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from collogue import cost
-from collogue.errors import FormatError
+from collogue.errors import CapacityError, FormatError
 from collogue.extent import MAX_CTAS, Memory, memory_of, round_up, wire_bytes, workspace_extent
 from collogue.quant import Quant
 from collogue.request import Request
@@ -205,6 +205,13 @@ def max_hidden_size(topology: Topology) -> int | None:
     if topology.architecture is None:
         return None
     return MAX_HIDDEN_SIZE if topology.has_clusters else MAX_HIDDEN_SIZE_OF_A_CTA
+
+
+def check_width(topology: Topology, hidden_size: int) -> None:
+    """Raise :class:`CapacityError` where no communicator can be made for rows of ``hidden_size``."""
+    largest = max_hidden_size(topology)
+    if largest is not None and hidden_size > largest:
+        raise CapacityError(f"hidden size {hidden_size} is too large for {topology.architecture}", hint=f"the largest is {largest}")
 
 
 def launch_shape(

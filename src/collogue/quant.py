@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from collogue.errors import FormatError, ScaleError
+from collogue.number import is_number, is_whole
 
 ScaleLayout = Literal["128x4", "8x4", "linear"]
 GroupLayout = Literal["row", "column"]
@@ -40,7 +41,7 @@ def _check_scale(kind: str, name: str, value: object, *, validate: bool) -> None
         if value.device.type != "cpu" and not validate:
             return
         number = float(value)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif is_number(value):
         number = float(value)
     else:
         raise ScaleError(
@@ -220,7 +221,7 @@ class FP8Group(Quant):
     name: ClassVar[str] = "FP8Group"
 
     def __post_init__(self) -> None:
-        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 16 or self.group_size % 16:
+        if not is_whole(self.group_size) or self.group_size < 16 or self.group_size % 16:
             raise FormatError(f"FP8Group.group_size is {self.group_size!r}", hint="use a multiple of 16, usually 128")
         _check_choice(self.name, "scale_format", self.scale_format, ("float32", "ue8m0"))
         _check_choice(self.name, "layout", self.layout, ("row", "column"))

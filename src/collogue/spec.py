@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 
 from collogue.errors import ArgumentError, DTypeError, FormatError, ScaleError, ShapeError
+from collogue.number import is_number
 from collogue.quant import FP8Static, Quant
 
-_NUMBERS = (int, float)
 #: Value dtypes of partials, residual and norm.
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -42,7 +42,7 @@ class RMSNorm:
             raise DTypeError(f"RMSNorm.weight has dtype {self.weight.dtype}", hint="use the communicator's dtype or torch.float32")
         for name in ("eps", "weight_offset"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, _NUMBERS) or not math.isfinite(value):
+            if not is_number(value) or not math.isfinite(value):
                 raise ScaleError(f"RMSNorm.{name} must be a finite number, got {value!r}", hint="pass a Python float")
         if self.eps < 0:
             raise ScaleError(f"RMSNorm.eps must not be negative, got {self.eps}", hint="usual values: 1e-5, 1e-6")

@@ -182,10 +182,13 @@ def own_path(device: str, world_size: int) -> Path:
 def find(argument: TableArgument, *, device: str | None, world_size: int) -> Table | None:
     """The table that ``argument`` asks for. ``device``: the GPU's name, ``None`` on CPU groups, which have no table of their own.
 
-    Raises :class:`ArgumentError` for a table that was named and cannot be read; the machine's own is then passed over.
+    Raises :class:`ArgumentError` for what names no file, and for a table that was named and cannot be read; the machine's own is then
+    passed over.
     """
     if argument is False:
         return None
+    if argument is not None and not isinstance(argument, str | os.PathLike):
+        raise ArgumentError(f"table is {argument!r}", hint="give a file, False for no table, or nothing")
     named = os.environ.get(VARIABLE) if argument is None else argument
     if named is not None:
         return Table.read(named) if os.fspath(named) else None

@@ -13,8 +13,11 @@ import torch
 from collogue.capacity import Capacity
 from collogue.errors import ArgumentError, PlatformError
 from collogue.group import Group
+from collogue.number import check_seconds, is_whole
 from collogue.table import Table, TableArgument, check_alike, find, name_of
 
+#: Seconds: kernels count a little more than it (:func:`collogue.launch.timeouts`) in 32 bits, with an hour to spare.
+MAX_TIMEOUT = 4_500_000.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -34,10 +37,11 @@ class Overrides:
         """Raise :class:`ArgumentError` for what cannot be meant."""
         if self.algorithm not in (None, "one_shot", "two_shot"):
             raise ArgumentError(f"algorithm is {self.algorithm!r}", hint="give 'one_shot', 'two_shot' or nothing")
-        if self.max_multiprocessors is not None and self.max_multiprocessors < 1:
-            raise ArgumentError(f"max_multiprocessors is {self.max_multiprocessors!r}", hint="give a positive number or nothing")
-        if self.cta_threads is not None and (self.cta_threads not in range(32, 1025) or self.cta_threads % 32):
-            raise ArgumentError(f"cta_threads is {self.cta_threads!r}", hint="give a multiple of 32 up to 1024, or nothing")
+        limit, threads = self.max_multiprocessors, self.cta_threads
+        if limit is not None and (not is_whole(limit) or limit < 1):
+            raise ArgumentError(f"max_multiprocessors is {limit!r}", hint="give a positive number or nothing")
+        if threads is not None and (not is_whole(threads) or threads not in range(32, 1025, 32)):
+            raise ArgumentError(f"cta_threads is {threads!r}", hint="give a multiple of 32 up to 1024, or nothing")
 
 
 @dataclass(frozen=True)
@@ -68,20 +72,21 @@ class Topology:
         return self.has_clusters and self.ranks_per_gpu <= 2
 
 
-def agree(group: Group, capacity: Capacity, overrides: Overrides = Overrides(), table: TableArgument = False) -> Topology:
+def agree(group: Group, capacity: Capacity, timeout: float, overrides: Overrides = Overrides(), table: TableArgument = False) -> Topology:
     """Exchange what every rank sees and return what all share. Collective.
 
     Raises :class:`ArgumentError` where ranks were given different arguments or tables, :class:`PlatformError` where they cannot
-    reach each other's memory.
+    reach each other's memory. The timeout is compared because who waits for what others relay gives up later than they do.
     """
+    check_seconds("timeout", timeout, MAX_TIMEOUT)
     overrides.check()
-    facts = _facts(group, capacity, overrides)
+    facts = _facts(group, capacity, timeout, overrides)
     found, problem = _find_table(table, facts.get("device"), group.size)
     every = group.all_gather_object({**facts, "table": found.digest if found else "none", "problem": problem})
     for rank, theirs in enumerate(every):
-        if theirs["capacity"] != every[0]["capacity"]:
+        if theirs["asked"] != every[0]["asked"]:
             raise ArgumentError(
-                f"rank 0 asked for {every[0]['capacity']}, rank {rank} for {theirs['capacity']}",
+                f"rank 0 asked for {every[0]['asked']}, rank {rank} for {theirs['asked']}",
                 hint="make the communicator with the same arguments on every rank",
             )
         if theirs["problem"]:
@@ -148,11 +153,9 @@ def _find_table(argument: TableArgument, device: str | None, world_size: int) ->
         return None, (error.message, error.hint)
 
 
-def _facts(group: Group, capacity: Capacity, overrides: Overrides) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "capacity": f"max_tokens={capacity.max_tokens}, hidden_size={capacity.hidden_size}, dtype={capacity.dtype}{overrides}",
-        "host": _host(),
-    }
+def _facts(group: Group, capacity: Capacity, timeout: float, overrides: Overrides) -> dict[str, Any]:
+    shape = f"max_tokens={capacity.max_tokens}, hidden_size={capacity.hidden_size}, dtype={capacity.dtype}"
+    facts: dict[str, Any] = {"asked": f"{shape}, timeout={float(timeout)}{overrides}", "host": _host()}
     if group.device.type == "cuda":
         from collogue.jit import architecture_of
 

@@ -7,17 +7,21 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
-from collogue.errors import ClosedError, CollogueError
+from collogue.errors import ArgumentError, ClosedError, CollogueError
+from collogue.number import check_seconds
 
 
 class Watch:
     """Calls ``check`` every ``interval`` seconds and ``on_failure`` with the first error that it raises, once, in its own thread.
 
     It must not be used to call the communicator; tell the thread that owns it. ``stop()`` ends it, and so does closing the communicator
-    or the end of the process; also a context manager.
+    or the end of the process; also a context manager. Raises :class:`ArgumentError` for an interval that is no time.
     """
 
     def __init__(self, check: Callable[[], None], on_failure: Callable[[CollogueError], None], interval: float) -> None:
+        check_seconds("interval", interval, threading.TIMEOUT_MAX)
+        if not callable(on_failure):
+            raise ArgumentError(f"on_failure is a {type(on_failure).__name__}", hint="pass a function that takes the error")
         self._check, self._on_failure, self._interval = check, on_failure, interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="collogue-watch", daemon=True)

@@ -18,7 +18,7 @@ from collogue.accuracy.models import Model, random_model, random_shape
 from collogue.accuracy.orders import ORDERS, OrderedSum, contract
 from collogue.cli import app
 from collogue.commands import accuracy as command
-from collogue.commands.options import OK, USAGE
+from collogue.commands.options import IMPOSSIBLE, OK, USAGE
 from collogue.communicator import Communicator
 from collogue.demo.model import Cache, ShardedLlama
 from collogue.errors import FormatError, ScaleError
@@ -286,6 +286,15 @@ def test_calibrate_as_a_command(small: None, tmp_path: Path, suffix: str) -> Non
         with safe_open(str(target), "pt") as file:
             assert file.metadata()["direction"] == "divisor"
             assert file.get_tensor("model.layers.0.mlp.up_proj.input_scale").dtype == torch.float32
+
+
+def test_cuda_without_a_gpu_ends_with_3(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments in (("accuracy", "--model", "random"), ("calibrate", str(tmp_path / "x.json"), "--model", "random")):
+        result = call(*arguments, "--device", "cuda")
+        assert result.exit_code == IMPOSSIBLE, arguments
+        assert "there is no CUDA GPU that PyTorch can use\nhint: run `collogue doctor`" in result.stderr
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_wrong_usage(tmp_path: Path) -> None:

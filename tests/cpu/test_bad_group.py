@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,9 @@ from collogue import topology
 from collogue.capacity import Capacity
 from collogue.errors import ArgumentError, CapacityError, CollogueError, DTypeError, GroupError, PlatformError, ShapeError
 from collogue.group import TorchGroup
+from collogue.launch import timeouts
 from collogue.testing import VirtualGroup, run_virtual
+from collogue.topology import MAX_TIMEOUT
 
 
 def refusals(world_size: int, make: Callable[[VirtualGroup], object], error: type[CollogueError]) -> list[str]:
@@ -64,6 +66,48 @@ def test_nine_ranks_are_too_many() -> None:
         assert "the group has 9 ranks; Collogue supports 1 to 8\nhint: use a tensor-parallel group within one host" in text
 
 
+# Devices
+
+
+@pytest.fixture
+def alone() -> Iterator[dist.ProcessGroup]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD  # type: ignore[misc]
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", ["meta", "tpu", 1.5])
+def test_devices_that_no_communicator_has(alone: dist.ProcessGroup, device: Any) -> None:
+    with pytest.raises(ArgumentError) as raised:
+        communicator(alone, device=device)
+    assert str(raised.value) == f"device is {device!r}\nhint: give 'cpu', or a GPU such as 'cuda:0'"
+    check_works(communicator(alone, device="cpu:0"))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_gpu_where_there_is_none(alone: dist.ProcessGroup, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(PlatformError, match="there is no CUDA GPU that PyTorch can use\nhint: run `collogue doctor`"):
+        communicator(alone, device=device)
+
+
+def test_a_gpu_that_is_not_there(alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(PlatformError, match="there is no cuda:2, PyTorch sees 2 GPUs\nhint: "):
+        communicator(alone, device="cuda:2")
+
+
+@pytest.mark.parametrize(("usable", "error"), [(False, PlatformError), (True, ZeroDivisionError)])
+def test_virtual_ranks_on_gpus_that_are_not_there(usable: bool, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a rank that cannot choose its GPU end unheard."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(error):
+        run_virtual(2, lambda group: None, device="cuda")
+
+
 # What the communicator is made with
 
 
@@ -76,10 +120,29 @@ def test_nine_ranks_are_too_many() -> None:
         ({"max_tokens": True}, CapacityError, "max_tokens is True"),
         ({"max_tokens": 2.0}, CapacityError, "max_tokens is 2.0"),
         ({"dtype": torch.float64}, DTypeError, "torch.float64 is not supported\nhint: use torch.bfloat16"),
-        ({"timeout": 0.0}, ArgumentError, "timeout is 0.0\nhint: give a positive number"),
+        ({"max_tokens": 3.0}, CapacityError, "max_tokens is 3.0"),
+        ({"hidden_size": "64"}, ShapeError, "hidden size '64' is not a positive multiple of 8"),
+        ({"hidden_size": 64.0}, ShapeError, "hidden size 64.0 is not"),
+        ({"hidden_size": None}, ShapeError, "hidden size None is not"),
+        ({"hidden_size": True}, ShapeError, "hidden size True is not"),
+        ({"timeout": 0.0}, ArgumentError, "timeout is 0.0\nhint: give a positive number of seconds, at most 4,500,000"),
+        ({"timeout": -1}, ArgumentError, "timeout is -1"),
         ({"timeout": float("nan")}, ArgumentError, "timeout is nan"),
+        ({"timeout": float("inf")}, ArgumentError, "timeout is inf"),
+        ({"timeout": 4_500_001}, ArgumentError, "timeout is 4500001"),
+        ({"timeout": 10**400}, ArgumentError, "timeout is 1000"),
+        ({"timeout": "30"}, ArgumentError, "timeout is '30'"),
+        ({"timeout": None}, ArgumentError, "timeout is None"),
+        ({"timeout": True}, ArgumentError, "timeout is True"),
         ({"algorithm": "three_shot"}, ArgumentError, "algorithm is 'three_shot'\nhint: give 'one_shot'"),
         ({"max_multiprocessors": 0}, ArgumentError, "max_multiprocessors is 0\nhint: give a positive number"),
+        ({"max_multiprocessors": 2.5}, ArgumentError, "max_multiprocessors is 2.5"),
+        ({"max_multiprocessors": True}, ArgumentError, "max_multiprocessors is True"),
+        ({"cta_threads": 64.0}, ArgumentError, "cta_threads is 64.0\nhint: give a multiple of 32"),
+        ({"cta_threads": 48}, ArgumentError, "cta_threads is 48"),
+        ({"cta_threads": "64"}, ArgumentError, "cta_threads is '64'"),
+        ({"table": True}, ArgumentError, "table is True\nhint: give a file"),
+        ({"table": 3}, ArgumentError, "table is 3"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], error: type[CollogueError], message: str) -> None:
@@ -87,14 +150,30 @@ def test_wrong_arguments(options: dict[str, Any], error: type[CollogueError], me
         assert message in text
 
 
+def test_the_longest_timeout_is_what_kernels_can_count() -> None:
+    assert 0.99 * 2**32 < max(timeouts(MAX_TIMEOUT)) < 2**32
+    run_virtual(2, lambda group: check_works(communicator(group, timeout=MAX_TIMEOUT)))
+
+
+def test_ranks_may_write_the_same_timeout_in_two_ways() -> None:
+    run_virtual(2, lambda group: check_works(communicator(group, timeout=20 if group.rank else 20.0)))
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"max_tokens": 16}, {"hidden_size": 128}, {"dtype": torch.float16}, {"algorithm": "two_shot"}, {"max_multiprocessors": 8}],
+    [
+        {"max_tokens": 16},
+        {"hidden_size": 128},
+        {"dtype": torch.float16},
+        {"timeout": 30.5},
+        {"algorithm": "two_shot"},
+        {"max_multiprocessors": 8},
+    ],
 )
 def test_ranks_that_ask_for_different_communicators(options: dict[str, Any]) -> None:
     texts = refusals(3, lambda group: communicator(group, **(options if group.rank == 2 else {})), ArgumentError)
     assert len(set(texts)) == 1
-    assert "rank 0 asked for max_tokens=8, hidden_size=64, dtype=torch.bfloat16, rank 2 for max_tokens=" in texts[0]
+    assert "rank 0 asked for max_tokens=8, hidden_size=64, dtype=torch.bfloat16, timeout=30.0, rank 2 for max_tokens=" in texts[0]
     ((name, value),) = options.items()
     assert f"{name}={value}" in texts[0]
     assert "hint: make the communicator with the same arguments on every rank" in texts[0]
@@ -106,7 +185,7 @@ def test_ranks_that_ask_for_different_communicators(options: dict[str, Any]) -> 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Four GPUs that reach each other on one host. A test changes the facts of a rank; a rank's GPU has its number."""
-    facts = [{"capacity": "", "host": "alpha", "architecture": "sm_90a", "multiprocessors": 132, "gpu": f"GPU-{r}"} for r in range(4)]
+    facts = [{"asked": "", "host": "alpha", "architecture": "sm_90a", "multiprocessors": 132, "gpu": f"GPU-{r}"} for r in range(4)]
     made = SimpleNamespace(facts=facts, refused=set())
     monkeypatch.setattr(topology, "_facts", lambda group, *_: facts[group.rank])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -163,7 +242,7 @@ def test_one_kind_of_gpu_is_agreed(machine: SimpleNamespace) -> None:
 
     def rank(group: VirtualGroup) -> topology.Topology:
         group.device = torch.device("cuda", group.rank)
-        return topology.agree(group, Capacity(8, 64, torch.bfloat16, group.device))
+        return topology.agree(group, Capacity(8, 64, torch.bfloat16, group.device), 30.0)
 
     found = run_virtual(4, rank)
     assert found == [topology.Topology(4, 8, 64, torch.bfloat16, "sm_90a", 114, 2)] * 4

@@ -344,6 +344,8 @@ def into(**changes: Any) -> Call:
 F8 = torch.float8_e4m3fn
 OUTPUTS: dict[str, tuple[Call, type[CollogueError], str, str]] = {
     "no Output": (lambda c, g: c.all_reduce(**g, out=g["residual"]), ArgumentError, "out is a Tensor", "collogue.Output"),
+    "an output that is no tensor": (into(norm=[1]), ShapeError, "out.norm is a list, no tensor", "as a call without out= would"),
+    "scales that are no tensor": (into(scales=1.0), ShapeError, "out.scales is a float, no tensor", "as a call without out= would"),
     "one missing": (into(norm=None), ShapeError, r"out holds \['codes', 'residual', 'scales'\]", "exactly those tensors"),
     "one too many": (into(reduced=zeros(T, H)), ShapeError, "this call has the outputs", "exactly those tensors"),
     "too few rows": (into(norm=zeros(T - 1, H)), ShapeError, r"out.norm has shape \[3, 64\]", "as a call without out= would"),

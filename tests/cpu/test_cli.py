@@ -90,11 +90,13 @@ def test_check_ends_with_1_and_shows_the_first_difference(monkeypatch: pytest.Mo
         (["--world-size", "2,0"], "from 1 to 8"),
         (["--hidden-size", "12"], "a multiple of 8"),
         (["--tokens", "many"], "'many' is not a number"),
-        (["--device", "tpu"], "neither cpu nor cuda"),
+        (["--device", "tpu"], "'tpu' is none of cpu, cuda"),
         (["--dtype", "float64"], "there is no dtype 'float64'"),
         (["--format", "nvfp5"], "there is no format 'nvfp5'"),
         (["--format", "fp8_group15"], "multiple of 16"),
         (["--json", "no/such/folder/x.json"], "there is no directory"),
+        (["--json", "."], ". is a directory"),
+        (["--json", ""], "is a directory"),
         (["--no-such-option"], "No such option"),
     ],
 )
@@ -103,6 +105,40 @@ def test_wrong_usage_ends_with_2(arguments: list[str], told: str) -> None:
     assert result.exit_code == USAGE
     assert told in " ".join(result.stderr.replace("│", " ").split())
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["explain", "--json", "."], "Invalid value for --json: . is a directory"),
+        (["tune", "--json", "."], "--json: . is a directory"),
+        (["bench", "report", "NAMED", "--output", "."], "--output: . is a directory"),
+        (["demo", "--plot", "."], "--plot: . is a directory"),
+        (["demo", "--plot", "no/such/folder/x.png"], "--plot: there is no directory no/such/folder"),
+        (["demo", "--plot", "x.txt"], "--plot: x.txt does not end in .png or .svg or .pdf"),
+        (["demo", "--device", "foo"], "choose one of auto, cpu, cuda"),
+        (["bench", "model", "--plot", "."], "--plot: . is a directory"),
+        (["bench", "model", "--plot", "-"], "--plot: - does not end in .png"),
+        (["bench", "serving", "--device", "auto"], "--device: 'auto' is none of cpu, cuda"),
+        (["accuracy", "--device", "foo"], "--device: 'foo' is none of cpu, cuda"),
+        (["calibrate", "x.json", "--device", "foo"], "--device: 'foo' is none of cpu, cuda"),
+        (["calibrate", "."], "OUTPUT: . is a directory"),
+        (["calibrate", "no/such/folder/x.json"], "OUTPUT: there is no directory no/such/folder"),
+        (["calibrate", "x.txt"], "OUTPUT: x.txt does not end in .json or .safetensors"),
+        (["calibrate", "-"], "OUTPUT: - does not end in .json or .safetensors"),
+    ],
+)
+def test_what_cannot_be_written_or_run_on_is_told_first(
+    arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before a model is read: a run takes minutes."""
+    monkeypatch.setattr("collogue.demo.weights.model_file", lambda: pytest.fail("too late"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    result = call(*("results.json" if word == "NAMED" else word for word in arguments))
+    assert result.exit_code == USAGE, result.output
+    assert told in " ".join(result.stderr.replace("│", " ").split())
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
 @pytest.mark.parametrize("command", ["check", "explain"])
@@ -201,7 +237,7 @@ def test_a_package_of_an_extra_that_is_not_there_ends_with_3(monkeypatch: pytest
     result = call("demo")
     assert result.exit_code == IMPOSSIBLE
     assert "needs gguf" in result.stderr
-    assert "pip install 'collogue[demo]'" in result.stderr
+    assert "hint: in Collogue's checkout: pip install '.[demo]'" in result.stderr
 
 
 def test_as_a_program() -> None:

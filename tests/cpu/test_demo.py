@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from collogue import Communicator  # noqa: E402
 from collogue.demo import formats, main, table, worker  # noqa: E402
 from collogue.demo.model import Cache, ShardedLlama  # noqa: E402
 from collogue.demo.sequence import SequenceParallelLlama  # noqa: E402
-from collogue.demo.weights import ModelShape, Weights, attach, share  # noqa: E402
-from collogue.errors import FormatError, ShapeError  # noqa: E402
+from collogue.demo.weights import ModelShape, Weights, attach, read_model, share  # noqa: E402
+from collogue.errors import ArgumentError, FormatError, PlatformError, ShapeError  # noqa: E402
 from collogue.group import Group  # noqa: E402
 from collogue.testing.virtual import run_virtual  # noqa: E402
 
@@ -227,6 +228,20 @@ def test_the_shared_weights_are_mapped_unchanged(weights: Weights, tmp_path: Pat
     mapped = attach(tmp_path)
     assert mapped.keys() == weights.keys()
     assert all(torch.equal(mapped[name].view(torch.int32), weights[name].view(torch.int32)) for name in weights)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("collogue.demo.weights.model_file", lambda: tmp_path / "x.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(PlatformError, match=r"the demo needs gguf\nhint: in Collogue's checkout: pip install '\.\[demo-tools\]'"):
+        read_model()
+
+
+@pytest.mark.parametrize(("device", "error"), [("tpu", ArgumentError), ("cuda", PlatformError)])
+def test_devices_that_cannot_be(device: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(error):
+        main.choose_device(device, 2)
 
 
 def test_an_unknown_format_is_refused_before_anything_is_read() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from collogue import errors
 from collogue.bench.figure import figure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +71,24 @@ def test_a_missing_file_is_seen(tmp_path: Path) -> None:
     document = tmp_path / "page.md"
     document.write_text("[a](nowhere.md), `nowhere.cuh`, [b](https://example.org), `reference.py`, RESULTS.json")
     assert sorted(missing(document)) == ["nowhere.cuh", "nowhere.md"]
+
+
+def test_nobody_is_told_to_install_from_an_index() -> None:
+    """Collogue is on none."""
+    files = [*DOCUMENTS, *(file for folder in ("src", "examples", "tests") for file in (ROOT / folder).rglob("*.py"))]
+    wrong = re.compile(r"install\s+['\"]?collogue\b")
+    assert [file.name for file in files if wrong.search(file.read_text(encoding="utf-8"))] == []
+
+
+def test_the_tree_of_errors_is_that_of_the_classes() -> None:
+    above: list[str] = []
+    tree: dict[str, str] = {}
+    for line in str(errors.__doc__).splitlines():
+        found = re.match(r"([ │├└─]*)(\w+Error|CollectiveTimeout|MismatchedCall|NotPrepared|CorruptedWorkspace)\b", line)
+        if found:
+            above[len(found[1]) // 4 :] = [found[2]]
+            tree[found[2]] = above[-2] if above[1:] else "Exception"
+    assert tree == {name: kind.__base__.__name__ for name, kind in vars(errors).items() if isinstance(kind, type)}
 
 
 def test_numbers_of_speed_are_the_measured_ones(steps: list[dict[str, Any]]) -> None:

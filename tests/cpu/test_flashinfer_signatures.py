@@ -25,7 +25,7 @@ def package() -> Path:
     """The folder of FlashInfer's ``comm``."""
     spec = importlib.util.find_spec("flashinfer")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("flashinfer-python is not installed (pip install collogue[flashinfer])")
+        pytest.skip("flashinfer-python is not installed (pip install '.[flashinfer]')")
     return Path(next(iter(spec.submodule_search_locations))) / "comm"
 
 

@@ -211,6 +211,18 @@ def test_fits_is_exact_for_widths_that_no_kernel_takes(monkeypatch: pytest.Monke
         run_virtual(2, rank)
 
 
+def test_formats_have_limits_that_fits_does_not_know() -> None:
+    """A group that only one CTA can reduce: narrower than the communicator's widest calls. The docstring of ``fits`` says so."""
+    facts, quant = topology(hidden_size=32768), FP8Group(48)
+    assert make_plan(facts, request(3, 16368, quant=quant))
+    with pytest.raises(FormatError, match="hidden size 16416 is too large for one CTA per row\nhint: the largest is 16384"):
+        make_plan(facts, request(3, 16416, quant=quant))
+    assert make_plan(facts, request(3, 16416))
+    told = " ".join(str(Communicator.fits.__doc__).split())
+    assert "power of two up to 256" in told
+    assert "16384" in told
+
+
 # Overrides
 
 

@@ -439,6 +439,49 @@ def test_tune_leaves_a_table_that_communicators_find_and_use(two_gpus: SimpleNam
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
+def shapes(path: Path) -> dict[tuple[int, str], str]:
+    """Hidden size and dtype of every entry of a table, with the commit that it was measured at."""
+    data = json.loads(path.read_text())
+    assert {entry.hidden_size for entry in Table.read(path).entries} == {entry["hidden_size"] for entry in data["entries"]}
+    return {(entry["hidden_size"], entry["dtype"]): entry.get("commit", data["commit"]) for entry in data["entries"]}
+
+
+def test_what_is_not_measured_anew_stays_in_the_table(two_gpus: SimpleNamespace, cache: Path, tmp_path: Path) -> None:
+    path = cache / "table-2xh200.json"
+    assert tune("--hidden-size", "4096,7168", "--tokens", "1,500", "--commit", "a").exit_code == OK
+    before = {entry["hidden_size"]: entry for entry in json.loads(path.read_text())["entries"]}
+    assert tune("--hidden-size", "7168", "--tokens", "1,300", "--dtype", "float16,bfloat16", "--commit", "b").exit_code == OK
+    assert shapes(path) == {(7168, "float16"): "b", (7168, "bfloat16"): "b", (4096, "bfloat16"): "a"}
+    after = {(entry["hidden_size"], entry["dtype"]): entry for entry in json.loads(path.read_text())["entries"]}
+    assert before[4096].items() <= after[4096, "bfloat16"].items()
+    assert {row["tokens"] for row in after[7168, "bfloat16"]["times"]} == {1, 300}
+    assert tune("--hidden-size", "5120", "--tokens", "1", "--commit", "c").exit_code == OK
+    assert shapes(path) == {(5120, "bfloat16"): "c", (7168, "float16"): "b", (7168, "bfloat16"): "b", (4096, "bfloat16"): "a"}
+    assert tune("--hidden-size", "64", "--tokens", "3", "--commit", "d", "--json", str(tmp_path / "t.json")).exit_code == OK
+    assert list(shapes(tmp_path / "t.json")) == [(64, "bfloat16")]  # a named file has what was measured, no more
+
+
+def test_what_is_refused_now_does_not_stay_in_the_table(two_gpus: SimpleNamespace, cache: Path) -> None:
+    path = cache / "table-2xh200.json"
+    assert tune("--hidden-size", "32,64", "--tokens", "3", "--commit", "a").exit_code == OK
+    two_gpus.wrong = "two_shot"
+    for width, left in (("64", {(32, "bfloat16"): "a"}), ("32", {})):
+        assert tune("--hidden-size", width, "--tokens", "3", "--commit", "b").exit_code == FAILED
+        assert shapes(path) == left
+    two_gpus.wrong = None
+    assert tune("--hidden-size", "64", "--tokens", "3").exit_code == OK
+
+
+@pytest.mark.parametrize("other", [{"architecture": "sm_100a"}, {"device": "NVIDIA H200 NVL"}, {"world_size": 4}, None])
+def test_nothing_of_another_machine_or_of_no_table_is_kept(two_gpus: SimpleNamespace, cache: Path, other: dict[str, Any] | None) -> None:
+    path = cache / "table-2xh200.json"
+    write(path, entry(hidden_size=512), *([entry(**other)] if other else []))
+    if other is None:
+        path.write_text(path.read_text()[:-1])
+    assert tune("--hidden-size", "64", "--tokens", "3").exit_code == OK
+    assert [found["hidden_size"] for found in json.loads(path.read_text())["entries"]] == ([64] if other is None else [64, 512])
+
+
 def test_a_candidate_that_fails_once_is_nowhere_in_the_table(two_gpus: SimpleNamespace, tmp_path: Path, cache: Path) -> None:
     two_gpus.wrong = "two_shot/256"
     target = tmp_path / "t.json"
@@ -469,7 +512,8 @@ def test_json_to_stdout_is_alone_there(two_gpus: SimpleNamespace, cache: Path) -
 def test_tune_without_gpus_or_with_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = tune()
-    assert (result.exit_code, "hint: run `collogue doctor`" in result.stderr) == (IMPOSSIBLE, True)
+    assert (result.exit_code, "hint: run `collogue doctor`\n" in result.stderr) == (IMPOSSIBLE, True)  # and no option of another command
+    assert "hint: run `collogue doctor`, or name an --architecture\n" in call("--device", "cuda").stderr
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls: replace(MACHINE, gpus=1)))
     with pytest.raises(PlatformError, match="1 ranks on 1 GPUs"):
         main.run()

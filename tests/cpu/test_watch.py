@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 import weakref
+from typing import Any
 
 import pytest
 from ranks import communicator
 
-from collogue.errors import CollectiveTimeout, CollogueError, CorruptedWorkspace, PlatformError
+from collogue.errors import ArgumentError, CollectiveTimeout, CollogueError, CorruptedWorkspace, PlatformError
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.watch import Watch
 
@@ -44,6 +45,20 @@ def test_nothing_keeps_a_thread_that_has_ended() -> None:
     del watch
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("interval", ["a", None, True, 0, 0.0, -1.0, float("nan"), float("inf"), 2 * threading.TIMEOUT_MAX])
+def test_intervals_that_are_none_are_refused(interval: Any) -> None:
+    """Before there is a thread, which would end unheard or never pause."""
+    threads = threading.active_count()
+    with pytest.raises(ArgumentError, match=f"interval is {interval!r}\nhint: give a positive number of seconds".replace("+", ".")):
+        Watch(lambda: None, pytest.fail, interval)
+    assert threading.active_count() == threads
+
+
+def test_what_cannot_be_told_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="on_failure is a list\nhint: pass a function"):
+        Watch(lambda: None, [], 0.1)  # type: ignore[arg-type]
 
 
 def test_stop_ends_it() -> None:

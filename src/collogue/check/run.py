@@ -12,6 +12,7 @@ from collogue.check.case import Case, CaseResult
 from collogue.check.emulated import Emulated
 from collogue.check.rank import Answers, check_rank
 from collogue.errors import PlatformError
+from collogue.group import check_gpus
 from collogue.testing.processes import RanksFailed, run_processes
 from collogue.testing.virtual import run_virtual
 
@@ -47,8 +48,8 @@ def run_cases(device: str, cases: Sequence[Case], *, started: Callable[[Case], N
 
     Raises :class:`PlatformError` where ``device`` is ``"cuda"`` and there is no GPU.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise PlatformError("there is no CUDA GPU that PyTorch can use", hint="run `collogue doctor`, or use --device cpu")
+    if device == "cuda":
+        check_gpus("use --device cpu")
     results: dict[Case, CaseResult] = {}
     for world_size in dict.fromkeys(case.world_size for case in cases):
         mine = [case for case in cases if case.world_size == world_size]

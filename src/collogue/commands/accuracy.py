@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from collogue.commands.options import Commit, Formats, Json, check_target, console, exit_codes, progress, words, write_json
+from collogue.commands.options import Commit, Formats, Json, check_target, check_word, console, exit_codes, progress, words, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,7 @@ def accuracy(
     Needs no GPU: on two cores SmolLM2-135M takes about two minutes.
     """
     check_target(json)
+    check_word("--device", device, "cpu", "cuda")
     with exit_codes(extra="demo"):
         from collogue.accuracy import main
         from collogue.demo.formats import FORMATS
@@ -69,7 +70,8 @@ def calibrate(
 
     The file says whether a scale is a divisor or a multiplier. For a model of your own: `collogue.accuracy.calibrate.Calibration`.
     """
-    check_target(str(output))
+    check_target(output, "OUTPUT", (".json", ".safetensors"))
+    check_word("--device", device, "cpu", "cuda")
     with exit_codes(extra="demo"):
         from collogue.accuracy import calibrate as calibration
 
@@ -86,11 +88,10 @@ def calibrate(
 def _model(name: str, tokens: int, layers: int, hidden_size: int, calibration: int | None = None) -> Model:
     from collogue.accuracy.models import random_model, random_shape, smollm2
 
+    check_word("--model", name, "smollm2", "random")
     extra: dict[str, Any] = {"tokens": tokens, "calibration": min(tokens, 512) if calibration is None else calibration}
     if name == "smollm2":
         return smollm2(**extra)
-    if name != "random":
-        raise typer.BadParameter(f"{name!r} is neither smollm2 nor random", param_hint="--model")
     if hidden_size % 32:
         raise typer.BadParameter(f"{hidden_size} is not a multiple of 32", param_hint="--hidden-size")
     return random_model(random_shape(layers, hidden_size), **extra)
@@ -99,7 +100,6 @@ def _model(name: str, tokens: int, layers: int, hidden_size: int, calibration: i
 def _dtype(name: str) -> torch.dtype:
     import torch
 
-    if name not in ("bfloat16", "float16", "float32"):
-        raise typer.BadParameter(f"{name!r} is none of bfloat16, float16, float32", param_hint="--dtype")
+    check_word("--dtype", name, "bfloat16", "float16", "float32")
     found: torch.dtype = getattr(torch, name)
     return found

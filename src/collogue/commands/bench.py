@@ -12,6 +12,7 @@ from collogue.commands.options import (
     EXIT_CODES,
     FAILED,
     OK,
+    PICTURES,
     Commit,
     DTypes,
     Formats,
@@ -21,6 +22,7 @@ from collogue.commands.options import (
     Tokens,
     WorldSizes,
     check_target,
+    check_word,
     console,
     exit_codes,
     lists,
@@ -77,7 +79,7 @@ def model(
     layers: Annotated[int, typer.Option(min=1, help="Layers of the stack that is timed.")] = 4,
     replays: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 20,
     scales: Annotated[str, typer.Option(help="Of FP8 activations: static (one), or token (one for each).")] = "static",
-    plot: Annotated[Path | None, typer.Option(help="Write a plot of the speed-ups.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of the speed-ups: .png, .svg or .pdf.")] = None,
     commit: Commit = None,
     json: Json = None,
 ) -> None:
@@ -87,6 +89,7 @@ def model(
     a size is a prefill.
     """
     check_target(json)
+    check_target(plot, "--plot", PICTURES)
     given: dict[str, Any] = lists(world_size, tokens, None, None, None)
     with exit_codes(extra="bench"):
         from collogue.bench.model import run
@@ -119,8 +122,7 @@ def serving(
     For a short run: --prompts 120 --layers 8. An estimate of the time is on stderr before serving starts.
     """
     check_target(json)
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
+    check_word("--device", device, "cpu", "cuda")
     with exit_codes(extra="bench"):
         from collogue.bench.schedule import Workload
         from collogue.bench.serving import WAYS, run
@@ -141,7 +143,7 @@ def report(
 
     A file of `collogue bench serving --json` has a page, too; other results have none.
     """
-    check_target(str(output))
+    check_target(output, "--output")
     with exit_codes():
         from collogue.bench import page, regression
 

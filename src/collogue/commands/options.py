@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 OK, FAILED, USAGE, IMPOSSIBLE = 0, 1, 2, 3
+#: What a plot may be saved as.
+PICTURES = (".png", ".svg", ".pdf")
 EXIT_CODES = "Exit codes: 0 all is well; 1 a check failed; 2 wrong usage; 3 this machine cannot do it."
 #: Of progress, where stderr is no terminal.
 SECONDS_BETWEEN_LINES = 10.0
@@ -57,6 +59,12 @@ def numbers(flag: str, values: Many, *, low: int, high: int | None = None, step:
     return found
 
 
+def check_word(flag: str, word: str, *known: str) -> None:
+    """A word that is not known is wrong usage."""
+    if word not in known:
+        raise typer.BadParameter(f"{word!r} is none of {', '.join(known)}", param_hint=flag)
+
+
 def lists(world_size: Many, tokens: Many, hidden_size: Many, dtype: Many, format: Many) -> dict[str, list[Any]]:
     """The lists that were given, checked, by the name of :func:`collogue.check.sweep`'s arguments."""
     given: dict[str, list[Any]] = {
@@ -79,7 +87,8 @@ def exit_codes(extra: str | None = None) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if extra is None:
             raise
-        typer.echo(f"error: this needs {error.name}, which is not installed\nhint: pip install 'collogue[{extra}]'", err=True)
+        hint = f"hint: in Collogue's checkout: pip install '.[{extra}]'"
+        typer.echo(f"error: this needs {error.name}, which is not installed\n{hint}", err=True)
         raise typer.Exit(IMPOSSIBLE) from error
     except CollogueError as error:
         typer.echo(f"error: {error}", err=True)
@@ -125,10 +134,23 @@ def _lines(total: int | None, what: str) -> Callable[[str], None]:
     return start
 
 
-def check_target(target: str | None) -> None:
-    """A file for ``--json`` must be in a directory that is there."""
-    if target not in (None, "-") and not Path(str(target)).resolve().parent.is_dir():
-        raise typer.BadParameter(f"there is no directory {Path(str(target)).parent}", param_hint="--json")
+def check_target(target: str | Path | None, flag: str = "--json", endings: Sequence[str] = ()) -> None:
+    """A file to write must be in a directory that is there, be none itself, and have one of ``endings`` if any are given.
+
+    Without endings ``-`` is stdout. Asked before the work is done.
+    """
+    if target is None or (str(target) == "-" and not endings):
+        return
+    path = Path(target)
+    if path.is_dir():
+        problem = f"{path} is a directory"
+    elif not path.resolve().parent.is_dir():
+        problem = f"there is no directory {path.parent}"
+    elif endings and path.suffix not in endings:
+        problem = f"{path} does not end in {' or '.join(endings)}"
+    else:
+        return
+    raise typer.BadParameter(problem, param_hint=flag)
 
 
 def write_json(data: dict[str, Any], target: str | None) -> None:

@@ -37,7 +37,8 @@ def tune(
     """Measure one-shot and two-shot around their crossover on this machine's GPUs, and write the table that plans use from then on.
 
     By default the table lies beside the compiled kernels, where communicators on this machine find it; COLLOGUE_TABLE, or table= of a
-    communicator, names another. What does not equal the reference bit for bit is not in it.
+    communicator, names another. What it holds of other hidden sizes and dtypes stays; a file of --json has what was measured alone.
+    What does not equal the reference bit for bit is in neither.
     """
     check_target(json)
     given = lists(None, tokens, hidden_size, dtype, None)

@@ -29,7 +29,7 @@ from collogue.demo.formats import FORMATS
 from collogue.demo.result import Result
 from collogue.demo.weights import ModelShape, Weights, attach, read_model, share
 from collogue.demo.worker import Row, Task, work
-from collogue.errors import PlatformError
+from collogue.errors import ArgumentError, PlatformError
 from collogue.quant import parse
 
 _TIMEOUT = timedelta(seconds=120)
@@ -118,13 +118,13 @@ def run(
 
 def choose_device(device: str, world_size: int) -> str:
     """``"cpu"`` or ``"cuda"``; a GPU for every rank, or an error."""
-    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if device not in ("auto", "cpu", "cuda"):
+        raise ArgumentError(f"there is no device {device!r}", hint="choose one of auto, cpu, cuda")
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "auto":
         return "cuda" if gpus >= world_size else "cpu"
     if device == "cuda" and gpus < world_size:
         raise PlatformError(f"{world_size} ranks need {world_size} GPUs; this machine has {gpus}", hint="use --device cpu")
-    if device not in ("cpu", "cuda"):
-        raise PlatformError(f"the demo runs on cpu or cuda, not on {device!r}", hint="use --device cpu")
     return device
 
 

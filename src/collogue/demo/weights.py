@@ -86,7 +86,7 @@ def read_model() -> tuple[Any, Any]:
         import gguf  # noqa: F401
         import transformers
     except ImportError as error:
-        raise PlatformError(f"the demo needs {error.name}", hint="pip install 'collogue[demo]'") from error
+        raise PlatformError(f"the demo needs {error.name}", hint="in Collogue's checkout: pip install '.[demo-tools]'") from error
     with contextlib.redirect_stderr(io.StringIO()):  # Progress bars of others; the demo shows its own.
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)

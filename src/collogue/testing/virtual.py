@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from collogue.group import SymmetricBuffer
+from collogue.group import SymmetricBuffer, check_gpus
 from collogue.testing import environment
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ def run_virtual(world_size: int, fn: Callable[[VirtualGroup], T], *, device: str
     """Call ``fn(group)`` in one thread per rank and return the results by rank.
 
     ``device="cuda"`` spreads the ranks over the GPUs there are, ``"cuda:0"`` puts all on one. The first exception of a rank is
-    raised here; the others are released from whatever meeting they wait in.
+    raised here; the others are released from whatever meeting they wait in. Without a GPU ``"cuda"`` is a :class:`PlatformError`.
 
     On GPUs, kernels of one rank wait for kernels of the others, so nothing that waits for a whole GPU (freeing memory, loading a
     kernel, starting a graph capture) may come between the launches of one call: :meth:`Communicator.prepare` first, and
@@ -111,16 +111,17 @@ def run_virtual(world_size: int, fn: Callable[[VirtualGroup], T], *, device: str
     kind = torch.device(device)
     if kind.type == "cuda":
         environment.set_defaults()
+        check_gpus("use the CPU")
     meeting = _Meeting(world_size, timeout)
     subgroups: dict[Any, _Meeting] = {}
     results: list[Any] = [None] * world_size
     errors: list[tuple[int, BaseException]] = []
 
     def work(rank: int) -> None:
-        where = kind
-        if kind.type == "cuda" and kind.index is None:
-            where = torch.device("cuda", rank % torch.cuda.device_count())
         try:
+            where = kind
+            if kind.type == "cuda" and kind.index is None:
+                where = torch.device("cuda", rank % torch.cuda.device_count())
             if where.type == "cuda":
                 torch.cuda.set_device(where)
             group = VirtualGroup(rank, world_size, where, meeting, subgroups)

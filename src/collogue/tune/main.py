@@ -12,10 +12,10 @@ from typing import Any
 from collogue import jit
 from collogue.bench.names import Row
 from collogue.bench.report import aligned, number
-from collogue.errors import PlatformError
+from collogue.errors import ArgumentError, PlatformError
 from collogue.explain import Machine
 from collogue.record import circumstances
-from collogue.table import FORMAT, Candidate, Entry, Time, own_path
+from collogue.table import FORMAT, Candidate, Entry, Table, Time, own_path
 from collogue.testing import environment
 from collogue.testing.processes import run_processes
 from collogue.tune.rank import tune_rank
@@ -42,7 +42,7 @@ def run(
     commit: str | None = None,
     heard: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
-    """Measure, and write the table; returns it as it was written.
+    """Measure, and write the table; returns it as it was written: this machine's own with what it had of other shapes.
 
     Args:
         hidden_size, dtype, tokens: what is measured; defaults: :mod:`collogue.tune.trials`.
@@ -62,12 +62,14 @@ def run(
     ranks = run_processes(world, tune_rank, every, device="cuda", silence=SILENCE, heard=lambda rank, stage: None if rank else heard(stage))
     entries = list(make_entries(ranks[0], machine, world))
     refused = [row for row in ranks[0] if row["error"]]
+    own = own_path(str(machine.device), world)
+    kept = kept_entries(own, machine, world, ranks[0]) if json is None else []
     data = {
         "format": FORMAT,
         "passed": bool(entries) and not refused,
         **circumstances(commit),
         "method": METHOD,
-        "entries": entries,
+        "entries": entries + kept,
         "refused": refused,
     }
     content = (json_module.dumps(data, indent=1, allow_nan=False) + "\n").encode()
@@ -75,9 +77,29 @@ def run(
         sys.stdout.write(content.decode())
     elif json is not None:
         Path(json).write_bytes(content)
-    elif entries:
-        jit.write_whole(own_path(str(machine.device), world), content)
+    elif entries or own.is_file():
+        jit.write_whole(own, content)
     return data
+
+
+def kept_entries(path: Path, machine: Machine, world_size: int, measured: Iterable[Row]) -> list[dict[str, Any]]:
+    """What stays of the table in ``path``: entries of this machine of other shapes than ``measured``, with date and commit of their own.
+
+    What was measured anew and refused does not stay. Nothing does of a file that is no table.
+    """
+    try:
+        Table.read(path)
+    except ArgumentError:
+        return []
+    earlier = json_module.loads(path.read_bytes())
+    then = {name: earlier[name] for name in ("date", "commit") if name in earlier}
+    here = (machine.architecture, machine.device, world_size)
+    anew = {(row["hidden_size"], row["dtype"]) for row in measured}
+    return [
+        {**then, **entry}
+        for entry in earlier["entries"]
+        if (entry["architecture"], entry["device"], entry["world_size"]) == here and (entry["hidden_size"], entry["dtype"]) not in anew
+    ]
 
 
 def make_entries(rows: Iterable[Row], machine: Machine, world_size: int) -> Iterator[dict[str, Any]]:

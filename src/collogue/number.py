@@ -1,0 +1,23 @@
+"""Which arguments are numbers: a bool is none."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+from collogue.errors import ArgumentError
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether ``value`` is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether ``value`` is a number, whole or not, finite or not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_seconds(name: str, value: float, most: float) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is a time: positive, at most ``most``."""
+    if not is_number(value) or not 0 < value <= most:
+        raise ArgumentError(f"{name} is {value!r}", hint=f"give a positive number of seconds, at most {most:,.0f}")
