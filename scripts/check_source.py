@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "collogue"
 ORDER = (
     "errors",
     "number",
+    "exclusive",
     "quant",
     "spec",
     "formats",

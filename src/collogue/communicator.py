@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from collogue.quant import Quant
 from collogue.spec import Operation, Output, RMSNorm, owned_rows
 from collogue.table import TableArgument
 from collogue.topology import Overrides, Topology, agree
-from collogue.watch import Watch
+from collogue.watch import Watch, while_alive
 
 
 class Communicator:
@@ -365,15 +364,7 @@ class Communicator:
         the returned object has ``stop()`` and is a context manager. Closing or dropping the communicator ends it too, and is no failure.
         """
         self._open()
-        check = weakref.WeakMethod(self.check)
-
-        def look() -> None:
-            alive = check()
-            if alive is None:
-                raise ClosedError("the communicator is gone", hint="keep it as long as it is watched")
-            alive()
-
-        return Watch(look, on_failure, interval)
+        return Watch(while_alive(self.check), on_failure, interval)
 
     def journal(self) -> Journal:
         """The last calls of every rank, read from the ranks' GPUs over a stream of its own. Waits for no kernel, is not collective."""
@@ -382,7 +373,7 @@ class Communicator:
     def close(self, *, collective: bool = True) -> None:
         """Give the workspace back; later calls raise :class:`ClosedError`. Collective, unless ``collective=False``: after a rank has died.
 
-        Not collective, no other rank may still be in a call that sends to this one.
+        Not collective, no other rank may still be in a call that sends to this one. No graph that holds its calls may be replayed later.
         """
         self._refuse_capture("close")
         engine, self._engine = self._engine, None
@@ -403,7 +394,7 @@ class Communicator:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Close; not collectively where an error leaves the block, which the other ranks may not share and which must not be hidden."""
+        """Close; not collectively where an error leaves the block: other ranks may not share it, and nothing must hide it."""
         try:
             self.close(collective=error is None)
         except Exception:

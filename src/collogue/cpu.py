@@ -9,8 +9,8 @@ import torch
 
 from collogue import reference
 from collogue.call import Call
-from collogue.engine import Exclusive
 from collogue.errors import MismatchedCall
+from collogue.exclusive import Exclusive
 from collogue.formats import place_scales, read_scales, scale_storage
 from collogue.group import Group
 from collogue.journal import Journal

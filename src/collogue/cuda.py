@@ -11,8 +11,8 @@ import torch
 
 from collogue import jit
 from collogue.call import Call
-from collogue.engine import Exclusive
 from collogue.errors import NotPrepared
+from collogue.exclusive import Exclusive
 from collogue.formats import scale_storage
 from collogue.group import Group
 from collogue.journal import Journal

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Protocol
 
 from collogue.call import Call
-from collogue.errors import ConcurrentUseError
 from collogue.group import Group
 from collogue.journal import Journal
 from collogue.outputs import allocate, check_out
@@ -26,26 +23,6 @@ class Engine(Protocol):
     def reset(self) -> None: ...
     def close(self, collective: bool) -> None: ...
     def journal(self) -> Journal: ...
-
-
-class Exclusive:
-    """``with`` it nobody else is in; a second thread that wants to is refused."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise ConcurrentUseError(
-                "another thread is using this communicator", hint="make one communicator for each thread, or use a lock"
-            )
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._lock.release()
-
-    def wait(self) -> threading.Lock:
-        """For ``with``: whoever wants in waits."""
-        return self._lock
 
 
 def make_engine(group: Group, topology: Topology, timeout: float) -> Engine:

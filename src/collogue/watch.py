@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 
@@ -60,3 +61,16 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+
+
+def while_alive(method: Callable[[], None]) -> Callable[[], None]:
+    """``method``, as long as something else keeps its object; then :class:`ClosedError`."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        alive = reference()
+        if alive is None:
+            raise ClosedError("the communicator is gone", hint="keep it as long as it is watched")
+        alive()
+
+    return call

@@ -15,7 +15,7 @@ from ranks import communicator
 
 from collogue.errors import ArgumentError, CollectiveTimeout, CollogueError, CorruptedWorkspace, PlatformError
 from collogue.testing import VirtualGroup, run_virtual
-from collogue.watch import Watch
+from collogue.watch import Watch, while_alive
 
 
 @pytest.mark.parametrize("kind", [CollectiveTimeout, CorruptedWorkspace, PlatformError])
@@ -61,6 +61,22 @@ def test_what_cannot_be_told_is_refused() -> None:
         Watch(lambda: None, [], 0.1)  # type: ignore[arg-type]
 
 
+def test_a_watch_keeps_no_communicator_alive() -> None:
+    """One that is dropped ends its watch, and that is no failure."""
+
+    class Watched:
+        def check(self) -> None:
+            looked.set()
+
+    looked, watched = threading.Event(), Watched()
+    watch = Watch(while_alive(watched.check), pytest.fail, 0.001)
+    assert looked.wait(10)
+    alive = weakref.ref(watched)
+    del watched
+    watch._thread.join(10)
+    assert (alive(), watch._thread.is_alive()) == (None, False)
+
+
 def test_stop_ends_it() -> None:
     looked = threading.Event()
     with Watch(looked.set, pytest.fail, 0.001) as watch:
@@ -88,7 +104,7 @@ def test_the_end_of_the_process_waits_for_a_look() -> None:
     """A daemon thread inside CUDA's driver must not outlive the interpreter."""
     text = """
 import time
-from collogue.watch import Watch
+from collogue.watch import Watch, while_alive
 
 def look():
     time.sleep(0.2)

@@ -1,0 +1,28 @@
+"""One thread at a time."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+from collogue.errors import ConcurrentUseError
+
+
+class Exclusive:
+    """``with`` it nobody else is in; a second thread that wants to is refused."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentUseError(
+                "another thread is using this communicator", hint="make one communicator for each thread, or use a lock"
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.release()
+
+    def wait(self) -> threading.Lock:
+        """For ``with``: whoever wants in waits."""
+        return self._lock
