@@ -420,11 +420,11 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
     "two_shot: y not wiped": (_SMALL["two_shot"], (Edit(_TWO, "if (gives(i) && !ranks.stopped)", "if (false)"),)),
     "two_shot: y wiped elsewhere": (
         _SMALL["two_shot"],
-        (Edit(_TWO, "(ranks.arrivals(owner(i)) + y_offset(t, i))", "(ranks.arrivals(owner(i)) + offset(t, i))"),),
+        (Edit(_TWO, "(ranks.arrivals(owner[i]) + y_offset(t, i))", "(ranks.arrivals(owner[i]) + offset(t, i))"),),
     ),
     "two_shot: wiped before the wait": (
         _SMALL["two_shot"],
-        (Edit(_TWO, "x[i] = shot.reduce(x[i], r, t, i);", "shot.wipe(t, i);\n      x[i] = shot.reduce(x[i], r, t, i);"),),
+        (Edit(_TWO, "      shot.await_y(y[i], t, i);", "      shot.wipe_y(t, i);\n      shot.await_y(y[i], t, i);"),),
     ),
     "two_shot: y sent to the place of partials": (
         _SMALL["two_shot"],

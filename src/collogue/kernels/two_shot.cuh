@@ -1,6 +1,6 @@
 // Two-shot: every rank owns a range of columns. Each sends its terms of a column to the owner, who adds them and the residual and
-// sends y to everybody; all ranks then finish whole rows. One cluster per row at a time; the next row's terms leave before
-// this row's are awaited.
+// sends y to everybody; all ranks then finish whole rows. One cluster per row at a time; the terms of rows to come leave before
+// this row is finished.
 #pragma once
 #include "protocol.cuh"
 #include "row.cuh"
@@ -15,57 +15,67 @@ struct TwoShot {
 
   const Params& p;
   Ranks<C>& ranks;
-  const Row<C>& row;
+  u32 owner[C::kVectors];   // of vector i's column; kNobody past the end of the row
+  u32 column[C::kVectors];  // bytes from the owner's first column
 
-  COLLOGUE_DEVICE u32 owner(int i) const { return row.vector(i) / p.width; }
-  COLLOGUE_DEVICE bool owns(int i) const { return row.active(i) && owner(i) == p.rank; }
-  COLLOGUE_DEVICE bool gives(int i) const { return row.active(i) && owner(i) != p.rank; }
-  // Of vector i of row t among the columns of one owner.
-  COLLOGUE_DEVICE u32 offset(u32 t, int i) const {
-    return ((t - p.first) * p.width + row.vector(i) - owner(i) * p.width) * kVectorBytes;
+  COLLOGUE_DEVICE TwoShot(const Params& params, Ranks<C>& r, const Row<C>& row) : p(params), ranks(r) {
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++) {
+      const u32 of = row.vector(i) / p.width;
+      owner[i] = row.active(i) ? of : kNobody;
+      column[i] = (row.vector(i) - of * p.width) * kVectorBytes;
+      if constexpr (C::kVectors == 1) {  // a division in every use is shorter, and slower
+        compute_now(owner[i]);
+        compute_now(column[i]);
+      }
+    }
   }
+  COLLOGUE_DEVICE bool owns(int i) const { return owner[i] == p.rank; }
+  COLLOGUE_DEVICE bool gives(int i) const { return owner[i] != p.rank && owner[i] != kNobody; }
+  // Of vector i of row t among the columns of one owner.
+  COLLOGUE_DEVICE u32 offset(u32 t, int i) const { return (t - p.first) * (p.width * kVectorBytes) + column[i]; }
   // Where y arrives: behind the terms.
   COLLOGUE_DEVICE u32 y_offset(u32 t, int i) const { return Ranks<C>::kPeers * p.slot_bytes + offset(t, i); }
 
-  // This rank's term of columns that another rank owns, to that rank.
+  // This rank's term of a column that another rank owns, to that rank.
   COLLOGUE_DEVICE void give(const Vector& x, u32 t, int i) const {
     if (ranks.stopped || !gives(i) || offset(t, i) >= p.slot_bytes) return;
-    const u32 to = owner(i);
+    const u32 to = owner[i];
     ranks.send_vector(p.workspace[to] + p.data_offset + ranks.generation + ranks.position(p.rank, to) * p.slot_bytes + offset(t, i), ranks.disguise(x));
   }
-  // y of vector i of row t; sends it where this rank owns it, waits for it elsewhere. All lanes.
-  COLLOGUE_DEVICE Vector reduce(const Vector& x, const Vector& residual, u32 t, int i) const {
-    Vector y{};
-    const bool mine = owns(i), others = gives(i);
-    // Lanes of one warp may own and not own: the first step never waits for the second step of any rank.
-    if (any_in_warp(mine)) {
-      float sum[8];
-      ranks.receive_and_add(ranks.disguise(x), offset(t, i), mine, t, sum);
-      if constexpr (C::kResidual) add<D>(sum, residual);
-      if (mine) {
-        y = D::round(sum);
-        if (!ranks.stopped && offset(t, i) < p.slot_bytes) {
+  // y of vector i of row t, in lanes that own it, from this rank's term `x`; sends it to everybody. All lanes.
+  COLLOGUE_DEVICE void add_terms(Vector& y, const Vector& x, const Vector& residual, u32 t, int i) const {
+    const bool mine = owns(i);
+    if (!any_in_warp(mine)) return;
+    float sum[8];
+    ranks.receive_and_add(ranks.disguise(x), offset(t, i), mine, t, sum);
+    if constexpr (C::kResidual) add<D>(sum, residual);
+    if (!mine) return;
+    y = D::round(sum);
+    if (ranks.stopped || offset(t, i) >= p.slot_bytes) return;
 #pragma unroll
-          for (int k = 1; k < C::kWorld; k++) ranks.send_vector(ranks.target(k) + y_offset(t, i), y);
-        }
-      }
-    }
-    if (any_in_warp(others)) {
-      const u8* const place = others ? ranks.arrivals(owner(i)) + y_offset(t, i) : nullptr;
-      Vector arrived{};
-      ranks.wait(
-          [&] {
-            if (others) arrived = ranks.load_arrived(place);
-            return ranks.is_missing(arrived);
-          },
-          [&] { return ranks.is_missing(arrived) ? owner(i) : kNobody; }, kStageRows, t);
-      if (others) y = arrived;
-    }
-    return y;
+    for (int k = 1; k < C::kWorld; k++) ranks.send_vector(ranks.target(k) + y_offset(t, i), y);
   }
-  COLLOGUE_DEVICE void wipe(u32 t, int i) const {
+  // y of vector i of row t, in lanes where another rank owns it. All lanes.
+  COLLOGUE_DEVICE void await_y(Vector& y, u32 t, int i) const {
+    const bool others = gives(i);
+    if (!any_in_warp(others)) return;
+    const u8* const place = others ? ranks.arrivals(owner[i]) + y_offset(t, i) : nullptr;
+    Vector arrived{};
+    ranks.wait(
+        [&] {
+          if (others) arrived = ranks.load_arrived(place);
+          return ranks.is_missing(arrived);
+        },
+        [&] { return ranks.is_missing(arrived) ? owner[i] : kNobody; }, kStageRows, t);
+    if (others) y = arrived;
+  }
+  // The places of row t become clean again: of terms after add_terms, of y after await_y.
+  COLLOGUE_DEVICE void wipe_terms(u32 t, int i) const {
     if (owns(i)) ranks.wipe_terms(offset(t, i), true);
-    if (gives(i) && !ranks.stopped) ranks.wipe_vector(ranks.arrivals(owner(i)) + y_offset(t, i));
+  }
+  COLLOGUE_DEVICE void wipe_y(u32 t, int i) const {
+    if (gives(i) && !ranks.stopped) ranks.wipe_vector(ranks.arrivals(owner[i]) + y_offset(t, i));
   }
 };
 
@@ -76,28 +86,42 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   COLLOGUE_SHARED(typename Row<C>::Shared, shared);
   Row<C> row(p, shared);
   Ranks<C> ranks(p);
-  const TwoShot<C> shot{p, ranks, row};
+  const TwoShot<C> shot(p, ranks, row);
   const u32 end = p.first + p.count, step = grid_rows();
   u32 t = p.first + grid_row();
+  // Turns between the sum of a row and its finish: few CTAs have to have more rows on their way.
+  constexpr u32 kAhead = C::kLoop && C::kThreads > 512 ? 1 : 0;
+  // A single vector is in registers before its turn comes; several are read in their turn.
+  constexpr bool kEarly = C::kVectors == 1;
+  const auto is_row = [&](u32 of) { return !C::kLoop || of < end; };
+  const auto load_term = [&](u32 of, int i) { return is_row(of) ? row.load(p.partial + row.offset(of), i) : Vector{}; };
+  const auto load_residual = [&](u32 of, int i) {
+    Vector v{};
+    if constexpr (C::kResidual)
+      if (shot.owns(i) && is_row(of)) v = row.load(p.residual + row.offset(of), i);
+    return v;
+  };
 
   wait_for_previous_kernel();
-  // A single vector stays in registers from the row before; several are read again when their turn comes.
-  Vector x[C::kVectors], next[C::kVectors], r{}, next_r{};
-  const auto fetch = [&](u32 of, Vector (&to)[C::kVectors], Vector& residual) {
+  // Of the next row that this rank adds, in lanes that own; in the others of the next row whose terms it gives.
+  Vector x[C::kVectors], r{}, first[C::kVectors], first_r{};
 #pragma unroll
-    for (int i = 0; i < C::kVectors; i++) to[i] = row.load(p.partial + row.offset(of), i);
-    if constexpr (C::kResidual && C::kVectors == 1)
-      if (shot.owns(0)) residual = row.load(p.residual + row.offset(of), 0);
-  };
-  const auto give = [&](u32 of, const Vector (&from)[C::kVectors]) {
-#pragma unroll
-    for (int i = 0; i < C::kVectors; i++) shot.give(from[i], of, i);
-  };
-  fetch(t, x, r);
+  for (int i = 0; i < C::kVectors; i++) first[i] = load_term(t, i);
+  if (kEarly) {
+    first_r = load_residual(t, 0);
+    x[0] = kAhead ? load_term(t + step, 0) : first[0];
+    r = kAhead ? load_residual(t + step, 0) : first_r;
+  }
   ranks.ask();
   launch_next_kernel();
   ranks.start();
-  give(t, x);
+#pragma unroll
+  for (int i = 0; i < C::kVectors; i++) shot.give(first[i], t, i);
+  if (kAhead && is_row(t + step)) {
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++) shot.give(kEarly ? x[i] : load_term(t + step, i), t + step, i);
+  }
+  if (kEarly && C::kLoop && shot.gives(0)) x[0] = load_term(t + (kAhead + 1) * step, 0);
   const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();
   const u32 thread = cta * C::kThreads + thread_index(), threads = ctas * C::kThreads;
   ranks.announce(thread, threads / 32);
@@ -108,38 +132,51 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
     if (p.pad) row.quant.pad(thread, threads, p.tokens);
   row.wait_for_barriers();
   if (C::kLoop && thread / 32 == 0) ranks.compare_previous_call(seen);
+  if (!C::kLoop) row.aim(t);
 
-  for (u32 turn = 0;; turn++) {
-    const bool more = C::kLoop && t + step < end;
-    if (more) {
-      fetch(t + step, next, next_r);
-      give(t + step, next);
-    }
-    if (!C::kLoop) row.aim(t);
+  Vector y[C::kVectors] = {};
+  if (kAhead) {
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
-      if constexpr (C::kVectors > 1) {
-        x[i] = row.load(p.partial + row.offset(t), i);
-        if constexpr (C::kResidual) r = row.load(p.residual + row.offset(t), i);
-      }
-      x[i] = shot.reduce(x[i], r, t, i);
+      shot.add_terms(y[i], kEarly ? first[i] : load_term(t, i), kEarly ? first_r : load_residual(t, i), t, i);
+      shot.wipe_terms(t, i);
+    }
+  }
+  for (u32 turn = 0;; turn++) {
+    const u32 added = t + kAhead * step, given = added + step;
+    Vector next_y[C::kVectors];
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++) {
+      if (C::kLoop && is_row(given)) shot.give(kEarly ? x[i] : load_term(given, i), given, i);
+      (kAhead ? next_y[i] : y[i]) = Vector{};
+      if (!kAhead || is_row(added))
+        shot.add_terms(kAhead ? next_y[i] : y[i], kEarly ? x[i] : load_term(added, i), kEarly ? r : load_residual(added, i), added, i);
+      shot.await_y(y[i], t, i);
+    }
+    if (kEarly && C::kLoop) {
+      x[0] = load_term(shot.owns(0) ? given : given + step, 0);
+      r = load_residual(given, 0);
     }
     if (C::kLoop) row.aim(t);  // not before: registers
 #pragma unroll
-    for (int i = 0; i < C::kVectors; i++) row.store_rounded(i, x[i]);
+    for (int i = 0; i < C::kVectors; i++) row.store_rounded(i, y[i]);
     row.finish(
-        turn, x,
+        turn, y,
         [&] {
 #pragma unroll
-          for (int i = 0; i < C::kVectors; i++) shot.wipe(t, i);
+          for (int i = 0; i < C::kVectors; i++) {
+            if (!kAhead || is_row(added)) shot.wipe_terms(added, i);
+            shot.wipe_y(t, i);
+          }
         },
         NoWire{});
-    if (!more) break;
+    if (!C::kLoop || !is_row(t + step)) break;
     row.next();
     t += step;
+    if (kAhead) {
 #pragma unroll
-    for (int i = 0; i < C::kVectors; i++) x[i] = next[i];
-    r = next_r;
+      for (int i = 0; i < C::kVectors; i++) y[i] = next_y[i];
+    }
   }
   if (!C::kLoop && thread / 32 == 0) ranks.compare_previous_call(seen);
   if (ranks.stopped) ranks.report();
