@@ -300,6 +300,8 @@ def test_float32_graph_keeps_every_bit(group: Any) -> None:
         ("no RMSNorm reads the sum", lambda x, r, w: torch.nn.functional.layer_norm(functional(x) + r, (H,), w)),
         ("no RMSNorm reads the sum", lambda x, r, w: llama((functional(x) + r).transpose(0, 1), w)),
         ("no RMSNorm reads the sum", lambda x, r, w: (lambda s: (s, llama(s + r, w)))(functional(x))),
+        ("added to itself", lambda x, r, w: (lambda s: llama(s + s, w))(functional(x))),
+        ("added to itself", lambda x, r, w: (lambda s: (lambda t: llama(t + t, w))(s.view(6, H)))(functional(x))),
         ("a bias?", lambda x, r, w: llama(functional(x) + w + r, w)),
         ("a number is added", lambda x, r, w: llama(functional(x) + 1.0, w)),
         ("another dtype", lambda x, r, w: operator_norm(functional(x) + r.float(), w.float())),

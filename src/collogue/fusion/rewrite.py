@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from collogue import registry
 from collogue.communicator import Communicator
 from collogue.fusion.build import call_operator, item
-from collogue.fusion.graph import aten, equal, is_sum, other_operand, readers, same_shape, value
+from collogue.fusion.graph import aten, equal, is_sum, other_operand, readers, root, same_shape, value
 from collogue.fusion.norm import Norm, find_norm
 from collogue.fusion.quant import Quantised, find_quant
 from collogue.fusion.report import Fused, Missed, Report
@@ -99,6 +99,8 @@ def _stream(wait: Node) -> tuple[Node, Node | None]:
     other, summed, own = value(added), value(add), value(operand)
     if other is None or summed is None or own is None or reduced is None:
         raise NotFused("a number is added to the sum")
+    if root(added) is wait:
+        raise NotFused("the sum is added to itself")
     if not same_shape(other, own):
         raise NotFused(f"what is added to the sum has shape {list(other.shape)} (a bias?); add it to one rank's partial instead")
     if not other.dtype == own.dtype == summed.dtype == reduced.dtype:
