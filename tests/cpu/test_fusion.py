@@ -322,6 +322,35 @@ def test_near_misses_are_left_alone_and_explained(reason: str, model: Callable[.
     assert reason in only_missed()
 
 
+@pytest.mark.usefixtures("comm")
+@pytest.mark.parametrize(
+    ("reason", "model"),
+    [
+        ("row by row", lambda y, w: ((lambda z: z * torch.rsqrt(z.pow(2).mean(-1) + EPS))(y.float()) * w).to(y.dtype)),
+        ("no weight of [H]", lambda y, w: torch.nn.functional.rms_norm(y, (H,), None, EPS) * w[:, None]),
+    ],
+)
+def test_what_lies_along_columns_is_no_norm_of_rows(reason: str, model: Callable[..., Any], group: Any) -> None:
+    """With as many rows as columns a vector fits both ways."""
+    with collogue.Communicator(group, max_tokens=H, hidden_size=H):
+        given = tensors(lead=(H,))
+        found = compiled(lambda x, r, w: model(functional(x) + r, w), *given)
+    torch.testing.assert_close(found, [model(given[0] + given[1], given[2])])
+    assert reason in only_missed()
+
+
+@pytest.mark.usefixtures("comm")
+def test_scales_along_columns_are_not_per_token(group: Any) -> None:
+    def quantise(n: torch.Tensor) -> torch.Tensor:
+        return (n.float() / (n.abs().amax(-1).float() / 448.0).clamp(min=1e-6)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+    with collogue.Communicator(group, max_tokens=H, hidden_size=H):
+        given = tensors(lead=(H,))
+        found = compiled(lambda x, r, w: quantise(operator_norm(functional(x) + r, w)), *given)
+        assert same_bits(found, [quantise(contract(given)[1])])
+    assert only_fused().quant == "none"
+
+
 def in_float(x: torch.Tensor) -> torch.Tensor:
     return functional(x).float()
 

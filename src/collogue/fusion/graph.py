@@ -59,10 +59,11 @@ def source(node: Node) -> Node | None:
         return None
     # Rows stay rows. A statistic has one number a row, in whatever shape.
     rows = not old.ndim or not new.ndim or equal(old.shape[-1], new.shape[-1])
-    return before if rows or _is_column(old) or _is_column(new) else None
+    return before if rows or is_column(old) or is_column(new) else None
 
 
-def _is_column(tensor: torch.Tensor) -> bool:
+def is_column(tensor: torch.Tensor) -> bool:
+    """Whether each row has one number."""
     return tensor.ndim > 0 and equal(tensor.shape[-1], 1)
 
 

@@ -17,6 +17,7 @@ from collogue.fusion.graph import (
     along_rows,
     aten,
     equal,
+    is_column,
     is_product,
     is_sum,
     names,
@@ -121,8 +122,9 @@ def _scaled(stream: Node, rstd: Node, eps: float, why: list[str]) -> Iterator[No
     for scaled, operand in readers(rstd):
         if not is_product(scaled) or root(other_operand(scaled, operand)) is not root(stream):
             continue
-        rows, result = value(other_operand(scaled, operand)), value(scaled)
-        if rows is None or result is None or not same_shape(rows, result) or result.dtype != torch.float32:
+        rows, column, result = value(other_operand(scaled, operand)), value(operand), value(scaled)
+        one_by_one = rows is not None and column is not None and result is not None and is_column(column) and same_shape(rows, result)
+        if not one_by_one or _dtype(scaled) != torch.float32:
             why.append("y * rstd is not taken row by row in float32")
             continue
         unweighted = True
@@ -153,7 +155,7 @@ def _weighted(stream: Node, product: Node, factor: Node, eps: float, why: list[s
 
 def _weight(operand: object, rows: torch.Tensor | None) -> tuple[Node, float, list[str]] | None:
     """The weight vector behind an operand, and the offset that is added to it."""
-    node, offset, roundings = root(operand), 0.0, list[str]()
+    taken, node, offset, roundings = value(operand), root(operand), 0.0, list[str]()
     if isinstance(node, Node) and is_sum(node):
         first, second = node.args
         plus = number(second) if number(second) is not None else number(first)
@@ -164,10 +166,10 @@ def _weight(operand: object, rows: torch.Tensor | None) -> tuple[Node, float, li
             roundings.append(f"weight + {plus:g} to {_name(summed.dtype)}")
         node, offset = root(first if number(second) is not None else second), plus
     held = value(node)
-    if held is None or rows is None or held.ndim == 0:
+    if held is None or taken is None or rows is None or held.ndim == 0 or taken.ndim == 0:
         return None
-    width = rows.shape[-1]
-    if not (equal(held.shape[-1], width) and equal(held.numel(), width) and held.dtype in (rows.dtype, torch.float32)):
+    along = all(equal(size, rows.shape[-1]) for size in (taken.shape[-1], held.shape[-1], held.numel()))
+    if not along or held.dtype not in (rows.dtype, torch.float32):
         return None
     return node, offset, roundings
 
