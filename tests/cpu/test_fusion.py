@@ -45,9 +45,13 @@ def tensors(dtype: torch.dtype = torch.bfloat16, lead: tuple[int, ...] = (2, 3))
 # ---- models
 
 
-def llama(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def unweighted(x: torch.Tensor) -> torch.Tensor:
     wide = x.to(torch.float32)
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def llama(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return weight * unweighted(x)
 
 
 def gemma(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -197,6 +201,14 @@ def test_one_row_has_one_scale_either_way(quant: Any) -> None:
 
 
 @pytest.mark.usefixtures("comm")
+def test_a_scale_that_is_rounded_on_the_way() -> None:
+    given, scale = tensors(), torch.tensor(0.3)
+    found = compiled(lambda x, r, w, s: static(operator_norm(functional(x) + r, w), s.bfloat16().float()), *given, scale)
+    assert same_bits(found, contract(given, quant=FP8Static(scale))[1:])
+    assert "scale to bfloat16" in only_fused().roundings
+
+
+@pytest.mark.usefixtures("comm")
 @pytest.mark.parametrize("quant", [FP8PerToken(1e-6), FP8Static(0.25)], ids=["token", "number"])
 def test_quantisation_of_a_norm_left_in_float32(quant: Any) -> None:
     """Inductor's graph may lack the conversion to bfloat16 and back between norm and quantisation: the fused call rounds, and says so."""
@@ -211,6 +223,26 @@ def test_quantisation_of_a_norm_left_in_float32(quant: Any) -> None:
     fused = only_fused()
     assert fused.quant == quant.label
     assert any("(added)" in rounding for rounding in fused.roundings)
+
+
+@pytest.mark.usefixtures("comm")
+@pytest.mark.parametrize(
+    ("roundings", "norm"),
+    [
+        ([], plain),
+        (["weight to bfloat16"], lambda y, w: plain(y, w.to(y.dtype))),
+        (["weight to bfloat16"], lambda y, w: gemma(y, w.to(y.dtype))),
+        (["y * rstd to bfloat16 before the weight"], lambda y, w: (unweighted(y).float() * w).to(y.dtype)),
+        (["rstd to bfloat16"], lambda y, w: (y.float() * torch.rsqrt(y.float().square().mean(-1, True) + EPS).to(y.dtype) * w).to(y.dtype)),
+    ],
+)
+def test_roundings_around_a_weight_in_float32(roundings: list[str], norm: Callable[..., Any]) -> None:
+    """The fused call takes the weight as it is, and the report names what the model rounds on the way, also to and fro."""
+    x, r, w = given = (*tensors()[:2], torch.rand(H) + 0.5)
+    found = compiled(lambda *t: norm(functional(t[0]) + t[1], t[2]), x, r, w)
+    fused = only_fused()
+    assert same_bits(found, contract(given, offset=fused.weight_offset)[1:])
+    assert list(fused.roundings) == ["the sum to bfloat16 before the residual", *roundings]
 
 
 @pytest.mark.usefixtures("comm")

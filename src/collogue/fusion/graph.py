@@ -37,6 +37,11 @@ def value(node: object) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) else None
 
 
+def short(dtype: torch.dtype) -> str:
+    """``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def equal(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal. Adds no guard."""
     return a is b or bool(statically_known_true(a == b))
@@ -75,6 +80,18 @@ def root(node: object) -> Any:
             break
         node = before
     return node
+
+
+def rounded(what: str, node: object) -> list[str]:
+    """The conversions from the :func:`root` of ``node`` to ``node`` that round, as the report names them."""
+    if not isinstance(node, Node):
+        return []
+    before = source(node)
+    old, new = value(before), value(node)
+    if before is None or old is None or new is None:
+        return []
+    narrows = torch.promote_types(old.dtype, new.dtype) != new.dtype
+    return [*rounded(what, before), *([f"{what} to {short(new.dtype)}"] if narrows else [])]
 
 
 def readers(node: Node) -> Iterator[tuple[Node, Node]]:

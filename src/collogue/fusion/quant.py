@@ -26,6 +26,8 @@ from collogue.fusion.graph import (
     readers,
     reciprocal_of,
     root,
+    rounded,
+    short,
     value,
 )
 from collogue.fusion.norm import Norm
@@ -96,10 +98,10 @@ def _scale(scaled: Node, operand: Node, codes: Node, bounded: bool, normed: set[
     factor = scaled.args[1] if divides else other_operand(scaled, operand)
     behind = None if divides else reciprocal_of(factor)
     divisor = factor if divides else behind
-    roundings = []
+    roundings = rounded("scale", divisor) if divides else [*rounded("scale", behind), *rounded("1 / scale", factor)]
     computed = value(scaled)
     if computed is not None and computed.dtype != torch.float32:
-        roundings.append(f"n / scale to {str(computed.dtype).removeprefix('torch.')}")
+        roundings.append(f"n / scale to {short(computed.dtype)}")
     constant = number(factor)
     if constant is not None:
         if not bounded:
