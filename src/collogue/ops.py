@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from collogue import registry
-from collogue.call import check_call
+from collogue.call import check_call, check_no_grad
 from collogue.engine import run
 from collogue.formats import code_spec, empty_scales
 from collogue.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe, parse
-from collogue.spec import Operation, Output, RMSNorm, Wanted
+from collogue.spec import OUTPUTS, Operation, Output, RMSNorm, Wanted
 
 #: Of every operator but ``all_gather``. ``partial`` is y for ``finish``; ``scale_value`` counts where ``scale`` is ``None``.
 ARGUMENTS = (
@@ -216,17 +216,34 @@ def _fake_gather(*given: Any, **named: Any) -> list[Tensor]:
     return [*values, *_fake_codes(format, tokens, width, codes.device)]
 
 
+# ---- autograd
+
+#: What errors call the tensors that an operator's arguments begin with.
+_TENSORS = ("partial", "residual", "RMSNorm.weight")
+_GATHERED_TENSORS = tuple(f"shard.{name}" for name in OUTPUTS)
+
+
+def _refuse_grad(operator: str, tensors: tuple[str, ...], keys: Any, *given: Any) -> list[Tensor]:
+    """Refuse what an eager call refuses, tensors that require grad in grad mode, and go on below autograd."""
+    if torch.is_grad_enabled():
+        check_no_grad(*zip(tensors, given, strict=False))
+    with torch._C._AutoDispatchBelowAutograd():
+        done: list[Tensor] = getattr(torch.ops.collogue, operator).default.redispatch(keys & torch._C._after_autograd_keyset, *given)
+    return done
+
+
 _library: Any = torch.library.Library("collogue", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides]
 
 
-def _register(name: str, arguments: str, run: Any, fake: Any) -> None:
+def _register(name: str, arguments: str, tensors: tuple[str, ...], run: Any, fake: Any) -> None:
     _library.define(f"{name}({arguments}) -> Tensor[]", tags=_TAGS)
     for device in ("CPU", "CUDA"):
         _library.impl(name, run, device)
+    _library.impl(name, functools.partial(_refuse_grad, name, tensors), "Autograd", with_keyset=True)
     torch.library.register_fake(f"collogue::{name}", fake, lib=_library)
 
 
 for _operation in _SUMMING:
-    _register(_operation, ARGUMENTS, functools.partial(_run, _operation), functools.partial(_fake, _operation))
-_register("all_gather", _GATHERED, _run_gather, _fake_gather)
+    _register(_operation, ARGUMENTS, _TENSORS, functools.partial(_run, _operation), functools.partial(_fake, _operation))
+_register("all_gather", _GATHERED, _GATHERED_TENSORS, _run_gather, _fake_gather)

@@ -320,6 +320,25 @@ def test_float32_graph_keeps_every_bit(group: Any) -> None:
     assert same_bits([t.view(T, -1) for t in found], [y, out.codes, out.scales])  # type: ignore[list-item]
 
 
+@pytest.mark.usefixtures("comm")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_fused_model_has_the_gradients_of_its_graph(backend: str, group: Any) -> None:
+    """The pass works below autograd: what is fused is the forward graph, and the backward graph stays the model's own."""
+    x, r, w = tensors(torch.float32)
+
+    def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return operator_norm(functional(x) + r, w)
+
+    def gradients(model: Callable[..., list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+        given = [t.clone().requires_grad_() for t in (x, r, w)]
+        return torch.autograd.grad(model(*given)[0].square().sum(), given[1:])
+
+    with collogue.Communicator(group, max_tokens=T, hidden_size=H, dtype=torch.float32), torch.enable_grad():
+        found = gradients(lambda *given: compiled(model, *given, backend=backend))
+        torch.testing.assert_close(found, gradients(lambda *given: [model(*given)]))
+    assert len(collogue.compile.report().fused) == 1
+
+
 # ---- what is left alone
 
 

@@ -13,7 +13,7 @@ from samples import every_format
 
 import collogue
 from collogue import FP8Group, FP8PerToken, FP8Static, Output, RMSNorm, ops, registry
-from collogue.errors import CaptureError, ClosedError
+from collogue.errors import CaptureError, ClosedError, GradError
 from collogue.quant import Quant
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
@@ -132,6 +132,41 @@ def test_tokens_may_be_symbolic(comm: collogue.Communicator) -> None:
             expected = collogue.reference.all_reduce([partial], norm=norm, quant=FP8PerToken())
             assert not differing(compare(compiled(partial), expected)), tokens
     assert len(compiled_for) == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("name", ["partial", "residual", "RMSNorm.weight"])
+def test_what_requires_grad_is_refused_when_compiled(comm: collogue.Communicator, name: str, backend: str) -> None:
+    given = [t.clone().requires_grad_(n == name) for n, t in named(arguments(0)).items()]
+
+    def step(partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Output:
+        return comm.all_reduce(partial, residual=residual, norm=RMSNorm(weight))
+
+    compiled = torch.compile(step, backend=backend)
+    with pytest.raises((GradError, RuntimeError), match=rf"(?s){name} requires grad.*hint: call under torch.inference_mode"):
+        compiled(*given)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out = compiled(*given)
+            assert not differing(compare(out, step(*given)))
+            assert not out.residual.requires_grad
+
+
+def named(given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Tensors of a call, by the names that errors give them."""
+    return {"partial": given["partial"], "residual": given["residual"], "RMSNorm.weight": given["norm"].weight}
+
+
+def test_operators_refuse_what_requires_grad(comm: collogue.Communicator) -> None:
+    given = list(operands(comm, None))
+    for place, name in enumerate(named(arguments(0))):
+        changed = [t.clone().requires_grad_() if i == place else t for i, t in enumerate(given)]
+        with pytest.raises(GradError, match=f"{name} requires grad"):
+            torch.ops.collogue.all_reduce(*changed)
+        with torch.no_grad():
+            assert not any(t.requires_grad for t in torch.ops.collogue.all_reduce(*changed))
+    with pytest.raises(GradError, match=r"shard\.norm requires grad"):
+        torch.ops.collogue.all_gather(None, given[1], given[0].clone().requires_grad_(), None, None, 4, "none", 0.0, comm.name)
 
 
 def test_eager_calls_bypass_the_dispatcher(comm: collogue.Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
