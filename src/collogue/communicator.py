@@ -176,7 +176,7 @@ class Communicator:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
         if ops.is_traced():
-            return ops.gather(self.name, shard, tokens, quant)
+            return ops.gather(self.name, shard, tokens, quant, out)
         engine = self._open()
         return run(engine, check_gather(self._capacity, shard, tokens, quant), out)
 
@@ -221,7 +221,7 @@ class Communicator:
         out: Output | None,
     ) -> Output:
         if ops.is_traced():
-            return ops.call(self.name, operation, partial, residual, norm, quant, keep_norm)
+            return ops.call(self.name, operation, partial, residual, norm, quant, keep_norm, out)
         engine = self._open()
         return run(engine, check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation), out)
 
