@@ -196,10 +196,15 @@ def check_values(name: str, tensor: torch.Tensor, capacity: Capacity) -> None:
 
 def check_memory(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     """Raise unless ``tensor`` lies on ``device``, row-contiguous and aligned."""
+    check_rows(name, tensor, device)
+    check_alignment(name, tensor)
+
+
+def check_rows(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """Raise unless ``tensor`` lies on ``device``, row-contiguous."""
     check_device(name, tensor, device)
     if not tensor.is_contiguous():
         raise LayoutError(f"{name} has strides {tensor.stride()}, not row-contiguous", hint=f"pass {name}.contiguous()")
-    check_alignment(name, tensor)
 
 
 def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:

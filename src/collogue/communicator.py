@@ -171,9 +171,8 @@ class Communicator:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
         if ops.is_traced():
-            return ops.gather(self.name, shard, tokens, quant)
-        engine = self._open()
-        return run(engine, check_gather(self._capacity, shard, tokens, quant), out)
+            return ops.gather(self.name, shard, tokens, quant, out)
+        return run(self._open(), check_gather(self._capacity, shard, tokens, quant), out)
 
     def finish(
         self,
@@ -216,9 +215,8 @@ class Communicator:
         out: Output | None,
     ) -> Output:
         if ops.is_traced():
-            return ops.call(self.name, operation, partial, residual, norm, quant, keep_norm)
-        engine = self._open()
-        return run(engine, check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation), out)
+            return ops.call(self.name, operation, partial, residual, norm, quant, keep_norm, out)
+        return run(self._open(), check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation), out)
 
     def owned_rows(self, tokens: int, rank: int | None = None) -> range:
         """The rows of ``tokens`` that ``rank`` (default: this rank) owns.
@@ -393,8 +391,8 @@ class Communicator:
     def __enter__(self) -> Communicator:
         return self
 
+    # Not collectively where an error leaves the block: other ranks may not share it, and nothing must hide it.
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Close; not collectively where an error leaves the block: other ranks may not share it, and nothing must hide it."""
         try:
             self.close(collective=error is None)
         except Exception:

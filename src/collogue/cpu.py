@@ -11,9 +11,10 @@ from collogue import reference
 from collogue.call import Call
 from collogue.errors import MismatchedCall
 from collogue.exclusive import Exclusive
-from collogue.formats import place_scales, read_scales, scale_storage
+from collogue.formats import place_scales, read_scales
 from collogue.group import Group
 from collogue.journal import Journal
+from collogue.outputs import write
 from collogue.quant import describe
 from collogue.request import Signature
 from collogue.spec import Output
@@ -35,11 +36,7 @@ class ReferenceEngine:
             result = self._result(call)
         if out is None:
             return result
-        for name, tensor in result.items():
-            target = getattr(out, name)
-            if name == "scales":  # with the padding that lies under a strided view
-                target, tensor = scale_storage(target), scale_storage(tensor)
-            target.copy_(tensor)
+        write(result, out)
         return out
 
     def _result(self, call: Call) -> Output:

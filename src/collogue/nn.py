@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collogue.communicator import Communicator
-from collogue.errors import ShapeError
+from collogue.errors import ArgumentError, ShapeError
 from collogue.ops import is_traced
 from collogue.quant import Quant
 from collogue.spec import Output, RMSNorm
@@ -92,14 +93,15 @@ class FusedRMSNorm(nn.Module):
     """An RMSNorm that a fused call before it has taken, as a rule.
 
     :func:`finish` takes it as ``norm=`` and may hand the result over (``hand_over=True``); the module then returns it when it is
-    called with the very stream tensor that belongs to it. Called with anything else it takes the norm itself, with the contract's bits.
+    called with the very stream tensor that belongs to it. Called with anything else, or with that tensor changed in place since, it
+    takes the norm itself, with the contract's bits. PyTorch counts such changes, but not in inference mode or under ``torch.compile``.
     """
 
     def __init__(self, weight: Tensor, comm: Communicator, eps: float = 1e-6, weight_offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach(), False)
         self.comm, self.eps, self.weight_offset = comm, eps, weight_offset
-        self._ready: tuple[Tensor, Tensor] | None = None
+        self._ready: tuple[Tensor, int | None, Tensor] | None = None
 
     @property
     def description(self) -> RMSNorm:
@@ -108,15 +110,20 @@ class FusedRMSNorm(nn.Module):
 
     def hand_over(self, stream: Tensor, normed: Tensor) -> None:
         """``normed`` is this norm of ``stream``; the next call will ask for it."""
-        self._ready = stream, normed
+        self._ready = stream, _changes(stream), normed
 
     def forward(self, stream: Tensor) -> Tensor:
         ready, self._ready = self._ready, None
-        if ready is not None and ready[0] is stream:
-            return ready[1]
+        if ready is not None and ready[0] is stream and ready[1] == _changes(stream):
+            return ready[2]
         normed = self.comm.finish(stream.reshape(-1, stream.shape[-1]), norm=self.description).norm
         assert normed is not None
         return normed.view(stream.shape)
+
+
+def _changes(tensor: Tensor) -> int | None:
+    """How many times the tensor was changed in place; ``None`` where nobody counts."""
+    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def gather_columns(x: Tensor, comm: Communicator) -> Tensor:
@@ -144,7 +151,13 @@ def finish(
     keep_norm: bool = False,
     hand_over: bool = False,
 ) -> Output:
-    """:meth:`collogue.Communicator.all_reduce` for tensors with any number of leading dimensions, ``[.., H]``."""
+    """:meth:`collogue.Communicator.all_reduce` for tensors with any number of leading dimensions, ``[.., H]``.
+
+    ``hand_over`` gives the result to ``norm``, a :class:`FusedRMSNorm`, for its next call.
+    """
+    taker = norm if hand_over and isinstance(norm, FusedRMSNorm) else None
+    if taker is not None and quant is not None and not keep_norm:
+        raise ArgumentError("hand_over=True with quant=: there is no norm to hand over", hint="pass keep_norm=True")
     rows = (-1, partial.shape[-1])
     out = comm.all_reduce(
         partial.reshape(rows),
@@ -160,8 +173,8 @@ def finish(
         codes=out.codes,
         scales=out.scales,
     )
-    if hand_over and isinstance(norm, FusedRMSNorm):
+    if taker is not None:
         assert shaped.residual is not None
         assert shaped.norm is not None
-        norm.hand_over(shaped.residual, shaped.norm)
+        taker.hand_over(shaped.residual, shaped.norm)
     return shaped

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from collogue import registry
-from collogue.call import check_call
+from collogue.call import check_call, check_no_grad
 from collogue.engine import run
 from collogue.formats import code_spec, empty_scales
+from collogue.outputs import call_inputs, shard_inputs, write_traced
 from collogue.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe, parse
-from collogue.spec import Operation, Output, RMSNorm, Wanted
+from collogue.spec import OUTPUTS, Operation, Output, RMSNorm, Wanted
 
 #: Of every operator but ``all_gather``. ``partial`` is y for ``finish``; ``scale_value`` counts where ``scale`` is ``None``.
 ARGUMENTS = (
@@ -50,8 +51,12 @@ def call(
     norm: RMSNorm | None,
     quant: Quant | None,
     keep_norm: bool,
+    out: Output | None = None,
 ) -> Output:
-    """A call of ``comm`` through the operator ``operation``. Arguments as in :meth:`collogue.Communicator.all_reduce`."""
+    """A call of ``comm`` through the operator ``operation``. Arguments as in :meth:`collogue.Communicator.all_reduce`.
+
+    The operator's results are copied into ``out``.
+    """
     scale = quant.given_scale if quant is not None else None
     tensors = getattr(torch.ops.collogue, operation).default(
         partial,
@@ -67,22 +72,27 @@ def call(
         comm,
     )
     has_residual, has_norm = residual is not None, norm is not None
-    return _output(tensors, Wanted.of(has_residual=has_residual, has_norm=has_norm, quant=quant, keep_norm=keep_norm, operation=operation))
+    wanted = Wanted.of(has_residual=has_residual, has_norm=has_norm, quant=quant, keep_norm=keep_norm, operation=operation)
+    return _output(tensors, wanted, out, call_inputs(operation, partial, residual, norm, quant))
 
 
-def gather(comm: str, shard: Output, tokens: int, quant: Quant | None) -> Output:
+def gather(comm: str, shard: Output, tokens: int, quant: Quant | None, out: Output | None = None) -> Output:
     """:meth:`collogue.Communicator.all_gather` through the operator."""
     given = (shard.reduced, shard.residual, shard.norm, shard.codes, shard.scales)
     tensors = torch.ops.collogue.all_gather.default(*given, tokens, describe(quant), getattr(quant, "smallest", 0.0), comm)
     there = [tensor is not None for tensor in given]
-    return _output(tensors, Wanted(*there))
+    return _output(tensors, Wanted(*there), out, shard_inputs(shard))
 
 
-def _output(tensors: list[Tensor], wanted: Wanted) -> Output:
-    """An operator's list as an :class:`collogue.Output`."""
+def _output(tensors: list[Tensor], wanted: Wanted, out: Output | None, given: Iterable[tuple[str, Tensor]]) -> Output:
+    """An operator's list as an :class:`collogue.Output`: ``out``, if there is one."""
     rest = iter(tensors)
     flags = (wanted.reduced, wanted.residual, wanted.norm, wanted.codes, wanted.scales)
-    return Output(*[next(rest) if flag else None for flag in flags])
+    result = Output(*[next(rest) if flag else None for flag in flags])
+    if out is None:
+        return result
+    write_traced(result, out, given)
+    return out
 
 
 def _tensors(out: Output) -> list[Tensor]:
@@ -216,17 +226,34 @@ def _fake_gather(*given: Any, **named: Any) -> list[Tensor]:
     return [*values, *_fake_codes(format, tokens, width, codes.device)]
 
 
+# ---- autograd
+
+#: What errors call the tensors that an operator's arguments begin with.
+_TENSORS = ("partial", "residual", "RMSNorm.weight")
+_GATHERED_TENSORS = tuple(f"shard.{name}" for name in OUTPUTS)
+
+
+def _refuse_grad(operator: str, tensors: tuple[str, ...], keys: Any, *given: Any) -> list[Tensor]:
+    """Refuse what an eager call refuses, tensors that require grad in grad mode, and go on below autograd."""
+    if torch.is_grad_enabled():
+        check_no_grad(*zip(tensors, given, strict=False))
+    with torch._C._AutoDispatchBelowAutograd():
+        done: list[Tensor] = getattr(torch.ops.collogue, operator).default.redispatch(keys & torch._C._after_autograd_keyset, *given)
+    return done
+
+
 _library: Any = torch.library.Library("collogue", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides]
 
 
-def _register(name: str, arguments: str, run: Any, fake: Any) -> None:
+def _register(name: str, arguments: str, tensors: tuple[str, ...], run: Any, fake: Any) -> None:
     _library.define(f"{name}({arguments}) -> Tensor[]", tags=_TAGS)
     for device in ("CPU", "CUDA"):
         _library.impl(name, run, device)
+    _library.impl(name, functools.partial(_refuse_grad, name, tensors), "Autograd", with_keyset=True)
     torch.library.register_fake(f"collogue::{name}", fake, lib=_library)
 
 
 for _operation in _SUMMING:
-    _register(_operation, ARGUMENTS, functools.partial(_run, _operation), functools.partial(_fake, _operation))
-_register("all_gather", _GATHERED, _run_gather, _fake_gather)
+    _register(_operation, ARGUMENTS, _TENSORS, functools.partial(_run, _operation), functools.partial(_fake, _operation))
+_register("all_gather", _GATHERED, _GATHERED_TENSORS, _run_gather, _fake_gather)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from samples import same
+from torch.utils.flop_counter import FlopCounterMode
 
 import collogue.flashinfer as comm
 from collogue import reference
@@ -118,6 +119,45 @@ def test_every_pattern_gives_the_contract(pattern: int, quant: Quant | None, mor
         assert returned is (out["norm_out"] if pattern in KEEPS_NORM else out["quant_out"])
 
     run_virtual(world, rank)
+
+
+@by_pattern
+def test_traced_calls_write_the_callers_memory(pattern: int, quant: Quant | None, more: dict[str, Any]) -> None:
+    """Compiled or under a dispatch mode, into memory of its own and over the inputs."""
+
+    def rank(group: VirtualGroup) -> None:
+        workspace, given = make(group), inputs(group.rank)
+        right = expected(2, given, quant)
+
+        def call(out: dict[str, torch.Tensor]) -> torch.Tensor:
+            return comm.allreduce_fusion(workspace=workspace, pattern=pattern, **given, **out, **more)
+
+        def over_inputs(given: dict[str, torch.Tensor], out: dict[str, torch.Tensor]) -> None:
+            over = {"residual_out": given["residual_in"], "norm_out": given["input"]}
+            comm.allreduce_fusion(workspace=workspace, pattern=pattern, **given, **(out | over), **more)
+
+        for wrap in (_in_a_mode, _compiled):
+            out, again = buffers(quant), {name: tensor.clone() for name, tensor in given.items()}
+            assert wrap(call)(out) is (out["norm_out"] if pattern in KEEPS_NORM else out["quant_out"])
+            check(out, right, pattern)
+            wrap(over_inputs)(again, buffers(quant))
+            assert same(again["residual_in"], right.residual)
+            assert same(again["input"], right.norm if pattern in KEEPS_NORM else given["input"])
+
+    torch._dynamo.reset()
+    run_virtual(2, rank)
+
+
+def _in_a_mode(call: Callable[..., Any]) -> Callable[..., Any]:
+    def inside(*args: Any) -> Any:
+        with FlopCounterMode(display=False):
+            return call(*args)
+
+    return inside
+
+
+def _compiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(call, backend="aot_eager")
 
 
 @by_pattern

@@ -45,9 +45,13 @@ def tensors(dtype: torch.dtype = torch.bfloat16, lead: tuple[int, ...] = (2, 3))
 # ---- models
 
 
-def llama(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def unweighted(x: torch.Tensor) -> torch.Tensor:
     wide = x.to(torch.float32)
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def llama(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return weight * unweighted(x)
 
 
 def gemma(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -197,6 +201,14 @@ def test_one_row_has_one_scale_either_way(quant: Any) -> None:
 
 
 @pytest.mark.usefixtures("comm")
+def test_a_scale_that_is_rounded_on_the_way() -> None:
+    given, scale = tensors(), torch.tensor(0.3)
+    found = compiled(lambda x, r, w, s: static(operator_norm(functional(x) + r, w), s.bfloat16().float()), *given, scale)
+    assert same_bits(found, contract(given, quant=FP8Static(scale))[1:])
+    assert "scale to bfloat16" in only_fused().roundings
+
+
+@pytest.mark.usefixtures("comm")
 @pytest.mark.parametrize("quant", [FP8PerToken(1e-6), FP8Static(0.25)], ids=["token", "number"])
 def test_quantisation_of_a_norm_left_in_float32(quant: Any) -> None:
     """Inductor's graph may lack the conversion to bfloat16 and back between norm and quantisation: the fused call rounds, and says so."""
@@ -211,6 +223,26 @@ def test_quantisation_of_a_norm_left_in_float32(quant: Any) -> None:
     fused = only_fused()
     assert fused.quant == quant.label
     assert any("(added)" in rounding for rounding in fused.roundings)
+
+
+@pytest.mark.usefixtures("comm")
+@pytest.mark.parametrize(
+    ("roundings", "norm"),
+    [
+        ([], plain),
+        (["weight to bfloat16"], lambda y, w: plain(y, w.to(y.dtype))),
+        (["weight to bfloat16"], lambda y, w: gemma(y, w.to(y.dtype))),
+        (["y * rstd to bfloat16 before the weight"], lambda y, w: (unweighted(y).float() * w).to(y.dtype)),
+        (["rstd to bfloat16"], lambda y, w: (y.float() * torch.rsqrt(y.float().square().mean(-1, True) + EPS).to(y.dtype) * w).to(y.dtype)),
+    ],
+)
+def test_roundings_around_a_weight_in_float32(roundings: list[str], norm: Callable[..., Any]) -> None:
+    """The fused call takes the weight as it is, and the report names what the model rounds on the way, also to and fro."""
+    x, r, w = given = (*tensors()[:2], torch.rand(H) + 0.5)
+    found = compiled(lambda *t: norm(functional(t[0]) + t[1], t[2]), x, r, w)
+    fused = only_fused()
+    assert same_bits(found, contract(given, offset=fused.weight_offset)[1:])
+    assert list(fused.roundings) == ["the sum to bfloat16 before the residual", *roundings]
 
 
 @pytest.mark.usefixtures("comm")
@@ -288,6 +320,25 @@ def test_float32_graph_keeps_every_bit(group: Any) -> None:
     assert same_bits([t.view(T, -1) for t in found], [y, out.codes, out.scales])  # type: ignore[list-item]
 
 
+@pytest.mark.usefixtures("comm")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_fused_model_has_the_gradients_of_its_graph(backend: str, group: Any) -> None:
+    """The pass works below autograd: what is fused is the forward graph, and the backward graph stays the model's own."""
+    x, r, w = tensors(torch.float32)
+
+    def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return operator_norm(functional(x) + r, w)
+
+    def gradients(model: Callable[..., list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+        given = [t.clone().requires_grad_() for t in (x, r, w)]
+        return torch.autograd.grad(model(*given)[0].square().sum(), given[1:])
+
+    with collogue.Communicator(group, max_tokens=T, hidden_size=H, dtype=torch.float32), torch.enable_grad():
+        found = gradients(lambda *given: compiled(model, *given, backend=backend))
+        torch.testing.assert_close(found, gradients(lambda *given: [model(*given)]))
+    assert len(collogue.compile.report().fused) == 1
+
+
 # ---- what is left alone
 
 
@@ -300,6 +351,8 @@ def test_float32_graph_keeps_every_bit(group: Any) -> None:
         ("no RMSNorm reads the sum", lambda x, r, w: torch.nn.functional.layer_norm(functional(x) + r, (H,), w)),
         ("no RMSNorm reads the sum", lambda x, r, w: llama((functional(x) + r).transpose(0, 1), w)),
         ("no RMSNorm reads the sum", lambda x, r, w: (lambda s: (s, llama(s + r, w)))(functional(x))),
+        ("added to itself", lambda x, r, w: (lambda s: llama(s + s, w))(functional(x))),
+        ("added to itself", lambda x, r, w: (lambda s: (lambda t: llama(t + t, w))(s.view(6, H)))(functional(x))),
         ("a bias?", lambda x, r, w: llama(functional(x) + w + r, w)),
         ("a number is added", lambda x, r, w: llama(functional(x) + 1.0, w)),
         ("another dtype", lambda x, r, w: operator_norm(functional(x) + r.float(), w.float())),
@@ -318,6 +371,35 @@ def test_near_misses_are_left_alone_and_explained(reason: str, model: Callable[.
     for a, b in zip(found, tree_leaves(model(*given)), strict=True):
         torch.testing.assert_close(a, b)
     assert reason in only_missed()
+
+
+@pytest.mark.usefixtures("comm")
+@pytest.mark.parametrize(
+    ("reason", "model"),
+    [
+        ("row by row", lambda y, w: ((lambda z: z * torch.rsqrt(z.pow(2).mean(-1) + EPS))(y.float()) * w).to(y.dtype)),
+        ("no weight of [H]", lambda y, w: torch.nn.functional.rms_norm(y, (H,), None, EPS) * w[:, None]),
+    ],
+)
+def test_what_lies_along_columns_is_no_norm_of_rows(reason: str, model: Callable[..., Any], group: Any) -> None:
+    """With as many rows as columns a vector fits both ways."""
+    with collogue.Communicator(group, max_tokens=H, hidden_size=H):
+        given = tensors(lead=(H,))
+        found = compiled(lambda x, r, w: model(functional(x) + r, w), *given)
+    torch.testing.assert_close(found, [model(given[0] + given[1], given[2])])
+    assert reason in only_missed()
+
+
+@pytest.mark.usefixtures("comm")
+def test_scales_along_columns_are_not_per_token(group: Any) -> None:
+    def quantise(n: torch.Tensor) -> torch.Tensor:
+        return (n.float() / (n.abs().amax(-1).float() / 448.0).clamp(min=1e-6)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+    with collogue.Communicator(group, max_tokens=H, hidden_size=H):
+        given = tensors(lead=(H,))
+        found = compiled(lambda x, r, w: quantise(operator_norm(functional(x) + r, w)), *given)
+        assert same_bits(found, [quantise(contract(given)[1])])
+    assert only_fused().quant == "none"
 
 
 def in_float(x: torch.Tensor) -> torch.Tensor:

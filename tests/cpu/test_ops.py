@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from ranks import HIDDEN_SIZE, arguments, check_works, communicator
 from samples import every_format
+from torch.utils.flop_counter import FlopCounterMode
 
 import collogue
-from collogue import FP8Group, FP8PerToken, FP8Static, Output, RMSNorm, ops, registry
-from collogue.errors import CaptureError, ClosedError
-from collogue.quant import Quant
+from collogue import NVFP4, FP8Group, FP8PerToken, FP8Static, Output, RMSNorm, ops, registry
+from collogue.errors import (
+    ArgumentError,
+    CaptureError,
+    ClosedError,
+    CollogueError,
+    DeviceError,
+    DTypeError,
+    GradError,
+    LayoutError,
+    OverlapError,
+    ShapeError,
+)
+from collogue.formats import scale_storage
+from collogue.quant import Quant, describe
+from collogue.spec import Operation
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 
@@ -132,6 +146,163 @@ def test_tokens_may_be_symbolic(comm: collogue.Communicator) -> None:
             expected = collogue.reference.all_reduce([partial], norm=norm, quant=FP8PerToken())
             assert not differing(compare(compiled(partial), expected)), tokens
     assert len(compiled_for) == 1
+
+
+# ---- outputs of the caller's
+
+
+def traced(how: str, step: Callable[..., Any], *args: Any) -> Any:
+    """``step(*args)`` under a dispatch mode, compiled whole, or compiled with breaks."""
+    if how == "mode":
+        with FlopCounterMode(display=False):
+            return step(*args)
+    torch._dynamo.reset()
+    return torch.compile(step, backend=how.removesuffix(" in parts"), fullgraph=not how.endswith("in parts"))(*args)
+
+
+def poisoned(out: Output) -> Output:
+    for name, tensor in out.items():
+        (scale_storage(tensor) if name == "scales" else tensor.view(torch.uint8)).fill_(0x5A)
+    return out
+
+
+HOW = pytest.mark.parametrize("how", ["mode", "aot_eager", "inductor"])
+
+
+@HOW
+@pytest.mark.parametrize("quant", [None, FP8Static(0.5), NVFP4(400.0, "8x4"), FP8Group(32, layout="column")], ids=describe)
+def test_traced_calls_write_out(comm: collogue.Communicator, quant: Quant | None, how: str) -> None:
+    """With the residual in place, and what reads the outputs afterwards."""
+    given = arguments(0)
+    wanted = {"norm": given["norm"], "quant": quant, "keep_norm": quant is not None}
+    out = poisoned(comm.empty(4, residual=True, **wanted))
+    out.residual = given["residual"].clone()
+
+    def step(partial: torch.Tensor, out: Output, weight: torch.Tensor) -> tuple[Output, torch.Tensor]:
+        given = wanted | {"norm": RMSNorm(weight)}
+        returned = comm.all_reduce(partial, residual=out.residual, **given, out=out)
+        return returned, returned.residual + out.norm
+
+    with torch.no_grad():
+        expected = comm.all_reduce(given["partial"], residual=given["residual"], **wanted)
+        returned, read = traced(how, step, given["partial"], out, given["norm"].weight)
+    assert returned is out
+    assert not differing(compare(out, expected))
+    assert torch.equal(read, expected.residual + expected.norm)
+
+
+@HOW
+def test_the_other_traced_calls_write_out(comm: collogue.Communicator, how: str) -> None:
+    given, quant = arguments(0), FP8PerToken()
+    partial, shard, norm = given.values()
+
+    def step(partial: torch.Tensor, shard: torch.Tensor, weight: torch.Tensor, *outs: Output) -> tuple[Output, ...]:
+        wanted = {"norm": RMSNorm(weight), "quant": quant}
+        whole = comm.all_reduce(partial, residual=shard, **wanted, sharded=True, out=outs[0])
+        part = comm.reduce_scatter(partial, residual=shard, **wanted, out=outs[1])
+        return whole, part, comm.all_gather(part, 4, quant=quant, out=outs[2]), comm.finish(partial, **wanted, out=outs[3])
+
+    def fresh(operation: Operation) -> Output:
+        return poisoned(comm.empty(4, residual=operation != "finish", norm=operation != "all_gather", quant=quant, operation=operation))
+
+    operations: list[Operation] = ["sharded", "reduce_scatter", "all_gather", "finish"]
+    outs, expected = (list(map(fresh, operations)) for _ in range(2))
+    with torch.no_grad():
+        step(partial, shard, norm.weight, *expected)
+        returned = traced(how, step, partial, shard, norm.weight, *outs)
+    for out, right, given_back in zip(outs, expected, returned, strict=True):
+        assert given_back is out
+        assert not differing(compare(out, right))
+
+
+@pytest.mark.parametrize("how", ["mode", "aot_eager in parts", "inductor in parts"])
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+def test_padding_of_scales_is_written_outside_of_graphs(comm: collogue.Communicator, scale_format: Any, how: str) -> None:
+    given, quant = arguments(0, 5), FP8Group(32, scale_format, "column")
+    out = poisoned(comm.empty(5, quant=quant))
+
+    def step(partial: torch.Tensor, out: Output) -> Output:
+        return comm.all_reduce(partial, quant=quant, out=out)
+
+    with torch.no_grad():
+        expected = step(given["partial"], poisoned(comm.empty(5, quant=quant)))
+        assert traced(how, step, given["partial"], out) is out
+        assert not differing(compare(out, expected))
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+            traced("aot_eager", step, given["partial"], out)
+        short = scale_storage(expected.scales)[:-4].clone().view(expected.scales.dtype)
+        out.scales = short.as_strided(expected.scales.shape, expected.scales.stride())
+        with pytest.raises(LayoutError, match=r"out\.scales needs .* bytes with its padding"):
+            traced(how, step, given["partial"], out)
+
+
+MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], Any], type[CollogueError], str]] = {
+    "no Output": (lambda given: given["partial"], ArgumentError, "out is a Tensor"),
+    "a missing norm": (lambda given: Output(residual=torch.empty_like(given["residual"])), ShapeError, r"out holds \['residual'\]"),
+    "too few rows": (lambda given: outputs(given, norm=given["partial"][1:].clone()), ShapeError, r"out\.norm has shape \[3, 64\]"),
+    "a wide dtype": (lambda given: outputs(given, norm=given["partial"].float()), DTypeError, r"out\.norm has dtype torch\.float32"),
+    "columns": (lambda given: outputs(given, norm=torch.empty(64, 4).bfloat16().t()), LayoutError, r"out\.norm has strides \(1, 4\)"),
+    "no memory": (lambda given: outputs(given, norm=torch.empty_like(given["partial"], device="meta")), DeviceError, "out.norm is on meta"),
+    "the partial": (lambda given: outputs(given, norm=given["partial"]), OverlapError, r"out\.norm shares memory with partial"),
+    "one for two": (lambda given: outputs(given, norm=given["residual"]), OverlapError, r"out\.norm shares memory with residual"),
+    "two in one": (
+        lambda given: outputs(given, **dict.fromkeys(("residual", "norm"), given["partial"].clone())),
+        OverlapError,
+        "out.residual",
+    ),
+}
+
+
+def outputs(given: dict[str, Any], **changed: torch.Tensor) -> Output:
+    return Output(**({"residual": given["residual"], "norm": torch.empty_like(given["partial"])} | changed))
+
+
+@pytest.mark.parametrize("how", ["mode", "eager in parts"])
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_outputs_are_refused_when_traced(comm: collogue.Communicator, case: str, how: str) -> None:
+    make, error, message = MALFORMED[case]
+    given = arguments(0)
+    with torch.no_grad(), pytest.raises(error, match=message):
+        traced(how, lambda given, out: comm.all_reduce(**given, out=out), given, make(given))
+    check_works(comm)
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("name", ["partial", "residual", "RMSNorm.weight"])
+def test_what_requires_grad_is_refused_when_compiled(comm: collogue.Communicator, name: str, backend: str) -> None:
+    given = [t.clone().requires_grad_(n == name) for n, t in named(arguments(0)).items()]
+
+    def step(partial: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Output:
+        return comm.all_reduce(partial, residual=residual, norm=RMSNorm(weight))
+
+    compiled = torch.compile(step, backend=backend)
+    with pytest.raises((GradError, RuntimeError), match=rf"(?s){name} requires grad.*hint: call under torch.inference_mode"):
+        compiled(*given)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out = compiled(*given)
+            assert not differing(compare(out, step(*given)))
+            assert not out.residual.requires_grad
+
+
+def named(given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Tensors of a call, by the names that errors give them."""
+    return {"partial": given["partial"], "residual": given["residual"], "RMSNorm.weight": given["norm"].weight}
+
+
+def test_operators_refuse_what_requires_grad(comm: collogue.Communicator) -> None:
+    given = list(operands(comm, None))
+    for place, name in enumerate(named(arguments(0))):
+        changed = [t.clone().requires_grad_() if i == place else t for i, t in enumerate(given)]
+        with pytest.raises(GradError, match=f"{name} requires grad"):
+            torch.ops.collogue.all_reduce(*changed)
+        with torch.no_grad():
+            assert not any(t.requires_grad for t in torch.ops.collogue.all_reduce(*changed))
+    with pytest.raises(GradError, match=r"shard\.norm requires grad"):
+        torch.ops.collogue.all_gather(None, given[1], given[0].clone().requires_grad_(), None, None, 4, "none", 0.0, comm.name)
 
 
 def test_eager_calls_bypass_the_dispatcher(comm: collogue.Communicator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import collogue
 from collogue import FP8PerToken, reference
 from collogue.demo.weights import read_model
 from collogue.errors import ArgumentError, ShapeError
-from collogue.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear
+from collogue.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear, finish
 from collogue.parallel import FOUR_NORMS, TWO_NORMS
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.processes import run_processes
@@ -151,6 +151,39 @@ def test_a_norm_is_handed_over_once_and_to_its_stream() -> None:
         norm.hand_over(stream, normed)
         assert torch.equal(norm(other), reference.rms_norm(other, norm.description))
         assert torch.equal(norm(stream), expected)
+
+    run_virtual(1, rank)
+
+
+def test_a_stream_that_was_changed_in_place_is_normed_again() -> None:
+    """As by a forward hook between the layers. In inference mode PyTorch counts no changes, and the result is handed over."""
+
+    def rank(group: VirtualGroup) -> None:
+        comm = communicator(group)
+        norm = FusedRMSNorm(torch.rand(HIDDEN_SIZE).bfloat16(), comm)
+        given = arguments(0)
+        partial, residual = given["partial"].view(2, 2, HIDDEN_SIZE), given["residual"].view(2, 2, HIDDEN_SIZE)
+        for mode in (torch.no_grad(), torch.inference_mode()):
+            with mode:
+                out = finish(comm, partial, residual=residual, norm=norm, hand_over=True)
+                assert norm(out.residual) is out.norm
+        with torch.no_grad():
+            out = finish(comm, partial, residual=residual, norm=norm, hand_over=True)
+            out.residual += 1.0
+            expected = reference.rms_norm(out.residual.view(4, HIDDEN_SIZE), norm.description)
+            assert torch.equal(norm(out.residual).view(4, HIDDEN_SIZE), expected)
+
+    run_virtual(1, rank)
+
+
+def test_what_is_handed_over_must_be_there() -> None:
+    def rank(group: VirtualGroup) -> None:
+        comm, given = communicator(group), arguments(0)
+        norm = FusedRMSNorm(given["norm"].weight, comm)
+        with pytest.raises(ArgumentError, match=r"no norm to hand over\nhint: pass keep_norm=True"):
+            finish(comm, given["partial"], norm=norm, quant=FP8PerToken(), hand_over=True)
+        out = finish(comm, given["partial"], norm=norm, quant=FP8PerToken(), keep_norm=True, hand_over=True)
+        assert norm(out.residual) is out.norm
 
     run_virtual(1, rank)
 

@@ -37,6 +37,11 @@ def value(node: object) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) else None
 
 
+def short(dtype: torch.dtype) -> str:
+    """``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def equal(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal. Adds no guard."""
     return a is b or bool(statically_known_true(a == b))
@@ -59,10 +64,11 @@ def source(node: Node) -> Node | None:
         return None
     # Rows stay rows. A statistic has one number a row, in whatever shape.
     rows = not old.ndim or not new.ndim or equal(old.shape[-1], new.shape[-1])
-    return before if rows or _is_column(old) or _is_column(new) else None
+    return before if rows or is_column(old) or is_column(new) else None
 
 
-def _is_column(tensor: torch.Tensor) -> bool:
+def is_column(tensor: torch.Tensor) -> bool:
+    """Whether each row has one number."""
     return tensor.ndim > 0 and equal(tensor.shape[-1], 1)
 
 
@@ -74,6 +80,18 @@ def root(node: object) -> Any:
             break
         node = before
     return node
+
+
+def rounded(what: str, node: object) -> list[str]:
+    """The conversions from the :func:`root` of ``node`` to ``node`` that round, as the report names them."""
+    if not isinstance(node, Node):
+        return []
+    before = source(node)
+    old, new = value(before), value(node)
+    if before is None or old is None or new is None:
+        return []
+    narrows = torch.promote_types(old.dtype, new.dtype) != new.dtype
+    return [*rounded(what, before), *([f"{what} to {short(new.dtype)}"] if narrows else [])]
 
 
 def readers(node: Node) -> Iterator[tuple[Node, Node]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -17,6 +17,7 @@ from collogue.fusion.graph import (
     along_rows,
     aten,
     equal,
+    is_column,
     is_product,
     is_sum,
     names,
@@ -25,7 +26,9 @@ from collogue.fusion.graph import (
     readers,
     reciprocal_of,
     root,
+    rounded,
     same_shape,
+    short,
     source,
     value,
 )
@@ -93,7 +96,7 @@ def _written_out(stream: Node, square: Node, why: list[str]) -> Iterator[Norm]:
         if mean.target is not aten.mean.dim or not along_rows(mean):
             continue
         if squared is not None and squared.dtype != torch.float32:
-            why.append(f"the mean square is taken in {_name(squared.dtype)}, not in float32")
+            why.append(f"the mean square is taken in {short(squared.dtype)}, not in float32")
             continue
         for plus, operand in readers(mean):
             eps = number(other_operand(plus, operand)) if is_sum(plus) else None
@@ -121,30 +124,31 @@ def _scaled(stream: Node, rstd: Node, eps: float, why: list[str]) -> Iterator[No
     for scaled, operand in readers(rstd):
         if not is_product(scaled) or root(other_operand(scaled, operand)) is not root(stream):
             continue
-        rows, result = value(other_operand(scaled, operand)), value(scaled)
-        if rows is None or result is None or not same_shape(rows, result) or result.dtype != torch.float32:
+        rows, column, result = value(other_operand(scaled, operand)), value(operand), value(scaled)
+        one_by_one = rows is not None and column is not None and result is not None and is_column(column) and same_shape(rows, result)
+        if not one_by_one or _dtype(scaled) != torch.float32:
             why.append("y * rstd is not taken row by row in float32")
             continue
+        roundings = [*rounded("y", other_operand(scaled, operand)), *rounded("rstd", operand)]
         unweighted = True
         for product, factor in readers(scaled):
             if is_product(product):
                 unweighted = False
                 found = _weighted(stream, product, factor, eps, why)
                 if found is not None:
-                    yield found
+                    yield replace(found, roundings=(*roundings, *found.roundings))
         if unweighted:
             why.append("the norm has no weight")
 
 
 def _weighted(stream: Node, product: Node, factor: Node, eps: float, why: list[str]) -> Norm | None:
-    rows, result, scaled = value(stream), value(product), value(factor)
+    rows, result = value(stream), value(product)
     weight = _weight(other_operand(product, factor), rows)
-    if weight is None or rows is None or result is None or scaled is None or not equal(result.numel(), rows.numel()):
+    if weight is None or rows is None or result is None or not equal(result.numel(), rows.numel()):
         why.append("y * rstd is multiplied by something that is no weight of [H]")
         return None
     node, offset, roundings = weight
-    if scaled.dtype != torch.float32:
-        roundings = [f"y * rstd to {_name(scaled.dtype)} before the weight", *roundings]
+    roundings = [*(f"{rounding} before the weight" for rounding in rounded("y * rstd", factor)), *roundings]
     if result.dtype == rows.dtype:
         return Norm((product,), product, node, eps, offset, tuple(roundings))
     results = [name for name in names(product) if _dtype(name) == rows.dtype and _dtype(source(name)) == result.dtype]
@@ -153,29 +157,27 @@ def _weighted(stream: Node, product: Node, factor: Node, eps: float, why: list[s
 
 def _weight(operand: object, rows: torch.Tensor | None) -> tuple[Node, float, list[str]] | None:
     """The weight vector behind an operand, and the offset that is added to it."""
-    node, offset, roundings = root(operand), 0.0, list[str]()
+    taken, node, offset, roundings = value(operand), root(operand), 0.0, list[str]()
     if isinstance(node, Node) and is_sum(node):
         first, second = node.args
         plus = number(second) if number(second) is not None else number(first)
         summed = value(node)
         if plus is None or summed is None:
             return None
+        roundings = rounded(f"weight + {plus:g}", operand)
         if summed.dtype != torch.float32:
-            roundings.append(f"weight + {plus:g} to {_name(summed.dtype)}")
-        node, offset = root(first if number(second) is not None else second), plus
+            roundings.append(f"weight + {plus:g} to {short(summed.dtype)}")
+        operand, offset = first if number(second) is not None else second, plus
+        node = root(operand)
     held = value(node)
-    if held is None or rows is None or held.ndim == 0:
+    if held is None or taken is None or rows is None or held.ndim == 0 or taken.ndim == 0:
         return None
-    width = rows.shape[-1]
-    if not (equal(held.shape[-1], width) and equal(held.numel(), width) and held.dtype in (rows.dtype, torch.float32)):
+    along = all(equal(size, rows.shape[-1]) for size in (taken.shape[-1], held.shape[-1], held.numel()))
+    if not along or held.dtype not in (rows.dtype, torch.float32):
         return None
-    return node, offset, roundings
+    return node, offset, [*rounded("weight", operand), *roundings]
 
 
 def _dtype(node: object) -> torch.dtype | None:
     found = value(node)
     return None if found is None else found.dtype
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

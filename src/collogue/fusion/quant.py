@@ -18,6 +18,7 @@ from collogue.fusion.graph import (
     along_rows,
     aten,
     equal,
+    is_column,
     is_product,
     is_quotient,
     number,
@@ -25,6 +26,8 @@ from collogue.fusion.graph import (
     readers,
     reciprocal_of,
     root,
+    rounded,
+    short,
     value,
 )
 from collogue.fusion.norm import Norm
@@ -95,10 +98,10 @@ def _scale(scaled: Node, operand: Node, codes: Node, bounded: bool, normed: set[
     factor = scaled.args[1] if divides else other_operand(scaled, operand)
     behind = None if divides else reciprocal_of(factor)
     divisor = factor if divides else behind
-    roundings = []
+    roundings = rounded("scale", divisor) if divides else [*rounded("scale", behind), *rounded("1 / scale", factor)]
     computed = value(scaled)
     if computed is not None and computed.dtype != torch.float32:
-        roundings.append(f"n / scale to {str(computed.dtype).removeprefix('torch.')}")
+        roundings.append(f"n / scale to {short(computed.dtype)}")
     constant = number(factor)
     if constant is not None:
         if not bounded:
@@ -113,7 +116,7 @@ def _scale(scaled: Node, operand: Node, codes: Node, bounded: bool, normed: set[
     of_rows: list[str] = []
     if divisor is not None:  # first: one row has one scale, too
         turned = [] if divides else ["n * (1 / scale) becomes n / scale"]
-        found = _per_token(root(divisor), codes, normed, [*roundings, *turned], of_rows)
+        found = _per_token(root(divisor), held, codes, normed, [*roundings, *turned], of_rows)
         if found is not None:
             return found
     if not equal(held.numel(), 1):
@@ -132,8 +135,10 @@ def _scale(scaled: Node, operand: Node, codes: Node, bounded: bool, normed: set[
     return Quantised(codes, divisor=node, inverted=divisor is None, roundings=tuple(roundings))
 
 
-def _per_token(scales: Node, codes: Node, normed: set[Node], roundings: list[str], why: list[str]) -> Quantised | None:
-    """Walk back from the scales to the amax: ``scale = max(gain * amax, smallest)``."""
+def _per_token(
+    scales: Node, factor: torch.Tensor, codes: Node, normed: set[Node], roundings: list[str], why: list[str]
+) -> Quantised | None:
+    """Walk back from the scales, which multiply or divide as ``factor``, to the amax: ``scale = max(gain * amax, smallest)``."""
     held = value(scales)
     if held is None or held.dtype != torch.float32:
         why.append("the FP8 scales are not float32")
@@ -154,7 +159,7 @@ def _per_token(scales: Node, codes: Node, normed: set[Node], roundings: list[str
         node = root(node.args[0])
         if not isinstance(node, Node):
             return None
-    if _amax_of(node) not in normed or abs(gain * E4M3_MAX - 1.0) > 1e-6:
+    if not is_column(factor) or _amax_of(node) not in normed or abs(gain * E4M3_MAX - 1.0) > 1e-6:
         why.append("the FP8 scales are not amax / 448 of the norm's rows")
         return None
     if not 2.0**-126 <= smallest <= 1.0:

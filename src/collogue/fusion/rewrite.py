@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from collogue import registry
 from collogue.communicator import Communicator
 from collogue.fusion.build import call_operator, item
-from collogue.fusion.graph import aten, equal, is_sum, other_operand, readers, same_shape, value
+from collogue.fusion.graph import aten, equal, is_sum, other_operand, readers, root, same_shape, short, value
 from collogue.fusion.norm import Norm, find_norm
 from collogue.fusion.quant import Quantised, find_quant
 from collogue.fusion.report import Fused, Missed, Report
@@ -80,7 +80,7 @@ def _communicator(reduce: Node) -> Communicator:
         raise NotFused("it reduces no rows of bfloat16, float16 or float32")
     if not isinstance(partial.shape[-1], int):
         raise NotFused("the hidden size is not fixed in the graph; instead of dynamic=True, mark the token dimensions by mark_dynamic")
-    width, dtype = partial.shape[-1], str(partial.dtype).removeprefix("torch.")
+    width, dtype = partial.shape[-1], short(partial.dtype)
     comm = registry.of_group(group, partial.dtype, width) if isinstance(group, str) and width % 8 == 0 else None
     if comm is None:
         raise NotFused(
@@ -99,6 +99,8 @@ def _stream(wait: Node) -> tuple[Node, Node | None]:
     other, summed, own = value(added), value(add), value(operand)
     if other is None or summed is None or own is None or reduced is None:
         raise NotFused("a number is added to the sum")
+    if root(added) is wait:
+        raise NotFused("the sum is added to itself")
     if not same_shape(other, own):
         raise NotFused(f"what is added to the sum has shape {list(other.shape)} (a bias?); add it to one rank's partial instead")
     if not other.dtype == own.dtype == summed.dtype == reduced.dtype:
@@ -226,9 +228,9 @@ def _describe(found: Boundary, label: str) -> Fused:
     assert rows is not None
     roundings = [*found.norm.roundings, *(found.quant.roundings if found.quant is not None else ())]
     if found.residual is not None and rows.dtype != torch.float32:
-        roundings.insert(0, f"the sum to {str(rows.dtype).removeprefix('torch.')} before the residual")
+        roundings.insert(0, f"the sum to {short(rows.dtype)} before the residual")
     if not found.norm.results:  # Inductor may take a conversion and the one back out of the graph
-        roundings.append(f"the norm to {str(rows.dtype).removeprefix('torch.')} before its quantisation (added)")
+        roundings.append(f"the norm to {short(rows.dtype)} before its quantisation (added)")
     return Fused(
         where=_where(found.reduce),
         comm=found.comm.name,
