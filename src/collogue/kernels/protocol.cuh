@@ -163,8 +163,8 @@ struct Ranks {
   // What the call before has left; everything where a bit of that has been turned over. All threads of the grid together, while they
   // would wait anyway.
   COLLOGUE_DEVICE void clean(u32 thread, u32 threads) const {
-    const u32 left = call % 2 ? head.w[3] & 0xffffu : head.w[3] >> 16, units = left & 0x7fffu;
-    const u32 bytes = ones(left) % 2 || units * kLeftUnit > p.one_shot_bytes ? p.one_shot_bytes : units * kLeftUnit;
+    const u32 left = call % 2 ? head.w[3] & 0xffffu : head.w[3] >> 16;
+    const u32 units = (left & 0x7fffu) | ones(left) % 2 << 15, bytes = smaller(units * kLeftUnit, p.one_shot_bytes);
     u8* const first = own + kDataOffset + (call - 1) % kOneShotGenerations * p.one_shot_bytes;
 #pragma unroll 1
     for (u32 at = thread * 16; at < bytes; at += threads * 16) store(first + at, Words{{D::kSentinel, D::kSentinel, D::kSentinel, D::kSentinel}});
@@ -295,11 +295,11 @@ struct Ranks {
 
   // ---- failing
 
-  // This warp has found a fault. The rank's other warps must not wait for a whole timeout each; the other ranks hear of it at the end
-  // of the kernel, by report(): what stands in every wait is in the way of every call.
+  // This warp has found a fault. Where warps wait more than once, they must not do so for a whole timeout each. The other ranks hear of
+  // it at the end of the kernel, by report(): what stands in every wait is in the way of every call.
   COLLOGUE_DEVICE void stop(u32 fault) {
     stopped = kFoundHere | fault << 8;
-    store_word_to_peer(&control()->stop, fault << 8 | (p.rank + 1));
+    if constexpr (C::kLoop) store_word_to_peer(&control()->stop, fault << 8 | (p.rank + 1));
   }
   // At the end of a kernel that stopped. Who found the fault leaves on every rank what it has found, and tells it to stop. Once per
   // communicator somebody fills the failure record.

@@ -27,6 +27,7 @@ COLLOGUE_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 COLLOGUE_DEVICE float reciprocal(float x) { return __frcp_rn(x); }  // 1 / x, correctly rounded
 COLLOGUE_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
+COLLOGUE_DEVICE u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 COLLOGUE_DEVICE u32 ones(u32 x) { return static_cast<u32>(__popc(x)); }
 
 COLLOGUE_DEVICE u32 thread_index() { return threadIdx.x; }

@@ -56,6 +56,7 @@ inline float square_root(float x) { return std::sqrt(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
+inline u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 inline u32 ones(u32 x) { return static_cast<u32>(__builtin_popcount(x)); }
 
 inline u32 thread_index() { return self().thread; }
