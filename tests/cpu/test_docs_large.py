@@ -13,7 +13,7 @@ def test_tables_equal_the_json() -> None:
     runs = json.loads((ROOT / "benchmarks/results/large-steps-2xh200.json").read_text())["runs"]
     text = (ROOT / "docs/large.md").read_text()
     tables = re.findall(r"<!-- (.+?) -->\n((?:\|.*\n)+)", text)
-    assert len(tables) == 11
+    assert len(tables) == 14
     for run, table in tables:
         for row in table.splitlines()[2:]:
             tokens, *cells = (cell.strip() for cell in row.strip("|").split("|"))
@@ -26,3 +26,7 @@ def test_registers_and_instructions_equal_the_json() -> None:
     before, reader = kernel["next-call-before"], kernel["reader"]
     text = f"{reader['registers']} registers and {reader['instructions']} instructions, where the first had "
     assert text + f"{before['registers']} and {before['instructions']}" in (ROOT / "docs/large.md").read_text()
+    owners = json.loads((ROOT / "benchmarks/results/large-steps-2xh200.json").read_text())["runs"]["worked out once"]["instructions"]
+    text = (ROOT / "docs/large.md").read_text()
+    assert f"kernel's {owners['before']} instructions" in text
+    assert f"once ({owners['after']} instructions)" in text
