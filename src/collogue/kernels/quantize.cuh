@@ -161,7 +161,7 @@ struct Quantizer {
     return amax;
   }
 
-  // ---- padding of the scale tensor: written every time, by all threads of the grid together
+  // ---- padding of the scale tensor: written every time, by all threads of the grid together, whose number is a multiple of 32
 
   COLLOGUE_DEVICE void pad(u32 thread, u32 threads, u32 tokens) const {
     if constexpr (kScaleBytes && C::kLayout != Layout::kLinear) {
@@ -175,10 +175,11 @@ struct Quantizer {
       if (tokens % 128 == 0) return;
       const u32 tiles = (groups() + 3) / 4, last = tokens / 128, used = tokens % 128;
       u8* const tile = p.scales + static_cast<u64>(last) * tiles * 512;
+      const u32 row = thread % 32;
+      u8* chunk = tile + thread * 16;  // of rows `row`, + 32, + 64, + 96
 #pragma unroll 1
-      for (u32 i = thread; i < tiles * 32; i += threads) {
-        u8* const chunk = tile + i * 16;  // of rows i % 32, + 32, + 64, + 96
-        const u32 row = i % 32;
+      for (u32 i = thread; i < tiles * 32; i += threads, chunk += threads * 16) {
+        compute_now(chunk);
         if (row >= used) store(chunk, Words{{0, 0, 0, 0}});
 #pragma unroll
         for (u32 j = 1; j < 4; j++)
@@ -187,10 +188,10 @@ struct Quantizer {
     } else if constexpr (kScaleBytes && C::kLayout == Layout::k8x4) {
       const u32 tiles = (groups() + 3) / 4, last = tokens / 8, used = tokens % 8;
       if (used == 0) return;
+      if (thread % 8 < used) return;
       u8* const tile = p.scales + static_cast<u64>(last) * tiles * 32;
 #pragma unroll 1
-      for (u32 i = thread; i < tiles * 8; i += threads)
-        if ((i & 7u) >= used) store_word(tile + i * 4, 0u);
+      for (u32 i = thread; i < tiles * 8; i += threads) store_word(tile + i * 4, 0u);
     } else if constexpr (C::kLayout == Layout::kColumn) {
       const u32 columns = kFormat == Format::kFP8GroupE8M0 ? (groups() + 3) / 4 : groups(), missing = p.column_stride - tokens;
 #pragma unroll 1
