@@ -11,7 +11,7 @@ import torch
 
 from collogue import jit
 from collogue.call import Call
-from collogue.errors import NotPrepared
+from collogue.errors import ClosedError, NotPrepared
 from collogue.exclusive import Exclusive
 from collogue.formats import scale_storage
 from collogue.group import Group
@@ -63,6 +63,8 @@ class KernelEngine:
 
     def _make_ready(self, signature: Signature) -> _Ready:
         if signature not in self._ready:
+            if self.workspace is None and self.topology.world_size > 1:  # another thread has closed it meanwhile
+                raise ClosedError("the communicator is closed", hint="make a new collogue.Communicator")
             self._ready[signature] = self._build(signature.request)
         return self._ready[signature]
 
@@ -105,7 +107,8 @@ class KernelEngine:
     # ---- running
 
     def run(self, call: Call, out: Output | None) -> Output:
-        with self._in_use:
+        self._in_use.acquire()  # not `with`: a third of a microsecond
+        try:
             if self._debug or (self.workspace is not None and self.workspace.failed):
                 self.check()
             ready = self._ready.get(call.signature)
@@ -119,6 +122,8 @@ class KernelEngine:
             else:
                 self._launch(ready, call, out)
             return out
+        finally:
+            self._in_use.release()
 
     def _follow(self, stream: int) -> None:
         """Calls use one workspace in turn: on another stream than the last call's, wait for what was queued there."""

@@ -13,15 +13,20 @@ class Exclusive:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.release = self._lock.release
 
-    def __enter__(self) -> None:
+    def acquire(self) -> None:
+        """Raises :class:`ConcurrentUseError`."""
         if not self._lock.acquire(blocking=False):
             raise ConcurrentUseError(
                 "another thread is using this communicator", hint="make one communicator for each thread, or use a lock"
             )
 
+    def __enter__(self) -> None:
+        self.acquire()
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._lock.release()
+        self.release()
 
     def wait(self) -> threading.Lock:
         """For ``with``: whoever wants in waits."""

@@ -32,8 +32,10 @@ def finder_of(stop: int, world: int) -> int | None:
 
 def noted(record: Record, notes: Sequence[tuple[int, int]], world: int) -> Record:
     """``record`` of a rank that was stopped, with what the rank that stopped it has found: call, token, stage and late rank."""
+    if record["fault"] == 0:
+        return record
     call, what = notes[record["rank"]]
-    if record["fault"] == 0 or what == 0 or (what - 1) & 0xF >= world or (what - 1) >> 4 & 0xF >= len(STAGES):
+    if what == 0 or (what - 1) & 0xF >= world or (what - 1) >> 4 & 0xF >= len(STAGES):
         return record
     what -= 1
     return record | {"late_rank": what & 0xF, "call": call, "token": what >> 8, "stage": what >> 4 & 0xF}

@@ -101,11 +101,17 @@ def _text(entry: bytes) -> str:
         f"hidden_size={hidden}",
         f"dtype={str(dtype).removeprefix('torch.')}",
     ]
-    parts += ["residual"] * residual + [f"norm(eps={eps:g}, weight_offset={offset:g})"] * norm
+    parts += ["residual"] * residual + [f"norm(eps={_shortest(eps)}, weight_offset={_shortest(offset)})"] * norm
     parts += ["weight in float32"] * (wide and norm)
     if quant:
         extra = [_LAYOUT_NAMES[layout]] + [f"group {group}"] * (group > 0) + ["ceil"] * ceil
-        extra += [f"smallest {smallest:.3g}"] * (smallest > 0)
+        extra += [f"smallest {smallest:.4g}"] * (smallest > 0)
         parts.append(f"quant={_NAMES[quant]} ({', '.join(extra)})")
     parts += ["keep_norm"] * (keep_norm and quant > 0) + [f"from row {first}"] * (first > 0)
     return ", ".join(parts)
+
+
+def _shortest(value: float) -> str:
+    """The fewest digits that name this float32: values that differ have texts that differ."""
+    texts = (f"{value:.{digits}g}" for digits in range(1, 10))
+    return next((text for text in texts if struct.pack("<f", float(text)) == struct.pack("<f", value)), f"{value:g}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
+import torch
+
 from collogue.errors import ArgumentError
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether ``value`` is a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether ``value`` is a whole number, or stands for one in a graph that is traced."""
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

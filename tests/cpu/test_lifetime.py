@@ -18,7 +18,7 @@ from collogue import cuda
 from collogue.cpu import ReferenceEngine
 from collogue.cuda import KernelEngine
 from collogue.engines import sglang, vllm
-from collogue.errors import CollectiveTimeout, ConcurrentUseError
+from collogue.errors import ClosedError, CollectiveTimeout, ConcurrentUseError
 from collogue.flashinfer import workspace
 from collogue.spec import Output
 from collogue.testing import VirtualGroup, run_virtual
@@ -155,6 +155,25 @@ def test_a_captured_communicator_lives_until_it_is_closed(monkeypatch: pytest.Mo
     gc.collect()
     assert alive() is None
     assert launched == [7, 7]
+
+
+def test_a_workspace_that_is_destroyed_closes_its_communicators() -> None:
+    """Captured or not: nothing else keeps the memory."""
+
+    def rank(group: VirtualGroup) -> bool:
+        made = workspace.TRTLLMAllReduceFusionWorkspace(1, 0, 8, 64, torch.bfloat16, group=group)
+        comm = made.communicator(4, 64, torch.bfloat16)
+        made.destroy()
+        return comm._engine is None
+
+    assert run_virtual(1, rank) == [True]
+
+
+def test_a_call_that_comes_behind_close_is_refused() -> None:
+    engine = kernel_engine()
+    engine.topology = Topology(2, 8, 64, torch.bfloat16, "sm_90a", 132, 1)
+    with pytest.raises(ClosedError):
+        engine.prepare(["a call"])  # type: ignore[list-item]
 
 
 # ---- looking

@@ -224,11 +224,11 @@ def test_every_fault_says_who_sees_what() -> None:
     from collogue import errors
 
     names = [fault.name for fault in faults.FAULTS]
-    assert len(set(names)) == len(names) == 25
+    assert len(set(names)) == len(names) == 27
     for fault in faults.FAULTS:
         assert all(hasattr(errors, name) for name in (*fault.others, *fault.culprit))
         assert fault.others or fault.culprit
-    assert [fault.last for fault in faults.FAULTS] == [False] * 23 + [True] * 2
+    assert [fault.last for fault in faults.FAULTS] == [False] * 25 + [True] * 2
 
 
 # ---- supervision

@@ -172,6 +172,28 @@ def test_every_rank_is_told_what_the_one_that_stopped_it_has_found(recorded: boo
     assert caught.value.message.endswith("rank 2 made no such call")
 
 
+@pytest.mark.parametrize("rank", [0xFFFFFFFF, 4])
+def test_a_record_made_from_a_spoilt_stop_word_is_no_timeout(rank: int) -> None:
+    """A kernel was stopped by a word that no kernel writes: a fault of nobody."""
+    work = Fake(0, 2)
+    work.call(0, {0: 4, 1: 4})
+    work.stop(0, TIMEOUT << 8 | (rank + 1 & 0xFF))
+    work.fail(fault=TIMEOUT, rank=rank, late_rank=2, call=0)
+    with pytest.raises(CorruptedWorkspace, match="rank 0's stop word has been written over"):
+        work.check()
+
+
+def test_the_least_difference_of_eps_is_a_difference() -> None:
+    texts = set()
+    for bits in (0x358637BD, 0x358637BE):
+        (eps,) = struct.unpack("<f", struct.pack("<I", bits))
+        entry = Entry.of(struct.pack("<6I2f", 1, 4, 64, 0, *pack("one_shot", request()), eps, 0.5))
+        assert entry is not None
+        texts.add(entry.text.split("norm(")[1])
+    assert len(texts) == 2
+    assert any(text.startswith("eps=1e-06, weight_offset=0.5)") for text in texts)
+
+
 def test_what_cannot_be_read_is_not_called_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     work = Fake(0, 2)
     work.call(0, {0: 4, 1: 4})

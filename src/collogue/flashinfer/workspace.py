@@ -179,8 +179,8 @@ class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
         self._destroyed = True
         for watch in self._watches:
             watch.stop()
-        if self._device is not None and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        for made in self._communicators:
+            made.close(collective=False)
         self._communicators.clear()
 
     def checkpoint_prepare(self) -> None:

@@ -299,21 +299,24 @@ struct Ranks {
   // it at the end of the kernel, by report(): what stands in every wait is in the way of every call.
   COLLOGUE_DEVICE void stop(u32 fault) {
     stopped = kFoundHere | fault << 8;
-    if constexpr (C::kLoop) store_word_to_peer(&control()->stop, fault << 8 | (p.rank + 1));
+    if constexpr (C::kLoop) tell(p.rank, fault);
+  }
+  COLLOGUE_DEVICE u32 call_of_fault() const { return (late >> 4 & 0xfu) == kStagePrevious ? call - 1 : call; }
+  // What this lane has found, if it has, and then the stop word, to rank k.
+  COLLOGUE_DEVICE void tell(u32 k, u32 fault) const {
+    if (late == kNobody) return;
+    store_pair_together_to_peer(p.workspace[k] + kNotesOffset + p.rank * sizeof(Note), Pair{{call_of_fault(), 1 + late}});
+    fence_system();
+    store_word_to_peer(&reinterpret_cast<Control*>(p.workspace[k])->stop, fault << 8 | (p.rank + 1));
   }
   // At the end of a kernel that stopped. Who found the fault leaves on every rank what it has found, and tells it to stop. Once per
   // communicator somebody fills the failure record.
   COLLOGUE_DEVICE void report() const {
-    const bool here = stopped & kFoundHere;
-    const u32 fault = stopped >> 8 & 0xffu, finder = here ? p.rank : (stopped & 0xffu) - 1, stage = late >> 4 & 0xfu;
+    const bool here = any_in_warp(late != kNobody);  // not by what a stop word holds: it may have been written over
+    const u32 fault = stopped >> 8 & 0xffu, finder = here ? p.rank : (stopped & 0xffu) - 1;
     if (here ? late == kNobody : thread_index() % 32 != 0 || (fault && finder == p.rank)) return;  // the finder has more to say
-    const u32 of_call = here && stage == kStagePrevious ? call - 1 : call;
 #pragma unroll 1
-    for (u32 k = 0; here && k < C::kWorld; k++) {
-      store_pair_together_to_peer(p.workspace[k] + kNotesOffset + p.rank * sizeof(Note), Pair{{of_call, 1 + late}});
-      fence_system();
-      store_word_to_peer(&reinterpret_cast<Control*>(p.workspace[k])->stop, fault << 8 | (p.rank + 1));
-    }
+    for (u32 k = 0; k < C::kWorld; k++) tell(k, fault);
     Failure* const f = p.failure;
     if (load_peer_written_word(&f->fault)) return;
     // Another kernel may be filling it now; what no kernel of these calls can have written keeps nobody away.
@@ -321,9 +324,9 @@ struct Ranks {
     if (taken && taken - call <= 2) return;
     f->rank = finder;
     f->late_rank = here ? late & 0xfu : C::kWorld;
-    f->call = of_call;
+    f->call = here ? call_of_fault() : call;
     f->token = here ? late >> 8 : 0;
-    f->stage = here ? stage : 0;
+    f->stage = here ? late >> 4 & 0xfu : 0;
     fence_system();
     store_word_to_peer(&f->fault, fault);
   }

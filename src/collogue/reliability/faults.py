@@ -78,12 +78,12 @@ def _late(name: str) -> Callable[[Scene], None]:
     return act
 
 
-def _flip(offset: Callable[[Scene], int], *, on_first: bool = False) -> Callable[[Scene], None]:
+def _flip(offset: Callable[[Scene], int], bit: int = 0, *, on_first: bool = False) -> Callable[[Scene], None]:
     """The culprit (or rank 0) flips a bit of its workspace while nothing runs, then all call."""
 
     def act(scene: Scene) -> None:
         if scene.comm.rank == 0 if on_first else scene.culprit:
-            scene.flip(offset(scene))
+            scene.flip(offset(scene), bit)
         scene.comm._group.barrier()
         scene.call("a")
 
@@ -198,6 +198,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("call counter flipped", "one bit of the call number in one rank's control words", _flip(lambda scene: 4), _EITHER, _EITHER),
     Fault("mark flipped", "one bit of what rank 0 knows of the last call of another", _flip(_mark, on_first=True), _CORRUPTED, _CORRUPTED),
     Fault("stop word flipped", "one bit of one rank's stop word", _flip(lambda scene: 8), _TIMEOUT, _CORRUPTED),
+    Fault("stop word flipped, a fault", "the same, bit 8", _flip(lambda scene: 8, 8), _TIMEOUT, _CORRUPTED),
+    Fault("stop word flipped, no fault", "the same, bit 16", _flip(lambda scene: 8, 16), _TIMEOUT, _CORRUPTED),
     Fault("what is left to clean flipped", "one bit of how much one rank has to clean", _rest(12), (), _CORRUPTED),
     Fault("claim of the record flipped", "one bit of who fills one rank's failure record", _rest(16), (), _CORRUPTED),
     Fault("canary flipped", "one bit between one rank's control words", _rest(CONTROL_WORDS), (), _CORRUPTED),

@@ -99,9 +99,9 @@ class Scene:
         local: torch.Tensor = workspace.buffer.local
         return local[offset : offset + 4 * count].view(torch.int32)
 
-    def flip(self, offset: int) -> None:
+    def flip(self, offset: int, bit: int = 0) -> None:
         """One bit of this rank's workspace."""
-        self.words(offset).bitwise_xor_(1)
+        self.words(offset).bitwise_xor_(1 << bit)
         self.synchronize()
 
     def wrong(self) -> str | None:
