@@ -76,7 +76,8 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
     ranks.wait(missing, [&] { return missing() ? lane : kNobody; }, kStageShard, lane * p.block + p.first + grid_row());
     fence_system();
     if (peer && !ranks.stopped) store_word(reinterpret_cast<u8*>(flag), D::kSentinel);
-    if (lane == 0) shared.stopped = ranks.stopped;
+    // To the other warps it is their rank that has stopped.
+    if (lane == 0) shared.stopped = ranks.stopped & kFoundHere ? (ranks.stopped & 0xff00u) | (p.rank + 1) : ranks.stopped;
   }
   sync_block();
   ranks.stopped |= shared.stopped;
