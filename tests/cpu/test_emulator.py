@@ -199,6 +199,17 @@ def test_a_rank_that_never_comes(build: Build, kernel: str, tokens: tuple[int, .
     assert run.ticks < 500_000  # one timeout, not one per call
 
 
+@pytest.mark.parametrize("rows", [None, 1])
+def test_a_fault_that_one_warp_has_found_for_all(build: Build, rows: int | None) -> None:
+    """In an all-gather one warp waits: the others, which have nothing to say, must not fill the record."""
+    library = build(replace(_TWO_WARPS, rows=rows))
+    for seed in range(8):
+        run = emulate(library, (2, 3, 3), seed=seed, mode="absent", victim=seed % 2, absent_call=1, timeout=0.2)
+        waiting = 1 - seed % 2
+        assert [(f.fault, f.rank) for f in run.failures] == [(TIMEOUT, waiting)] * 2, seed
+        assert run.failures[waiting].late_rank == seed % 2
+
+
 def test_a_row_that_comes_in_part(build: Build) -> None:
     """In the last call the second warps' words of rank 1 stay away: whoever waits has a record, and a timeout names rank 1."""
     send = "if (stopped || offset >= p.slot_bytes) return;"

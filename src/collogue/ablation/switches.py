@@ -123,6 +123,61 @@ _NO_BOUND = (
     Edit("protocol.cuh", "    if (stopped || offset >= p.slot_bytes) return;\n", ""),
     Edit("one_shot.cuh", _REPORT, ""),
 )
+#: What a wait does when it has become long, in a function of its own, out of the way of the code that runs.
+_SEPARATE = (
+    Edit(
+        "protocol.cuh",
+        """        // The wait has become long: has a peer stopped the call, is the time over, was a peer called with something else?
+        const u32 now = static_cast<u32>(time_ns() >> 20);
+        if (started == 0) started = now;
+        stopped = load_peer_written_together(own).w[2];
+        if (!stopped && any_in_warp(now - started > kLongWait)) compare_marks(call, look_at_marks(call), stage);
+        // Whoever waits for what others relay gives up a little later than those who know whom they miss.
+        if (!stopped && any_in_warp(now - started > (stage == kStageRows ? p.relay_timeout : p.timeout))) {
+          const u32 rank = missing_rank();
+          if (rank != kNobody) late = token << 8 | stage << 4 | rank;
+          if (any_in_warp(rank != kNobody)) stop(kTimeout);  // else it has come after all
+        }
+""",
+        """        const Look seen = look(p, call, started, missing_rank(), token << 8 | stage << 4);
+        started = seen.started;
+        stopped = seen.stopped;
+        if (seen.late != kNobody) late = seen.late;
+""",
+    ),
+    Edit(
+        "protocol.cuh",
+        "  // ---- waiting\n",
+        """  // ---- waiting
+
+  struct Look {
+    u32 started, stopped, late;
+  };
+#if defined(__CUDACC__)
+  __device__ __noinline__
+#endif
+  static Look look(const Params& p, u32 call, u32 started, u32 missing, u32 what) {
+    const u32 now = static_cast<u32>(time_ns() >> 20), stage = what >> 4 & 0xfu;
+    Ranks ranks(p, call);
+    ranks.stopped = load_peer_written_together(ranks.own).w[2];
+    if (started == 0) started = now;
+    if (!ranks.stopped && any_in_warp(now - started > kLongWait)) ranks.compare_marks(call, ranks.look_at_marks(call), stage);
+    if (!ranks.stopped && any_in_warp(now - started > (stage == kStageRows ? p.relay_timeout : p.timeout))) {
+      if (missing != kNobody) ranks.late = what | missing;
+      if (any_in_warp(missing != kNobody)) ranks.stop(kTimeout);
+    }
+    return {started, ranks.stopped, ranks.late};
+  }
+""",
+    ),
+    Edit(
+        "protocol.cuh",
+        "  COLLOGUE_DEVICE Control* control() const",
+        """  COLLOGUE_DEVICE Ranks(const Params& params, u32 of_call)
+      : p(params), own(params.workspace[params.rank]), call(of_call), stopped(0), generation(0), late(kNobody) {}
+  COLLOGUE_DEVICE Control* control() const""",
+    ),
+)
 _NO_MARKS = (
     Edit("protocol.cuh", "    if (stopped) return;\n    const Words entry[2]", "    if (true) return;\n    const Words entry[2]"),
     Edit("protocol.cuh", "if (call != 0 && !stopped) compare_marks(call - 1, seen, kStagePrevious);", "(void)seen;"),
@@ -260,6 +315,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("no bound", "one-shot waits for ever: no clock, no stop word, no failure record, no bound on stores to peers", _NO_BOUND),
     Switch("no marks", "one-shot tells nobody what it was called with: no marks, no journal", _NO_MARKS),
     Switch("unguarded", "no bound and no marks", (*_NO_BOUND, *_NO_MARKS)),
+    Switch("separate look", "what a wait does when it has become long is a function, not code in every wait", _SEPARATE),
     Switch("no first wait", "polling starts at once after the sends", (Edit("one_shot.cuh", "- sent < C::kFirstPoll", "- sent < 0u"),)),
 )
 
