@@ -72,28 +72,31 @@ def load(comm: Communicator) -> None:
 
 def rank(group: VirtualGroup, answers: Answers) -> list[str]:
     """All cases on this rank: what is wrong."""
-    wrong = []
-    for algorithm, mine in cases(group.size).items():
-        tokens = max(c.tokens for c in mine)
-        comm = Communicator(group, max_tokens=tokens, hidden_size=WIDTH, algorithm=algorithm, timeout=20.0, **FEW)  # type: ignore[arg-type]
-        work = []
-        for case in mine:
-            given = given_on_gpu(case, group.rank, group.device, answers)
-            given.prepare(comm)
-            expected = answers(case, CPU, group.rank)
-            work.append((given, on_gpu(poisoned(expected), group.device), expected))
-        load(comm)
-        group.settle()
-        for given, out, _ in work:
-            given.call(comm, out)
-        group.settle()
-        comm.check()
-        for given, out, expected in work:
-            for difference in compare(on_gpu(out, CPU), expected).values():
-                if difference.count:
-                    wrong.append(f"rank {group.rank}, {algorithm}, {given.case}: {difference.count} differ, first {difference.first}")
-        group.settle()
-        comm.close()
+    return [text for algorithm, mine in cases(group.size).items() for text in calls(group, answers, algorithm, mine)]
+
+
+def calls(group: VirtualGroup, answers: Answers, algorithm: Literal["one_shot", "two_shot"], mine: list[Case]) -> list[str]:
+    """The cases of one communicator. Its memory goes at the return: to free some between calls waits for kernels that wait for this rank."""
+    tokens, wrong = max(c.tokens for c in mine), []
+    comm = Communicator(group, max_tokens=tokens, hidden_size=WIDTH, algorithm=algorithm, timeout=20.0, **FEW)  # type: ignore[arg-type]
+    work = []
+    for case in mine:
+        given = given_on_gpu(case, group.rank, group.device, answers)
+        given.prepare(comm)
+        expected = answers(case, CPU, group.rank)
+        work.append((given, on_gpu(poisoned(expected), group.device), expected))
+    load(comm)
+    group.settle()
+    for given, out, _ in work:
+        given.call(comm, out)
+    group.settle()
+    comm.check()
+    for given, out, expected in work:
+        for difference in compare(on_gpu(out, CPU), expected).values():
+            if difference.count:
+                wrong.append(f"rank {group.rank}, {algorithm}, {given.case}: {difference.count} differ, first {difference.first}")
+    group.settle()
+    comm.close()
     return wrong
 
 
