@@ -76,7 +76,7 @@ def rank(group: VirtualGroup, answers: Answers) -> list[str]:
 
 
 def calls(group: VirtualGroup, answers: Answers, algorithm: Literal["one_shot", "two_shot"], mine: list[Case]) -> list[str]:
-    """The cases of one communicator. Its memory goes at the return: to free some between calls waits for kernels that wait for this rank."""
+    """The cases of one communicator. Memory goes at the return: freeing between calls waits for kernels that wait for this rank."""
     tokens, wrong = max(c.tokens for c in mine), []
     comm = Communicator(group, max_tokens=tokens, hidden_size=WIDTH, algorithm=algorithm, timeout=20.0, **FEW)  # type: ignore[arg-type]
     work = []
