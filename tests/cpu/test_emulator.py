@@ -155,8 +155,8 @@ AHEAD = Edit("two_shot.cuh", "C::kThreads > 512", "C::kThreads > 0")
 @pytest.mark.parametrize("kind", ["normal", "nan", "inf"])
 def test_three_rows_on_their_way(build: Build, case: Case, kind: str) -> None:
     library = build(case, edits=(AHEAD,))
-    for seed in range(4):
-        mode = PRESENT[seed % len(PRESENT)]
+    for seed in range(2):
+        mode = PRESENT[-1 - seed]
         run = emulate(library, (case.max_tokens, 2 * case.launches, case.max_tokens - 1), seed=seed, mode=mode, victim=seed % 2, kind=kind)
         assert run.problem() == ""
 

@@ -136,7 +136,8 @@ def test_traced_calls_write_the_callers_memory(pattern: int, quant: Quant | None
             over = {"residual_out": given["residual_in"], "norm_out": given["input"]}
             comm.allreduce_fusion(workspace=workspace, pattern=pattern, **given, **(out | over), **more)
 
-        for wrap in (_in_a_mode, _compiled):
+        # To compile takes long: a pattern without a format, and one with scales whose padding is written too.
+        for wrap in (_in_a_mode, _compiled) if pattern in (1, 5, 9) else (_in_a_mode,):
             out, again = buffers(quant), {name: tensor.clone() for name, tensor in given.items()}
             assert wrap(call)(out) is (out["norm_out"] if pattern in KEEPS_NORM else out["quant_out"])
             check(out, right, pattern)
