@@ -13,7 +13,7 @@ def test_tables_equal_the_json() -> None:
     runs = json.loads((ROOT / "benchmarks/results/large-steps-2xh200.json").read_text())["runs"]
     text = (ROOT / "docs/large.md").read_text()
     tables = re.findall(r"<!-- (.+?) -->\n((?:\|.*\n)+)", text)
-    assert len(tables) == 14
+    assert len(tables) == 15
     for run, table in tables:
         for row in table.splitlines()[2:]:
             tokens, *cells = (cell.strip() for cell in row.strip("|").split("|"))
@@ -30,3 +30,11 @@ def test_registers_and_instructions_equal_the_json() -> None:
     text = (ROOT / "docs/large.md").read_text()
     assert f"kernel's {owners['before']} instructions" in text
     assert f"once ({owners['after']} instructions)" in text
+
+
+def test_what_protection_cost_on_the_way() -> None:
+    runs = json.loads((ROOT / "benchmarks/results/cost-steps-2xh200.json").read_text())["runs"]
+    before, told = runs["before"]["us"], runs["told in every wait"]["us"]
+    design, reliability = ((ROOT / "docs" / name).read_text() for name in ("design.md", "reliability.md"))
+    assert f"from {before['none, base']:.3f} to {told['none, base']:.3f} us" in design
+    assert f"{before['nvfp4/128x4, base']:.3f} us against {before['nvfp4/128x4, no bound']:.3f} (" in reliability

@@ -118,12 +118,6 @@ def test_kernels_are_not_prepared_nor_workspaces_reset_during_a_call() -> None:
     engine.prepare([])
 
 
-def test_a_closed_engine_that_is_watched_is_no_error() -> None:
-    engine = kernel_engine()
-    engine.workspace = None
-    engine.check()
-
-
 # ---- graphs
 
 
