@@ -24,7 +24,7 @@ from collogue.variant import QuantVariant, Variant, block_class
 Algorithm = Literal["reference", "local", "one_shot", "two_shot", "sharded", "all_gather"]
 
 #: Cycles between a rank's last send and its first poll: about one NVLink hop.
-FIRST_POLL_CYCLES = 900
+FIRST_POLL_CYCLES = 1000
 #: Largest cluster that every GPU with clusters accepts.
 MAX_CLUSTER = 8
 #: Threads of the widest CTA whose threads hold several vectors, and of the widest that large calls use.

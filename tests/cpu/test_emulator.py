@@ -212,7 +212,7 @@ def test_a_fault_that_one_warp_has_found_for_all(build: Build, rows: int | None)
 
 def test_a_row_that_comes_in_part(build: Build) -> None:
     """In the last call the second warps' words of rank 1 stay away: whoever waits has a record, and a timeout names rank 1."""
-    send = "if (stopped || offset >= p.slot_bytes) return;"
+    send = "if (!active || stopped || offset >= p.slot_bytes) return;"
     held_back = Edit(_PROTOCOL, send, f"if (p.rank == 1 && call == 1 && thread_index() >= 32) return;\n{send}")
     library = build(Case(3, 576, 64, keep_norm=True), edits=(held_back,))
     for seed in range(4):
@@ -231,7 +231,7 @@ def test_a_row_that_comes_in_part(build: Build) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_rows_that_come_in_part_end_in_one_timeout(build: Build, world: int) -> None:
     """A CTA with several rows and warps, from whose last call warp w gets rows before row w alone: whoever gives up tells all at once."""
-    send = "if (stopped || offset >= p.slot_bytes) return;"
+    send = "if (!active || stopped || offset >= p.slot_bytes) return;"
     held_back = Edit(
         _PROTOCOL, send, f"if (p.rank == 1 && call == 1 && thread_index() / 32 <= offset / (p.hidden * D::kBytes)) return;\n{send}"
     )
@@ -305,7 +305,7 @@ def test_a_timeout_that_is_nearly_met(build: Build, kernel: str) -> None:
 
 
 #: A warp whose wait is over its time looks once more whom it misses, 3 ms later.
-_LOOK = "          const u32 rank = missing_rank();\n"
+_LOOK = "    const u32 rank = missing_rank();\n"
 _SLOW_LOOK = Edit("protocol.cuh", _LOOK, "for (const u64 from = time_ns(); time_ns() - from < 3000000ull;) {\n}\n" + _LOOK)
 
 
@@ -450,7 +450,7 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
     "one_shot: previous kernel not waited for": (_SMALL["one_shot"], (Edit(_ONE, _PREVIOUS, ""),)),
     "one_shot: a vector too far": (
         _SMALL["one_shot"],
-        (Edit(_PROTOCOL, "send_vector(slot[k] + (generation + offset), v)", "send_vector(slot[k] + (generation + offset + 112), v)"),),
+        (Edit(_PROTOCOL, "send_vector(place[k], v)", "send_vector(place[k] + 112, v)"),),
     ),
     "row exchange not waited for": (
         _WIDE["one_shot"],

@@ -75,6 +75,23 @@ def test_the_cubin_is_read() -> None:
         machine_code.code_bytes(b"not a cubin at all")
 
 
+@pytest.mark.parametrize("format", ["none", "nvfp4/128x4"])
+def test_nothing_stands_between_a_wait_and_what_it_is_for(format: str) -> None:
+    """What the assembler likes to move there, it must not: each costs every call of one token tens of cycles (docs/speed.md)."""
+    variant = variant_of({**SMALL, "format": format, "hidden_size": 7168})
+    code = machine_code.disassemble(jit.compile_source(variant.source(), "sm_90a", variant.name)[0])
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);", code, re.MULTILINE)
+    started = next(i for i, name in enumerate(names) if name.startswith("ACQBULK"))
+    assert [name.split(".")[0] for name in names[started + 1 : started + 4]] == ["LDG"] * 3
+    sent = next(i for i, name in enumerate(names) if name.startswith("STG.E.128.STRONG.SYS"))
+    assert not [name for name in names[started:sent] if name.startswith(("LDC", "ULDC", "BRA"))]
+    polls = max(i for i, name in enumerate(names) if "SR_CLOCKLO" in name)
+    assert any(name.startswith("LDG.E.128.STRONG.SYS") for name in names[polls : polls + 12])
+    assert max(i for i, name in enumerate(names) if "SR_GLOBALTIMERLO" in name) < polls
+    summed = next(i for i, name in enumerate(names) if name.startswith("SYNCS.PHASECHK"))
+    assert any(name.startswith("LDS.128") for name in names[summed : summed + 4])
+
+
 def test_without_the_disassembler_there_is_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_code.shutil, "which", lambda name: None)
     monkeypatch.setattr(machine_code.importlib.util, "find_spec", lambda name: None)
@@ -194,7 +211,7 @@ def test_another_commit_is_compiled_with_its_own_sources(tmp_path: Path, monkeyp
     git("commit", "-qm", "first")
     kernel, covering = package / "kernels" / "one_shot.cuh", package / "testing" / "covering.py"
     text = kernel.read_text()
-    kernel.write_text(text.replace("  ranks.ask();\n", "  ranks.ask();\n  __nanosleep(20);\n", 1))
+    kernel.write_text(text.replace("  ranks.ask();\n", "  ranks.ask();\n" + "  __nanosleep(20);\n" * 9, 1))
     assert kernel.read_text() != text
     text = covering.read_text()
     covering.write_text(

@@ -45,7 +45,7 @@ class Switch:
         return architecture in self.architectures and (not self.formats or format.split("/")[0] in self.formats)
 
 
-_FACTOR = "      float factor = shared.factor[sf & 0x7fu];\n"
+_FACTOR = "      float factor = from_bits(load_shared_word(factors + (sf & 0x7fu) * 4));\n"
 _BY_WORD = """#pragma unroll
   for (int i = 0; i < 8; i++) c[i] = e2m1_biased(n[i] * factor);
 #pragma unroll
@@ -114,69 +114,23 @@ _BY_ELEMENT = Edit(
 """,
 )
 
-_BOUNDED = """      for (u32 polls = 0; waiting && polls < kPollsBetweenLooks; polls++) waiting = any_in_warp(missing());
-      if (waiting) {
-"""
-_NO_BOUND = (
-    Edit("protocol.cuh", _BOUNDED, "      waiting = any_in_warp(missing());\n      if (false) {\n"),
-    Edit("protocol.cuh", "    stopped = head.w[2];\n", "    stopped = 0;\n"),
-    Edit("protocol.cuh", "    if (stopped || offset >= p.slot_bytes) return;\n", ""),
-    Edit("one_shot.cuh", _REPORT, ""),
+_LATE = (
+    Edit(
+        "one_shot.cuh",
+        "  compute_now(slot_offset ^ folded(partial) ^ folded(residual) ^ ranks.digest() ^ row.digest(), shared.digest);\n",
+        "",
+    ),
 )
-#: What a wait does when it has become long, in a function of its own, out of the way of the code that runs.
-_SEPARATE = (
+_NO_BOUND = (
     Edit(
         "protocol.cuh",
-        """        // The wait has become long: has a peer stopped the call, is the time over, was a peer called with something else?
-        const u32 now = static_cast<u32>(time_ns() >> 20);
-        if (started == 0) started = now;
-        stopped = load_peer_written_together(own).w[2];
-        if (!stopped && any_in_warp(now - started > kLongWait)) compare_marks(call, look_at_marks(call), stage);
-        // Whoever waits for what others relay gives up a little later than those who know whom they miss.
-        if (!stopped && any_in_warp(now - started > (stage == kStageRows ? p.relay_timeout : p.timeout))) {
-          const u32 rank = missing_rank();
-          if (rank != kNobody) late = token << 8 | stage << 4 | rank;
-          if (any_in_warp(rank != kNobody)) stop(kTimeout);  // else it has come after all
-        }
-""",
-        """        const Look seen = look(p, call, started, missing_rank(), token << 8 | stage << 4);
-        started = seen.started;
-        stopped = seen.stopped;
-        if (seen.late != kNobody) late = seen.late;
-""",
+        "      for (u32 polls = 0; waiting && polls < kPollsBetweenLooks; polls++) waiting = any_in_warp(missing());\n",
+        "      while (waiting) waiting = any_in_warp(missing());\n",
     ),
-    Edit(
-        "protocol.cuh",
-        "  // ---- waiting\n",
-        """  // ---- waiting
-
-  struct Look {
-    u32 started, stopped, late;
-  };
-#if defined(__CUDACC__)
-  __device__ __noinline__
-#endif
-  static Look look(const Params& p, u32 call, u32 started, u32 missing, u32 what) {
-    const u32 now = static_cast<u32>(time_ns() >> 20), stage = what >> 4 & 0xfu;
-    Ranks ranks(p, call);
-    ranks.stopped = load_peer_written_together(ranks.own).w[2];
-    if (started == 0) started = now;
-    if (!ranks.stopped && any_in_warp(now - started > kLongWait)) ranks.compare_marks(call, ranks.look_at_marks(call), stage);
-    if (!ranks.stopped && any_in_warp(now - started > (stage == kStageRows ? p.relay_timeout : p.timeout))) {
-      if (missing != kNobody) ranks.late = what | missing;
-      if (any_in_warp(missing != kNobody)) ranks.stop(kTimeout);
-    }
-    return {started, ranks.stopped, ranks.late};
-  }
-""",
-    ),
-    Edit(
-        "protocol.cuh",
-        "  COLLOGUE_DEVICE Control* control() const",
-        """  COLLOGUE_DEVICE Ranks(const Params& params, u32 of_call)
-      : p(params), own(params.workspace[params.rank]), call(of_call), stopped(0), generation(0), late(kNobody) {}
-  COLLOGUE_DEVICE Control* control() const""",
-    ),
+    Edit("protocol.cuh", "      if (look) {\n", "      if (false) {\n"),
+    Edit("protocol.cuh", "    stopped = head.w[2];\n", "    stopped = 0;\n"),
+    Edit("protocol.cuh", "    if (!active || stopped || offset >= p.slot_bytes) return;\n", "    if (!active) return;\n"),
+    Edit("one_shot.cuh", _REPORT, ""),
 )
 _NO_MARKS = (
     Edit("protocol.cuh", "    if (stopped) return;\n    const Words entry[2]", "    if (true) return;\n    const Words entry[2]"),
@@ -188,21 +142,20 @@ _NO_MARKS = (
 _FLAG = (
     Edit(
         "one_shot.cuh",
-        "      if (row.active(i)) ranks.send(x[i], slot_offset + i * row.kVectorStep);\n    }\n",
-        """      if (row.active(i) && (i > 0 || thread_index() > 0)) ranks.send(x[i], slot_offset + i * row.kVectorStep);
+        "      ranks.send(x[i], slot_offset + i * row.kVectorStep, row.active(i));\n    }\n",
+        """      ranks.send(x[i], slot_offset + i * row.kVectorStep, row.active(i) && (i > 0 || thread_index() > 0));
     }
     sync_block();
     if (thread_index() == 0) {
       fence_system();
-      ranks.send(x[0], slot_offset);
+      ranks.send(x[0], slot_offset, true);
     }
 """,
     ),
     Edit(
         "one_shot.cuh",
-        "    while (clock_cycles() - sent < C::kFirstPoll) {\n    }\n",
-        """    while (clock_cycles() - sent < C::kFirstPoll) {
-    }
+        "    const u8* place = ranks.slots() + slot_offset;\n",
+        """    const u8* place = ranks.slots() + slot_offset;
     if (thread_index() < 32) ranks.wait_for_flags(slot_offset - thread_index() * static_cast<u32>(sizeof(Vector)), t);
     if (thread_index() == 0) fence_system();
     sync_block();
@@ -315,8 +268,13 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("no bound", "one-shot waits for ever: no clock, no stop word, no failure record, no bound on stores to peers", _NO_BOUND),
     Switch("no marks", "one-shot tells nobody what it was called with: no marks, no journal", _NO_MARKS),
     Switch("unguarded", "no bound and no marks", (*_NO_BOUND, *_NO_MARKS)),
-    Switch("separate look", "what a wait does when it has become long is a function, not code in every wait", _SEPARATE),
-    Switch("no first wait", "polling starts at once after the sends", (Edit("one_shot.cuh", "- sent < C::kFirstPoll", "- sent < 0u"),)),
+    Switch("late addresses", "the assembler works out addresses when it likes: behind the wait for the kernel before", _LATE),
+    Switch(
+        "nothing kept",
+        "constants and indices are read where they are used, not kept in registers",
+        (Edit("exchange.cuh", "if constexpr (C::kVectors == 1 && !C::kLoop) return keep(x);", ""),),
+    ),
+    Switch("no first wait", "polling starts at once after the sends", (Edit("protocol.cuh", "- sent < C::kFirstPoll", "- sent < 0u"),)),
 )
 
 

@@ -15,18 +15,15 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
   u32 t = grid_row(), slot_offset = static_cast<u32>(row.offset(t));
   const u8* partial = p.partial + row.offset(t);
   const u8* residual = C::kResidual ? p.residual + row.offset(t) : nullptr;
-  compute_now(slot_offset);
-  compute_now(partial);
-  compute_now(residual);
-  ranks.compute_pointers_now();
+  compute_now(slot_offset ^ folded(partial) ^ folded(residual) ^ ranks.digest() ^ row.digest(), shared.digest);
 
   wait_for_previous_kernel();
+  ranks.ask();
   // A single vector stays in registers; several are read again when their turn comes.
   Vector x[C::kVectors], r{};
 #pragma unroll
   for (int i = 0; i < C::kVectors; i++) x[i] = row.load(partial, i);
   if constexpr (C::kResidual && C::kVectors == 1) r = row.load(residual, 0);
-  ranks.ask();
   launch_next_kernel();
   ranks.start();
   Pair seen = {{0, 0}};
@@ -35,9 +32,9 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       x[i] = ranks.disguise(x[i]);
-      if (row.active(i)) ranks.send(x[i], slot_offset + i * row.kVectorStep);
+      ranks.send(x[i], slot_offset + i * row.kVectorStep, row.active(i));
     }
-    const u32 sent = clock_cycles();
+    ranks.sent = clock_cycles();
     // What follows is worked out while the words travel, not before they leave.
     compute_now(t);
     row.aim(t);
@@ -55,9 +52,10 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
       // With one row this waits until the row sum travels; with many, two registers fewer are worth more.
       if (C::kLoop && first_warp) ranks.compare_previous_call(seen);
     }
-    // Polling lines that are being written slows their arrival: leave the wire alone until the words can be here.
-    while (clock_cycles() - sent < C::kFirstPoll) {
-    }
+    const u8* place = ranks.slots() + slot_offset;
+    u32 active = row.active(0);
+    compute_now(place);
+    compute_now(active);
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       if constexpr (C::kVectors > 1) {
@@ -65,7 +63,7 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
         if constexpr (C::kResidual) r = row.load(p.residual + row.offset(t), i);
       }
       float sum[8];
-      ranks.receive_and_add(x[i], slot_offset + i * row.kVectorStep, row.active(i), t, sum);
+      ranks.receive_and_add(x[i], place + i * row.kVectorStep, C::kVectors == 1 ? active : row.active(i), t, sum);
       if constexpr (C::kResidual) add<D>(sum, r);
       x[i] = row.store_stream(i, sum);
     }

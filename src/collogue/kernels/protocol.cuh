@@ -76,11 +76,12 @@ struct Ranks {
   u32 call;
   u32 stopped;           // do not send, do not wait; report() says why
   u32 generation;        // byte offset of this call's generation from the first
+  u32 sent;              // when, in cycles; one-shot
   u32 late;              // what this thread has found: token << 8 | stage << 4 | rank
 
   // Needs no result of the previous kernel.
   COLLOGUE_DEVICE explicit Ranks(const Params& params)
-      : p(params), own(params.workspace[params.rank]), call(0), stopped(0), generation(0), late(kNobody) {
+      : p(params), own(params.workspace[params.rank]), call(0), stopped(0), generation(0), sent(0), late(kNobody) {
     if constexpr (C::kOneShot) {
 #pragma unroll
       for (int k = 1; k < C::kWorld; k++) slot[k] = target(k);
@@ -89,19 +90,22 @@ struct Ranks {
   COLLOGUE_DEVICE Control* control() const { return reinterpret_cast<Control*>(own); }
   COLLOGUE_DEVICE u32 next_peer(u32 k) const { return p.rank + k < C::kWorld ? p.rank + k : p.rank + k - C::kWorld; }
   // Slots lie one behind the other in order of their senders; nobody has one for itself.
-  static COLLOGUE_DEVICE u32 position(u32 sender, u32 receiver) { return sender < receiver ? sender : sender - 1; }
+  static COLLOGUE_DEVICE u32 position(u32 sender, u32 receiver) { return C::kWorld == 2 ? 0 : sender < receiver ? sender : sender - 1; }
   // Where what this rank sends its k-th next peer goes, in the current generation.
   COLLOGUE_DEVICE u8* target(u32 k) const {
     return p.workspace[next_peer(k)] + p.data_offset + generation + position(p.rank, next_peer(k)) * p.slot_bytes;
   }
-  // Where what `sender` sends in this call arrives.
-  COLLOGUE_DEVICE u8* arrivals(u32 sender) const { return own + p.data_offset + generation + position(sender, p.rank) * p.slot_bytes; }
+  // Where what the others send in this call arrives: slots[position(sender, rank)].
+  COLLOGUE_DEVICE u8* slots() const { return own + p.data_offset + generation; }
+  COLLOGUE_DEVICE u8* arrivals(u32 sender) const { return slots() + position(sender, p.rank) * p.slot_bytes; }
 
-  COLLOGUE_DEVICE void compute_pointers_now() {
+  // For compute_now(): what this is made of is used as soon as the previous kernel has ended.
+  COLLOGUE_DEVICE u32 digest() const {
     static_assert(C::kOneShot);
-    compute_now(own);
+    u32 digest = folded(own) ^ p.generation_bytes ^ p.slot_bytes;
 #pragma unroll
-    for (int k = 1; k < C::kWorld; k++) compute_now(slot[k]);
+    for (int k = 1; k < C::kWorld; k++) digest ^= folded(slot[k]);
+    return digest;
   }
   // After wait_for_previous_kernel(); start() uses what this asks for.
   COLLOGUE_DEVICE void ask() { head = load_peer_written_together(own); }
@@ -127,10 +131,16 @@ struct Ranks {
     for (int i = 0; i < D::kParts; i++) store_to_peer(target + 16 * i, v.part[i]);
   }
   // One disguised vector of this rank's term, to every peer. Nothing is written behind the slot, whatever the arguments.
-  COLLOGUE_DEVICE void send(const Vector& v, u32 offset) const {
-    if (stopped || offset >= p.slot_bytes) return;
+  COLLOGUE_DEVICE void send(const Vector& v, u32 offset, bool active) const {
+    u8* place[C::kWorld];
 #pragma unroll
-    for (int k = 1; k < C::kWorld; k++) send_vector(slot[k] + (generation + offset), v);
+    for (int k = 1; k < C::kWorld; k++) {
+      place[k] = slot[k] + (generation + offset);
+      compute_now(place[k]);  // before it is known whether it is used
+    }
+    if (!active || stopped || offset >= p.slot_bytes) return;
+#pragma unroll
+    for (int k = 1; k < C::kWorld; k++) send_vector(place[k], v);
   }
   // The place becomes clean again.
   static COLLOGUE_DEVICE void wipe_vector(u8* place) {
@@ -194,24 +204,34 @@ struct Ranks {
   // kNobody. All lanes together.
   template <class Missing, class MissingRank>
   COLLOGUE_DEVICE void wait(Missing missing, MissingRank missing_rank, u32 stage, u32 token) {
-    u32 started = 0;
-    bool waiting = true;
-    while (waiting && !stopped) {
-      for (u32 polls = 0; waiting && polls < kPollsBetweenLooks; polls++) waiting = any_in_warp(missing());
-      if (waiting) {
-        // The wait has become long: has a peer stopped the call, is the time over, was a peer called with something else?
-        const u32 now = static_cast<u32>(time_ns() >> 20);
-        if (started == 0) started = now;
-        stopped = load_peer_written_together(own).w[2];
-        if (!stopped && any_in_warp(now - started > kLongWait)) compare_marks(call, look_at_marks(call), stage);
-        // Whoever waits for what others relay gives up a little later than those who know whom they miss.
-        if (!stopped && any_in_warp(now - started > (stage == kStageRows ? p.relay_timeout : p.timeout))) {
-          const u32 rank = missing_rank();
-          if (rank != kNobody) late = token << 8 | stage << 4 | rank;
-          if (any_in_warp(rank != kNobody)) stop(kTimeout);  // else it has come after all
-        }
+    u32 started = 0, look = stopped;  // not a constant: looking around stands in front of the polls, not between them and what follows
+    for (;;) {
+      if (look) {
+        if (!stopped) look_around(missing_rank, started, stage, token);
+        if (stopped) return;
       }
+      // Polling lines that are being written slows their arrival: leave the wire alone until the words can be here.
+      if constexpr (C::kFirstPoll != 0)
+        while (clock_cycles() - sent < C::kFirstPoll) {
+        }
+      bool waiting = true;
+      for (u32 polls = 0; waiting && polls < kPollsBetweenLooks; polls++) waiting = any_in_warp(missing());
+      if (!waiting) return;
+      look = 1;
     }
+  }
+  // The wait has become long: has a peer stopped the call, is the time over, was a peer called with something else?
+  template <class MissingRank>
+  COLLOGUE_DEVICE void look_around(MissingRank missing_rank, u32& started, u32 stage, u32 token) {
+    const u32 now = static_cast<u32>(time_ns() >> 20);
+    if (started == 0) started = now;
+    stopped = load_peer_written_together(own).w[2];
+    if (!stopped && any_in_warp(now - started > kLongWait)) compare_marks(call, look_at_marks(call), stage);
+    // Whoever waits for what others relay gives up a little later than those who know whom they miss.
+    if (stopped || !any_in_warp(now - started > (stage == kStageRows ? p.relay_timeout : p.timeout))) return;
+    const u32 rank = missing_rank();
+    if (rank != kNobody) late = token << 8 | stage << 4 | rank;
+    if (any_in_warp(rank != kNobody)) stop(kTimeout);  // else it has come after all
   }
 
   static COLLOGUE_DEVICE bool is_missing(const Vector& v) {
@@ -229,10 +249,10 @@ struct Ranks {
     return v;
   }
 
-  // Adds every rank's term of one vector in rank order; `mine` is this rank's, disguised. All lanes of the warp together.
-  COLLOGUE_DEVICE void receive_and_add(const Vector& mine, u32 offset, bool active, u32 token, float (&sum)[8]) {
+  // Adds every rank's term of one vector in rank order; `mine` is this rank's, disguised; `place`: of the vector in slots(). All lanes
+  // of the warp together.
+  COLLOGUE_DEVICE void receive_and_add(const Vector& mine, const u8* place, bool active, u32 token, float (&sum)[8]) {
     if constexpr (C::kWorld == 2) {
-      const u8* const place = arrivals(1 - p.rank) + offset;
       Vector term{};
       wait(
           [&] {
@@ -257,7 +277,7 @@ struct Ranks {
             for (int b = 0; b < kBatch; b++) {
               const u32 k = first + b;
               term[b] = mine;
-              if (k < C::kWorld && k != p.rank && active) term[b] = load_arrived(arrivals(k) + offset);
+              if (k < C::kWorld && k != p.rank && active) term[b] = load_arrived(place + position(k, p.rank) * p.slot_bytes);
               missing |= is_missing(term[b]);
             }
             return missing;

@@ -53,6 +53,17 @@ COLLOGUE_DEVICE void compute_now(T*& pointer) {
 }
 COLLOGUE_DEVICE void compute_now(u32& value) { asm volatile("" : "+r"(value)); }
 COLLOGUE_DEVICE void compute_now(float& value) { asm volatile("" : "+f"(value)); }
+// The same for what `digest` is made of, and the assembler obeys: it moves arithmetic past everything, but no store.
+COLLOGUE_DEVICE void compute_now(u32 digest, u32& shared) {
+  asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(&shared))), "r"(digest) : "memory");
+}
+// The same value, kept in a register: the assembler would work it out once more where it is used, and wait there. All 32 lanes together.
+COLLOGUE_DEVICE u32 keep(u32 x) { return exchange_lanes(x, 0); }
+COLLOGUE_DEVICE float keep(float x) { return exchange_lanes(x, 0); }
+COLLOGUE_DEVICE u32 folded(const void* p) {
+  const u64 address = reinterpret_cast<u64>(p);
+  return static_cast<u32>(address ^ address >> 32);
+}
 
 // ---- time
 
@@ -140,6 +151,20 @@ COLLOGUE_DEVICE void count(u64* p, u64 n) { asm volatile("red.relaxed.gpu.global
 COLLOGUE_DEVICE u32 claim(u32* p, u32 value) { return atomicCAS(p, 0u, value); }
 COLLOGUE_DEVICE void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
+// ---- shared memory
+
+COLLOGUE_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+COLLOGUE_DEVICE u32 load_shared_word(u32 address) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+COLLOGUE_DEVICE Words load_shared(u32 address) {
+  Words v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "r"(address) : "memory");
+  return v;
+}
+
 // ---- thread-block clusters
 
 #if COLLOGUE_HAS_CLUSTERS
@@ -147,7 +172,6 @@ COLLOGUE_DEVICE void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "mem
 COLLOGUE_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 COLLOGUE_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-COLLOGUE_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 // The same shared-memory variable in CTA `rank` of this cluster.
 COLLOGUE_DEVICE u32 address_in_cta(u32 address, u32 rank) {
   u32 mapped;

@@ -32,13 +32,15 @@ struct Quantizer {
   const Params& p;
   Shared& shared;
   float scale;       // g, or 1 / s
+  u32 factors;       // address of Shared::factor
   u32 token;
   u8 *codes, *scales;  // of this thread's first vector
 
   // Before the barrier at the start; may run before the previous kernel has ended.
-  COLLOGUE_DEVICE Quantizer(const Params& params, Shared& s) : p(params), shared(s), scale(0.0f) {
+  COLLOGUE_DEVICE Quantizer(const Params& params, Shared& s) : p(params), shared(s), scale(0.0f), factors(0) {
     if constexpr (kFormat == Format::kNVFP4 || kFormat == Format::kFP8Static) scale = p.scale ? *p.scale : p.scale_value;
     if constexpr (kFormat == Format::kFP8Static) scale = 1.0f / scale;
+    if constexpr (kFormat == Format::kNVFP4) factors = keep<C>(shared_address(&shared.factor[0]));
     if constexpr (kFormat == Format::kNVFP4)
       for (u32 code = thread_index(); code < 128; code += C::kThreads) {
         float factor = code == 127 ? from_bits(0x7fffffffu) : scale / e4m3_value(code);
@@ -77,7 +79,7 @@ struct Quantizer {
     codes.scale = 0;
     if constexpr (kFormat == Format::kNVFP4) {
       const u32 sf = e4m3_code(scale * (amax * (1.0f / 6.0f)));
-      float factor = shared.factor[sf & 0x7fu];
+      float factor = from_bits(load_shared_word(factors + (sf & 0x7fu) * 4));
       // A positive finite factor keeps signs, and stored NaNs have none. Others come from scales 0, NaN, infinite or negative.
       u32 sign_bits = signs<D>(packed), mask = ~0u;
       if (!(factor > 0.0f && factor <= 3.402823466e38f)) {

@@ -17,24 +17,24 @@ COLLOGUE_DEVICE float fold_lanes(float s) {
   for (int distance = 16; distance; distance /= 2) s = s + exchange_lanes(s, distance);
   return s;
 }
-// Block sums added in index order from +0. Blocks past the end hold +0.
+// Block sums, in shared memory, added in index order from +0. Blocks past the end hold +0.
 template <int kBlocks>
-COLLOGUE_DEVICE float add_blocks(const float* sums) {
+COLLOGUE_DEVICE float add_blocks(u32 sums) {
   float total = 0.0f;
 #pragma unroll
   for (int i = 0; i < kBlocks; i += 4) {
-    const Words v = *reinterpret_cast<const Words*>(sums + i);
+    const Words v = load_shared(sums + i * 4);
 #pragma unroll
     for (int j = 0; j < 4; j++) total = total + from_bits(v.w[j]);
   }
   return total;
 }
 template <int kBlocks>
-COLLOGUE_DEVICE float largest_block(const float* amaxes) {
+COLLOGUE_DEVICE float largest_block(u32 amaxes) {
   float largest[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < kBlocks; i += 4) {
-    const Words v = *reinterpret_cast<const Words*>(amaxes + i);
+    const Words v = load_shared(amaxes + i * 4);
 #pragma unroll
     for (int j = 0; j < 4; j++) largest[j] = larger(largest[j], from_bits(v.w[j]));
   }
@@ -59,13 +59,16 @@ struct Row {
     ExchangeBuffer<C, C::kNorm> squares;
     ExchangeBuffer<C, Quant::kPerRow> amax;
     u32 stopped;  // of a warp that waited for all
+    u32 digest;   // compute_now()
   };
   static constexpr bool kBarrierAtStart = C::kNorm || Quant::kPerRow || C::kFormat == Format::kNVFP4;
   // Bytes between the vectors of one thread in a [T, H] tensor.
   static constexpr u32 kVectorStep = 32 * kVector * D::kBytes;
 
   const Params& p;
-  u32 first_block;  // of this warp
+  u32 first_vector;  // of this thread
+  u32 vectors;       // of a row
+  float eps;
   Exchange<C, C::kNorm> squares;
   Exchange<C, Quant::kPerRow> amax;
   Quant quant;
@@ -75,9 +78,11 @@ struct Row {
   // What needs no result of the previous kernel: weights, scale tables, barriers, addresses.
   COLLOGUE_DEVICE Row(const Params& params, Shared& shared)
       : p(params),
-        first_block((block_in_row() * (C::kThreads / 32) + thread_index() / 32) * C::kVectors),
-        squares(shared.squares, (p.hidden + 255) / 256, first_block),
-        amax(shared.amax, (p.hidden + 255) / 256, first_block),
+        first_vector(keep<C>((block_in_row() * (C::kThreads / 32) + thread_index() / 32) * C::kVectors * 32 + thread_index() % 32)),
+        vectors(keep<C>(p.hidden / kVector)),
+        eps(keep<C>(p.eps)),
+        squares(shared.squares, (p.hidden + 255) / 256, first_block()),
+        amax(shared.amax, (p.hidden + 255) / 256, first_block()),
         quant(params, shared.quant) {
     if constexpr (C::kNorm && C::kVectors == 1) load_weight(0, weight);
     if constexpr (kBarrierAtStart) {
@@ -87,6 +92,15 @@ struct Row {
 #endif
     }
   }
+  // For compute_now(), in front of the wait for the previous kernel.
+  COLLOGUE_DEVICE u32 digest() const {
+    u32 digest = 0;
+    if constexpr (C::kNorm && C::kVectors == 1) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) digest ^= bits(weight[j]);
+    }
+    return digest;
+  }
   // Before the first finish(), once.
   COLLOGUE_DEVICE void wait_for_barriers() const {
 #if COLLOGUE_HAS_CLUSTERS
@@ -95,8 +109,10 @@ struct Row {
   }
 
   // Index of this thread's vector i in the row; vectors of a warp are consecutive.
-  COLLOGUE_DEVICE u32 vector(int i) const { return (first_block + i) * 32 + thread_index() % 32; }
-  COLLOGUE_DEVICE bool active(int i) const { return vector(i) * 8 < p.hidden; }
+  COLLOGUE_DEVICE u32 vector(int i) const { return first_vector + i * 32; }
+  COLLOGUE_DEVICE bool active(int i) const { return vector(i) < vectors; }
+  // Of 256 elements, of this warp.
+  COLLOGUE_DEVICE u32 first_block() const { return first_vector / 32; }
   COLLOGUE_DEVICE u64 offset(u32 t) const { return (static_cast<u64>(t) * p.hidden + vector(0) * 8) * D::kBytes; }
   // Vector i of the row whose first vector of this thread lies at `first`; zeros past the end of the row.
   COLLOGUE_DEVICE Vector load(const u8* first, int i) const {
@@ -178,11 +194,11 @@ struct Row {
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       D::widen(row[i], y);
-      squares.send(turn, first_block, i, fold_lanes(lane_sum(y)));
+      squares.send(turn, first_block(), i, fold_lanes(lane_sum(y)));
     }
     meanwhile();
     const float total = add_blocks<C::kBlocks>(squares.wait(turn));
-    const float rstd = reciprocal(square_root(total / static_cast<float>(p.hidden) + p.eps));
+    const float rstd = reciprocal(square_root(total / static_cast<float>(p.hidden) + eps));
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       D::widen(row[i], y);
@@ -214,7 +230,7 @@ struct Row {
         float a = largest_magnitude<D>(n[i]);
 #pragma unroll
         for (int distance = 16; distance; distance /= 2) a = larger(a, exchange_lanes(a, distance));
-        amax.send(turn, first_block, i, a);
+        amax.send(turn, first_block(), i, a);
       }
       row_amax = largest_block<C::kBlocks>(amax.wait(turn));
     }

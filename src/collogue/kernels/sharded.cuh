@@ -108,7 +108,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
           if constexpr (C::kResidual) residual = row.load(p.residual + row.offset(r), i);
         }
         float sum[8];
-        ranks.receive_and_add(ranks.disguise(x[i]), at, row.active(i), t, sum);
+        ranks.receive_and_add(ranks.disguise(x[i]), ranks.slots() + at, row.active(i), t, sum);
         if constexpr (C::kResidual) add<D>(sum, residual);
         x[i] = row.store_stream(i, sum);
       }

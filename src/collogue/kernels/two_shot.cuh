@@ -48,7 +48,7 @@ struct TwoShot {
     const bool mine = owns(i);
     if (!any_in_warp(mine)) return;
     float sum[8];
-    ranks.receive_and_add(ranks.disguise(x), offset(t, i), mine, t, sum);
+    ranks.receive_and_add(ranks.disguise(x), ranks.slots() + offset(t, i), mine, t, sum);
     if constexpr (C::kResidual) add<D>(sum, residual);
     if (!mine) return;
     y = D::round(sum);

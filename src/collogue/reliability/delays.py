@@ -27,7 +27,7 @@ DELAYS = Switch(
         Edit("protocol.cuh", "  // ---- waiting\n", _DAWDLE),
         Edit("protocol.cuh", _START, f"{_START}    dawdle(0);\n"),
         Edit("protocol.cuh", "    if (thread % 32) return;\n", "    dawdle(1);\n    if (thread % 32) return;\n"),
-        Edit("protocol.cuh", "    u32 started = 0;\n", "    dawdle(2);\n    u32 started = 0;\n"),
+        Edit("protocol.cuh", "    u32 started = 0, look", "    dawdle(2);\n    u32 started = 0, look"),
         Edit("protocol.cuh", "    const u32 left = call % 2", "    dawdle(3);\n    const u32 left = call % 2"),
     ),
 )

@@ -69,13 +69,18 @@ def nvdisasm() -> Path:
 
 def count_instructions(cubin: bytes) -> dict[str, int]:
     """How often each of :data:`KINDS` stands in the code, and ``total``, which leaves out the padding."""
+    return count(disassemble(cubin))
+
+
+def disassemble(cubin: bytes) -> str:
+    """What nvdisasm prints of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         done = subprocess.run([str(nvdisasm()), file.name], capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
         raise CompileError(f"nvdisasm refused the cubin: {done.stderr.strip()}", hint="use an nvdisasm as new as NVRTC")
-    return count(done.stdout)
+    return done.stdout
 
 
 def count(listing: str) -> dict[str, int]:

@@ -138,6 +138,13 @@ T read_together(emulator::Collective collective, const T* p) {
 
 template <class T>
 inline void compute_now(T&) {}
+inline void compute_now(u32, u32&) {}
+inline u32 keep(u32 x) { return x; }
+inline float keep(float x) { return x; }
+inline u32 folded(const void* p) {
+  const u64 address = reinterpret_cast<u64>(p);
+  return static_cast<u32>(address ^ address >> 32);
+}
 
 // ---- time
 
@@ -256,6 +263,14 @@ inline u32 shared_address(const void* p) {
   const emulator::Cta& cta = *self().cta;
   return cta.x << 24 | static_cast<u32>(static_cast<const u8*>(p) - cta.shared.get());
 }
+template <class T>
+T load_own_shared(u32 address) {
+  T v;
+  std::memcpy(&v, self().cta->shared.get() + (address & 0xffffffu), sizeof v);
+  return v;
+}
+inline u32 load_shared_word(u32 address) { return load_own_shared<u32>(address); }
+inline Words load_shared(u32 address) { return load_own_shared<Words>(address); }
 inline u32 address_in_cta(u32 address, u32 rank) { return (address & 0xffffffu) | rank << 24; }
 inline void barrier_init(u64* barrier) {
   const emulator::Mbarrier clean = {0, 0, 1, emulator::Mbarrier::kMark};
