@@ -7,6 +7,7 @@ cannot do it. torch is imported by the commands that need it, so ``--help`` answ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,6 +101,8 @@ def demo(
     with exit_codes(extra="demo"):
         from collogue.demo.main import run
 
+        if plot is not None:
+            import_module("matplotlib")  # before the work is done
         result = run(device, world_size, tokens, json=json, plot=plot, **chosen)
         raise typer.Exit(OK if result.passed else FAILED)
 

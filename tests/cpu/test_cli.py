@@ -240,6 +240,18 @@ def test_a_package_of_an_extra_that_is_not_there_ends_with_3(monkeypatch: pytest
     assert "hint: in Collogue's checkout: pip install '.[demo]'" in result.stderr
 
 
+@pytest.mark.parametrize(("command", "module"), [(["demo"], "collogue.demo.main"), (["bench", "model"], "collogue.bench.model")])
+def test_a_plot_without_its_package_fails_before_the_work(
+    command: list[str], module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls = fake(monkeypatch, module, True)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = call(*command, "--plot", str(tmp_path / "x.png"))
+    assert result.exit_code == IMPOSSIBLE
+    assert "needs matplotlib" in result.stderr
+    assert calls == []
+
+
 def test_as_a_program() -> None:
     command = [sys.executable, "-m", "collogue.cli", "check", "--device", "cpu", *SMALL, "--format", "fp8_per_token", "--json", "-"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

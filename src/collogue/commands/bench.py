@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,6 +95,8 @@ def model(
     with exit_codes(extra="bench"):
         from collogue.bench.model import run
 
+        if plot is not None:
+            import_module("matplotlib")  # before the work is done
         picture = None if plot is None else str(plot)
         given |= {"layers": layers, "replays": replays, "scales": scales}
         passed = run(**given, model=words(name), json=json, plot=picture, commit=commit)
