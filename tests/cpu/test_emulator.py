@@ -188,6 +188,7 @@ def test_a_rank_that_never_comes(build: Build, kernel: str, tokens: tuple[int, .
     for rank, record in enumerate(run.failures):
         assert record.fault == TIMEOUT
         assert record.call == late_call if rank != victim else record.call >= late_call
+        assert record.token < tokens[record.call]
         assert record.late_rank == (victim if rank in finders else 3)
         assert record.rank in told
     for stop in run.stops:

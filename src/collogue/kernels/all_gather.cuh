@@ -73,7 +73,8 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
       store_word_to_peer(reinterpret_cast<u32*>(p.workspace[lane] + p.data_offset + ranks.generation + place), 1u);
     u32* const flag = reinterpret_cast<u32*>(ranks.own + p.data_offset + ranks.generation + flags_offset) + ranks.position(lane, p.rank) * ctas + cta;
     const auto missing = [&] { return peer && load_peer_written_word(flag) == D::kSentinel; };
-    ranks.wait(missing, [&] { return missing() ? lane : kNobody; }, kStageShard, lane * p.block + p.first + grid_row());
+    ranks.wait(missing, [&] { return missing() ? lane : kNobody; }, kStageShard,
+               smaller(lane * p.block + p.first + grid_row(), p.tokens - 1));
     fence_system();
     if (peer && !ranks.stopped) store_word(reinterpret_cast<u8*>(flag), D::kSentinel);
     // To the other warps it is their rank that has stopped.
