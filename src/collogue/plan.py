@@ -30,6 +30,8 @@ MAX_CLUSTER = 8
 #: Threads of the widest CTA whose threads hold several vectors, and of the widest that large calls use.
 MAX_THREADS_OF_VECTORS = 256
 MAX_THREADS = 1024
+#: Two-shot: wider CTAs are few, and have another row on its way before they finish one.
+MAX_THREADS_OF_ROWS_IN_TURN = 512
 #: Largest hidden size where a cluster does a row, and where one CTA does.
 MAX_HIDDEN_SIZE, MAX_HIDDEN_SIZE_OF_A_CTA = 32768, 16384
 
@@ -321,6 +323,7 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         loop=loop,
         ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, algorithm),
         first_poll=FIRST_POLL_CYCLES if algorithm == "one_shot" else 0,
+        ahead=int(algorithm == "two_shot" and loop and shape.threads > MAX_THREADS_OF_ROWS_IN_TURN),
         stream=request.wanted.reduced or request.wanted.residual,
         gather=request.operation == "sharded",
     )

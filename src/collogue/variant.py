@@ -63,6 +63,7 @@ class Variant:
     loop: bool
     ctas_per_multiprocessor: int
     first_poll: int = 0
+    ahead: int = 0
     stream: bool = True
     gather: bool = False
 
@@ -96,6 +97,7 @@ class Variant:
             "int kBlocks": self.blocks,
             "bool kLoop": _flag(self.loop),
             "unsigned kFirstPoll": self.first_poll,
+            "unsigned kAhead": self.ahead,
             "bool kGather": _flag(self.gather),
         }
         body = "\n".join(f"  static constexpr {name} = {value};" for name, value in constants.items())

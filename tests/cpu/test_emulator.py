@@ -139,7 +139,7 @@ def test_scale_bytes_that_look_like_the_sentinel(build: Build, dtype: torch.dtyp
 
 
 #: As where a CTA has more than 512 threads: three rows on their way.
-AHEAD = Edit("two_shot.cuh", "C::kThreads > 512", "C::kThreads > 0")
+AHEAD = Edit("two_shot.cuh", "kAhead = C::kAhead;", "kAhead = C::kLoop;")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,17 @@ from collogue.errors import ArgumentError, CapacityError, FormatError
 from collogue.extent import GENERATIONS, ONE_SHOT_GENERATIONS, memory_of, workspace_extent
 from collogue.launch import Params
 from collogue.parameters import fill_shape, fill_workspace, later_launches
-from collogue.plan import Plan, launch_shape, make_kernels, make_plan, max_hidden_size, one_shot_tokens, sends_values
+from collogue.plan import (
+    LaunchShape,
+    Plan,
+    launch_shape,
+    make_kernels,
+    make_plan,
+    make_variant,
+    max_hidden_size,
+    one_shot_tokens,
+    sends_values,
+)
 from collogue.quant import MXFP8, NVFP4, FP8Group, FP8PerToken, Quant, parse
 from collogue.request import Request, make_request
 from collogue.spec import Operation
@@ -384,3 +394,12 @@ def test_every_cluster_has_a_row_in_every_launch() -> None:
             assert min(counts) >= plan.shape.clusters > 0
             seen += plan.launches > 1
     assert seen > 3
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "threads", "clusters", "ahead"),
+    [("two_shot", 896, 16, 1), ("two_shot", 128, 16, 0), ("two_shot", 896, 64, 0), ("one_shot", 896, 16, 0)],
+)
+def test_only_wide_ctas_that_loop_have_a_row_between_sum_and_finish(algorithm: Any, threads: int, clusters: int, ahead: int) -> None:
+    shape = LaunchShape(threads, 1, -(-896 // threads), clusters)
+    assert make_variant(topology(), request(64), shape, algorithm).ahead == ahead

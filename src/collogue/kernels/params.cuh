@@ -59,6 +59,7 @@ struct Params {
 //   kBlocks                              upper bound of ceil(H / 256), a multiple of 4
 //   kLoop                                whether a CTA may do more than one row
 //   kFirstPoll                           cycles between sending and the first poll
+//   kAhead                               two-shot: turns between the sum of a row and its finish, 0 or 1
 //   kGather                              whether the finished rows of an owner go to every rank
 // };
 

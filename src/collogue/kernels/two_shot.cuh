@@ -89,8 +89,7 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   const TwoShot<C> shot(p, ranks, row);
   const u32 end = p.first + p.count, step = grid_rows();
   u32 t = p.first + grid_row();
-  // Turns between the sum of a row and its finish: few CTAs have to have more rows on their way.
-  constexpr u32 kAhead = C::kLoop && C::kThreads > 512 ? 1 : 0;
+  constexpr u32 kAhead = C::kAhead;
   // A single vector is in registers before its turn comes; several are read in their turn.
   constexpr bool kEarly = C::kVectors == 1;
   const auto is_row = [&](u32 of) { return !C::kLoop || of < end; };
