@@ -59,7 +59,21 @@ def test_switches_change_the_instructions_they_are_about() -> None:
     assert blackwell["e2m1 whole"]["instructions"]["e2m1"] == blackwell["base"]["instructions"]["e2m1"] > 0
 
 
-@pytest.mark.parametrize("name", ["e2m1 pairs", "add by element", "together", "pdl early", "no first wait", "flag", "64 threads"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "e2m1 pairs",
+        "add by element",
+        "together",
+        "pdl early",
+        "no first wait",
+        "flag",
+        "64 threads",
+        "unguarded",
+        "late addresses",
+        "nothing kept",
+    ],
+)
 def test_the_other_edits_compile(name: str) -> None:
     """With the rest of the edited switches, in the tests around this one: all are compiled."""
     rows = facts.compiled([BY_NAME[name]], [CASE], ["sm_90a"], disassemble=False)

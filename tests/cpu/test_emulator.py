@@ -326,6 +326,37 @@ def test_words_that_come_when_the_time_is_over(build: Build) -> None:
     assert silent(build(case, edits=(_SLOW_LOOK, Edit(_PROTOCOL, f"if (any_in_warp(rank != kNobody)) {stop}", stop)))) > 0
 
 
+#: Rank 2 takes 0.4 s for each look around but the first: it sees that others have stopped it when its own time is over as well.
+_NOW = "    const u32 now = static_cast<u32>(time_ns() >> 20);\n"
+_SLOW_RANK = Edit(
+    "protocol.cuh",
+    _NOW,
+    f"if (p.rank == 2 && started)\n  for (const u64 from = time_ns(); time_ns() - from < 400000000ull;) {{\n  }}\n{_NOW}",
+)
+
+
+@pytest.mark.parametrize("guard", ["stopped || ", "!stopped && "], ids=["time", "marks"])
+def test_whoever_has_been_stopped_finds_nothing(build: Build, guard: str) -> None:
+    """The failure stays that of the rank that found it first."""
+    time_is_over = guard == "stopped || "
+    where = f"if ({guard}!any_in_warp(now" if time_is_over else f"if ({guard}any_in_warp(now"
+
+    def finder(library: Library, seed: int) -> int:
+        if time_is_over:
+            run = emulate(library, (2, 2), seed=seed, mode="absent", victim=0, absent_call=1, timeout=0.2)
+        else:
+            run = emulate(library, [[Ask(1), Ask(2), Ask(2)]], seed=seed)
+        assert run.error == ""
+        record = run.failures[2]
+        assert record.fault == (TIMEOUT if time_is_over else MISMATCH)
+        return record.rank
+
+    library = build(Case(3, 24, 32), edits=(_SLOW_RANK,))
+    assert [finder(library, seed) for seed in range(4)] == [1] * 4
+    library = build(Case(3, 24, 32), edits=(_SLOW_RANK, Edit("protocol.cuh", where, where.replace(guard, ""))))
+    assert [finder(library, seed) for seed in range(4)] == [2] * 4
+
+
 # Calls that do not match
 
 

@@ -85,6 +85,7 @@ def test_nothing_stands_between_a_wait_and_what_it_is_for(format: str) -> None:
     assert [name.split(".")[0] for name in names[started + 1 : started + 4]] == ["LDG"] * 3
     sent = next(i for i, name in enumerate(names) if name.startswith("STG.E.128.STRONG.SYS"))
     assert not [name for name in names[started:sent] if name.startswith(("LDC", "ULDC", "BRA"))]
+    assert not [name for name in names[:sent] if name.startswith("FADD")], "weights are worked out before the sends"
     polls = max(i for i, name in enumerate(names) if "SR_CLOCKLO" in name)
     assert any(name.startswith("LDG.E.128.STRONG.SYS") for name in names[polls : polls + 12])
     assert max(i for i, name in enumerate(names) if "SR_GLOBALTIMERLO" in name) < polls

@@ -117,7 +117,7 @@ _BY_ELEMENT = Edit(
 _LATE = (
     Edit(
         "one_shot.cuh",
-        "  compute_now(slot_offset ^ folded(partial) ^ folded(residual) ^ ranks.digest() ^ row.digest(), shared.digest);\n",
+        "  compute_now(slot_offset ^ folded(partial) ^ folded(residual) ^ ranks.digest(), shared.digest);\n",
         "",
     ),
 )

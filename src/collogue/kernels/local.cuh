@@ -29,7 +29,7 @@ COLLOGUE_DEVICE void local(const Params& p) {
         const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();
         row.quant.pad(cta * C::kThreads + thread_index(), ctas * C::kThreads, p.tokens);
       }
-      row.wait_for_barriers();
+      row.get_ready();
     }
     row.finish(turn, y, [] {}, NoWire{});
     if constexpr (!C::kLoop) break;

@@ -15,7 +15,7 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
   u32 t = grid_row(), slot_offset = static_cast<u32>(row.offset(t));
   const u8* partial = p.partial + row.offset(t);
   const u8* residual = C::kResidual ? p.residual + row.offset(t) : nullptr;
-  compute_now(slot_offset ^ folded(partial) ^ folded(residual) ^ ranks.digest() ^ row.digest(), shared.digest);
+  compute_now(slot_offset ^ folded(partial) ^ folded(residual) ^ ranks.digest(), shared.digest);
 
   wait_for_previous_kernel();
   ranks.ask();
@@ -48,7 +48,7 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
       if (first_warp) seen = ranks.look_at_marks(ranks.call - 1);
       ranks.clean(thread, threads);
       if constexpr (C::kFormat != Format::kNone) row.quant.pad(thread, threads, tokens);
-      row.wait_for_barriers();
+      row.get_ready();
       // With one row this waits until the row sum travels; with many, two registers fewer are worth more.
       if (C::kLoop && first_warp) ranks.compare_previous_call(seen);
     }

@@ -60,6 +60,7 @@ struct Row {
     ExchangeBuffer<C, Quant::kPerRow> amax;
     u32 stopped;  // of a warp that waited for all
     u32 digest;   // compute_now()
+    u32 zero;     // widen_weight()
   };
   static constexpr bool kBarrierAtStart = C::kNorm || Quant::kPerRow || C::kFormat == Format::kNVFP4;
   // Bytes between the vectors of one thread in a [T, H] tensor.
@@ -72,8 +73,10 @@ struct Row {
   Exchange<C, C::kNorm> squares;
   Exchange<C, Quant::kPerRow> amax;
   Quant quant;
-  float weight[8];  // of the only vector, loaded early; with several vectors, of the current one
+  Packed<C::WeightD::kParts> packed_weight;  // of the only vector, loaded early
+  float weight[8];                           // the same as numbers; with several vectors, of the current one
   u8 *stream, *norm;
+  u32 zero;  // address of Shared::zero
 
   // What needs no result of the previous kernel: weights, scale tables, barriers, addresses.
   COLLOGUE_DEVICE Row(const Params& params, Shared& shared)
@@ -84,7 +87,11 @@ struct Row {
         squares(shared.squares, (p.hidden + 255) / 256, first_block()),
         amax(shared.amax, (p.hidden + 255) / 256, first_block()),
         quant(params, shared.quant) {
-    if constexpr (C::kNorm && C::kVectors == 1) load_weight(0, weight);
+    if constexpr (C::kNorm && C::kVectors == 1) {
+      packed_weight = load_weight(0);
+      if (thread_index() == 0) shared.zero = 0;
+    }
+    zero = shared_address(&shared.zero);
     if constexpr (kBarrierAtStart) {
       sync_block();
 #if COLLOGUE_HAS_CLUSTERS
@@ -92,20 +99,20 @@ struct Row {
 #endif
     }
   }
-  // For compute_now(), in front of the wait for the previous kernel.
-  COLLOGUE_DEVICE u32 digest() const {
-    u32 digest = 0;
-    if constexpr (C::kNorm && C::kVectors == 1) {
-#pragma unroll
-      for (int j = 0; j < 8; j++) digest ^= bits(weight[j]);
-    }
-    return digest;
-  }
-  // Before the first finish(), once.
-  COLLOGUE_DEVICE void wait_for_barriers() const {
+  // Before the first finish(), once, where there is time: after the sends.
+  COLLOGUE_DEVICE void get_ready() {
 #if COLLOGUE_HAS_CLUSTERS
     if constexpr (kBarrierAtStart && C::kClustered) cluster_wait();
 #endif
+    // The assembler would widen the weights, and wait for them, in front of the sends. It cannot know that this is a zero.
+    if constexpr (C::kNorm && C::kVectors == 1) {
+      const u32 nothing = load_shared_word(zero);
+#pragma unroll
+      for (int i = 0; i < C::WeightD::kParts; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) packed_weight.part[i].w[j] ^= nothing;
+      widen_weight(packed_weight);
+    }
   }
 
   // Index of this thread's vector i in the row; vectors of a warp are consecutive.
@@ -134,10 +141,6 @@ struct Row {
       compute_now(norm);
     }
     quant.aim(t, vector(0));
-    if constexpr (C::kNorm && C::kVectors == 1) {
-#pragma unroll
-      for (int j = 0; j < 8; j++) compute_now(weight[j]);
-    }
   }
 
   // The same where the row is already finished and only has to be put in its place.
@@ -202,7 +205,7 @@ struct Row {
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       D::widen(row[i], y);
-      if constexpr (C::kVectors > 1) load_weight(i, weight);
+      if constexpr (C::kVectors > 1) widen_weight(load_weight(i));
 #pragma unroll
       for (int j = 0; j < 8; j++) y[j] = (y[j] * rstd) * weight[j];
       row[i] = D::round(y);
@@ -212,13 +215,19 @@ struct Row {
       }
     }
   }
-  COLLOGUE_DEVICE void load_weight(int i, float (&w)[8]) const {
+  COLLOGUE_DEVICE auto load_weight(int i) const {
     using W = typename C::WeightD;
     Packed<W::kParts> packed{};
     if (active(i)) packed = load_vector<W>(p.weight + static_cast<u64>(vector(i)) * 8 * W::kBytes);
-    W::widen(packed, w);
+    return packed;
+  }
+  COLLOGUE_DEVICE void widen_weight(const Packed<C::WeightD::kParts>& packed) {
+    C::WeightD::widen(packed, weight);
 #pragma unroll
-    for (int j = 0; j < 8; j++) w[j] = w[j] + p.weight_offset;
+    for (int j = 0; j < 8; j++) {
+      weight[j] = weight[j] + p.weight_offset;
+      if constexpr (C::kVectors == 1) compute_now(weight[j]);
+    }
   }
 
   template <class Wire>

@@ -74,7 +74,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
   ranks.clean(thread, threads);
   if constexpr (C::kFormat != Format::kNone)
     if (p.pad) row.quant.pad(thread, threads, C::kGather ? p.tokens : p.pad);
-  row.wait_for_barriers();
+  row.get_ready();
   if (C::kLoop && thread / 32 == 0) ranks.compare_previous_call(seen);
 
   u32 turn = 0;

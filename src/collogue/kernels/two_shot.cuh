@@ -129,7 +129,7 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   ranks.clean(thread, threads);
   if constexpr (C::kFormat != Format::kNone)
     if (p.pad) row.quant.pad(thread, threads, p.tokens);
-  row.wait_for_barriers();
+  row.get_ready();
   if (C::kLoop && thread / 32 == 0) ranks.compare_previous_call(seen);
   if (!C::kLoop) row.aim(t);
 
