@@ -492,10 +492,6 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
         Case(2, 768, 96, kernel="local", rows=1, residual=False, norm=False, quant=FP8Group(48)),
         (Edit("row.cuh", "#endif\n    sync_block();\n  }\n", "#endif\n  }\n"),),
     ),
-    "table of factors not waited for": (
-        Case(2, 1024, 128, norm=False, quant=NVFP4(37.5), max_tokens=3),
-        (Edit("row.cuh", "    if constexpr (C::kFormat == Format::kNVFP4) sync_block();\n", ""),),
-    ),
     "barriers of the cluster not waited for": (
         Case(2, 264, 32, kernel="local"),
         (Edit("row.cuh", "if constexpr (kBarrierAtStart && C::kClustered) cluster_wait();", ""),),

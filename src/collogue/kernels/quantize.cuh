@@ -36,14 +36,11 @@ struct Quantizer {
   u32 token;
   u8 *codes, *scales;  // of this thread's first vector
 
-  // May run before the previous kernel has ended.
+  // Before the barrier at the start; may run before the previous kernel has ended.
   COLLOGUE_DEVICE Quantizer(const Params& params, Shared& s) : p(params), shared(s), scale(0.0f), factors(0) {
-    if constexpr (kFormat == Format::kNVFP4 || kFormat == Format::kFP8Static) scale = p.scale ? load_float(p.scale) : p.scale_value;
-    if constexpr (kFormat == Format::kNVFP4) factors = keep<C>(shared_address(&shared.factor[0]));
-  }
-  // What follows from the scale. Before a barrier of the CTA.
-  COLLOGUE_DEVICE void use_scale() {
+    if constexpr (kFormat == Format::kNVFP4 || kFormat == Format::kFP8Static) scale = p.scale ? *p.scale : p.scale_value;
     if constexpr (kFormat == Format::kFP8Static) scale = 1.0f / scale;
+    if constexpr (kFormat == Format::kNVFP4) factors = keep<C>(shared_address(&shared.factor[0]));
     if constexpr (kFormat == Format::kNVFP4)
       for (u32 code = thread_index(); code < 128; code += C::kThreads) {
         float factor = code == 127 ? from_bits(0x7fffffffu) : scale / e4m3_value(code);

@@ -62,7 +62,7 @@ struct Row {
     u32 digest;   // compute_now()
     u32 zero;     // widen_weight()
   };
-  static constexpr bool kBarrierAtStart = C::kNorm || Quant::kPerRow;
+  static constexpr bool kBarrierAtStart = C::kNorm || Quant::kPerRow || C::kFormat == Format::kNVFP4;
   // Bytes between the vectors of one thread in a [T, H] tensor.
   static constexpr u32 kVectorStep = 32 * kVector * D::kBytes;
 
@@ -99,11 +99,8 @@ struct Row {
 #endif
     }
   }
-  // Before the first finish(), once, where there is time: after the sends. A kernel that could not start early waits for scale and
-  // weights while its words travel.
+  // Before the first finish(), once, where there is time: after the sends.
   COLLOGUE_DEVICE void get_ready() {
-    quant.use_scale();
-    if constexpr (C::kFormat == Format::kNVFP4) sync_block();
 #if COLLOGUE_HAS_CLUSTERS
     if constexpr (kBarrierAtStart && C::kClustered) cluster_wait();
 #endif
