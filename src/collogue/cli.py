@@ -7,7 +7,6 @@ cannot do it. torch is imported by the commands that need it, so ``--help`` answ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,11 +97,9 @@ def demo(
     chosen: dict[str, Any] = {"formats": tuple(words(format))} if format else {}
     if sharded:
         chosen["sharded"] = True
-    with exit_codes(extra="demo"):
+    with exit_codes(extra="demo", needs="matplotlib" if plot else None):
         from collogue.demo.main import run
 
-        if plot is not None:
-            import_module("matplotlib")  # before the work is done
         result = run(device, world_size, tokens, json=json, plot=plot, **chosen)
         raise typer.Exit(OK if result.passed else FAILED)
 

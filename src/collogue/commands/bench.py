@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,11 +91,9 @@ def model(
     check_target(json)
     check_target(plot, "--plot", PICTURES)
     given: dict[str, Any] = lists(world_size, tokens, None, None, None)
-    with exit_codes(extra="bench"):
+    with exit_codes(extra="bench", needs="matplotlib" if plot else None):
         from collogue.bench.model import run
 
-        if plot is not None:
-            import_module("matplotlib")  # before the work is done
         picture = None if plot is None else str(plot)
         given |= {"layers": layers, "replays": replays, "scales": scales}
         passed = run(**given, model=words(name), json=json, plot=picture, commit=commit)

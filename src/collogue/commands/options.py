@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,11 +79,16 @@ def lists(world_size: Many, tokens: Many, hidden_size: Many, dtype: Many, format
 
 
 @contextmanager
-def exit_codes(extra: str | None = None) -> Iterator[None]:
-    """Turn Collogue's errors, and packages of ``extra`` that are not installed, into a message on stderr and an exit code."""
+def exit_codes(extra: str | None = None, needs: str | None = None) -> Iterator[None]:
+    """Turn Collogue's errors, and packages of ``extra`` that are not installed, into a message on stderr and an exit code.
+
+    ``needs``: a package without which the work need not begin.
+    """
     from collogue.errors import ArgumentError, CollogueError, PlatformError
 
     try:
+        if needs is not None:
+            import_module(needs)
         yield
     except ModuleNotFoundError as error:
         if extra is None:

@@ -60,13 +60,14 @@ struct Row {
     ExchangeBuffer<C, Quant::kPerRow> amax;
     u32 stopped;  // of a warp that waited for all
     u32 digest;   // compute_now()
-    u32 zero;     // widen_weight()
+    u32 zero;     // get_ready()
   };
   static constexpr bool kBarrierAtStart = C::kNorm || Quant::kPerRow || C::kFormat == Format::kNVFP4;
   // Bytes between the vectors of one thread in a [T, H] tensor.
   static constexpr u32 kVectorStep = 32 * kVector * D::kBytes;
 
   const Params& p;
+  Shared& shared;
   u32 first_vector;  // of this thread
   u32 vectors;       // of a row
   float eps;
@@ -76,11 +77,11 @@ struct Row {
   Packed<C::WeightD::kParts> packed_weight;  // of the only vector, loaded early
   float weight[8];                           // the same as numbers; with several vectors, of the current one
   u8 *stream, *norm;
-  u32 zero;  // address of Shared::zero
 
   // What needs no result of the previous kernel: weights, scale tables, barriers, addresses.
-  COLLOGUE_DEVICE Row(const Params& params, Shared& shared)
+  COLLOGUE_DEVICE Row(const Params& params, Shared& s)
       : p(params),
+        shared(s),
         first_vector(keep<C>((block_in_row() * (C::kThreads / 32) + thread_index() / 32) * C::kVectors * 32 + thread_index() % 32)),
         vectors(keep<C>(p.hidden / kVector)),
         eps(keep<C>(p.eps)),
@@ -91,7 +92,6 @@ struct Row {
       packed_weight = load_weight(0);
       if (thread_index() == 0) shared.zero = 0;
     }
-    zero = shared_address(&shared.zero);
     if constexpr (kBarrierAtStart) {
       sync_block();
 #if COLLOGUE_HAS_CLUSTERS
@@ -106,7 +106,7 @@ struct Row {
 #endif
     // The assembler would widen the weights, and wait for them, in front of the sends. It cannot know that this is a zero.
     if constexpr (C::kNorm && C::kVectors == 1) {
-      const u32 nothing = load_shared_word(zero);
+      const u32 nothing = load_shared_word(shared_address(&shared.zero));
 #pragma unroll
       for (int i = 0; i < C::WeightD::kParts; i++)
 #pragma unroll
