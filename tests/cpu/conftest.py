@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import pytest
+from emulated import Build
 from oracle import Oracle
+
+from collogue.testing.emulator import compile_cases
 
 
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     """NVIDIA's own encoders, compiled for the host."""
     return Oracle(tmp_path_factory.mktemp("oracle"))
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Compiles cases for the emulator, once per session: test processes share a directory."""
+    directory = tmp_path_factory.getbasetemp().parent / "emulator"
+    return lambda *cases, edits=(): compile_cases(cases, directory, edits)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,25 +1,21 @@
-"""The kernels on the CPU under an adversarial scheduler: results, failures, and mutated twins that must be caught."""
+"""The kernels on the CPU under an adversarial scheduler: results and failures."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from emulated import PRESENT, PROTOCOL, TOKENS, TURNED, TWO_WARPS, Build, turning
 
 from collogue.failure import MISMATCH, TIMEOUT
 from collogue.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static
-from collogue.testing.emulator import MODES, Ask, Case, Edit, Library, compile_cases, emulate
+from collogue.testing.emulator import Ask, Case, Edit, Library, emulate
 from collogue.testing.inputs import KINDS
 
-#: Longer and shorter calls after each other: words that an earlier call left behind would be taken for those of a later one.
-TOKENS = (3, 1, 2, 1, 1, 3)
 MANY_TOKENS = (5, 1, 2, 4, 1, 3)  # fewer than ranks, and more
-PRESENT = [mode for mode in MODES if mode != "absent"]
-
 CASES = {
     "one-shot": Case(4, 24, 32),
     "one-shot-sum": Case(2, 24, 32, dtype=torch.float32, residual=False, norm=False),
@@ -66,15 +62,6 @@ MIXED = (
     Case(3, 24, 32),
 )
 
-Build = Callable[..., Library]
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Compiles cases, once per session: test processes share a directory."""
-    directory = tmp_path_factory.getbasetemp().parent / "emulator"
-    return lambda *cases, edits=(): compile_cases(cases, directory, edits)
-
 
 def tokens_of(case: Case) -> tuple[int, ...]:
     return TOKENS if case.max_tokens == 3 else tuple(min(2 * t if t == 5 else t, case.max_tokens) for t in MANY_TOKENS)
@@ -107,25 +94,6 @@ def test_a_run_is_repeatable(build: Build) -> None:
 
 
 # Words that look like the sentinel
-
-
-def turning(*groups: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """Partials whose sum is 512 in some of every four groups of 32 and zero in the others: E8M0 bytes 0x80 and 0."""
-
-    def terms(rank: int, partial: torch.Tensor) -> torch.Tensor:
-        partial = torch.zeros_like(partial)
-        if rank == 0:
-            partial.view(len(partial), -1, 4, 32)[:, :, list(groups), 5] = 512.0
-        return partial
-
-    return terms
-
-
-#: The scale words of such a call are the sentinel, but that they travel turned.
-TURNED = {
-    torch.float32: (Case(2, 128, 32, kernel="sharded", residual=False, norm=False, quant=MXFP8("floor"), dtype=torch.float32), (3,)),
-    torch.bfloat16: (Case(2, 128, 32, kernel="sharded", residual=False, norm=False, quant=MXFP8("floor")), (1, 3)),
-}
 
 
 @pytest.mark.parametrize("dtype", TURNED, ids=str)
@@ -203,7 +171,7 @@ def test_a_rank_that_never_comes(build: Build, kernel: str, tokens: tuple[int, .
 @pytest.mark.parametrize("rows", [None, 1])
 def test_a_fault_that_one_warp_has_found_for_all(build: Build, rows: int | None) -> None:
     """In an all-gather one warp waits: the others, which have nothing to say, must not fill the record."""
-    library = build(replace(_TWO_WARPS, rows=rows))
+    library = build(replace(TWO_WARPS, rows=rows))
     for seed in range(8):
         run = emulate(library, (2, 3, 3), seed=seed, mode="absent", victim=seed % 2, absent_call=1, timeout=0.2)
         waiting = 1 - seed % 2
@@ -214,7 +182,7 @@ def test_a_fault_that_one_warp_has_found_for_all(build: Build, rows: int | None)
 def test_a_row_that_comes_in_part(build: Build) -> None:
     """In the last call the second warps' words of rank 1 stay away: whoever waits has a record, and a timeout names rank 1."""
     send = "if (!active || stopped || offset >= p.slot_bytes) return;"
-    held_back = Edit(_PROTOCOL, send, f"if (p.rank == 1 && call == 1 && thread_index() >= 32) return;\n{send}")
+    held_back = Edit(PROTOCOL, send, f"if (p.rank == 1 && call == 1 && thread_index() >= 32) return;\n{send}")
     library = build(Case(3, 576, 64, keep_norm=True), edits=(held_back,))
     for seed in range(4):
         run = emulate(library, (2, 1), seed=seed, mode=PRESENT[seed], victim=seed % 3, timeout=0.25)
@@ -234,7 +202,7 @@ def test_rows_that_come_in_part_end_in_one_timeout(build: Build, world: int) -> 
     """A CTA with several rows and warps, from whose last call warp w gets rows before row w alone: whoever gives up tells all at once."""
     send = "if (!active || stopped || offset >= p.slot_bytes) return;"
     held_back = Edit(
-        _PROTOCOL, send, f"if (p.rank == 1 && call == 1 && thread_index() / 32 <= offset / (p.hidden * D::kBytes)) return;\n{send}"
+        PROTOCOL, send, f"if (p.rank == 1 && call == 1 && thread_index() / 32 <= offset / (p.hidden * D::kBytes)) return;\n{send}"
     )
     library = build(Case(world, 1024, 128, rows=1, max_tokens=5), edits=(held_back,))
     for seed in range(3):
@@ -260,7 +228,7 @@ def test_what_is_left_to_be_cleaned_is_guarded_by_parity(build: Build, bit: int)
     """All of the generation is cleaned then, and nothing behind it."""
     case = Case(3, 24, 32, max_tokens=3)
     assert emulate(build(case), (2, 2, 3, 1, 2), seed=bit, before=spoil(1, 3, bit)).problem() == ""
-    trusting = Edit(_PROTOCOL, "smaller(units * kLeftUnit, p.one_shot_bytes)", "left * kLeftUnit")
+    trusting = Edit(PROTOCOL, "smaller(units * kLeftUnit, p.one_shot_bytes)", "left * kLeftUnit")
     if bit == 31:
         assert (
             emulate(build(case, edits=(trusting,)), (2, 2, 3, 1, 2), seed=bit, before=spoil(1, 3, bit)).error == "a store left the outputs"
@@ -323,7 +291,7 @@ def test_words_that_come_when_the_time_is_over(build: Build) -> None:
 
     case, stop = Case(3, 24, 32, kernel="all_gather", max_tokens=5), "stop(kTimeout);"
     assert silent(build(case, edits=(_SLOW_LOOK,))) == 0
-    assert silent(build(case, edits=(_SLOW_LOOK, Edit(_PROTOCOL, f"if (any_in_warp(rank != kNobody)) {stop}", stop)))) > 0
+    assert silent(build(case, edits=(_SLOW_LOOK, Edit(PROTOCOL, f"if (any_in_warp(rank != kNobody)) {stop}", stop)))) > 0
 
 
 #: Rank 2 takes 0.4 s for each look around but the first: it sees that others have stopped it when its own time is over as well.
@@ -421,165 +389,5 @@ def test_a_mark_that_is_late_is_no_mismatch(build: Build) -> None:
     """A wait compares marks while this rank's own is not yet there."""
     case = Case(2, 24, 32, max_tokens=2)
     assert emulate(build(case, edits=(_HELD,)), (2, 2), seed=0).problem() == ""
-    taken_for_one = Edit(_PROTOCOL, "marked == of_call + 1 && ", "")
+    taken_for_one = Edit(PROTOCOL, "marked == of_call + 1 && ", "")
     assert "fault 2" in emulate(build(case, edits=(_HELD, taken_for_one)), (2, 2), seed=0).problem()
-
-
-# Mutated twins
-
-_PROTOCOL, _GATHER, _ONE, _TWO, _SHARDED, _ALL_GATHER = (
-    f"{name}.cuh" for name in ("protocol", "gather", "one_shot", "two_shot", "sharded", "all_gather")
-)
-#: Small cases: one warp to a row, and two CTAs to a row.
-_SMALL = {
-    kernel: Case(2, 24, 32, kernel=kernel, max_tokens=3) for kernel in ("one_shot", "two_shot", "sharded", "reduce_scatter", "all_gather")
-}
-_WIDE = {kernel: replace(case, hidden_size=264) for kernel, case in _SMALL.items()}
-_CODES = Case(2, 32, 32, kernel="sharded", quant=NVFP4(37.5))
-_TWO_WARPS = Case(2, 512, 64, kernel="all_gather")
-
-_POLL = "waiting = any_in_warp(missing());"
-_ARGUMENTS = (
-    "(grid_row() * blocks_in_row() + block_in_row()) * C::kThreads + thread_index(), grid_rows() * blocks_in_row() * C::kThreads / 32"
-)
-
-
-def not_waited_for(stage: str) -> Edit:
-    return Edit(_PROTOCOL, _POLL, f"waiting = any_in_warp(missing()) && stage != {stage};")
-
-
-def read_early(file: str) -> tuple[Edit, Edit]:
-    wait, ask = "  wait_for_previous_kernel();\n", "  ranks.ask();\n"
-    return Edit(file, ask, ""), Edit(file, wait, ask + wait)
-
-
-def advanced_early(file: str, announce: str, left: str = "") -> tuple[Edit, Edit]:
-    return Edit(file, announce, ""), Edit(file, "  ranks.ask();\n", f"  ranks.announce({_ARGUMENTS}{left});\n  ranks.ask();\n")
-
-
-_NO_DISGUISE = Edit(_PROTOCOL, "v.part[i].w[j] == D::kSentinel ? 0u : v.part[i].w[j]", "v.part[i].w[j]")
-_ONE_GENERATION = Edit(_PROTOCOL, "kGenerations = 2,", "kGenerations = 1,")
-_PREVIOUS = "  wait_for_previous_kernel();\n"
-_CLEAN = "call % 2 ? head.w[3] & 0xffffu : head.w[3] >> 16"
-
-MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
-    "one_shot: partials not waited for": (_SMALL["one_shot"], (not_waited_for("kStagePartials"),)),
-    "one_shot: one generation": (_SMALL["one_shot"], (Edit(_PROTOCOL, "kOneShotGenerations = 4;", "kOneShotGenerations = 1;"),)),
-    "one_shot: two generations": (_SMALL["one_shot"], (Edit(_PROTOCOL, "kOneShotGenerations = 4;", "kOneShotGenerations = 2;"),)),
-    "one_shot: not cleaned": (_SMALL["one_shot"], (Edit(_PROTOCOL, _CLEAN, "0"),)),
-    "one_shot: as much cleaned as two calls ago": (
-        _WIDE["one_shot"],
-        (Edit(_PROTOCOL, _CLEAN, "call % 2 ? head.w[3] >> 16 : head.w[3] & 0xffffu"),),
-    ),
-    "one_shot: cleaned too early": (_SMALL["one_shot"], (Edit(_PROTOCOL, "(call - 1) % kOneShot", "call % kOneShot"),)),
-    "one_shot: the next generation cleaned": (_SMALL["one_shot"], (Edit(_PROTOCOL, "(call - 1) % kOneShot", "(call + 1) % kOneShot"),)),
-    "one_shot: no disguise": (_SMALL["one_shot"], (_NO_DISGUISE,)),
-    "one_shot: counter read early": (_SMALL["one_shot"], read_early(_ONE)),
-    "one_shot: counter advanced early": (
-        _SMALL["one_shot"],
-        advanced_early(_ONE, "ranks.announce(thread, threads / 32, Ranks<C>::kPeers * p.slot_bytes);", ", Ranks<C>::kPeers * p.slot_bytes"),
-    ),
-    "one_shot: previous kernel not waited for": (_SMALL["one_shot"], (Edit(_ONE, _PREVIOUS, ""),)),
-    "one_shot: a vector too far": (
-        _SMALL["one_shot"],
-        (Edit(_PROTOCOL, "send_vector(place[k], v)", "send_vector(place[k] + 112, v)"),),
-    ),
-    "row exchange not waited for": (
-        _WIDE["one_shot"],
-        (Edit("exchange.cuh", "barrier_wait(&buffer.barrier[odd], C::kLoop ? (turn >> 1) & 1u : 0u);", ""),),
-    ),
-    "group maxima overwritten by the next row": (
-        Case(2, 768, 96, kernel="local", rows=1, residual=False, norm=False, quant=FP8Group(48)),
-        (Edit("row.cuh", "#endif\n    sync_block();\n  }\n", "#endif\n  }\n"),),
-    ),
-    "barriers of the cluster not waited for": (
-        Case(2, 264, 32, kernel="local"),
-        (Edit("row.cuh", "if constexpr (kBarrierAtStart && C::kClustered) cluster_wait();", ""),),
-    ),
-    "two_shot: partials not waited for": (_SMALL["two_shot"], (not_waited_for("kStagePartials"),)),
-    "two_shot: y not waited for": (_SMALL["two_shot"], (not_waited_for("kStageRows"),)),
-    "two_shot: one generation": (_SMALL["two_shot"], (_ONE_GENERATION,)),
-    "two_shot: partials not wiped": (_SMALL["two_shot"], (Edit(_TWO, "if (owns(i)) ranks.wipe_terms(offset(t, i), true);", ""),)),
-    "two_shot: y not wiped": (_SMALL["two_shot"], (Edit(_TWO, "if (gives(i) && !ranks.stopped)", "if (false)"),)),
-    "two_shot: y wiped elsewhere": (
-        _SMALL["two_shot"],
-        (Edit(_TWO, "(ranks.arrivals(owner[i]) + y_offset(t, i))", "(ranks.arrivals(owner[i]) + offset(t, i))"),),
-    ),
-    "two_shot: wiped before the wait": (
-        _SMALL["two_shot"],
-        (Edit(_TWO, "      shot.await_y(y[i], t, i);", "      shot.wipe_y(t, i);\n      shot.await_y(y[i], t, i);"),),
-    ),
-    "two_shot: y sent to the place of partials": (
-        _SMALL["two_shot"],
-        (Edit(_TWO, "ranks.target(k) + y_offset(t, i)", "ranks.target(k) + offset(t, i)"),),
-    ),
-    "two_shot: no disguise": (_SMALL["two_shot"], (_NO_DISGUISE,)),
-    "two_shot: counter read early": (replace(_TWO_WARPS, kernel="two_shot"), read_early(_TWO)),
-    "two_shot: counter advanced early": (_SMALL["two_shot"], advanced_early(_TWO, "ranks.announce(thread, threads / 32);")),
-    "two_shot: previous kernel not waited for": (_SMALL["two_shot"], (Edit(_TWO, _PREVIOUS, ""),)),
-    "sharded: partials not waited for": (_SMALL["sharded"], (not_waited_for("kStagePartials"),)),
-    "sharded: finished rows not waited for": (_CODES, (not_waited_for("kStageRows"),)),
-    "sharded: one generation": (_SMALL["sharded"], (_ONE_GENERATION,)),
-    "sharded: partials not wiped": (
-        _SMALL["sharded"],
-        (Edit(_SHARDED, "ranks.wipe_terms(offset + row.vector(i) * 8 * D::kBytes, row.active(i));", ";"),),
-    ),
-    "sharded: norms not wiped": (_SMALL["sharded"], (Edit(_GATHER, "Ranks<C>::wipe_vector(values_place);", ""),)),
-    "sharded: codes not wiped": (_CODES, (Edit(_GATHER, "      store_word(codes_place, D::kSentinel);\n", ""),)),
-    "sharded: scales not wiped": (_CODES, (Edit(_GATHER, "store_word(scale_place, D::kSentinel);", ";"),)),
-    "sharded: no disguise": (_SMALL["sharded"], (_NO_DISGUISE,)),
-    "sharded: E8M0 bytes as they are": (TURNED[torch.float32][0], (Edit(_GATHER, "Quant::kMX ? 0x7e7e7e7eu : 0u", "0u"),)),
-    "sharded: previous kernel not waited for": (_SMALL["sharded"], (Edit(_SHARDED, _PREVIOUS, ""),)),
-    "reduce_scatter: partials not waited for": (_SMALL["reduce_scatter"], (not_waited_for("kStagePartials"),)),
-    "reduce_scatter: start of the others not waited for": (_SMALL["reduce_scatter"], (not_waited_for("kStageStart"),)),
-    "reduce_scatter: one generation": (_SMALL["reduce_scatter"], (_ONE_GENERATION,)),
-    "all_gather: flags not waited for": (_SMALL["all_gather"], (not_waited_for("kStageShard"),)),
-    "all_gather: flag sent without a fence": (_SMALL["all_gather"], (Edit(_ALL_GATHER, "    if (peer) fence_system();\n", ""),)),
-    "all_gather: flag sent before the other warps": (
-        _TWO_WARPS,
-        (Edit(_ALL_GATHER, "  sync_block();\n  if (warp == 0) {\n", "  if (warp == 0) {\n"),),
-    ),
-    "all_gather: one generation": (_SMALL["all_gather"], (_ONE_GENERATION,)),
-    "all_gather: flag not wiped": (
-        _SMALL["all_gather"],
-        (Edit(_ALL_GATHER, "store_word(reinterpret_cast<u8*>(flag), D::kSentinel);", ";"),),
-    ),
-    "all_gather: previous kernel not waited for": (_SMALL["all_gather"], (Edit(_ALL_GATHER, _PREVIOUS, ""),)),
-}
-MOST_SEEDS = 8
-#: One in use, one that a rank behind still reads, one that is being cleaned (docs/design.md).
-THREE_GENERATIONS = Edit(_PROTOCOL, "kOneShotGenerations = 4;", "kOneShotGenerations = 3;")
-
-
-def seeds_needed(library: Library) -> tuple[int, str]:
-    """Runs until one is not as it should be: how many, and what was seen. Modes take turns. (0, "") if none was."""
-    terms = turning(3) if library.cases[0] == TURNED[torch.float32][0] else None
-    for seed in range(MOST_SEEDS):
-        mode = PRESENT[-1 - seed % len(PRESENT)]
-        run = emulate(library, TOKENS, seed=seed, mode=mode, victim=seed // 4 % 2, terms=terms, timeout=0.1)
-        if run.problem():
-            return seed + 1, run.problem()
-    return 0, ""
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutated_twin_is_caught(build: Build, name: str, record_property: Callable[[str, object], None]) -> None:
-    case, edits = MUTANTS[name]
-    seeds, seen = seeds_needed(build(case, edits=edits))
-    assert seeds, f"{name}: {MOST_SEEDS} runs saw nothing"
-    record_property("told", f"emulator: {name}: caught by seed {seeds} of {MOST_SEEDS}: {seen}")
-
-
-def test_three_generations_would_do(build: Build) -> None:
-    """Of one-shot: so the twins with fewer are caught by what goes wrong, not by the count."""
-    assert seeds_needed(build(_SMALL["one_shot"], edits=(THREE_GENERATIONS,))) == (0, "")
-
-
-@pytest.mark.parametrize("case", dict.fromkeys(case for case, _ in MUTANTS.values()), ids=str)
-def test_the_unmutated_kernel_is_not_caught(build: Build, case: Case) -> None:
-    assert seeds_needed(build(case)) == (0, "")
-
-
-def test_an_edit_must_find_its_text(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="0 times"):
-        compile_cases((_SMALL["one_shot"],), tmp_path, (Edit(_PROTOCOL, "no such text", ""),))
