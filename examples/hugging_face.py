@@ -18,7 +18,7 @@ def main(model: Any = None, tokenizer: Any = None) -> None:
     if device == "cuda":
         torch.cuda.set_device(dist.get_rank())
     if model is None:  # any Llama, Mistral, Qwen or Gemma of AutoModelForCausalLM.from_pretrained
-        from collogue.demo.weights import read_model
+        from collogue.tools.demo.weights import read_model
 
         model, tokenizer = read_model()
     collogue.parallelize(model, dist.group.WORLD, max_tokens=256)

@@ -15,7 +15,7 @@ import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
 
-from collogue.record import circumstances
+from collogue.tools.record import circumstances
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST = ROOT / "tests" / "cpu" / "test_mutants.py"

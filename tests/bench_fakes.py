@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from collogue.bench import report
-from collogue.bench.cases import default_rounds
-from collogue.bench.floors import EMPTY, EXCHANGE
-from collogue.bench.timing import SETS, SHORT
+from collogue.tools.bench import report
+from collogue.tools.bench.cases import default_rounds
+from collogue.tools.bench.floors import EMPTY, EXCHANGE
+from collogue.tools.bench.timing import SETS, SHORT
 
 
 class Counter:

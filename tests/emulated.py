@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from collogue.quant import MXFP8
+from collogue.contract.quant import MXFP8
 from collogue.testing.emulator import MODES, Case, Library
 
 Build = Callable[..., Library]

@@ -22,9 +22,9 @@ from samples import same
 
 import collogue.flashinfer
 from collogue import reference
+from collogue.contract.quant import NVFP4, FP8Static, Quant
+from collogue.contract.spec import Output, RMSNorm
 from collogue.formats import scale_storage
-from collogue.quant import NVFP4, FP8Static, Quant
-from collogue.spec import Output, RMSNorm
 from collogue.testing.inputs import make_inputs, make_partials
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 import collogue
 from collogue import reference
+from collogue.contract.quant import FP8PerToken, Quant
+from collogue.contract.spec import Output, RMSNorm
 from collogue.errors import CollogueError
-from collogue.quant import FP8PerToken, Quant
-from collogue.spec import Output, RMSNorm
 from collogue.testing.compare import compare, differing
 from collogue.testing.inputs import make_inputs, make_partials
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from collogue.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
+from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}

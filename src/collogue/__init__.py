@@ -7,19 +7,20 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from collogue import errors, formats, reference
+from collogue import errors
 from collogue.communicator import Communicator
+from collogue.contract import formats, reference
+from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.reference import dequantize, quantize
+from collogue.contract.spec import Output, RMSNorm
 from collogue.errors import CollectiveError, CollectiveTimeout, CollogueError, MismatchedCall, NotPrepared
-from collogue.journal import Journal
-from collogue.plan import Plan
-from collogue.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.reference import dequantize, quantize
-from collogue.spec import Output, RMSNorm
+from collogue.gpu.journal import Journal
+from collogue.planning.plan import Plan
 
 if TYPE_CHECKING:
-    from collogue import nn
-    from collogue.fusion import compile
-    from collogue.parallel import parallelize
+    from collogue.pytorch import nn
+    from collogue.pytorch.fusion import compile
+    from collogue.pytorch.parallel import parallelize
 
 __version__ = "0.1.0"
 
@@ -52,7 +53,11 @@ __all__ = [
 ]
 
 #: Names that bring modules along which `import collogue` does without.
-_LATER = {"compile": ("collogue.fusion", "compile"), "nn": ("collogue.nn", None), "parallelize": ("collogue.parallel", "parallelize")}
+_LATER = {
+    "compile": ("collogue.pytorch.fusion", "compile"),
+    "nn": ("collogue.nn", None),
+    "parallelize": ("collogue.pytorch.parallel", "parallelize"),
+}
 
 
 def __getattr__(name: str) -> Any:

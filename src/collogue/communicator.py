@@ -9,20 +9,20 @@ from typing import Any, Literal
 import torch
 
 from collogue import ops, registry
-from collogue.call import check_call
-from collogue.capacity import Capacity, check_tokens
+from collogue.calls.call import check_call
+from collogue.calls.capacity import Capacity, check_tokens
+from collogue.calls.gather import check_gather
+from collogue.contract.number import is_whole
+from collogue.contract.quant import Quant
+from collogue.contract.spec import Operation, Output, RMSNorm, owned_rows
 from collogue.engine import Engine, make_engine, run
 from collogue.errors import ArgumentError, CaptureError, ClosedError, CollogueError, ShapeError
-from collogue.gather import check_gather
+from collogue.gpu.journal import Journal
+from collogue.gpu.watch import Watch, while_alive
 from collogue.group import as_group
-from collogue.journal import Journal
-from collogue.number import is_whole
-from collogue.plan import Plan, check_width, make_plan
-from collogue.quant import Quant
-from collogue.spec import Operation, Output, RMSNorm, owned_rows
-from collogue.table import TableArgument
-from collogue.topology import Overrides, Topology, agree
-from collogue.watch import Watch, while_alive
+from collogue.planning.plan import Plan, check_width, make_plan
+from collogue.planning.table import TableArgument
+from collogue.planning.topology import Overrides, Topology, agree
 
 
 class Communicator:

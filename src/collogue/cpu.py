@@ -7,17 +7,17 @@ from dataclasses import replace
 
 import torch
 
-from collogue import reference
-from collogue.call import Call
+from collogue.calls.call import Call
+from collogue.calls.outputs import write
+from collogue.calls.request import Signature
+from collogue.contract import reference
+from collogue.contract.formats import place_scales, read_scales
+from collogue.contract.quant import describe
+from collogue.contract.spec import Output
 from collogue.errors import MismatchedCall
-from collogue.exclusive import Exclusive
-from collogue.formats import place_scales, read_scales
+from collogue.gpu.exclusive import Exclusive
+from collogue.gpu.journal import Journal
 from collogue.group import Group
-from collogue.journal import Journal
-from collogue.outputs import write
-from collogue.quant import describe
-from collogue.request import Signature
-from collogue.spec import Output
 
 _HEADER_BYTES = 256
 

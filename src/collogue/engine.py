@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from collogue.call import Call
+from collogue.calls.call import Call
+from collogue.calls.outputs import allocate, check_out
+from collogue.calls.request import Signature
+from collogue.contract.spec import Output
+from collogue.gpu.journal import Journal
 from collogue.group import Group
-from collogue.journal import Journal
-from collogue.outputs import allocate, check_out
-from collogue.request import Signature
-from collogue.spec import Output
-from collogue.topology import Topology
+from collogue.planning.topology import Topology
 
 
 class Engine(Protocol):
@@ -31,7 +31,7 @@ def make_engine(group: Group, topology: Topology, timeout: float) -> Engine:
         from collogue.cpu import ReferenceEngine
 
         return ReferenceEngine(group)
-    from collogue.cuda import KernelEngine
+    from collogue.gpu.engine import KernelEngine
 
     return KernelEngine(group, topology, timeout)
 

@@ -1,7 +1,7 @@
 """``torch.ops.collogue``: the calls of a communicator as PyTorch operators, for whatever traces.
 
 ``all_reduce``, ``sharded``, ``reduce_scatter`` and ``finish`` take :data:`ARGUMENTS`, ``all_gather`` takes a shard's tensors. The
-communicator is named (:attr:`collogue.Communicator.name`), the format is its label (:func:`collogue.quant.describe`), and what comes
+communicator is named (:attr:`collogue.Communicator.name`), the format is its label (:func:`.quant.describe`), and what comes
 back is the list of the call's outputs in the order of :class:`collogue.Output`.
 
 Eager calls of a communicator do not come by here; under ``torch.compile`` and other tracers they turn into these operators. A
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from collogue import registry
-from collogue.call import check_call, check_no_grad
+from collogue.calls.call import check_call, check_no_grad
+from collogue.calls.outputs import call_inputs, shard_inputs, write_traced
+from collogue.contract.formats import code_spec, empty_scales
+from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe, parse
+from collogue.contract.spec import OUTPUTS, Operation, Output, RMSNorm, Wanted
 from collogue.engine import run
-from collogue.formats import code_spec, empty_scales
-from collogue.outputs import call_inputs, shard_inputs, write_traced
-from collogue.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe, parse
-from collogue.spec import OUTPUTS, Operation, Output, RMSNorm, Wanted
 
 #: Of every operator but ``all_gather``. ``partial`` is y for ``finish``; ``scale_value`` counts where ``scale`` is ``None``.
 ARGUMENTS = (

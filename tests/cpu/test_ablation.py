@@ -12,19 +12,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from collogue import cuda, jit
-from collogue.ablation import facts, main, rank
-from collogue.ablation.build import Builder, edit_sources, planned_for, topology_of, variant_of
-from collogue.ablation.switches import HARDWARE, SWITCHES, Switch, chosen
-from collogue.bench.timing import Latency
-from collogue.check import Case
-from collogue.check.kernels import request_of
-from collogue.cli import app
-from collogue.commands.options import IMPOSSIBLE, OK, USAGE
 from collogue.errors import FormatError, PlatformError
-from collogue.plan import LaunchShape, make_plan
+from collogue.gpu import engine as cuda
+from collogue.gpu import jit
+from collogue.planning.architecture import ARCHITECTURES
+from collogue.planning.plan import LaunchShape, make_plan
 from collogue.testing import VirtualGroup, emulator, run_virtual
 from collogue.testing.emulator import Edit
+from collogue.tools.ablation import facts, main, rank
+from collogue.tools.ablation.build import Builder, edit_sources, planned_for, topology_of, variant_of
+from collogue.tools.ablation.switches import HARDWARE, SWITCHES, Switch, chosen
+from collogue.tools.bench.timing import Latency
+from collogue.tools.check import Case
+from collogue.tools.check.kernels import request_of
+from collogue.tools.cli import app
+from collogue.tools.commands.options import IMPOSSIBLE, OK, USAGE
 
 BY_NAME = {switch.name: switch for switch in SWITCHES}
 CASE = Case(1, 7168, format="nvfp4/128x4", keep_norm=False)
@@ -143,7 +145,7 @@ def test_flags_hold_only_behind_a_barrier_and_a_fence(without: str, tmp_path: Pa
     assert bool(wrong) == bool(without)
 
 
-@pytest.mark.parametrize("architecture", jit.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_flags_compile_everywhere(architecture: str) -> None:
     rows = facts.compiled([BY_NAME["flag"]], [CASE], [architecture], disassemble=False)
     assert [(r["switch"], r["spilled_bytes"]) for r in rows] == [("flag", 0)]
@@ -154,7 +156,7 @@ def test_switches_apply_where_they_change_something() -> None:
     assert not BY_NAME["software e2m1"].applies("nvfp4/128x4", "sm_90a")
     assert not BY_NAME["scale division"].applies("fp8_static", "sm_100a")
     assert BY_NAME["fma"].applies("none", "sm_80")
-    assert set(HARDWARE) < set(jit.ARCHITECTURES)
+    assert set(HARDWARE) < set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize(("name", "changed"), [("scale division", False), ("scale reciprocals", True), ("wipe off", True)])

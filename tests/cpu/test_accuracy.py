@@ -12,20 +12,20 @@ import torch
 from typer.testing import CliRunner
 
 from collogue import FP8Static, reference
-from collogue.accuracy import calibrate, main
-from collogue.accuracy.measure import clipped, forward, losses, score, sqnr
-from collogue.accuracy.models import Model, random_model, random_shape
-from collogue.accuracy.orders import ORDERS, OrderedSum, contract
-from collogue.cli import app
-from collogue.commands import accuracy as command
-from collogue.commands.options import IMPOSSIBLE, OK, USAGE
 from collogue.communicator import Communicator
-from collogue.demo.model import Cache, ShardedLlama
+from collogue.contract.quant import NVFP4, FP8PerToken
+from collogue.contract.spec import RMSNorm
 from collogue.errors import FormatError, ScaleError
-from collogue.quant import NVFP4, FP8PerToken
-from collogue.spec import RMSNorm
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
+from collogue.tools.accuracy import calibrate, main
+from collogue.tools.accuracy.measure import clipped, forward, losses, score, sqnr
+from collogue.tools.accuracy.models import Model, random_model, random_shape
+from collogue.tools.accuracy.orders import ORDERS, OrderedSum, contract
+from collogue.tools.cli import app
+from collogue.tools.commands import accuracy as command
+from collogue.tools.commands.options import IMPOSSIBLE, OK, USAGE
+from collogue.tools.demo.model import Cache, ShardedLlama
 
 BF16 = torch.bfloat16
 

@@ -15,13 +15,13 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from ranks import check_works, communicator
 
 import collogue
-from collogue import topology
-from collogue.capacity import Capacity
+from collogue.calls.capacity import Capacity
 from collogue.errors import ArgumentError, CapacityError, CollogueError, DTypeError, GroupError, PlatformError, ShapeError
+from collogue.gpu.launch import timeouts
 from collogue.group import TorchGroup
-from collogue.launch import timeouts
+from collogue.planning import topology
+from collogue.planning.topology import MAX_TIMEOUT
 from collogue.testing import VirtualGroup, run_virtual
-from collogue.topology import MAX_TIMEOUT
 
 
 def refusals(world_size: int, make: Callable[[VirtualGroup], object], error: type[CollogueError]) -> list[str]:

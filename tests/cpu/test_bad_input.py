@@ -10,8 +10,10 @@ import pytest
 import torch
 from ranks import HIDDEN_SIZE, MAX_TOKENS, arguments, check_works, communicator
 
-import collogue.call
-import collogue.outputs
+import collogue.calls.call
+import collogue.calls.outputs
+from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.spec import Output, RMSNorm
 from collogue.cpu import ReferenceEngine
 from collogue.errors import (
     ArgumentError,
@@ -27,8 +29,6 @@ from collogue.errors import (
     ShapeError,
 )
 from collogue.formats import empty_scales
-from collogue.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.spec import Output, RMSNorm
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 
@@ -312,8 +312,8 @@ def test_what_was_right_once_is_checked_in_one_go(monkeypatch: pytest.MonkeyPatc
         for given in calls[:4]:
             comm.all_reduce(**given)
         group.barrier()
-        monkeypatch.setattr(collogue.call, "_check", None)
-        monkeypatch.setattr(collogue.outputs, "check_forms", None)
+        monkeypatch.setattr(collogue.calls.call, "_check", None)
+        monkeypatch.setattr(collogue.calls.outputs, "check_forms", None)
         for given in calls[4:]:
             out = comm.empty(T, **{name: given[name] for name in ("residual", "norm", "quant")})
             fresh = comm.all_reduce(**given)

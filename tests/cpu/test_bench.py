@@ -9,15 +9,15 @@ import pytest
 import torch
 from bench_fakes import Counter, Recorded
 
-from collogue.bench.fused import FusedCall
-from collogue.bench.gate import call_each_set, time_gated
-from collogue.bench.timing import LONG, SETS, SHORT, EagerCalls, Latency, measure, measure_eager, slope, slowest
-from collogue.check import Answers, Case
 from collogue.communicator import Communicator
+from collogue.contract.spec import Output
 from collogue.errors import CapacityError
 from collogue.formats import scale_storage
-from collogue.spec import Output
 from collogue.testing import VirtualGroup, run_virtual
+from collogue.tools.bench.fused import FusedCall
+from collogue.tools.bench.gate import call_each_set, time_gated
+from collogue.tools.bench.timing import LONG, SETS, SHORT, EagerCalls, Latency, measure, measure_eager, slope, slowest
+from collogue.tools.check import Answers, Case
 
 # ---- timing
 

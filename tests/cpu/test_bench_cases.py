@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from collogue import jit
-from collogue.bench import latency
-from collogue.bench.cases import (
+from collogue.errors import FormatError
+from collogue.gpu import jit
+from collogue.planning.architecture import ARCHITECTURES
+from collogue.tools.bench import latency
+from collogue.tools.bench.cases import (
     CHAIN_TOKENS,
     DEFAULT_SUITES,
     FORMATS,
@@ -20,12 +22,11 @@ from collogue.bench.cases import (
     has_chain,
     suite,
 )
-from collogue.bench.floors import source
-from collogue.bench.latency import suite_rounds
-from collogue.bench.names import label
-from collogue.bench.rank import _call
-from collogue.check import Case
-from collogue.errors import FormatError
+from collogue.tools.bench.floors import source
+from collogue.tools.bench.latency import suite_rounds
+from collogue.tools.bench.names import label
+from collogue.tools.bench.rank import _call
+from collogue.tools.check import Case
 
 
 def test_the_default_rounds_hold_what_is_promised() -> None:
@@ -64,7 +65,7 @@ def test_compile_time_is_taken_of_different_kernels() -> None:
 
 @pytest.mark.parametrize("world_size", [2, 8])
 def test_the_floors_compile(world_size: int) -> None:
-    for architecture in jit.ARCHITECTURES:
+    for architecture in ARCHITECTURES:
         code, log = jit.compile_source(source(world_size), architecture, "collogue_floors", verbose=True)
         assert len(code) > 1000
         for name in ("empty", "exchange", "wire"):

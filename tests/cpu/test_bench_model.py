@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from collogue.bench import model
-from collogue.bench.stack import ACTIVATIONS, SHAPES, rank_shape
-from collogue.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL
 from collogue.errors import ArgumentError
-from collogue.fusion import Fused, Missed, Report
+from collogue.pytorch.fusion import Fused, Missed, Report
 from collogue.testing.processes import run_processes
+from collogue.tools.bench import model
+from collogue.tools.bench.stack import ACTIVATIONS, SHAPES, rank_shape
+from collogue.tools.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL
 
 
 @pytest.mark.parametrize("scales", ACTIVATIONS)

@@ -12,19 +12,19 @@ import torch
 from bench_fakes import Counter, Recorded
 
 from collogue import reference
-from collogue.bench import baselines, epilogue, latency, report
-from collogue.bench import rank as rank_module
-from collogue.bench.baselines import Baseline, Baselines, OtherCall, integers
-from collogue.bench.cases import COMPILED, FLASHINFER, NCCL, VLLM, Round, chosen_rounds, has_chain
-from collogue.bench.floors import EMPTY, EXCHANGE, WIRE
-from collogue.bench.gate import call_each_set
-from collogue.bench.names import label
-from collogue.bench.timing import SETS, EagerLatency, Latency
-from collogue.check import Case
-from collogue.check.rank import arguments
-from collogue.spec import Output
+from collogue.contract.spec import Output
+from collogue.planning.topology import Overrides
 from collogue.testing import run_virtual
-from collogue.topology import Overrides
+from collogue.tools.bench import baselines, epilogue, latency, report
+from collogue.tools.bench import rank as rank_module
+from collogue.tools.bench.baselines import Baseline, Baselines, OtherCall, integers
+from collogue.tools.bench.cases import COMPILED, FLASHINFER, NCCL, VLLM, Round, chosen_rounds, has_chain
+from collogue.tools.bench.floors import EMPTY, EXCHANGE, WIRE
+from collogue.tools.bench.gate import call_each_set
+from collogue.tools.bench.names import label
+from collogue.tools.bench.timing import SETS, EagerLatency, Latency
+from collogue.tools.check import Case
+from collogue.tools.check.rank import arguments
 
 
 class FakeFloors:

@@ -14,10 +14,10 @@ import pytest
 from bench_fakes import made
 from typer.testing import CliRunner
 
-from collogue.bench import page, regression, report
-from collogue.bench.plot import Point, line_chart
-from collogue.cli import app
-from collogue.commands.options import OK, USAGE
+from collogue.tools.bench import page, regression, report
+from collogue.tools.bench.plot import Point, line_chart
+from collogue.tools.cli import app
+from collogue.tools.commands.options import OK, USAGE
 
 ROOT = Path(__file__).resolve().parents[2]
 

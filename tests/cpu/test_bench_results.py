@@ -12,11 +12,11 @@ import pytest
 import torch
 from bench_fakes import fake_rank, made
 
-from collogue.bench import latency, readme, report
-from collogue.bench.cases import FEW, HIDDEN_SIZE, NCCL, TOKENS
-from collogue.bench.floors import EXCHANGE
-from collogue.bench.rank import summary
 from collogue.errors import PlatformError
+from collogue.tools.bench import latency, readme, report
+from collogue.tools.bench.cases import FEW, HIDDEN_SIZE, NCCL, TOKENS
+from collogue.tools.bench.floors import EXCHANGE
+from collogue.tools.bench.rank import summary
 
 ROOT = Path(__file__).resolve().parents[2]
 

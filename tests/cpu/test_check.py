@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from collogue import Communicator
-from collogue.check import Answers, Case, CaseResult, Report, check_rank, default_sweep, expand, run_case, run_cases, sweep
-from collogue.check.run import _process, merge
-from collogue.check.sweep import DTYPES, OPERATIONS, VARIANTS
+from collogue.contract.quant import describe, parse
+from collogue.contract.spec import Operation, Output
 from collogue.errors import CollectiveTimeout, FormatError, PlatformError
 from collogue.formats import scale_storage
-from collogue.quant import describe, parse
-from collogue.spec import Operation, Output
 from collogue.testing import run_virtual
 from collogue.testing.compare import compare
 from collogue.testing.inputs import KINDS, make_inputs, make_partials
 from collogue.testing.processes import RanksFailed, run_processes
+from collogue.tools.check import Answers, Case, CaseResult, Report, check_rank, default_sweep, expand, run_case, run_cases, sweep
+from collogue.tools.check.run import _process, merge
+from collogue.tools.check.sweep import DTYPES, OPERATIONS, VARIANTS
 
 
 class Faulty:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from collogue.check import PROGRAMS, Emulated, Report, emulated, run_programs
-from collogue.check.emulated import Program, run_program
-from collogue.cli import app
 from collogue.errors import CompileError
 from collogue.testing.emulator import Edit, compile_cases
+from collogue.tools.check import PROGRAMS, Emulated, Report, emulated, run_programs
+from collogue.tools.check.emulated import Program, run_program
+from collogue.tools.cli import app
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_no_compiler_ends_with_3_and_says_so(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("problem", ["", "call 0, rank 1: wrong"])
 def test_the_report_holds_the_programs(monkeypatch: pytest.MonkeyPatch, problem: str) -> None:
     found = [Emulated(PROGRAMS[0], "", 0.1), Emulated(PROGRAMS[1], problem, 0.2)]
-    monkeypatch.setattr("collogue.check.run_programs", lambda started: found)
+    monkeypatch.setattr("collogue.tools.check.run_programs", lambda started: found)
     lists = ["--device", "cpu", "--tokens", "1", "--hidden-size", "64", "--format", "none", "--dtype", "bfloat16"]
     ended = CliRunner().invoke(app, ["check", *lists, "--emulate"])
     assert ended.exit_code == (1 if problem else 0)

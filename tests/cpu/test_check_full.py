@@ -10,14 +10,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from collogue import Communicator, RMSNorm, jit
-from collogue.check import Answers, Case, default_sweep, full_sweep, run_case
-from collogue.check.full import HIDDEN_SIZES, LABELS, MANY, OWNED_TOKENS, TOKENS, one_shot_tokens
-from collogue.check.kernels import capacity_of, request_of, topology_on, variants_on
-from collogue.check.sweep import DTYPES, OPERATIONS, VARIANTS
-from collogue.cli import app
-from collogue.plan import make_plan
+from collogue import Communicator, RMSNorm
+from collogue.gpu import jit
+from collogue.planning.plan import make_plan
 from collogue.testing import run_virtual
+from collogue.tools.check import Answers, Case, default_sweep, full_sweep, run_case
+from collogue.tools.check.full import HIDDEN_SIZES, LABELS, MANY, OWNED_TOKENS, TOKENS, one_shot_tokens
+from collogue.tools.check.kernels import capacity_of, request_of, topology_on, variants_on
+from collogue.tools.check.sweep import DTYPES, OPERATIONS, VARIANTS
+from collogue.tools.cli import app
 
 MACHINE: dict[str, Any] = {"architecture": "sm_90a", "multiprocessors": 132}
 EVERY = full_sweep()

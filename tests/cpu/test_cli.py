@@ -12,13 +12,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import collogue.check
-import collogue.doctor
-from collogue.check import CaseResult
-from collogue.cli import app
-from collogue.commands import options
-from collogue.commands.options import FAILED, IMPOSSIBLE, OK, USAGE
+import collogue.tools.check
+import collogue.tools.doctor
 from collogue.errors import PlatformError
+from collogue.tools.check import CaseResult
+from collogue.tools.cli import app
+from collogue.tools.commands import options
+from collogue.tools.commands.options import FAILED, IMPOSSIBLE, OK, USAGE
 
 SMALL = ["--tokens", "3", "--hidden-size", "64", "--dtype", "bfloat16"]
 
@@ -70,12 +70,12 @@ def test_check_says_which_calls_were_refused() -> None:
 
 
 def test_check_ends_with_1_and_shows_the_first_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = collogue.check.run_cases
+    run = collogue.tools.check.run_cases
 
     def spoiled(*args: Any, **kwargs: Any) -> list[CaseResult]:
         return [replace(r, differing={"norm": 1}, first="rank 0: norm[0, 0]: 0x0001, expected 0x0000") for r in run(*args, **kwargs)]
 
-    monkeypatch.setattr(collogue.check, "run_cases", spoiled)
+    monkeypatch.setattr(collogue.tools.check, "run_cases", spoiled)
     result = call("check", "--device", "cpu", *SMALL, "--format", "none")
     assert result.exit_code == FAILED
     assert "FAILED world 2 T=3 H=64 bfloat16 none" in result.stdout
@@ -132,7 +132,7 @@ def test_what_cannot_be_written_or_run_on_is_told_first(
     arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Before a model is read: a run takes minutes."""
-    monkeypatch.setattr("collogue.demo.weights.model_file", lambda: pytest.fail("too late"))
+    monkeypatch.setattr("collogue.tools.demo.weights.model_file", lambda: pytest.fail("too late"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results.json").write_text("{}")
     result = call(*("results.json" if word == "NAMED" else word for word in arguments))
@@ -153,7 +153,7 @@ def test_a_platform_error_of_a_rank_ends_with_3(monkeypatch: pytest.MonkeyPatch)
     def refused(*args: Any, **kwargs: Any) -> None:
         raise PlatformError("no peer access", hint="use other GPUs")
 
-    monkeypatch.setattr("collogue.check.rank.Communicator", refused)
+    monkeypatch.setattr("collogue.tools.check.rank.Communicator", refused)
     result = call("check", "--device", "cpu", *SMALL, "--format", "none")
     assert result.exit_code == IMPOSSIBLE
     assert "PlatformError: no peer access" in result.stdout
@@ -171,14 +171,14 @@ def test_explain_as_json_and_as_text() -> None:
 
 
 def test_doctor_as_json_and_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    finding = collogue.doctor.Finding("torch", "missing", "too [old]", "pip install it", required=True)
-    monkeypatch.setattr(collogue.doctor, "PROBES", {"torch": lambda: [finding]})
+    finding = collogue.tools.doctor.Finding("torch", "missing", "too [old]", "pip install it", required=True)
+    monkeypatch.setattr(collogue.tools.doctor, "PROBES", {"torch": lambda: [finding]})
     result = call("doctor", "--json", "-")
     assert result.exit_code == IMPOSSIBLE
     assert json.loads(result.stdout) == {"usable": False, "findings": [vars(finding)]}
     assert "too [old]" in result.stderr
     assert "hint: pip install it" in call("doctor").stdout
-    monkeypatch.setattr(collogue.doctor, "PROBES", {})
+    monkeypatch.setattr(collogue.tools.doctor, "PROBES", {})
     assert call("doctor").exit_code == OK
 
 
@@ -200,13 +200,13 @@ def fake(monkeypatch: pytest.MonkeyPatch, name: str, result: Any) -> list[Any]:
 
 
 def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls = fake(monkeypatch, "collogue.demo.main", types.SimpleNamespace(passed=True))
+    calls = fake(monkeypatch, "collogue.tools.demo.main", types.SimpleNamespace(passed=True))
     target = tmp_path / "demo.json"
     assert call("demo", "--device", "cpu", "--world-size", "2", "--format", "none,nvfp4", "--json", str(target)).exit_code == OK
     assert calls == [(("cpu", 2, 1024), {"json": str(target), "plot": None, "formats": ("none", "nvfp4")})]
     assert call("demo", "--sharded").exit_code == OK
     assert calls[1] == (("auto", 3, 1024), {"json": None, "plot": None, "sharded": True})
-    fake(monkeypatch, "collogue.demo.main", types.SimpleNamespace(passed=False))
+    fake(monkeypatch, "collogue.tools.demo.main", types.SimpleNamespace(passed=False))
     assert call("demo").exit_code == FAILED
 
 
@@ -218,29 +218,31 @@ def test_check_takes_a_list_of_operations() -> None:
 
 
 def test_bench_passes_its_lists_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = fake(monkeypatch, "collogue.bench.latency", True)
+    calls = fake(monkeypatch, "collogue.tools.bench.latency", True)
     assert call("bench", "--tokens", "1,8", "--tokens", "32", "--format", "nvfp4", "--json", "-").exit_code == OK
     assert calls == [((), {"tokens": [1, 8, 32], "format": ["nvfp4"], "chains": True, "json": "-"})]
-    calls = fake(monkeypatch, "collogue.bench.latency", True)
+    calls = fake(monkeypatch, "collogue.tools.bench.latency", True)
     assert call("bench", "--suite", "latency,hidden", "--world-size", "2", "--no-chains").exit_code == OK
     assert calls == [((), {"world_size": [2], "suites": ["latency", "hidden"], "chains": False, "json": None})]
-    calls = fake(monkeypatch, "collogue.bench.latency", True)
+    calls = fake(monkeypatch, "collogue.tools.bench.latency", True)
     assert call("bench", "--suite", "multiprocessors", "--cta-threads", "512").exit_code == OK
     assert calls == [((), {"suites": ["multiprocessors"], "cta_threads": 512, "chains": True, "json": None})]
     assert call("bench", "--suite", "latency", "--tokens", "1").exit_code == USAGE
-    fake(monkeypatch, "collogue.bench.latency", PlatformError("there is no GPU", hint="get one"))
+    fake(monkeypatch, "collogue.tools.bench.latency", PlatformError("there is no GPU", hint="get one"))
     assert call("bench").exit_code == IMPOSSIBLE
 
 
 def test_a_package_of_an_extra_that_is_not_there_ends_with_3(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake(monkeypatch, "collogue.demo.main", ModuleNotFoundError("No module named 'gguf'", name="gguf"))
+    fake(monkeypatch, "collogue.tools.demo.main", ModuleNotFoundError("No module named 'gguf'", name="gguf"))
     result = call("demo")
     assert result.exit_code == IMPOSSIBLE
     assert "needs gguf" in result.stderr
     assert "hint: in Collogue's checkout: pip install '.[demo]'" in result.stderr
 
 
-@pytest.mark.parametrize(("command", "module"), [(["demo"], "collogue.demo.main"), (["bench", "model"], "collogue.bench.model")])
+@pytest.mark.parametrize(
+    ("command", "module"), [(["demo"], "collogue.tools.demo.main"), (["bench", "model"], "collogue.tools.bench.model")]
+)
 def test_a_plot_without_its_package_fails_before_the_work(
     command: list[str], module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -253,7 +255,7 @@ def test_a_plot_without_its_package_fails_before_the_work(
 
 
 def test_as_a_program() -> None:
-    command = [sys.executable, "-m", "collogue.cli", "check", "--device", "cpu", *SMALL, "--format", "fp8_per_token", "--json", "-"]
+    command = [sys.executable, "-m", "collogue.tools.cli", "check", "--device", "cpu", *SMALL, "--format", "fp8_per_token", "--json", "-"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == OK, result.stderr
     assert json.loads(result.stdout)["passed"] is True

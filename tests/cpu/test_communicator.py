@@ -11,10 +11,10 @@ import torch
 from ranks import HIDDEN_SIZE, MAX_TOKENS, arguments, check_works, communicator, expected, gloo_rank
 from samples import every_format, formats_by_label, same
 
+from collogue.contract.quant import MXFP4, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.spec import Output, RMSNorm
 from collogue.errors import ArgumentError, CapacityError, ClosedError, FormatError, MismatchedCall, ShapeError
 from collogue.formats import empty_scales, scale_storage
-from collogue.quant import MXFP4, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.spec import Output, RMSNorm
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 from collogue.testing.processes import run_processes

@@ -12,13 +12,14 @@ import pytest
 import torch
 from cuda.bindings import nvrtc
 
-from collogue import jit
-from collogue.quant import parse
-from collogue.resources.compare import violations
-from collogue.resources.measure import chosen, describe
-from collogue.resources.worker import compile_choice
+from collogue.contract.quant import parse
+from collogue.gpu import jit
+from collogue.planning.architecture import ARCHITECTURES
+from collogue.planning.variant import Variant
 from collogue.testing.covering import FACTORS, FORMATS, all_pairs, covering_set, pairs_of, variant_of
-from collogue.variant import Variant
+from collogue.tools.resources.compare import violations
+from collogue.tools.resources.measure import chosen, describe
+from collogue.tools.resources.worker import compile_choice
 
 RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "resources.json"
 E2M1_INSTRUCTION = "cvt.rn.satfinite.e2m1x2.f32"
@@ -78,7 +79,7 @@ def test_covering_set_compiles_within_its_limits(record_property: Callable[[str,
 
 
 @pytest.mark.parametrize("label", ["nvfp4/128x4", "mxfp4/ceil/linear", "mxfp8/ceil/128x4"])
-@pytest.mark.parametrize("architecture", jit.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_e2m1_is_the_hardware_instruction_from_sm_100a_on(architecture: str, label: str) -> None:
     choice = next(c for c in covering_set()[0] if c["format"] == label and c["norm"])
     variant = variant_of({**choice, "architecture": architecture})
@@ -86,7 +87,7 @@ def test_e2m1_is_the_hardware_instruction_from_sm_100a_on(architecture: str, lab
     assert has_instruction == (parse(label).element == "e2m1" and architecture not in ("sm_80", "sm_90a"))  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("architecture", jit.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_e4m3_is_the_hardware_instruction_but_on_sm_80(architecture: str) -> None:
     choice = next(c for c in covering_set()[0] if c["format"] == "fp8_per_token")
     ptx = _ptx(variant_of({**choice, "architecture": architecture}), architecture)

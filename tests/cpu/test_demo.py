@@ -14,13 +14,13 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from collogue import Communicator  # noqa: E402
-from collogue.demo import formats, main, table, worker  # noqa: E402
-from collogue.demo.model import Cache, ShardedLlama  # noqa: E402
-from collogue.demo.sequence import SequenceParallelLlama  # noqa: E402
-from collogue.demo.weights import ModelShape, Weights, attach, read_model, share  # noqa: E402
 from collogue.errors import ArgumentError, FormatError, PlatformError, ShapeError  # noqa: E402
 from collogue.group import Group  # noqa: E402
 from collogue.testing.virtual import run_virtual  # noqa: E402
+from collogue.tools.demo import formats, main, table, worker  # noqa: E402
+from collogue.tools.demo.model import Cache, ShardedLlama  # noqa: E402
+from collogue.tools.demo.sequence import SequenceParallelLlama  # noqa: E402
+from collogue.tools.demo.weights import ModelShape, Weights, attach, read_model, share  # noqa: E402
 
 WORLD = 3
 #: Sums in another order than transformers': a few units in the last place of logits below 4.
@@ -231,7 +231,7 @@ def test_the_shared_weights_are_mapped_unchanged(weights: Weights, tmp_path: Pat
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("collogue.demo.weights.model_file", lambda: tmp_path / "x.gguf")
+    monkeypatch.setattr("collogue.tools.demo.weights.model_file", lambda: tmp_path / "x.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(PlatformError, match=r"the demo needs gguf\nhint: in Collogue's checkout: pip install '\.\[demo-tools\]'"):
         read_model()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from cuda.bindings import driver as real
 
-from collogue import device, jit, launch
 from collogue.errors import ClosedError, PlatformError
-from collogue.plan import LaunchShape
+from collogue.gpu import device, jit, launch
+from collogue.planning.plan import LaunchShape
 
 CONTEXT, STREAM, KERNEL, FUNCTION = 77, 5, 31, 32
 OK, BAD = real.CUresult.CUDA_SUCCESS, real.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS

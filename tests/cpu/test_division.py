@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from collogue import reference
+from collogue.contract.spec import VALUE_DTYPES
 from collogue.formats import e4m3_encode, round_value
-from collogue.jit import KERNELS
-from collogue.spec import VALUE_DTYPES
+from collogue.gpu.jit import KERNELS
 
 Array: TypeAlias = npt.NDArray[Any]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from collogue import errors
-from collogue.bench.figure import figure
+from collogue.tools.bench.figure import figure
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

@@ -15,10 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from collogue import doctor
-from collogue.cli import _show_findings
-from collogue.doctor import Examination, Finding, examine
 from collogue.errors import PlatformError
+from collogue.tools import doctor
+from collogue.tools.cli import _show_findings
+from collogue.tools.doctor import Examination, Finding, examine
 
 
 def by_name(findings: Iterable[Finding]) -> dict[str, Finding]:
@@ -173,7 +173,7 @@ def test_no_place_for_the_kernel_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere() -> Path:
         raise PlatformError("no directory for compiled kernels can be written", hint="set COLLOGUE_CACHE_DIR")
 
-    monkeypatch.setattr("collogue.jit.cache_directory", nowhere)
+    monkeypatch.setattr("collogue.cache.cache_directory", nowhere)
     for gpus in (0, 1):
         with_gpus(monkeypatch, gpus)
         (finding,) = doctor._cache()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from emulated import PRESENT, PROTOCOL, TOKENS, TURNED, TWO_WARPS, Build, turning
 
-from collogue.failure import MISMATCH, TIMEOUT
-from collogue.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static
+from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static
+from collogue.gpu.failure import MISMATCH, TIMEOUT
 from collogue.testing.emulator import Ask, Case, Edit, Library, emulate
 from collogue.testing.inputs import KINDS
 

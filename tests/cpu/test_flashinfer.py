@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import collogue.flashinfer as comm
 from collogue import reference
+from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.spec import Output, RMSNorm
 from collogue.errors import (
     ArgumentError,
     CapacityError,
@@ -29,8 +31,6 @@ from collogue.errors import (
 )
 from collogue.flashinfer.workspace import workspace_of
 from collogue.formats import empty_scales, scale_storage
-from collogue.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.spec import Output, RMSNorm
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.inputs import make_inputs, make_partials
 

@@ -11,8 +11,8 @@ from oracle import Oracle, without_negative_zero
 from torch import Tensor
 
 from collogue import formats
+from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
 from collogue.errors import DTypeError, FormatError, ShapeError
-from collogue.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
 
 
 def every_16_bit_value(dtype: torch.dtype) -> Tensor:

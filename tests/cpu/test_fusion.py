@@ -475,7 +475,7 @@ def test_a_sharded_stream_is_gathered_where_it_is_read() -> None:
 
 
 def test_the_pass_is_part_of_the_cache_key(comm: collogue.Communicator, group: Any) -> None:
-    from collogue.fusion import FusionPass
+    from collogue.pytorch.fusion import FusionPass
 
     before = FusionPass().uuid()
     assert before == FusionPass().uuid() != FusionPass(sharded=True).uuid()

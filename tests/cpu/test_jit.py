@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from collogue import jit
+from collogue.cache import cache_directory
 from collogue.errors import CompileError, PlatformError
+from collogue.gpu import jit
+from collogue.planning.architecture import architecture_of
+from collogue.planning.variant import Variant
 from collogue.testing.covering import variant_of
-from collogue.variant import Variant
 
 ELF = b"\x7fELF"
 
@@ -31,9 +33,9 @@ def variant() -> Variant:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache directory of this test's own."""
     monkeypatch.setenv("COLLOGUE_CACHE_DIR", str(tmp_path / "cache"))
-    jit.cache_directory.cache_clear()
+    cache_directory.cache_clear()
     yield tmp_path / "cache"
-    jit.cache_directory.cache_clear()
+    cache_directory.cache_clear()
 
 
 @pytest.fixture
@@ -82,10 +84,10 @@ def test_a_kernel_that_does_not_compile_leaves_nothing_behind(
 
 
 def test_architecture_of_a_compute_capability() -> None:
-    found = [jit.architecture_of(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))]
+    found = [architecture_of(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))]
     assert found == ["sm_80", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a"]
     with pytest.raises(PlatformError, match=r"7\.5 is too old"):
-        jit.architecture_of((7, 5))
+        architecture_of((7, 5))
 
 
 def test_the_resource_report_is_read() -> None:
@@ -223,27 +225,27 @@ def test_a_home_that_cannot_be_written_is_passed_over(tmp_path: Path, monkeypatc
     monkeypatch.setenv("HOME", str(blocked))
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked / "cache"))
     monkeypatch.setattr(jit.tempfile, "tempdir", str(tmp_path))
-    jit.cache_directory.cache_clear()
+    cache_directory.cache_clear()
     try:
-        assert jit.cache_directory() == tmp_path / f"collogue-{os.getuid()}"
+        assert cache_directory() == tmp_path / f"collogue-{os.getuid()}"
         assert jit.cubin(variant, "sm_90a").startswith(ELF)
         monkeypatch.delenv("XDG_CACHE_HOME")
-        jit.cache_directory.cache_clear()
-        assert jit.cache_directory() == tmp_path / f"collogue-{os.getuid()}"
+        cache_directory.cache_clear()
+        assert cache_directory() == tmp_path / f"collogue-{os.getuid()}"
         monkeypatch.setattr(jit.tempfile, "tempdir", str(blocked))
-        jit.cache_directory.cache_clear()
+        cache_directory.cache_clear()
         with pytest.raises(PlatformError, match="hint: set COLLOGUE_CACHE_DIR"):
-            jit.cache_directory()
+            cache_directory()
     finally:
-        jit.cache_directory.cache_clear()
+        cache_directory.cache_clear()
 
 
 def test_the_cache_is_where_the_user_says(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert jit.cache_directory() == cache
+    assert cache_directory() == cache
     monkeypatch.delenv("COLLOGUE_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    jit.cache_directory.cache_clear()
-    assert jit.cache_directory() == tmp_path / "xdg" / "collogue"
+    cache_directory.cache_clear()
+    assert cache_directory() == tmp_path / "xdg" / "collogue"
 
 
 def test_the_name_of_a_kernel_says_what_it_does(variant: Variant) -> None:

@@ -14,15 +14,15 @@ import pytest
 import torch
 from ranks import communicator
 
-from collogue import cuda
+from collogue.contract.spec import Output
 from collogue.cpu import ReferenceEngine
-from collogue.cuda import KernelEngine
 from collogue.engines import sglang, vllm
 from collogue.errors import ClosedError, CollectiveTimeout, ConcurrentUseError
 from collogue.flashinfer import workspace
-from collogue.spec import Output
+from collogue.gpu import engine as cuda
+from collogue.gpu.engine import KernelEngine
+from collogue.planning.topology import Topology
 from collogue.testing import VirtualGroup, run_virtual
-from collogue.topology import Topology
 
 ERROR = CollectiveTimeout("late", hint="reset")
 

@@ -11,8 +11,8 @@ import torch
 from gpu import migration
 from gpu.migration import DTYPES, FORMS, HIDDEN, TOKENS, TOKENS_VIRTUAL, WITH_NORM, Call, calls, case_of, in_place, migrate, quant_of
 
-from collogue.check.kernels import request_of
 from collogue.testing import VirtualGroup, run_virtual
+from collogue.tools.check.kernels import request_of
 
 SMALL = calls((1, 3, 8, 17), (64, 128, 192))
 

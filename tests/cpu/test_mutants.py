@@ -10,7 +10,7 @@ import pytest
 import torch
 from emulated import PRESENT, PROTOCOL, TOKENS, TURNED, TWO_WARPS, Build, turning
 
-from collogue.quant import NVFP4, FP8Group
+from collogue.contract.quant import NVFP4, FP8Group
 from collogue.testing.emulator import Case, Edit, Library, compile_cases, emulate
 
 _GATHER, _ONE, _TWO, _SHARDED, _ALL_GATHER = (f"{name}.cuh" for name in ("gather", "one_shot", "two_shot", "sharded", "all_gather"))

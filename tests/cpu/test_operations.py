@@ -13,9 +13,12 @@ from samples import bits, every_format, formats_by_label, same
 
 import collogue
 from collogue import reference
-from collogue.call import check_call
-from collogue.capacity import Capacity
-from collogue.check import Answers, Case, check_rank, default_sweep
+from collogue.calls.call import check_call
+from collogue.calls.capacity import Capacity
+from collogue.calls.gather import check_gather
+from collogue.calls.outputs import allocate, check_out
+from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.spec import Operation, Output, RMSNorm, owned_rows
 from collogue.cpu import ReferenceEngine
 from collogue.errors import (
     ArgumentError,
@@ -32,15 +35,12 @@ from collogue.errors import (
     ShapeError,
 )
 from collogue.formats import empty_scales
-from collogue.gather import check_gather
-from collogue.outputs import allocate, check_out
-from collogue.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.spec import Operation, Output, RMSNorm, owned_rows
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 from collogue.testing.inputs import make_partials
 from collogue.testing.oracle import by_rank, by_reference, by_scalar
 from collogue.testing.processes import run_processes
+from collogue.tools.check import Answers, Case, check_rank, default_sweep
 
 BF16, F8 = torch.bfloat16, torch.float8_e4m3fn
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)

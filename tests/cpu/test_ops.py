@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import collogue
 from collogue import NVFP4, FP8Group, FP8PerToken, FP8Static, Output, RMSNorm, ops, registry
+from collogue.contract.quant import Quant, describe
+from collogue.contract.spec import Operation
 from collogue.errors import (
     ArgumentError,
     CaptureError,
@@ -27,8 +29,6 @@ from collogue.errors import (
     ShapeError,
 )
 from collogue.formats import scale_storage
-from collogue.quant import Quant, describe
-from collogue.spec import Operation
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from collogue import pages
+from collogue.tools import pages
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [d for d in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]) if "<!-- table " in d.read_text(encoding="utf-8")]

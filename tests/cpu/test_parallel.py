@@ -15,12 +15,12 @@ from torch import nn
 
 import collogue
 from collogue import FP8PerToken, reference
-from collogue.demo.weights import read_model
 from collogue.errors import ArgumentError, ShapeError
 from collogue.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear, finish
-from collogue.parallel import FOUR_NORMS, TWO_NORMS
+from collogue.pytorch.parallel import FOUR_NORMS, TWO_NORMS
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.processes import run_processes
+from collogue.tools.demo.weights import read_model
 
 #: Largest difference of a float32 logit (they reach 42) that sums in another order may cost over 30 layers.
 LOGITS_BOUND = 1e-3

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from collogue import failure, jit, workspace
-from collogue.cuda import _launch_more
 from collogue.errors import CompileError, PlatformError
-from collogue.extent import GENERATIONS, ONE_SHOT_GENERATIONS
-from collogue.failure import FailureRecord
-from collogue.header import ENTRY_BYTES
-from collogue.launch import MAX_WORLD, Params
-from collogue.workspace import CONTROL_BYTES, SENTINELS
+from collogue.gpu import failure, jit, workspace
+from collogue.gpu.engine import _launch_more
+from collogue.gpu.failure import FailureRecord
+from collogue.gpu.header import ENTRY_BYTES
+from collogue.gpu.launch import MAX_WORLD, Params
+from collogue.gpu.workspace import CONTROL_BYTES, SENTINELS
+from collogue.planning.extent import GENERATIONS, ONE_SHOT_GENERATIONS
 
 
 def sizes(name: str, structure: type[ctypes.Structure]) -> list[str]:

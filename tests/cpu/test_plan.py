@@ -16,14 +16,17 @@ import pytest
 import torch
 
 import collogue.communicator
-from collogue import cuda
+from collogue.calls.request import Request, make_request
 from collogue.communicator import Communicator
-from collogue.cost import CONSTANTS, Constants, fit, predict
+from collogue.contract.quant import MXFP8, NVFP4, FP8Group, FP8PerToken, Quant, parse
+from collogue.contract.spec import Operation
 from collogue.errors import ArgumentError, CapacityError, FormatError
-from collogue.extent import GENERATIONS, ONE_SHOT_GENERATIONS, memory_of, workspace_extent
-from collogue.launch import Params
-from collogue.parameters import fill_shape, fill_workspace, later_launches
-from collogue.plan import (
+from collogue.gpu import engine as cuda
+from collogue.gpu.launch import Params
+from collogue.gpu.parameters import fill_shape, fill_workspace, later_launches
+from collogue.planning.cost import CONSTANTS, Constants, fit, predict
+from collogue.planning.extent import GENERATIONS, ONE_SHOT_GENERATIONS, memory_of, workspace_extent
+from collogue.planning.plan import (
     LaunchShape,
     Plan,
     launch_shape,
@@ -34,11 +37,8 @@ from collogue.plan import (
     one_shot_tokens,
     sends_values,
 )
-from collogue.quant import MXFP8, NVFP4, FP8Group, FP8PerToken, Quant, parse
-from collogue.request import Request, make_request
-from collogue.spec import Operation
+from collogue.planning.topology import Overrides, Topology
 from collogue.testing import VirtualGroup, run_virtual
-from collogue.topology import Overrides, Topology
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLDS = range(2, 9)

@@ -14,8 +14,8 @@ from samples import DTYPES, F32, INTEGER, NAN, bits, every_bfloat16, formats_by_
 from torch import Tensor
 
 from collogue import formats, reference
-from collogue.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.spec import RMSNorm
+from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.spec import RMSNorm
 
 
 def expected_quantised(n: Tensor, quant: Quant, oracle: Oracle) -> tuple[Tensor, Tensor | None]:

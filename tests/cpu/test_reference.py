@@ -12,9 +12,9 @@ from samples import DTYPES, F32, INTEGER, NAN, bits, formats_by_label, same, wil
 from torch import Tensor
 
 from collogue import formats, reference
+from collogue.contract.quant import FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.spec import RMSNorm
 from collogue.errors import ArgumentError, FormatError
-from collogue.quant import FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.spec import RMSNorm
 
 # Sum and prenorm
 

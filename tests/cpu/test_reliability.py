@@ -15,21 +15,21 @@ import reliability_jobs
 import torch
 from typer.testing import CliRunner
 
-from collogue import jit
-from collogue.check.rank import poisoned
-from collogue.cli import app
-from collogue.commands.options import IMPOSSIBLE, USAGE
+from collogue.contract.spec import Output
 from collogue.errors import CollectiveTimeout, ConcurrentUseError
-from collogue.journal import Journal
-from collogue.reliability import compare, faults, jobs, main, soak, tables
-from collogue.reliability.delays import DELAYS
-from collogue.reliability.jobs import Outcome, run_jobs
-from collogue.reliability.parts import Counts, Part, make_parts
-from collogue.spec import Output
+from collogue.gpu import jit
+from collogue.gpu.journal import Journal
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.emulator import Case as EmulatedCase
 from collogue.testing.emulator import compile_cases, emulate
 from collogue.testing.processes import RanksFailed
+from collogue.tools.check.rank import poisoned
+from collogue.tools.cli import app
+from collogue.tools.commands.options import IMPOSSIBLE, USAGE
+from collogue.tools.reliability import compare, faults, jobs, main, soak, tables
+from collogue.tools.reliability.delays import DELAYS
+from collogue.tools.reliability.jobs import Outcome, run_jobs
+from collogue.tools.reliability.parts import Counts, Part, make_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -215,7 +215,7 @@ def test_a_named_journal_is_read_back(tmp_path: Path) -> None:
 
 
 def faults_entry() -> Any:
-    from collogue.header import Entry
+    from collogue.gpu.header import Entry
 
     return Entry(7, "all_reduce by one_shot, tokens=1")
 

@@ -15,14 +15,15 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from collogue import jit
-from collogue.cli import app
-from collogue.commands.options import FAILED, IMPOSSIBLE, OK, USAGE
-from collogue.commands.resources import _print_columns
 from collogue.errors import CompileError, PlatformError
-from collogue.resources import compare, machine_code, measure, worker
-from collogue.resources.occupancy import LIMITS, occupancy, resident_ctas
+from collogue.gpu import jit
+from collogue.planning.architecture import ARCHITECTURES
 from collogue.testing.covering import FACTORS, Choice, covering_set, possible, variant_of
+from collogue.tools.cli import app
+from collogue.tools.commands.options import FAILED, IMPOSSIBLE, OK, USAGE
+from collogue.tools.commands.resources import _print_columns
+from collogue.tools.resources import compare, machine_code, measure, worker
+from collogue.tools.resources.occupancy import LIMITS, occupancy, resident_ctas
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "resources.json"
@@ -129,7 +130,7 @@ def test_occupancy(architecture: str, threads: int, registers: int, shared: int,
 
 
 def test_every_architecture_has_limits() -> None:
-    assert set(LIMITS) == set(jit.ARCHITECTURES)
+    assert set(LIMITS) == set(ARCHITECTURES)
 
 
 def test_the_default_is_the_covering_set_and_all_is_every_possible_kernel() -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from collogue.quant import NVFP4, FP8Group, FP8Static, Quant, describe, parse
-from collogue.spec import RMSNorm
+from collogue.contract.quant import NVFP4, FP8Group, FP8Static, Quant, describe, parse
+from collogue.contract.spec import RMSNorm
 from collogue.testing import scalar
 from collogue.testing.compare import compare
 from collogue.testing.inputs import KINDS, make_inputs, make_partials

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from collogue.bench import cached, page, serving
-from collogue.bench.engine import cache_length, layer_bytes
-from collogue.bench.schedule import Workload, decode_rows, prefill_counts, rows, schedule
-from collogue.bench.serving_rank import _slowest
-from collogue.bench.stack import SHAPES, activation_scale, attention, make_blocks, rank_shape, static
-from collogue.bench.variants import COLLOGUE
-from collogue.cli import app
 from collogue.errors import ArgumentError
+from collogue.tools.bench import cached, page, serving
+from collogue.tools.bench.engine import cache_length, layer_bytes
+from collogue.tools.bench.schedule import Workload, decode_rows, prefill_counts, rows, schedule
+from collogue.tools.bench.serving_rank import _slowest
+from collogue.tools.bench.stack import SHAPES, activation_scale, attention, make_blocks, rank_shape, static
+from collogue.tools.bench.variants import COLLOGUE
+from collogue.tools.cli import app
 
 SMALL = Workload(prompts=7, prompt_tokens=5, new_tokens=4, concurrency=3, prefill_tokens=12)
 workloads = st.builds(

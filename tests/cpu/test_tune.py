@@ -14,26 +14,26 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from collogue import table
-from collogue.bench.gate import call_each_set
-from collogue.bench.timing import Latency
-from collogue.cli import app
-from collogue.commands.options import FAILED, IMPOSSIBLE, OK, USAGE
+from collogue.calls.request import Request, make_request
 from collogue.communicator import Communicator
+from collogue.contract.quant import FP8PerToken
 from collogue.errors import ArgumentError, PlatformError
-from collogue.explain import MULTIPROCESSORS, Machine, explain
-from collogue.plan import make_plan, one_shot_tokens
-from collogue.quant import FP8PerToken
-from collogue.request import Request, make_request
-from collogue.table import VARIABLE, Candidate, Entry, Step, Table, Time, find, own_path
+from collogue.planning import table
+from collogue.planning.explain import MULTIPROCESSORS, Machine, explain
+from collogue.planning.plan import make_plan, one_shot_tokens
+from collogue.planning.table import VARIABLE, Candidate, Entry, Step, Table, Time, find, own_path
+from collogue.planning.topology import Overrides, Topology
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.emulator import Ask, compile_cases, emulate
 from collogue.testing.emulator import Case as EmulatorCase
-from collogue.topology import Overrides, Topology
-from collogue.tune import main
-from collogue.tune import rank as rank_module
-from collogue.tune.steps import choose_steps
-from collogue.tune.trials import CANDIDATES, LARGE_TOKENS, Trial, candidates, default_tokens, trials
+from collogue.tools.bench.gate import call_each_set
+from collogue.tools.bench.timing import Latency
+from collogue.tools.cli import app
+from collogue.tools.commands.options import FAILED, IMPOSSIBLE, OK, USAGE
+from collogue.tools.tune import main
+from collogue.tools.tune import rank as rank_module
+from collogue.tools.tune.steps import choose_steps
+from collogue.tools.tune.trials import CANDIDATES, LARGE_TOKENS, Trial, candidates, default_tokens, trials
 
 ONE, ONE_256, TWO, TWO_256, TWO_1024 = CANDIDATES
 MACHINE = Machine("sm_90a", "NVIDIA H200", 132, gpus=2)
@@ -268,8 +268,8 @@ def test_a_table_of_another_machine_or_call_is_not_used_and_the_plan_says_why(fi
 
 
 def test_what_the_communicator_fixes_goes_before_the_table(file: Path) -> None:
-    from collogue.capacity import Capacity
-    from collogue.topology import topology_of
+    from collogue.calls.capacity import Capacity
+    from collogue.planning.topology import topology_of
 
     capacity = Capacity(64, 7168, torch.bfloat16, torch.device("cpu"))
     for overrides in (Overrides("two_shot"), Overrides(max_multiprocessors=16), Overrides(cta_threads=64)):

@@ -14,8 +14,8 @@ import pytest
 from ranks import communicator
 
 from collogue.errors import ArgumentError, CollectiveTimeout, CollogueError, CorruptedWorkspace, PlatformError
+from collogue.gpu.watch import Watch, while_alive
 from collogue.testing import VirtualGroup, run_virtual
-from collogue.watch import Watch, while_alive
 
 
 @pytest.mark.parametrize("kind", [CollectiveTimeout, CorruptedWorkspace, PlatformError])
@@ -104,7 +104,7 @@ def test_the_end_of_the_process_waits_for_a_look() -> None:
     """A daemon thread inside CUDA's driver must not outlive the interpreter."""
     text = """
 import time
-from collogue.watch import Watch, while_alive
+from collogue.gpu.watch import Watch, while_alive
 
 def look():
     time.sleep(0.2)

@@ -8,10 +8,11 @@ import re
 import pytest
 import torch
 
-from collogue import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, RMSNorm, jit, reference
+from collogue import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, RMSNorm, reference
+from collogue.contract.spec import Output
 from collogue.formats import pack_nibbles, read_scales, unpack_nibbles
-from collogue.spec import Output
-from collogue.workspace import SENTINELS
+from collogue.gpu import jit
+from collogue.gpu.workspace import SENTINELS
 
 INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 #: Values of given scales, sensible and not.

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from collogue.calls.request import Request, make_request
+from collogue.contract.quant import MXFP8, FP8PerToken, Quant
+from collogue.contract.spec import Operation
 from collogue.errors import ArgumentError, CollectiveTimeout, CorruptedWorkspace, MismatchedCall, PlatformError
-from collogue.extent import CONTROL_BYTES
-from collogue.failure import MISMATCH, TIMEOUT, FailureRecord
-from collogue.header import Entry, bounded, moving, pack
-from collogue.journal import Journal, default_path
-from collogue.quant import MXFP8, FP8PerToken, Quant
-from collogue.request import Request, make_request
-from collogue.spec import Operation
-from collogue.topology import Topology
-from collogue.workspace import CONTROL_WORDS, JOURNAL_OFFSET, MARKS_OFFSET, NOTES_END, NOTES_OFFSET, Control, Workspace, clean_control
+from collogue.gpu.failure import MISMATCH, TIMEOUT, FailureRecord
+from collogue.gpu.header import Entry, bounded, moving, pack
+from collogue.gpu.journal import Journal, default_path
+from collogue.gpu.workspace import CONTROL_WORDS, JOURNAL_OFFSET, MARKS_OFFSET, NOTES_END, NOTES_OFFSET, Control, Workspace, clean_control
+from collogue.planning.extent import CONTROL_BYTES
+from collogue.planning.topology import Topology
 
 
 def request(quant: Quant | None = None, operation: Operation = "all_reduce", dtype: torch.dtype = torch.bfloat16, **flags: bool) -> Request:
@@ -114,7 +114,7 @@ def test_a_record_that_is_being_filled_is_waited_for(monkeypatch: pytest.MonkeyP
     work = Fake(0, 2)
     work.call(0, {0: 4})
     work.pages[0][16:20] = struct.pack("<I", 1)
-    monkeypatch.setattr("collogue.workspace.time.sleep", lambda seconds: work.fail(fault=TIMEOUT, rank=0, late_rank=1))
+    monkeypatch.setattr("collogue.gpu.workspace.time.sleep", lambda seconds: work.fail(fault=TIMEOUT, rank=0, late_rank=1))
     assert work._plausible(work.control())
 
 

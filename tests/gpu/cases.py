@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from collogue.check import Case, default_sweep, full_sweep
-from collogue.check.sweep import DTYPES, OPERATIONS
-from collogue.topology import Overrides
+from collogue.planning.topology import Overrides
+from collogue.tools.check import Case, default_sweep, full_sweep
+from collogue.tools.check.sweep import DTYPES, OPERATIONS
 
 #: Rows of most calls of a random sequence, and of some: those are two-shot in every world. The widest row.
 ROWS, MANY_ROWS, WIDTH = 32, 300, 7168

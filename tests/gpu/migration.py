@@ -15,13 +15,13 @@ import torch.distributed as dist
 import collogue.flashinfer as comm  # was: import flashinfer.comm as comm
 import collogue.flashinfer.workspace
 from collogue import reference
-from collogue.check import Case
+from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.spec import Output, RMSNorm
 from collogue.formats import scale_storage
 from collogue.group import as_group
-from collogue.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.spec import Output, RMSNorm
 from collogue.testing import VirtualGroup
 from collogue.testing.inputs import make_inputs, make_partials
+from collogue.tools.check import Case
 
 collogue.flashinfer.workspace.TIMEOUT = 20.0  # a test does not wait for minutes
 
@@ -224,7 +224,7 @@ def quant_of(call: Call) -> Quant | None:
 
 
 def case_of(call: Call, world: int) -> Case:
-    """The same call for :func:`collogue.check.build_kernels`."""
+    """The same call for :func:`collogue.tools.check.build_kernels`."""
     quant, plain = quant_of(call), call.pattern == P.kAllReduce
     return Case(
         call.tokens,

@@ -13,12 +13,12 @@ import torch
 from cuda.bindings import driver
 
 from collogue import Communicator, RMSNorm
-from collogue.check import Answers, Case
-from collogue.check.rank import Given, poisoned
+from collogue.contract.spec import Output
 from collogue.formats import scale_storage
-from collogue.spec import Output
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare
+from collogue.tools.check import Answers, Case
+from collogue.tools.check.rank import Given, poisoned
 
 #: Rows of two CTAs, the second one partly idle.
 WIDTH = 576

@@ -14,8 +14,8 @@ from gpu.world import Prepared, World, answer_with, call_number, communicator, c
 
 from collogue import NVFP4, Communicator, FP8PerToken, FP8Static, Output, RMSNorm
 from collogue import errors as e
-from collogue.check import Answers, Case, check_rank
-from collogue.check.rank import poison, poisoned
+from collogue.tools.check import Answers, Case, check_rank
+from collogue.tools.check.rank import poison, poisoned
 
 POISON = 0x5B5B5B5B
 

@@ -7,7 +7,7 @@ import torch
 from gpu import sanitized
 
 from collogue import Communicator, FP8PerToken, RMSNorm, reference
-from collogue.spec import Output
+from collogue.contract.spec import Output
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare_tensors
 from collogue.testing.inputs import make_inputs, make_partials

@@ -6,9 +6,9 @@ import pytest
 import torch
 from gpu.migration import TOKENS, TOKENS_VIRTUAL, calls, case_of, migrate, user
 
-from collogue.check import build_kernels
 from collogue.testing import run_virtual
 from collogue.testing.processes import run_processes
+from collogue.tools.check import build_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"), pytest.mark.timeout(300)]
 

@@ -7,8 +7,8 @@ import torch
 from gpu.cases import FEW, FIXED, operation_cases, random_cases, sweep_of
 from gpu.scenarios import SCENARIOS, run_all
 
-from collogue.check import build_kernels
 from collogue.testing.processes import run_processes
+from collogue.tools.check import build_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"), pytest.mark.timeout(600)]
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from collogue.reliability import main
-from collogue.reliability.parts import Counts
+from collogue.tools.reliability import main
+from collogue.tools.reliability.parts import Counts
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason="takes two GPUs"), pytest.mark.timeout(300)]

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from collogue.check import Answers, Case, run_case
 from collogue.communicator import Communicator
-from collogue.explain import Machine
-from collogue.table import FORMAT
+from collogue.planning.explain import Machine
+from collogue.planning.table import FORMAT
 from collogue.testing import VirtualGroup, run_virtual
-from collogue.tune.main import run
-from collogue.tune.trials import CANDIDATES
+from collogue.tools.check import Answers, Case, run_case
+from collogue.tools.tune.main import run
+from collogue.tools.tune.trials import CANDIDATES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs"), pytest.mark.timeout(300)]
 TOKENS, WIDTH = (1, 5, 64, 300), 7168

@@ -8,8 +8,8 @@ from gpu.cases import FEW, FIXED, operation_cases, random_cases, sweep_of
 from gpu.scenarios import SCENARIOS
 from gpu.world import World
 
-from collogue.check import Answers, build_kernels
 from collogue.testing import VirtualGroup, run_virtual
+from collogue.tools.check import Answers, build_kernels
 
 GPUS = torch.cuda.device_count()
 SIZES = [size for size in range(1, 9) if size != GPUS or size < 2]

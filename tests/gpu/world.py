@@ -10,18 +10,18 @@ import torch
 import torch.distributed as dist
 
 from collogue import Communicator, reference
-from collogue.check import Answers, Case
-from collogue.check.kernels import request_of
-from collogue.check.rank import Given, arguments, poisoned
-from collogue.extent import CONTROL_BYTES, GENERATIONS, ONE_SHOT_GENERATIONS
+from collogue.contract.spec import Output
 from collogue.formats import scale_storage
+from collogue.gpu.workspace import SENTINELS
 from collogue.group import as_group
-from collogue.plan import make_plan
-from collogue.spec import Output
+from collogue.planning.extent import CONTROL_BYTES, GENERATIONS, ONE_SHOT_GENERATIONS
+from collogue.planning.plan import make_plan
 from collogue.testing import VirtualGroup
 from collogue.testing.compare import compare
 from collogue.testing.inputs import make_partials
-from collogue.workspace import SENTINELS
+from collogue.tools.check import Answers, Case
+from collogue.tools.check.kernels import request_of
+from collogue.tools.check.rank import Given, arguments, poisoned
 
 #: Where a workspace counts calls (``Control`` in kernels/protocol.cuh): the high half of ``counter``.
 CALL_WORD = 1

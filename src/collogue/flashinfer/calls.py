@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 import torch
 
+from collogue.contract.formats import round_up
+from collogue.contract.spec import Output, RMSNorm, Wanted
 from collogue.errors import ArgumentError, ShapeError
 from collogue.flashinfer.outputs import ARGUMENTS, place
 from collogue.flashinfer.patterns import AllReduceFusionPattern, Form, form_of, quant_of, refuse_moe
 from collogue.flashinfer.workspace import AllReduceFusionWorkspace, NotOursError, TRTLLMAllReduceFusionWorkspace, workspace_of
-from collogue.formats import round_up
-from collogue.spec import Output, RMSNorm, Wanted
 
 
 def allreduce_fusion(

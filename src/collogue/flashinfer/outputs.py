@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from collogue.contract.formats import code_spec, empty_scales, scale_spec, scale_storage
+from collogue.contract.quant import Quant
+from collogue.contract.spec import Output, Wanted
 from collogue.errors import DTypeError, LayoutError, OverlapError, ShapeError
-from collogue.formats import code_spec, empty_scales, scale_spec, scale_storage
-from collogue.quant import Quant
-from collogue.spec import Output, Wanted
 
 #: What FlashInfer calls the outputs of :class:`collogue.Output`.
 ARGUMENTS = {"reduced": "output", "residual": "residual_out", "norm": "norm_out", "codes": "quant_out", "scales": "scale_out"}

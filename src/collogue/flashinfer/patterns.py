@@ -7,8 +7,8 @@ from typing import Literal, NoReturn
 
 import torch
 
+from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, ScaleLayout
 from collogue.errors import ArgumentError, FormatError, ScaleError, UnsupportedError
-from collogue.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, ScaleLayout
 
 
 class AllReduceFusionPattern:

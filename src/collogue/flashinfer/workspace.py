@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from collogue.capacity import check_hidden_size
+from collogue.calls.capacity import check_hidden_size
 from collogue.communicator import Communicator
+from collogue.contract.spec import VALUE_DTYPES
 from collogue.errors import ArgumentError, CapacityError, ClosedError, CollogueError, GroupError, NotPrepared, UnsupportedError
+from collogue.gpu.watch import Watch
 from collogue.group import as_group
-from collogue.spec import VALUE_DTYPES
-from collogue.watch import Watch
 
 #: Seconds that a call waits for a rank before it fails, as long as PyTorch waits for NCCL. FlashInfer waits for ever, and an engine's
 #: ranks may be minutes apart while one of them compiles.

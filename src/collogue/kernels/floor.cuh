@@ -1,4 +1,4 @@
-// Floors: what no call can go under on this machine. Timed by collogue/bench/floors.py; no other kernel uses them.
+// Floors: what no call can go under on this machine. Timed by collogue/tools/bench/floors.py; no other kernel uses them.
 #pragma once
 #include "params.cuh"
 

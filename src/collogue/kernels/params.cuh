@@ -1,4 +1,4 @@
-// What the host tells a kernel (mirrored by collogue/launch.py) and what a kernel is compiled for.
+// What the host tells a kernel (mirrored by collogue/gpu/launch.py) and what a kernel is compiled for.
 #pragma once
 #include "formats.cuh"
 
@@ -46,7 +46,7 @@ struct Params {
   float weight_offset;
   float scale_value;
   float smallest;            // lower bound of dynamic FP8 scales
-  u32 header[2];             // what the kernel cannot tell of itself (collogue/header.py)
+  u32 header[2];             // what the kernel cannot tell of itself (collogue/gpu/header.py)
 };
 
 // struct Config {                        generated per variant

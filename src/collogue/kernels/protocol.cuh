@@ -33,7 +33,7 @@ struct Control {
 enum Fault : u32 { kNoFault = 0, kTimeout = 1, kMismatch = 2 };
 constexpr u32 kFoundHere = 0x10000;  // in Ranks::stopped: a Fault << 8 that this warp has found, not another rank's stop word
 
-// What a rank was called with, as its journal keeps it (collogue/header.py reads it).
+// What a rank was called with, as its journal keeps it (collogue/gpu/header.py reads it).
 struct Entry {
   u32 number;  // 1 + call
   u32 tokens, hidden, first;

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from collogue.formats import scale_storage
-from collogue.spec import Output
+from collogue.contract.formats import scale_storage
+from collogue.contract.spec import Output
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 

@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 
 import torch
 
-from collogue.jit import ARCHITECTURES
-from collogue.plan import launch_shape, make_variant
-from collogue.quant import parse
-from collogue.request import Request
-from collogue.spec import VALUE_DTYPES, Operation, Wanted
-from collogue.topology import Topology
-from collogue.variant import Variant
+from collogue.calls.request import Request
+from collogue.contract.quant import parse
+from collogue.contract.spec import VALUE_DTYPES, Operation, Wanted
+from collogue.planning.architecture import ARCHITECTURES
+from collogue.planning.plan import launch_shape, make_variant
+from collogue.planning.topology import Topology
+from collogue.planning.variant import Variant
 
 #: One kernel as its choice of every factor, by the factor's name.
 Choice: TypeAlias = Mapping[str, Any]

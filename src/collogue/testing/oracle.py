@@ -9,9 +9,9 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import torch
 
-from collogue import reference
-from collogue.quant import Quant
-from collogue.spec import Operation, Output, RMSNorm
+from collogue.contract import reference
+from collogue.contract.quant import Quant
+from collogue.contract.spec import Operation, Output, RMSNorm
 from collogue.testing import scalar
 
 #: :func:`by_reference` or :func:`by_scalar`.

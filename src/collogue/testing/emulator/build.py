@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from collogue import plan
-from collogue.jit import KERNELS
-from collogue.quant import Quant
-from collogue.request import Request
-from collogue.spec import Operation, Wanted
-from collogue.topology import Topology
-from collogue.variant import Variant
+from collogue.calls.request import Request
+from collogue.contract.quant import Quant
+from collogue.contract.spec import Operation, Wanted
+from collogue.gpu.jit import KERNELS
+from collogue.planning import plan
+from collogue.planning.topology import Topology
+from collogue.planning.variant import Variant
 
 HERE = Path(__file__).parent
 COMPILER = "g++"

@@ -9,20 +9,20 @@ from typing import TypeAlias
 
 import torch
 
-from collogue import reference
-from collogue.call import Call
-from collogue.extent import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Extent
-from collogue.failure import FailureRecord
-from collogue.formats import scale_storage
-from collogue.launch import Params, timeouts
-from collogue.outputs import allocate
-from collogue.parameters import fill_call, fill_shape, fill_shard, fill_workspace, later_launches
-from collogue.request import Signature
-from collogue.spec import Output, RMSNorm, owned_rows
+from collogue.calls.call import Call
+from collogue.calls.outputs import allocate
+from collogue.calls.request import Signature
+from collogue.contract import reference
+from collogue.contract.formats import scale_storage
+from collogue.contract.spec import Output, RMSNorm, owned_rows
+from collogue.gpu.failure import FailureRecord
+from collogue.gpu.launch import Params, timeouts
+from collogue.gpu.parameters import fill_call, fill_shape, fill_shard, fill_workspace, later_launches
+from collogue.gpu.workspace import JOURNAL_OFFSET, SENTINELS, Control, clean_control
+from collogue.planning.extent import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Extent
 from collogue.testing.compare import compare
 from collogue.testing.emulator.build import Case, Library
 from collogue.testing.inputs import make_inputs
-from collogue.workspace import JOURNAL_OFFSET, SENTINELS, Control, clean_control
 
 #: What the adversary does, in the order of ``Mode`` in `machine.hpp`: treats all alike; holds a rank up; lets a rank run ahead;
 #: holds CTAs up; keeps a rank from launching one of its kernels until all others have ended.

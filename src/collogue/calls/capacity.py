@@ -1,0 +1,124 @@
+"""What a communicator was made for, and which calls it has seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NoReturn, get_args
+
+import torch
+
+from collogue.calls.request import Request, Signature, make_request
+from collogue.contract.number import is_whole
+from collogue.contract.quant import Quant, parse
+from collogue.contract.spec import VALUE_DTYPES, Operation, RMSNorm, owned_rows
+from collogue.errors import ArgumentError, CapacityError, DTypeError, FormatError, ShapeError
+
+
+@dataclass(frozen=True, eq=False)
+class Capacity:
+    """What a communicator was made for, and for which rank; every call is checked against it.
+
+    ``known``: signatures by what :func:`collogue.calls.call.check_call` sees of the arguments.
+    """
+
+    max_tokens: int
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+    world_size: int = 1
+    rank: int = 0
+    known: dict[object, Signature] = field(default_factory=dict, repr=False)
+    _signatures: dict[object, Signature] = field(default_factory=dict, repr=False)
+
+    def check(self) -> None:
+        """Raise :class:`ArgumentError` (its subclasses) where no communicator can be made for it."""
+        check_hidden_size(self.hidden_size)
+        if not is_whole(self.max_tokens) or self.max_tokens < 1:
+            raise CapacityError(f"max_tokens is {self.max_tokens!r}", hint="give the largest number of rows of one call")
+        if self.dtype not in VALUE_DTYPES:
+            raise DTypeError(f"dtype {self.dtype} is not supported", hint="use torch.bfloat16, torch.float16 or torch.float32")
+
+    def fits(self, tokens: int, hidden_size: int | None) -> bool:
+        """Whether a call of this shape is within the capacity. Raises :class:`ShapeError` for what is no shape."""
+        width = self.hidden_size if hidden_size is None else hidden_size
+        for name, value in (("tokens", tokens), ("hidden_size", width)):
+            if not is_whole(value):
+                raise ShapeError(f"{name} is {value!r}, which is no whole number", hint="give rows and their elements as ints")
+        return 0 <= tokens <= self.max_tokens and 0 < width <= self.hidden_size and width % 8 == 0
+
+    def request(
+        self,
+        tokens: int,
+        residual: bool,
+        norm: RMSNorm | bool | None,
+        quant: Quant | None,
+        keep_norm: bool,
+        hidden_size: int | None,
+        operation: Operation,
+    ) -> Request:
+        """What is planned for such a call. Raises :class:`ArgumentError` (its subclasses) for calls that cannot be."""
+        if operation not in get_args(Operation):
+            raise ArgumentError(f"there is no operation {operation!r}", hint=f"choose one of {', '.join(get_args(Operation))}")
+        check_tokens(tokens)
+        check_kinds(norm if not isinstance(norm, bool) else None, quant)
+        width = self.hidden_size if hidden_size is None else hidden_size
+        if not self.fits(tokens, width):
+            raise CapacityError(
+                f"{tokens} tokens of hidden size {width} do not fit",
+                hint=f"the communicator was made for {self.max_tokens} tokens of hidden size {self.hidden_size}",
+            )
+        if quant is not None:
+            quant.check_hidden_size(width)
+        return make_request(
+            tokens,
+            width,
+            self.dtype,
+            residual=residual,
+            norm=norm if isinstance(norm, bool) else norm is not None,
+            wide_weight=isinstance(norm, RMSNorm) and norm.weight.dtype != self.dtype,
+            quant=quant,
+            keep_norm=keep_norm,
+            operation=operation,
+        )
+
+    def signature(self, request: Request) -> Signature:
+        """The one signature of all calls with this request, whatever the scales of its format."""
+        label = None if request.quant is None else request.quant.label
+        key = replace(request, quant=None), label
+        found = self._signatures.get(key)
+        if found is None:
+            rows = None
+            if request.operation in ("sharded", "reduce_scatter", "all_gather"):
+                rows = owned_rows(request.tokens, self.world_size, self.rank)
+            plain = request if label is None else replace(request, quant=parse(label))  # without tensors, which it would keep alive
+            found = self._signatures.setdefault(key, Signature(plain, rows, self.device))
+        return found
+
+
+def check_hidden_size(hidden_size: int) -> None:
+    """Raise :class:`ShapeError` unless ``hidden_size`` is a positive multiple of 8."""
+    if not is_whole(hidden_size) or hidden_size <= 0 or hidden_size % 8:
+        raise ShapeError(f"hidden size {hidden_size!r} is not a positive multiple of 8", hint="pad the hidden size to a multiple of 8")
+
+
+def check_tokens(tokens: int) -> None:
+    """Raise :class:`ShapeError` unless ``tokens`` is a number of rows."""
+    if not is_whole(tokens) or tokens < 0:
+        raise ShapeError(f"tokens is {tokens!r}", hint="give the number of rows of the whole tensor")
+
+
+def check_kinds(norm: RMSNorm | None, quant: Quant | None) -> None:
+    """Raise :class:`ArgumentError` unless ``norm`` is a norm, :class:`FormatError` unless ``quant`` is a format."""
+    if norm is not None and not isinstance(norm, RMSNorm):
+        raise ArgumentError(f"norm is a {type(norm).__name__}", hint="pass collogue.RMSNorm(weight, eps=...)")
+    if quant is not None and not isinstance(quant, Quant):
+        raise FormatError(f"quant is a {type(quant).__name__}", hint="pass a format, such as collogue.NVFP4(global_scale)")
+
+
+def raise_capacity(name: str, tokens: int, hidden_size: int, capacity: Capacity) -> NoReturn:
+    """Raise :class:`CapacityError` for a tensor that is larger than the communicator was made for."""
+    raise CapacityError(
+        f"{name} has shape {[tokens, hidden_size]}; the communicator was made for at most "
+        f"{capacity.max_tokens} tokens of hidden size {capacity.hidden_size}",
+        hint="ask comm.fits(tokens) first, or make the communicator with a larger max_tokens or hidden_size",
+    )

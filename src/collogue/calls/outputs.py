@@ -1,0 +1,220 @@
+"""The outputs of a call: fresh tensors, or checked ones of the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from collogue.calls.call import ALIGNMENT, Call, check_alignment, check_device, check_rows
+from collogue.calls.request import Form
+from collogue.contract.formats import scale_elements, scale_storage
+from collogue.contract.quant import Quant
+from collogue.contract.spec import OUTPUTS, Operation, Output, RMSNorm
+from collogue.errors import ArgumentError, DTypeError, LayoutError, OverlapError, ShapeError
+
+_HINT = "allocate it as a call without out= would"
+
+
+def allocate(call: Call) -> Output:
+    """Fresh tensors for every output the call asks for, uninitialised."""
+    signature, partial = call.signature, call.partial
+    if signature.rows is not None:
+        return signature.empty()
+    out = Output()  # the usual case, and the one that has to be quick
+    for name, form in signature.forms.items():
+        setattr(out, name, torch.empty_like(partial) if form.whole else form.empty(signature.device))
+    return out
+
+
+def check_out(call: Call, out: Output) -> None:
+    """Raise unless ``out`` holds exactly the outputs of ``call``, well-shaped, and overlaps nothing but the residual in place."""
+    if isinstance(out, Output) and _is_plain(call, out):
+        return
+    forms = call.signature.forms
+    given = _held_by(out, forms)
+    check_forms("out", given, forms, call.signature.device, hint=_HINT)
+    _check_overlap(call, given)
+
+
+def write(result: Output, out: Output) -> None:
+    """Copy ``result`` into the tensors of ``out``, scales with the padding that lies under a strided view."""
+    for name, source in result.items():
+        target = getattr(out, name)
+        if name == "scales":
+            target, source = scale_storage(target), scale_storage(source)
+        target.copy_(source)
+
+
+def write_traced(result: Output, out: Output, inputs: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """:func:`write` the result of a traced call with these inputs, after what :func:`check_out` can see of tensors without addresses.
+
+    Scales with padding stay outside of compiled graphs: a graph writes what a tensor shows and no more.
+    """
+    forms = {name: Form(tuple(t.shape), t.dtype, 0, t.stride() if name == "scales" else None) for name, t in result.items()}
+    given, placed = _held_by(out, forms), list(inputs)
+    for name, tensor in given.items():
+        check_forms("out", {name: tensor}, forms, getattr(result, name).device, hint=_HINT, traced=True)
+        for other, memory in placed:
+            if tensor is memory and (name, other) != ("residual", "residual"):
+                raise _overlap(name, other)
+        placed.append((f"out.{name}", tensor))
+    if out.scales is not None and scale_elements(out.scales) > out.scales.numel():
+        reason = "no graph can write the padding of out.scales"
+        torch.compiler.disable(_write_padded, reason=reason)(result, out, out.scales)  # type: ignore[no-untyped-call]
+    else:
+        write(result, out)
+
+
+def _write_padded(result: Output, out: Output, scales: torch.Tensor) -> None:
+    _check_padding("out.scales", scales)
+    write(result, out)
+
+
+def _held_by(out: Output, forms: dict[str, Form]) -> dict[str, torch.Tensor]:
+    """The tensors of ``out``, which must be those that a call with the outputs ``forms`` returns."""
+    if not isinstance(out, Output):
+        raise ArgumentError(f"out is a {type(out).__name__}", hint="pass collogue.Output(...) with the tensors to write")
+    given = dict(out.items())
+    if given.keys() != forms.keys():
+        raise ShapeError(
+            f"out holds {sorted(given) or 'nothing'}; this call has the outputs {sorted(forms)}",
+            hint="give exactly those tensors in collogue.Output(...)",
+        )
+    return given
+
+
+def _is_plain(call: Call, out: Output) -> bool:
+    """Whether nothing is wrong with ``out``: the usual case, asked in one go. What is wrong is found out later."""
+    forms, device, spans = call.signature.forms, call.signature.device, []
+    for name in OUTPUTS:
+        tensor, form = getattr(out, name), forms.get(name)
+        if tensor is None and form is None:
+            continue
+        if (
+            form is None
+            or not isinstance(tensor, torch.Tensor)
+            or tensor.dtype is not form.dtype
+            or tensor.shape != form.shape
+            or tensor.device != device
+            or (not tensor.is_contiguous() if form.stride is None else tensor.stride() != form.stride)
+            or (form.padded and _held(tensor) < form.nbytes)
+        ):
+            return False
+        first = tensor.data_ptr()
+        if first % ALIGNMENT:
+            return False
+        spans.append((first, first + form.nbytes))
+    return call.shard is None and _are_apart(call, out, spans)
+
+
+def _are_apart(call: Call, out: Output, spans: list[tuple[int, int]]) -> bool:
+    """Whether the bytes of the outputs, ``spans``, and of the inputs are all apart, but for a residual in place."""
+    residual, norm, scale = call.residual, call.norm, None if call.quant is None else call.quant.given_scale
+    partial_bytes, residual_bytes, weight_bytes = call.signature.input_bytes
+    first = call.partial.data_ptr()
+    spans.append((first, first + partial_bytes))
+    if residual is not None and residual is not out.residual:
+        first = residual.data_ptr()
+        spans.append((first, first + residual_bytes))
+    if norm is not None:
+        first = norm.weight.data_ptr()
+        spans.append((first, first + weight_bytes))
+    if isinstance(scale, torch.Tensor):
+        first = scale.data_ptr()
+        spans.append((first, first + scale.element_size()))
+    spans.sort()
+    end = 0
+    for first, last in spans:
+        if first < end:
+            return False
+        end = last
+    return True
+
+
+def check_forms(
+    owner: str, given: dict[str, torch.Tensor], forms: dict[str, Form], device: torch.device, *, hint: str, traced: bool = False
+) -> None:
+    """Raise unless each tensor of ``given`` has its form and lies on ``device``, contiguous (scales: with their padding) and aligned.
+
+    ``traced``: without a look at addresses and storage.
+    """
+    for name, tensor in given.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ShapeError(f"{owner}.{name} is a {type(tensor).__name__}, no tensor", hint=hint)
+        form = forms[name]
+        shape, dtype, stride = form.shape, form.dtype, form.stride
+        if tuple(tensor.shape) != shape or (stride is not None and tensor.numel() and tensor.stride() != stride):
+            raise ShapeError(
+                f"{owner}.{name} has shape {list(tensor.shape)} and strides {tensor.stride()}; needed: {list(shape)}"
+                + (f" with strides {stride}" if stride is not None else ""),
+                hint=hint,
+            )
+        if tensor.dtype != dtype:
+            raise DTypeError(f"{owner}.{name} has dtype {tensor.dtype}, needed: {dtype}", hint=hint)
+        check = check_rows if stride is None else check_device
+        check(f"{owner}.{name}", tensor, device)
+        if not traced:
+            check_alignment(f"{owner}.{name}", tensor)
+        if not traced and stride is not None:
+            _check_padding(f"{owner}.{name}", tensor)
+
+
+def _check_padding(name: str, scales: torch.Tensor) -> None:
+    """Every byte that a call writes, the padding of column-major layouts included, must lie in the tensor's storage."""
+    needed, held = scale_elements(scales) * scales.element_size(), _held(scales)
+    if needed > held:
+        raise LayoutError(f"{name} needs {needed} bytes with its padding; its storage has {held}", hint=_HINT)
+
+
+def _held(tensor: torch.Tensor) -> int:
+    """Bytes of the tensor's storage from its first element on."""
+    return int(tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size())
+
+
+def _check_overlap(call: Call, outputs: dict[str, torch.Tensor]) -> None:
+    placed = [(name, *_extent(name, tensor)) for name, tensor in _inputs(call)]
+    for name, tensor in outputs.items():
+        first, last = _extent(name, tensor)
+        for other, low, high in placed:
+            in_place = name == "residual" and other == "residual" and (first, last) == (low, high)
+            if first < high and low < last and not in_place:
+                raise _overlap(name, other)
+        placed.append((f"out.{name}", first, last))
+
+
+def _overlap(name: str, other: str) -> OverlapError:
+    return OverlapError(
+        f"out.{name} shares memory with {other}", hint="only the residual may be updated in place; give the others memory of their own"
+    )
+
+
+def _inputs(call: Call) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that the call reads."""
+    if call.shard is not None:
+        return shard_inputs(call.shard)
+    return call_inputs(call.operation, call.partial, call.residual, call.norm, call.quant)
+
+
+def shard_inputs(shard: Output) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that an ``all_gather`` reads, by name."""
+    return ((f"shard.{name}", tensor) for name, tensor in shard.items())
+
+
+def call_inputs(
+    operation: Operation, partial: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm | None, quant: Quant | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that any other call reads, by name."""
+    yield "partial" if operation != "finish" else "y", partial
+    if residual is not None:
+        yield "residual", residual
+    if norm is not None:
+        yield "RMSNorm.weight", norm.weight
+    if quant is not None and isinstance(quant.given_scale, torch.Tensor):
+        yield "the scale", quant.given_scale
+
+
+def _extent(name: str, tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte and one past the last byte of the tensor; of scales, with their padding."""
+    elements = scale_elements(tensor) if name.endswith("scales") else tensor.numel()
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()

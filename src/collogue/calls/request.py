@@ -1,0 +1,131 @@
+"""What is asked of a communicator, without the tensors: what plans are made for, and what the outputs look like."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from collogue.contract.formats import code_spec, scale_spec
+from collogue.contract.quant import Quant
+from collogue.contract.spec import Operation, Output, Wanted
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a plan is made for: the shape of a call, not its tensors."""
+
+    tokens: int
+    hidden_size: int
+    dtype: torch.dtype
+    residual: bool
+    norm: bool
+    wide_weight: bool
+    quant: Quant | None
+    wanted: Wanted
+    operation: Operation = "all_reduce"
+
+
+def make_request(
+    tokens: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    *,
+    residual: bool,
+    norm: bool,
+    wide_weight: bool,
+    quant: Quant | None,
+    keep_norm: bool,
+    operation: Operation,
+) -> Request:
+    """What is planned for such a call. For ``all_gather`` residual, norm and quant say what the shard holds."""
+    wanted = Wanted.of(has_residual=residual, has_norm=norm, quant=quant, keep_norm=keep_norm, operation=operation)
+    if operation == "all_gather":  # adds and finishes nothing
+        residual = norm = wide_weight = False
+    return Request(tokens, hidden_size, dtype, residual and operation != "finish", norm, wide_weight, quant, wanted, operation)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a tensor of a call looks like.
+
+    ``elements`` counts padding too; ``stride``: of scales, other tensors are row-contiguous; ``whole``: values of all rows, like a partial.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    elements: int
+    stride: tuple[int, ...] | None = None
+    whole: bool = False
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Of its memory."""
+        return self.elements * self.dtype.itemsize
+
+    @functools.cached_property
+    def padded(self) -> bool:
+        """Whether the memory has padding that the shape does not show."""
+        return self.elements > math.prod(self.shape)
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        """A tensor of this form, uninitialised."""
+        if self.stride is None or (self.stride[-1] == 1 and not self.padded):
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
+        return torch.empty(self.elements, dtype=self.dtype, device=device).as_strided(self.shape, self.stride)
+
+
+def forms_of(request: Request, stream_rows: int, finished_rows: int) -> dict[str, Form]:
+    """The forms of the tensors of ``request.wanted``, by name, in so many rows."""
+    forms: dict[str, Form] = {}
+    wanted, width, quant = request.wanted, request.hidden_size, request.quant
+    for name, rows in ("reduced", stream_rows), ("residual", stream_rows), ("norm", finished_rows):
+        if getattr(wanted, name):
+            forms[name] = Form((rows, width), request.dtype, rows * width, whole=rows == request.tokens)
+    if quant is not None:
+        shape, dtype = code_spec(quant, finished_rows, width)
+        forms["codes"] = Form(shape, dtype, math.prod(shape))
+        scales = scale_spec(quant, finished_rows, width)
+        if scales is not None:
+            forms["scales"] = Form(scales.shape, scales.dtype, scales.storage, scales.stride)
+    return forms
+
+
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """What calls have in common that differ in their tensors and scalars alone. Two are equal if they are one object.
+
+    ``rows``: which of the T rows this rank owns, where it gives or gets a shard. ``device``: of every tensor.
+    """
+
+    request: Request
+    rows: range | None
+    device: torch.device
+
+    @property
+    def stream_rows(self) -> int:
+        """Rows of ``reduced`` or ``residual``, out and in."""
+        return self.request.tokens if self.rows is None or self.request.operation == "all_gather" else len(self.rows)
+
+    @property
+    def finished_rows(self) -> int:
+        """Rows of ``norm``, ``codes`` and ``scales``."""
+        return len(self.rows) if self.rows is not None and self.request.operation == "reduce_scatter" else self.request.tokens
+
+    @functools.cached_property
+    def input_bytes(self) -> tuple[int, int, int]:
+        """Of partial, residual and weight, where the call has them."""
+        request = self.request
+        row = request.hidden_size * request.dtype.itemsize
+        return request.tokens * row, self.stream_rows * row, request.hidden_size * 4 if request.wide_weight else row
+
+    @functools.cached_property
+    def forms(self) -> dict[str, Form]:
+        """Of the outputs, by name."""
+        return forms_of(self.request, self.stream_rows, self.finished_rows)
+
+    def empty(self) -> Output:
+        """Fresh tensors for every output, uninitialised."""
+        return Output(**{name: form.empty(self.device) for name, form in self.forms.items()})

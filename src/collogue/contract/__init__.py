@@ -1,0 +1,1 @@
+"""What is computed: formats, descriptions, the reference in PyTorch."""

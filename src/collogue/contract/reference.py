@@ -1,0 +1,361 @@
+"""The numerical contract, in PyTorch, on any device.
+
+Every result of Collogue equals these functions bit for bit. All arithmetic is IEEE float32, rounded to nearest even, each
+operation by itself: no fused multiply-add, no flush to zero, no reduction whose order is not written here. No output holds
+a negative zero, and NaN is stored as one pattern.
+
+    s = sum of the partials in rank order, from +0          y = round_D(s + residual)
+    n = round_D((y * rstd) * w)                             codes, scales = quantize(n)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from collogue.contract.formats import (
+    INTEGER_VIEW,
+    canonical_nan,
+    code_spec,
+    e2m1_decode,
+    e2m1_encode,
+    e4m3_decode,
+    e4m3_encode,
+    e8m0_decode,
+    nan_mask,
+    pack_nibbles,
+    place_scales,
+    read_scales,
+    round_up,
+    round_value,
+    scales_per_row,
+    unpack_nibbles,
+)
+from collogue.contract.quant import E2M1_MAX, E4M3_MAX, MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
+from collogue.contract.spec import VALUE_DTYPES, Output, RMSNorm, Wanted, owned_rows
+from collogue.errors import DTypeError, FormatError, ShapeError
+
+#: Shape of the mean square: a lane adds 8 elements, 32 lanes are folded by halves into the sum of one block.
+LANE = 8
+LANES = 32
+BLOCK = LANE * LANES
+
+#: E8M0: exponent of the largest binade of the elements, and the largest float32 mantissa field that "ceil" does not round up
+#: (the fraction of 448 = 1.75 * 2**8 and of 6 = 1.5 * 2**2).
+_MX_EXPONENT = {"e4m3": (8, 0x600000), "e2m1": (2, 0x400000)}
+_LARGEST_FINITE = torch.finfo(torch.float32).max
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """A float32 tensor without dimensions. Division needs one: by a Python number, PyTorch may multiply by a reciprocal instead."""
+    return torch.as_tensor(value, dtype=torch.float32, device=device).reshape(())
+
+
+def sum_partials(partials: Sequence[Tensor]) -> Tensor:
+    """``s = +0; s = s + x_r`` for rank 0, 1, ...: float32, same shape."""
+    total = torch.zeros_like(partials[0], dtype=torch.float32)
+    for partial in partials:
+        total += partial.float()
+    return total
+
+
+def mean_square(y: Tensor) -> Tensor:
+    """Mean of the squares of each row of ``y`` [T, H]: float32 [T].
+
+    Order and rounding:
+        A lane adds the squares of 8 consecutive elements, one after the other. 32 lane sums are folded by halves
+        (``v[i] += v[i + 16]``, then 8, 4, 2, 1). The sums of the blocks of 256 are added in index order, from +0. A short
+        last block is padded with zeros. The total is divided by H.
+    """
+    tokens, hidden_size = y.shape
+    blocks = round_up(hidden_size, BLOCK) // BLOCK
+    squares = y.float().square()
+    if hidden_size % BLOCK:
+        squares = torch.nn.functional.pad(squares, (0, blocks * BLOCK - hidden_size))
+    squares = squares.view(tokens, blocks, LANES, LANE)
+    lanes = squares[..., 0].clone()
+    for i in range(1, LANE):
+        lanes += squares[..., i]
+    half = LANES // 2
+    while half:
+        lanes = lanes[..., :half] + lanes[..., half:]
+        half //= 2
+    total = torch.zeros(tokens, dtype=torch.float32, device=y.device)
+    for block in range(blocks):
+        total += lanes[:, block, 0]
+    return total / _scalar(float(hidden_size), y.device)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded. PyTorch's float32 square root may be one unit off on a CPU; float64's has enough bits to round once more."""
+    return x.double().sqrt().float()
+
+
+def rms_norm(y: Tensor, norm: RMSNorm) -> Tensor:
+    """``n = round_D((y * rstd) * w)``, ``rstd = 1 / sqrt(mean_square + eps)``, ``w = float(weight) + weight_offset``."""
+    rstd = _scalar(1.0, y.device) / _sqrt(mean_square(y) + _scalar(norm.eps, y.device))
+    weight = norm.weight.float() + _scalar(norm.weight_offset, y.device)
+    return round_value((y.float() * rstd[:, None]).mul_(weight), y.dtype)
+
+
+def _amax(n: Tensor) -> Tensor:
+    """Largest magnitude along the last dimension, as float32. Ignores NaN: 0 where there is nothing else."""
+    # Without the sign, bit patterns are in the order of their values.
+    integer, _ = INTEGER_VIEW[n.dtype]
+    bits = nan_mask(n).bitwise_not_().bitwise_and_(n.view(integer)).bitwise_and_(torch.iinfo(integer).max)
+    return bits.amax(dim=-1).view(n.dtype).float()
+
+
+def _inverse_power_of_two(code: Tensor) -> Tensor:
+    """``1 / 2**k`` of E8M0 codes 0 to 253, exactly: all are normal float32 numbers."""
+    return ((254 - code.int()) << 23).view(torch.float32)
+
+
+def _mx_scale(amax: Tensor, quant: MXFP4 | MXFP8) -> Tensor:
+    """E8M0 codes (uint8) of 32-element blocks, from the bits of ``amax``. Infinity counts as ``2**128``, so 253 is the largest."""
+    exponent, mantissa = _MX_EXPONENT[quant.element]
+    bits = amax.view(torch.int32)
+    code = (bits >> 23) - exponent
+    if quant.rounding == "ceil":
+        code += (bits & 0x7FFFFF) > mantissa
+    return code.clamp_(min=0).to(torch.uint8)
+
+
+def _e8m0_ceil(scale: Tensor) -> Tensor:
+    """E8M0 codes (uint8) of the smallest power of two not below ``scale``, a normal float32 up to ``2**126``."""
+    return ((scale.view(torch.int32) + 0x7FFFFF) >> 23).to(torch.uint8)
+
+
+def quantize(n: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
+    """Quantise ``n`` [T, H] (bfloat16, float16 or float32) to ``(codes, scales)``; scales are ``None`` for :class:`FP8Static`.
+
+    Order and rounding:
+        As each format's class says, every operation rounded to float32. amax ignores NaN. Elements that are NaN become
+        E4M3 0x7F or E2M1 code 7, infinities saturate. Where an NVFP4 or MX block's scale is zero or its amax is zero,
+        all its codes are 0, also of NaN. An infinite amax gives FP8PerToken and FP8Group an infinite float32 scale, MX
+        blocks the exponent 128 of its bits, and UE8M0 groups the scale of the largest finite number.
+    """
+    if n.ndim != 2 or n.dtype not in VALUE_DTYPES:
+        raise ShapeError(
+            f"quantize takes [T, H] in bfloat16, float16 or float32, got {n.dtype} {list(n.shape)}", hint="flatten to two dimensions"
+        )
+    tokens, hidden_size = n.shape
+    shape, dtype = code_spec(quant, tokens, hidden_size)
+    if isinstance(quant, FP8Static):
+        inverse = _scalar(1.0, n.device) / _scalar(quant.scale, n.device)
+        return e4m3_encode(n.float() * inverse).view(dtype), None
+
+    blocks = n.reshape(tokens, scales_per_row(quant, hidden_size), quant.block or hidden_size)
+    values, amax = blocks.float(), _amax(blocks)
+    if isinstance(quant, NVFP4):
+        g = _scalar(quant.global_scale, n.device)
+        scale = e4m3_encode(g * (amax * _scalar(1.0 / E2M1_MAX, n.device)))
+        codes = e2m1_encode(values * (g / e4m3_decode(scale))[..., None])
+        codes *= (scale != 0)[..., None].view(torch.uint8)
+    elif isinstance(quant, MXFP4 | MXFP8):
+        scale = _mx_scale(amax, quant)
+        encode = e2m1_encode if isinstance(quant, MXFP4) else e4m3_encode
+        codes = encode(values * _inverse_power_of_two(scale)[..., None])
+        codes *= (amax != 0)[..., None].view(torch.uint8)
+    elif isinstance(quant, FP8PerToken | FP8Group):
+        ue8m0 = isinstance(quant, FP8Group) and quant.scale_format == "ue8m0"
+        if ue8m0:
+            amax = amax.clamp(max=_LARGEST_FINITE)
+        scale = torch.maximum(amax / _scalar(E4M3_MAX, n.device), _scalar(quant.smallest, n.device))
+        if ue8m0:
+            scale = _e8m0_ceil(scale)
+            codes = e4m3_encode(values * _inverse_power_of_two(scale)[..., None])
+        else:
+            codes = e4m3_encode(values / scale[..., None])
+    else:
+        raise TypeError(f"unknown quantisation format {type(quant).__name__}")
+    codes = codes.view(tokens, hidden_size)
+    packed = pack_nibbles(codes) if quant.element == "e2m1" else codes
+    return packed.view(dtype).view(shape), place_scales(scale, quant, tokens, hidden_size)
+
+
+def dequantize(codes: Tensor, scales: Tensor | None, quant: Quant, *, hidden_size: int) -> Tensor:
+    """Decode to float32 [T, H]: ``code * scale``, and for NVFP4 ``(code * scale) / global_scale``."""
+    tokens = codes.shape[0]
+    shape, dtype = code_spec(quant, tokens, hidden_size)
+    if tuple(codes.shape) != shape or codes.dtype != dtype:
+        raise ShapeError(
+            f"codes are {codes.dtype} {list(codes.shape)}, {quant.name} has {dtype} {list(shape)} at hidden size {hidden_size}",
+            hint="pass the codes as they were returned, and the same format",
+        )
+    raw = codes.contiguous().view(torch.uint8)
+    values = e2m1_decode(unpack_nibbles(raw)) if quant.element == "e2m1" else e4m3_decode(raw)
+    if isinstance(quant, FP8Static):
+        return canonical_nan(values * _scalar(quant.scale, codes.device))
+    if scales is None:
+        raise ShapeError(f"{quant.name} has scales", hint="pass out.scales")
+    stored = read_scales(scales, quant, tokens, hidden_size)
+    if stored.dtype == torch.uint8:
+        stored = e4m3_decode(stored.contiguous()) if isinstance(quant, NVFP4) else e8m0_decode(stored)
+    values = values.view(tokens, stored.shape[1], quant.block or hidden_size) * stored[..., None]
+    if isinstance(quant, NVFP4):
+        values /= _scalar(quant.global_scale, codes.device)
+    return canonical_nan(values.view(tokens, hidden_size))
+
+
+def _finish(y: Tensor, norm: RMSNorm | None, quant: Quant | None, wanted: Wanted) -> Output:
+    """What follows the prenorm ``y`` [T, H]: norm and quantisation, each output where it was asked for."""
+    n = y if norm is None else rms_norm(y, norm)
+    codes, scales = (None, None) if quant is None else quantize(n, quant)
+    return Output(
+        reduced=y if wanted.reduced else None,
+        residual=y if wanted.residual else None,
+        norm=n if wanted.norm else None,
+        codes=codes,
+        scales=scales,
+    )
+
+
+def _check_values(named: Sequence[tuple[str, Tensor | None]], norm: RMSNorm | None) -> None:
+    """All tensors are ``[T, H]`` of the first one's shape and dtype, and the norm fits them."""
+    name, first = named[0]
+    assert first is not None
+    if first.ndim != 2 or first.dtype not in VALUE_DTYPES:
+        raise DTypeError(f"{name} is {first.dtype} {list(first.shape)}", hint="pass [T, H] in bfloat16, float16 or float32")
+    for other, tensor in named[1:]:
+        if tensor is not None and (tensor.shape != first.shape or tensor.dtype != first.dtype):
+            raise ShapeError(
+                f"{other} is {tensor.dtype} {list(tensor.shape)}, {name} is {first.dtype} {list(first.shape)}",
+                hint="every rank's partial and the residual have one shape and dtype",
+            )
+    if norm is not None and (norm.weight.shape != first.shape[1:] or norm.weight.dtype not in (first.dtype, torch.float32)):
+        raise ShapeError(
+            f"the norm's weight is {norm.weight.dtype} {list(norm.weight.shape)}, the rows have {first.shape[1]} elements of {first.dtype}",
+            hint="the weight has one element per column, in the partials' dtype or float32",
+        )
+
+
+def _check_partials(partials: Sequence[Tensor], residual: Tensor | None, norm: RMSNorm | None) -> None:
+    if not partials:
+        raise ShapeError("there are no partials", hint="pass one tensor per rank")
+    _check_values([*((f"partial {rank}", p) for rank, p in enumerate(partials)), ("residual", residual)], norm)
+
+
+def all_reduce(
+    partials: Sequence[Tensor],
+    *,
+    residual: Tensor | None = None,
+    norm: RMSNorm | None = None,
+    quant: Quant | None = None,
+    keep_norm: bool = False,
+) -> Output:
+    """What :meth:`collogue.Communicator.all_reduce` returns on every rank.
+
+    Args:
+        partials: every rank's partial [T, H], in rank order, all of one dtype.
+        residual: [T, H] in that dtype, or ``None``.
+        norm, quant, keep_norm: as for the communicator.
+    Order and rounding:
+        Adds in float32 from +0, rank 0 first; adds the residual; rounds once to ``y``, which norm and quantisation read.
+    Raises:
+        ShapeError, DTypeError: tensors that do not fit together.
+    """
+    _check_partials(partials, residual, norm)
+    wanted = Wanted.of(has_residual=residual is not None, has_norm=norm is not None, quant=quant, keep_norm=keep_norm)
+    total = sum_partials(partials)
+    if residual is not None:
+        total += residual.float()
+    return _finish(round_value(total, partials[0].dtype), norm, quant, wanted)
+
+
+def sharded(
+    partials: Sequence[Tensor],
+    *,
+    residual: Tensor | None = None,
+    norm: RMSNorm | None = None,
+    quant: Quant | None = None,
+    keep_norm: bool = False,
+) -> list[Output]:
+    """What ``comm.all_reduce(.., sharded=True)`` returns, by rank: :func:`all_reduce`, of whose y each rank keeps the rows it owns.
+
+    Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first.
+    """
+    whole = all_reduce(partials, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm)
+    return [
+        replace(
+            whole,
+            reduced=None if whole.reduced is None else whole.reduced[rows],
+            residual=None if whole.residual is None else whole.residual[rows],
+        )
+        for rows in _owned(len(partials[0]), len(partials))
+    ]
+
+
+def reduce_scatter(
+    partials: Sequence[Tensor],
+    *,
+    residual: Tensor | None = None,
+    norm: RMSNorm | None = None,
+    quant: Quant | None = None,
+    keep_norm: bool = False,
+) -> list[Output]:
+    """What :meth:`collogue.Communicator.reduce_scatter` returns, by rank: :func:`all_reduce` of the rows that each rank owns.
+
+    Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first.
+    """
+    _check_partials(partials, residual, norm)
+    return [
+        all_reduce(
+            [p[rows] for p in partials],
+            residual=None if residual is None else residual[rows],
+            norm=norm,
+            quant=quant,
+            keep_norm=keep_norm,
+        )
+        for rows in _owned(len(partials[0]), len(partials))
+    ]
+
+
+def _owned(tokens: int, world_size: int) -> list[slice]:
+    """The rows of each rank."""
+    blocks = (owned_rows(tokens, world_size, rank) for rank in range(world_size))
+    return [slice(rows.start, rows.stop) for rows in blocks]
+
+
+def all_gather(shards: Sequence[Output], *, quant: Quant | None = None) -> Output:
+    """What :meth:`collogue.Communicator.all_gather` returns on every rank: the rows of all shards, bit for bit as they are.
+
+    Args:
+        shards: every rank's, in rank order, all with the same tensors; as many rows on each rank as
+        :meth:`collogue.Communicator.owned_rows` says.
+        quant: the format of codes and scales. Scales come in the layout of a shard's rows and go into that of all rows.
+    Raises:
+        ShapeError, FormatError: shards that do not fit together, codes without a format.
+    """
+    held = [[name for name, _ in shard.items()] for shard in shards]
+    if not shards or not held[0] or any(names != held[0] for names in held):
+        raise ShapeError(f"the shards hold {held}", hint="pass one shard per rank, all with the same tensors")
+    if ("codes" in held[0] or "scales" in held[0]) != (quant is not None):
+        raise FormatError(
+            f"the shards hold {held[0]}, quant is {describe(quant)}", hint="name the format of codes and scales, and only of those"
+        )
+    gathered = Output(**{name: torch.cat([getattr(shard, name) for shard in shards]) for name in held[0] if name != "scales"})
+    if "scales" in held[0]:
+        assert quant is not None
+        if gathered.codes is None:
+            raise ShapeError("the shards hold scales without codes", hint="pass the codes with their scales")
+        tokens, width = gathered.codes.shape
+        hidden_size = 2 * width if quant.element == "e2m1" else width
+        parts = [read_scales(s.scales, quant, len(s.codes), hidden_size) for s in shards if s.scales is not None and s.codes is not None]
+        gathered.scales = place_scales(torch.cat(parts), quant, tokens, hidden_size)
+    for name in held[0]:
+        rows = [len(getattr(shard, name)) for shard in shards]
+        if name != "scales" and rows != [s.stop - s.start for s in _owned(sum(rows), len(shards))]:
+            raise ShapeError(f"the shards' {name} have {rows} rows", hint="cut rows as collogue.contract.spec.owned_rows does")
+    return gathered
+
+
+def finish(y: Tensor, *, norm: RMSNorm | None = None, quant: Quant | None = None, keep_norm: bool = False) -> Output:
+    """What :meth:`collogue.Communicator.finish` returns: norm and quantisation of ``y`` [T, H], which is not returned."""
+    _check_values([("y", y)], norm)
+    return _finish(
+        y, norm, quant, Wanted.of(has_residual=False, has_norm=norm is not None, quant=quant, keep_norm=keep_norm, operation="finish")
+    )

@@ -1,0 +1,136 @@
+"""What a call asks for and what comes back: the norm, the operation, the outputs. Formats are in :mod:`collogue.contract.quant`.
+
+Plain data that checks itself when it is made, and knows nothing of devices or kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import torch
+
+from collogue.contract.number import is_number
+from collogue.contract.quant import FP8Static, Quant
+from collogue.errors import ArgumentError, DTypeError, FormatError, ScaleError, ShapeError
+
+#: Value dtypes of partials, residual and norm.
+VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class RMSNorm:
+    """``n = round_D((y * rstd) * (weight + weight_offset))``, ``rstd = 1 / sqrt(mean(y**2) + eps)``.
+
+    Args:
+        weight: ``[H]``, the communicator's dtype or float32, contiguous.
+        eps: rounded to float32 before use.
+        weight_offset: 0, or 1 for Gemma-style norms; added to the weight in float32.
+    """
+
+    weight: torch.Tensor
+    eps: float = 1e-6
+    weight_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight, torch.Tensor) or self.weight.ndim != 1:
+            raise ShapeError("RMSNorm.weight must be a tensor of shape [H]", hint="pass the layer's weight vector")
+        if self.weight.dtype not in VALUE_DTYPES:
+            raise DTypeError(f"RMSNorm.weight has dtype {self.weight.dtype}", hint="use the communicator's dtype or torch.float32")
+        for name in ("eps", "weight_offset"):
+            value = getattr(self, name)
+            if not is_number(value) or not math.isfinite(value):
+                raise ScaleError(f"RMSNorm.{name} must be a finite number, got {value!r}", hint="pass a Python float")
+        if self.eps < 0:
+            raise ScaleError(f"RMSNorm.eps must not be negative, got {self.eps}", hint="usual values: 1e-5, 1e-6")
+
+
+@dataclass(slots=True)
+class Output:
+    """What a call returns; ``None`` where it was not asked for.
+
+    ``reduced``: the sum, when neither residual nor norm is given. ``residual``: the new residual stream ``y``.
+    ``norm``: the norm in the communicator's dtype. ``codes``, ``scales``: the quantised norm (or ``y``).
+    Each holds all T rows or, as a shard, the rows that this rank owns.
+    """
+
+    reduced: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The outputs that are there, by name."""
+        for name in OUTPUTS:
+            value = getattr(self, name)
+            if value is not None:
+                yield name, value
+
+
+#: The names of a call's outputs, in order.
+OUTPUTS = ("reduced", "residual", "norm", "codes", "scales")
+
+#: What a call does. ``all_reduce``: sum, finish, the same on every rank. ``sharded``: the residual stays with the owners of its
+#: rows, the finished rows go to every rank. ``reduce_scatter`` and ``all_gather``: the two halves of ``sharded``. ``finish``: no sum.
+Operation = Literal["all_reduce", "sharded", "reduce_scatter", "all_gather", "finish"]
+
+
+def owned_rows(tokens: int, world_size: int, rank: int) -> range:
+    """The rows of ``tokens`` that ``rank`` owns: blocks of ``ceil(tokens / world_size)`` in rank order, the last ones shorter or empty."""
+    block = -(-tokens // world_size)
+    return range(min(rank * block, tokens), min((rank + 1) * block, tokens))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which outputs a call has, from which arguments were given. The one place where that rule lives."""
+
+    reduced: bool
+    residual: bool
+    norm: bool
+    codes: bool
+    scales: bool = field(default=False)
+
+    @classmethod
+    def of(cls, *, has_residual: bool, has_norm: bool, quant: Quant | None, keep_norm: bool, operation: Operation = "all_reduce") -> Wanted:
+        """The outputs of ``operation``. For ``all_gather`` the arguments say what the shard holds, and all of it is gathered.
+
+        Raises :class:`FormatError` for ``keep_norm`` without a norm (there is nothing to keep), :class:`ArgumentError` for an operation
+        that would have nothing to finish.
+        """
+        scales = quant is not None and not isinstance(quant, FP8Static)
+        if operation == "all_gather":
+            if not (has_residual or has_norm or quant is not None):
+                raise ArgumentError("the shard holds nothing", hint="say that it has a residual, a norm or codes")
+            return cls(reduced=False, residual=has_residual, norm=has_norm, codes=quant is not None, scales=scales)
+        if keep_norm and not has_norm:
+            raise FormatError("keep_norm=True without norm=", hint="pass norm=collogue.RMSNorm(weight), or leave keep_norm out")
+        if not has_norm and quant is None and operation in _FINISHING:
+            raise ArgumentError(f"{_FINISHING[operation]} without norm= and quant= has nothing to finish", hint=_INSTEAD[operation])
+        # torch.compile does not trace through a cache.
+        make = _wanted if torch.compiler.is_compiling() else _cached_wanted
+        return make(operation != "finish", has_residual or has_norm, has_norm and (quant is None or keep_norm), quant is not None, scales)
+
+    @classmethod
+    def held(cls, shard: Output) -> Wanted:
+        """What ``shard`` holds."""
+        return cls(**{f.name: getattr(shard, f.name) is not None for f in fields(cls)})
+
+
+#: Operations that need a norm or a format: how they are called, and what to do without either.
+_FINISHING: dict[Operation, str] = {"sharded": "all_reduce(sharded=True)", "finish": "finish"}
+_INSTEAD: dict[Operation, str] = {
+    "sharded": "pass norm= or quant=, or call comm.reduce_scatter, which returns the new shard alone",
+    "finish": "pass norm=collogue.RMSNorm(weight) or a format, such as quant=collogue.FP8PerToken()",
+}
+
+
+def _wanted(summed: bool, stream: bool, norm: bool, codes: bool, scales: bool) -> Wanted:
+    return Wanted(reduced=summed and not stream, residual=summed and stream, norm=norm, codes=codes, scales=scales)
+
+
+_cached_wanted = functools.cache(_wanted)

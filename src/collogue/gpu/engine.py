@@ -1,0 +1,216 @@
+"""The engine of CUDA groups: plans calls, keeps kernels, fills parameters and launches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from collogue.calls.call import Call
+from collogue.calls.outputs import allocate
+from collogue.calls.request import Request, Signature
+from collogue.contract.formats import scale_storage
+from collogue.contract.spec import Output
+from collogue.errors import ClosedError, NotPrepared
+from collogue.gpu import jit
+from collogue.gpu.exclusive import Exclusive
+from collogue.gpu.journal import Journal
+from collogue.gpu.launch import Launcher, timeouts
+from collogue.gpu.parameters import fill_call, fill_shape, fill_shard, fill_workspace, later_launches
+from collogue.gpu.workspace import Workspace
+from collogue.group import Group
+from collogue.planning.plan import Kernel, Plan, make_kernels, make_plan
+from collogue.planning.topology import Topology
+from collogue.planning.variant import Variant
+
+
+@dataclass(slots=True)
+class _Ready:
+    """A planned call with its kernels loaded. An all-gather has one of them for values, ``main`` for codes and scales.
+
+    ``more``: first row, number of rows and padding of the launches after the first.
+    """
+
+    main: Launcher | None
+    values: Launcher | None = None
+    more: tuple[tuple[int, int, int], ...] = ()
+
+
+class KernelEngine:
+    """Runs checked calls on this rank's GPU. See :meth:`collogue.Communicator.all_reduce`."""
+
+    def __init__(self, group: Group, topology: Topology, timeout: float) -> None:
+        self.group = group
+        self.topology = topology
+        self.timeout = timeout
+        self.index = group.device.index
+        self.workspace = Workspace(group, topology, timeout) if topology.world_size > 1 else None
+        self._kernels: dict[Variant, Any] = {}
+        self._ready: dict[Signature, _Ready] = {}
+        self._in_use = Exclusive()
+        self._stream: int | None = None  # of the last call outside a capture
+        self._debug = os.environ.get("COLLOGUE_DEBUG", "0") not in ("", "0")
+
+    # ---- planning and loading
+
+    def prepare(self, signatures: Iterable[Signature]) -> None:
+        with self._in_use:
+            for signature in signatures:
+                self._make_ready(signature)
+
+    def _make_ready(self, signature: Signature) -> _Ready:
+        if signature not in self._ready:
+            if self.workspace is None and self.topology.world_size > 1:  # another thread has closed it meanwhile
+                raise ClosedError("the communicator is closed", hint="make a new collogue.Communicator")
+            self._ready[signature] = self._build(signature.request)
+        return self._ready[signature]
+
+    def _build(self, request: Request) -> _Ready:
+        plan = make_plan(self.topology, request)
+        main = values = None
+        if request.operation == "all_gather" and plan.algorithm == "local":
+            return _Ready(None)  # the shard is the whole
+        for kernel in make_kernels(self.topology, request, plan):
+            launcher = self._launcher(kernel, plan)
+            if request.operation == "all_gather" and kernel.variant.keep_norm:
+                values = launcher
+            else:
+                main = launcher
+        return _Ready(main, values, later_launches(self.topology, request, plan, self.group.rank))
+
+    def _launcher(self, kernel: Kernel, plan: Plan) -> Launcher:
+        request, shape, variant = kernel.request, kernel.shape, kernel.variant
+        if variant not in self._kernels:
+            if torch.cuda.is_current_stream_capturing():
+                raise NotPrepared(
+                    f"{variant.name} is not loaded and a CUDA graph is being captured",
+                    hint=f"call comm.prepare(tokens={request.tokens}, ...) or make the call once before the capture",
+                )
+            assert self.topology.architecture is not None
+            code = jit.cubin(variant, self.topology.architecture)
+            with torch.cuda.device(self.index):
+                self._kernels[variant] = jit.load(code, variant.name)
+        launcher = Launcher(self._kernels[variant], shape, dependent=self.topology.starts_early)
+        params = launcher.params
+        fill_shape(params, self.topology, request, plan, self.group.rank)
+        params.timeout, params.relay_timeout = timeouts(self.timeout)
+        if self.workspace is not None:
+            params.failure = self.workspace.failure_pointer
+            fill_workspace(params, self.workspace.extent, plan.algorithm)
+            for rank, pointer in enumerate(self.workspace.buffer.pointers):
+                params.workspace[rank] = pointer
+        return launcher
+
+    # ---- running
+
+    def run(self, call: Call, out: Output | None) -> Output:
+        self._in_use.acquire()  # not `with`: a third of a microsecond
+        try:
+            if self._debug or (self.workspace is not None and self.workspace.failed):
+                self.check()
+            ready = self._ready.get(call.signature)
+            if ready is None:
+                ready = self._make_ready(call.signature)
+            if out is None:
+                out = allocate(call)
+            if torch._C._cuda_getDevice() != self.index:
+                with torch.cuda.device(self.index):
+                    self._launch(ready, call, out)
+            else:
+                self._launch(ready, call, out)
+            return out
+        finally:
+            self._in_use.release()
+
+    def _follow(self, stream: int) -> None:
+        """Calls use one workspace in turn: on another stream than the last call's, wait for what was queued there."""
+        if self._stream is not None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.ExternalStream(self._stream, device=self.index))  # type: ignore[no-untyped-call]
+            event.wait(torch.cuda.ExternalStream(stream, device=self.index))  # type: ignore[no-untyped-call]
+        self._stream = stream
+
+    def _launch(self, ready: _Ready, call: Call, out: Output) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self.index)
+        if torch.cuda.is_current_stream_capturing():  # in what order graphs are replayed is the user's to say
+            _captured.add(self)
+        elif stream != self._stream:
+            self._follow(stream)
+        launcher = ready.main
+        if call.operation == "all_gather":
+            self._all_gather(ready, call, out, stream)
+            return
+        assert launcher is not None
+        fill_call(launcher.params, call, out)
+        launcher(stream)
+        if ready.more:
+            _launch_more(launcher, ready.more, stream)
+
+    def _all_gather(self, ready: _Ready, call: Call, out: Output, stream: int) -> None:
+        """One kernel for each tensor of values, one for codes and their scales."""
+        shard = call.shard
+        assert shard is not None
+        if ready.values is None and ready.main is None:
+            for name, tensor in shard.items():
+                target = getattr(out, name)
+                (scale_storage(target) if name == "scales" else target).copy_(scale_storage(tensor) if name == "scales" else tensor)
+            return
+        if ready.values is not None:
+            for name in ("reduced", "residual", "norm"):
+                if getattr(shard, name) is not None:
+                    fill_shard(ready.values.params, Output(norm=getattr(shard, name)), Output(norm=getattr(out, name)), name)
+                    ready.values(stream)
+                    _launch_more(ready.values, ready.more, stream)
+        if ready.main is not None:
+            fill_shard(ready.main.params, Output(codes=shard.codes, scales=shard.scales), out, "codes")
+            ready.main(stream)
+            _launch_more(ready.main, ready.more, stream)
+
+    # ---- failures
+
+    def check(self) -> None:
+        if (workspace := self.workspace) is not None:  # another thread may close it meanwhile
+            workspace.check()
+
+    def journal(self) -> Journal:
+        if self.workspace is None:
+            return Journal(0, 1, 0, {0: ()})
+        return self.workspace.journal()
+
+    def reset(self) -> None:
+        with self._in_use:
+            torch.cuda.synchronize(self.index)
+            if self.workspace is not None:
+                self.workspace.reset()
+
+    def close(self, collective: bool) -> None:
+        with self._in_use.wait():
+            torch.cuda.synchronize(self.index)
+            if collective:
+                self.group.barrier()
+            self._ready.clear()
+            self._kernels.clear()
+            _captured.discard(self)
+            if self.workspace is not None:
+                self.workspace.close()
+            self.workspace = None
+            if collective:
+                self.group.barrier()  # giving memory back may wait for the GPU: virtual ranks must not launch before all have done it
+
+
+#: Engines whose calls lie in CUDA graphs, until they are closed: a graph holds addresses, and nothing that keeps the memory.
+_captured: set[KernelEngine] = set()
+
+
+def _launch_more(launcher: Launcher, more: tuple[tuple[int, int, int], ...], stream: int) -> None:
+    """The launches after the first; then the parameters are the first one's again, also where a launch is refused."""
+    params = launcher.params
+    before = params.first, params.count, params.pad
+    try:
+        for params.first, params.count, params.pad in more:
+            launcher(stream)
+    finally:
+        params.first, params.count, params.pad = before

@@ -1,0 +1,199 @@
+"""From a :class:`Variant` to machine code: NVRTC through ``cuda.core``, and a cache of cubins on disk.
+
+The cache key is a hash of every kernel source, the generated translation unit, the options, NVRTC's version and the
+architecture; the kernels include no header but their own. Files appear by atomic rename, one process per key compiles,
+and a home directory that cannot be written sends the cache to the temporary directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import os
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from collogue.cache import cache_directory, write_whole
+from collogue.errors import CompileError, PlatformError
+from collogue.planning.variant import Variant
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+_IMPORTING = threading.Lock()
+#: By GPU: a kernel that waits there to be loaded must not keep others from being loaded elsewhere.
+_LOADING: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
+#: Kernels on GPUs, by device, name and machine code.
+_LOADED: dict[tuple[int, str, bytes], Any] = {}
+_OPTIONS = {"std": "c++17", "fma": False, "ftz": False, "prec_div": True, "prec_sqrt": True}
+
+
+def cubin(variant: Variant, architecture: str) -> bytes:
+    """Machine code of ``variant``, from the cache if it is there."""
+    source = variant.source()
+    path = cache_directory() / f"{_key(source, architecture)}.cubin"
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    with _one_compiler(path):
+        with contextlib.suppress(OSError):
+            return path.read_bytes()
+        code, _ = compile_source(source, architecture, variant.name)
+        write_whole(path, code)
+    return code
+
+
+def build(variants: Iterable[Variant], architecture: str, *, built: Callable[[str], None] = lambda name: None) -> None:
+    """Put the machine code of ``variants`` into the cache, as many at a time as there are cores: NVRTC lets go of Python's lock.
+
+    ``built`` hears of each, in this thread. Raises the first :class:`CompileError`.
+    """
+    with ThreadPoolExecutor(cores()) as pool:
+        work = {pool.submit(cubin, variant, architecture): variant.name for variant in dict.fromkeys(variants)}
+        try:
+            for done in as_completed(work):
+                done.result()
+                built(work.pop(done))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def cores() -> int:
+    """Cores that this process may use, at most 64: how many kernels are compiled at a time."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return min(64, len(affinity(0)) if affinity is not None else os.cpu_count() or 1)
+
+
+def compile_source(
+    source: str,
+    architecture: str,
+    name: str,
+    *,
+    verbose: bool = False,
+    kernels: Path | None = None,
+    changes: Mapping[str, bool] | None = None,
+) -> tuple[bytes, str]:
+    """Compile one translation unit; returns the cubin and the compiler's log (the resource report with ``verbose``).
+
+    ``kernels`` and ``changes``: other sources and other options than the contract's, for comparison.
+    """
+    core = _cuda_core()
+    log = io.StringIO()
+    try:
+        chosen = options(name, architecture, verbose=verbose, kernels=kernels, changes=changes)
+        code = core.Program(source, "c++", chosen).compile("cubin", logs=log)
+    except Exception as error:
+        raise CompileError(
+            f"NVRTC refused {name} for {architecture}: {error}\n{log.getvalue()}",
+            hint="run `collogue doctor`; if NVRTC is 13.0 or later, please report this with the text above",
+        ) from error
+    return bytes(code.code), log.getvalue()
+
+
+def options(
+    name: str, architecture: str, *, verbose: bool = False, kernels: Path | None = None, changes: Mapping[str, bool] | None = None
+) -> Any:
+    """The ``cuda.core.ProgramOptions`` that every kernel is compiled with, but for ``kernels`` and ``changes``."""
+    chosen: dict[str, Any] = {**_OPTIONS, **(changes or {})}
+    if verbose:  # NVRTC has a cache of its own (CUDA 12.9), and what comes from it may have no report
+        chosen |= {"ptxas_options": ["-v"], "no_cache": True}
+    return _cuda_core().ProgramOptions(name=name, arch=architecture, include_path=str(kernels or KERNELS), **chosen)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the assembler reports of one kernel: registers a thread, bytes in local memory, which should be none, and in shared memory."""
+
+    registers: int
+    stack: int
+    spilled: int
+    shared: int = 0
+
+
+def resources(log: str) -> Resources:
+    """Read the log of :func:`compile_source` with ``verbose``."""
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    used = re.search(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?", log)
+    if frame is None or used is None:
+        raise CompileError(f"the compiler gave no resource report:\n{log}", hint="compile with verbose=True")
+    return Resources(int(used[1]), int(frame[1]), int(frame[2]) + int(frame[3]), int(used[2] or 0))
+
+
+def load(code: bytes, name: str) -> Any:
+    """The kernel ``name`` of a cubin, loaded on the current device (a ``cuda.core`` kernel). Its first launch may be captured.
+
+    It is loaded once on each GPU and stays: to unload it would wait for the GPU, where other kernels may wait for this process.
+    """
+    import torch
+
+    key = (torch.cuda.current_device(), name, code)
+    with _LOADING[key[0]]:
+        if key not in _LOADED:
+            kernel = _cuda_core().ObjectCode.from_cubin(code).get_kernel(name)
+            _load_now(int(kernel.handle), key[0])
+            _LOADED[key] = kernel
+        return _LOADED[key]
+
+
+def _load_now(kernel: int, device: int) -> None:
+    """By default the driver puts a kernel on the GPU at its first launch (``CUDA_MODULE_LOADING=LAZY``), which a capture may forbid."""
+    from cuda.bindings import driver
+
+    from collogue.gpu.device import checked, on_device
+
+    with on_device(device):
+        function = checked(driver.cuKernelGetFunction(driver.CUkernel(kernel)))
+        with contextlib.suppress(AttributeError, RuntimeError):  # before CUDA 12.4 there is no such function, and the one above loads
+            checked(driver.cuFuncLoad(function))
+
+
+def _cuda_core() -> Any:
+    """``cuda.core``, imported by one thread at a time: it is not whole while it chooses its CUDA version."""
+    with _IMPORTING:
+        import cuda.core
+    return cuda.core
+
+
+@functools.cache
+def nvrtc_version() -> tuple[int, int]:
+    """NVRTC's version. Raises :class:`PlatformError` where it cannot be loaded."""
+    try:
+        from cuda.bindings import nvrtc
+
+        error, major, minor = nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError, OSError) as cause:
+        raise PlatformError(f"NVRTC could not be loaded: {cause}", hint="pip install nvidia-cuda-nvrtc") from cause
+    if int(error) != 0:
+        raise PlatformError(f"NVRTC does not answer: {error}", hint="pip install nvidia-cuda-nvrtc")
+    return int(major), int(minor)
+
+
+@functools.cache
+def _sources_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(KERNELS.glob("*.cuh")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _key(source: str, architecture: str) -> str:
+    parts = (_sources_hash(), source, repr(sorted(_OPTIONS.items())), repr(nvrtc_version()), architecture)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
+
+
+@contextlib.contextmanager
+def _one_compiler(path: Path) -> Iterator[None]:
+    """Hold this key's lock: the processes of one host compile a kernel once."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: compiling twice is harmless, the rename is atomic
+        yield
+        return
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

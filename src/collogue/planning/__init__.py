@@ -1,0 +1,1 @@
+"""Which algorithm a call takes, in which launch shape, and why."""

@@ -1,0 +1,139 @@
+"""``collogue explain``: the plan of a call on this machine or on another, without making a communicator."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+import torch
+
+from collogue.calls.capacity import Capacity, check_hidden_size
+from collogue.calls.request import make_request
+from collogue.contract.quant import describe, parse
+from collogue.contract.spec import VALUE_DTYPES, Operation
+from collogue.errors import ArgumentError, DTypeError
+from collogue.group import check_gpus
+from collogue.planning.architecture import MULTIPROCESSORS, architecture_of
+from collogue.planning.plan import Plan, check_width, make_plan
+from collogue.planning.table import TableArgument, find, name_of
+from collogue.planning.topology import Topology, topology_of
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan needs to know. ``architecture`` is ``None`` for the CPU; ``device`` is the GPU's name, ``None`` if it is any."""
+
+    architecture: str | None = None
+    device: str | None = None
+    multiprocessors: int = 0
+    gpus: int = 8
+
+    @classmethod
+    def named(cls, architecture: str) -> Machine:
+        """Any machine with GPUs of ``architecture``, one for each rank."""
+        if architecture not in MULTIPROCESSORS:
+            raise ArgumentError(f"there is no architecture {architecture!r}", hint=f"choose one of {', '.join(MULTIPROCESSORS)}")
+        return cls(architecture, None, MULTIPROCESSORS[architecture])
+
+    @classmethod
+    def here(cls, instead: str = "") -> Machine:
+        """This machine's GPUs. Raises :class:`PlatformError` where there is none, with ``instead`` in the hint."""
+        check_gpus(instead)
+        properties = torch.cuda.get_device_properties(0)
+        architecture = architecture_of((properties.major, properties.minor))
+        return cls(architecture, properties.name, properties.multi_processor_count, torch.cuda.device_count())
+
+    @classmethod
+    def of(cls, device: str, architecture: str | None) -> Machine:
+        """The machine of a command line: ``device`` is ``"cpu"``, ``"cuda"`` or ``"auto"``; a named architecture goes before it."""
+        if device not in ("auto", "cpu", "cuda"):
+            raise ArgumentError(f"there is no device {device!r}", hint="choose one of auto, cpu, cuda")
+        if architecture is not None:
+            return cls.named(architecture)
+        return cls.here("name an --architecture") if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else cls()
+
+    def topology(self, world_size: int, max_tokens: int, hidden_size: int, dtype: torch.dtype, table: TableArgument = None) -> Topology:
+        """What ``world_size`` ranks on this machine would agree on."""
+        capacity = Capacity(max_tokens, hidden_size, dtype, torch.device("cpu"), world_size)
+        found = find(table, device=self.device, world_size=world_size)
+        topology = topology_of(
+            world_size,
+            capacity,
+            architecture=self.architecture,
+            device=self.device,
+            multiprocessors=self.multiprocessors,
+            ranks_per_gpu=-(-world_size // self.gpus),
+            table=found,
+        )
+        check_width(topology, hidden_size)
+        return topology
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of values called ``name``. Raises :class:`DTypeError`."""
+    known = {name_of(dtype): dtype for dtype in VALUE_DTYPES}
+    if name not in known:
+        raise DTypeError(f"there is no dtype {name!r} here", hint=f"choose one of {', '.join(known)}")
+    return known[name]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A call and its plan. ``call`` is one line."""
+
+    call: str
+    topology: Topology
+    plan: Plan
+
+    def __str__(self) -> str:
+        """For people, at most 80 columns wide."""
+        return f"{textwrap.fill(self.call, 80)}\n{self.plan}"
+
+    def as_json(self) -> dict[str, Any]:
+        facts = {name: getattr(self.topology, name) for name in ("architecture", "multiprocessors", "world_size", "max_tokens")}
+        return {"call": self.call, **facts, **asdict(self.plan)}
+
+
+def explain(
+    machine: Machine,
+    tokens: int,
+    *,
+    hidden_size: int,
+    world_size: int,
+    dtype: str = "bfloat16",
+    format: str = "none",
+    operation: str = "all_reduce",
+    residual: bool = True,
+    norm: bool = True,
+    keep_norm: bool = False,
+    max_tokens: int | None = None,
+    table: TableArgument = None,
+) -> Explanation:
+    """The plan that ``comm.explain`` would give on every rank of such a communicator.
+
+    Raises :class:`ArgumentError` (its subclasses) for calls that cannot be, and for a table that cannot be read.
+    """
+    if operation not in get_args(Operation):
+        raise ArgumentError(f"there is no operation {operation!r}", hint=f"choose one of {', '.join(get_args(Operation))}")
+    known: Operation = operation  # type: ignore[assignment]
+    check_hidden_size(hidden_size)
+    most, value_dtype, quant = max(tokens, max_tokens or 0), dtype_named(dtype), parse(format)
+    if quant is not None:
+        quant.check_hidden_size(hidden_size)
+    topology = machine.topology(world_size, most, hidden_size, value_dtype, table)
+    request = make_request(
+        tokens,
+        hidden_size,
+        value_dtype,
+        residual=residual,
+        norm=norm,
+        wide_weight=False,
+        quant=quant,
+        keep_norm=keep_norm,
+        operation=known,
+    )
+    epilogue = [name for name, there in (("residual", residual and operation != "finish"), ("norm", norm)) if there]
+    parts = " + ".join([operation, *epilogue, *([describe(quant)] if quant is not None else [])])
+    where = "on the CPU" if topology.architecture is None else f"on {machine.device or machine.architecture}"
+    return Explanation(f"{parts}, {tokens} x {hidden_size} {dtype}, {world_size} ranks {where}", topology, make_plan(topology, request))

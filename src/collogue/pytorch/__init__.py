@@ -1,0 +1,1 @@
+"""How a model uses it: modules, tensor-parallel models, the compile pass."""

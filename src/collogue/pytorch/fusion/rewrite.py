@@ -1,0 +1,256 @@
+"""The rewriting: all-reduce, residual, RMSNorm and quantisation of a graph become one ``collogue::all_reduce``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from collogue import registry
+from collogue.communicator import Communicator
+from collogue.contract.spec import VALUE_DTYPES, Output
+from collogue.pytorch.fusion.build import call_operator, item
+from collogue.pytorch.fusion.graph import aten, equal, is_sum, other_operand, readers, root, same_shape, short, value
+from collogue.pytorch.fusion.norm import Norm, find_norm
+from collogue.pytorch.fusion.quant import Quantised, find_quant
+from collogue.pytorch.fusion.report import Fused, Missed, Report
+
+_collectives = torch.ops._c10d_functional
+
+
+class NotFused(Exception):
+    """Why an all-reduce stays as it is."""
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """An all-reduce with everything that one call can do of what follows it."""
+
+    reduce: Node
+    wait: Node
+    comm: Communicator
+    stream: Node
+    residual: Node | None
+    norm: Norm
+    quant: Quantised | None
+
+
+def fuse(graph: Graph, report: Report) -> None:
+    """Rewrite every all-reduce in ``graph`` that a norm follows, in place, and say in ``report`` what happened to each."""
+    for node in list(graph.nodes):
+        if node.target is not _collectives.all_reduce.default:
+            continue
+        try:
+            boundary = _find(node, report)
+            _rewrite(graph, boundary, report)
+        except NotFused as reason:
+            report.missed.append(Missed(_where(node), str(reason)))
+    graph.eliminate_dead_code()
+    graph.lint()
+
+
+# ---- finding
+
+
+def _find(reduce: Node, report: Report) -> Boundary:
+    wait = next((user for user in reduce.users if user.target is _collectives.wait_tensor.default), None)
+    if wait is None or len(reduce.users) != 1:
+        raise NotFused("the sum is not simply waited for")
+    comm = _communicator(reduce)
+    stream, residual = _stream(wait)
+    why: list[str] = []
+    norm = find_norm(stream, why)
+    if norm is None:
+        raise NotFused(why[-1] if why else "no RMSNorm reads the sum")
+    why.clear()
+    quant = find_quant(norm, why)
+    if quant is None and not norm.results:
+        raise NotFused(why[-1] if why else "the norm is not rounded to the sum's dtype")
+    report.remarks += [f"{_where(reduce)}: quantisation not fused: {reason}" for reason in why if quant is None]
+    return Boundary(reduce, wait, comm, stream, residual, norm, quant)
+
+
+def _communicator(reduce: Node) -> Communicator:
+    partial, kind, group = value(reduce.args[0]), reduce.args[1], reduce.args[2]
+    if kind != "sum":
+        raise NotFused(f"it reduces by {kind}, not by sum")
+    if partial is None or partial.dtype not in VALUE_DTYPES or partial.ndim < 1:
+        raise NotFused("it reduces no rows of bfloat16, float16 or float32")
+    if not isinstance(partial.shape[-1], int):
+        raise NotFused("the hidden size is not fixed in the graph; instead of dynamic=True, mark the token dimensions by mark_dynamic")
+    width, dtype = partial.shape[-1], short(partial.dtype)
+    comm = registry.of_group(group, partial.dtype, width) if isinstance(group, str) and width % 8 == 0 else None
+    if comm is None:
+        raise NotFused(
+            f"there is no communicator for {dtype} rows of {width} on the group {group!r}; make one before compiling, and keep it"
+        )
+    return comm
+
+
+def _stream(wait: Node) -> tuple[Node, Node | None]:
+    """The node that becomes y, and the residual that is added, if one is."""
+    reduced, found = value(wait), list(readers(wait))
+    if len(found) != 1 or not is_sum(found[0][0]):
+        return wait, None
+    add, operand = found[0]
+    added = other_operand(add, operand)
+    other, summed, own = value(added), value(add), value(operand)
+    if other is None or summed is None or own is None or reduced is None:
+        raise NotFused("a number is added to the sum")
+    if root(added) is wait:
+        raise NotFused("the sum is added to itself")
+    if not same_shape(other, own):
+        raise NotFused(f"what is added to the sum has shape {list(other.shape)} (a bias?); add it to one rank's partial instead")
+    if not other.dtype == own.dtype == summed.dtype == reduced.dtype:
+        raise NotFused("the residual has another dtype than the sum")
+    return add, added
+
+
+# ---- rewriting
+
+
+def _rewrite(graph: Graph, found: Boundary, report: Report) -> None:
+    partial, quant, norm = found.reduce.args[0], found.quant, found.norm
+    rows = value(partial)
+    assert rows is not None
+    assert isinstance(partial, Node)
+    before = found.stream if found.residual is not None else found.wait
+    shapes = found.residual if found.residual is not None else partial
+    place = _Place(graph, before)
+    weight = place.have(norm.weight)
+    divisor = quant.divisor if quant is not None else None
+    if isinstance(divisor, Node):
+        place.have(divisor)
+    with graph.inserting_before(before):
+        width = rows.shape[-1]
+        scale = call_operator(graph, aten.reciprocal.default, divisor) if quant is not None and quant.inverted else divisor
+        label = "none" if quant is None else "fp8_per_token" if quant.scales is not None else "fp8_static"
+        call = call_operator(
+            graph,
+            torch.ops.collogue.all_reduce.default,
+            call_operator(graph, aten.reshape.default, partial, [-1, width]),
+            None if found.residual is None else call_operator(graph, aten.reshape.default, found.residual, [-1, width]),
+            call_operator(graph, aten.reshape.default, weight, [width]) if weight.meta["val"].ndim != 1 else weight,
+            norm.eps,
+            norm.weight_offset,
+            label,
+            scale if isinstance(scale, Node) else None,
+            scale if isinstance(scale, float) else 1.0,
+            0.0 if quant is None else quant.smallest,
+            quant is not None,
+            found.comm.name,
+        )
+        out = Output(*(None if i is None else item(graph, call, i) for i in _places(quant)))
+        replaced: list[tuple[Node | None, Any]] = [(found.stream, out.residual), *((result, out.norm) for result in norm.results)]
+        if quant is not None:
+            replaced += [(quant.codes, out.codes), (quant.scales, out.scales)]
+        shaped = [(old, _shaped(graph, new, old, shapes)) for old, new in replaced if old is not None]
+    for old, new in shaped:
+        old.replace_all_uses_with(new)
+    told = _describe(found, label)
+    _erase(graph, found)
+    if quant is not None and not any(user.args[1] == 1 for user in call.users):
+        _drop_norm(call)
+    report.fused.append(replace(told, keeps_norm=bool(call.args[9])))
+
+
+def _places(quant: Quantised | None) -> tuple[int | None, ...]:
+    """Where each output of :class:`collogue.Output` stands in the operator's list, asked for with ``keep_norm``."""
+    if quant is None:
+        return None, 0, 1, None, None
+    return None, 0, 1, 2, 3 if quant.scales is not None else None
+
+
+class _Place:
+    """A place in the graph, and what can be had there."""
+
+    def __init__(self, graph: Graph, before: Node) -> None:
+        self.before = before
+        self.earlier = set()
+        for node in graph.nodes:
+            if node is before:
+                break
+            self.earlier.add(node)
+
+    def have(self, node: Node, limit: int = 8) -> Node:
+        """``node``, moved up with what it is made of where it stands later; constants and inputs can be, results of the sum cannot."""
+        if node not in self.earlier:
+            movable = node.op == "call_function" and not node.is_impure() and node is not self.before
+            if node.op != "get_attr" and not (movable and limit):
+                raise NotFused("the norm's weight or the scale is computed from the sum")
+            for needed in node.all_input_nodes:
+                self.have(needed, limit - 1)
+            self.before.prepend(node)
+            self.earlier.add(node)
+        return node
+
+
+def _shaped(graph: Graph, node: Any, like: Node, shapes: Node) -> Node:
+    """``node`` in the shape of ``like``. Sizes that are not fixed are read from ``shapes``, the residual or the partial."""
+    target, known = value(like), value(shapes)
+    assert target is not None
+    assert known is not None
+    unknown = [dim for dim, size in enumerate(target.shape) if not isinstance(size, int)]
+    sizes: list[Any] = [*target.shape]
+    for dim in unknown:
+        if len(unknown) == 1:
+            sizes[dim] = -1
+        elif dim < known.ndim and equal(target.shape[dim], known.shape[dim]):
+            sizes[dim] = call_operator(graph, aten.sym_size.int, shapes, dim)
+        else:
+            raise NotFused("the norm's result has sizes that are not those of the partial")
+    return call_operator(graph, aten.reshape.default, node, sizes)
+
+
+def _erase(graph: Graph, found: Boundary) -> None:
+    """The sum is not waited for by anyone any more: dead code elimination leaves collectives alone."""
+    graph.eliminate_dead_code()
+    for node in (found.wait, found.reduce):
+        if node.users:
+            raise AssertionError(f"{node} is still read")
+        graph.erase_node(node)
+
+
+def _drop_norm(call: Node) -> None:
+    """The norm beside its codes is not asked for where nobody reads it."""
+    call.args = (*call.args[:9], False, *call.args[10:])
+    del call.meta["val"][1]
+    for user in list(call.users):
+        place = user.args[1]
+        assert isinstance(place, int)
+        user.args = (call, place - (place > 1))
+
+
+def _describe(found: Boundary, label: str) -> Fused:
+    rows = value(found.reduce.args[0])
+    assert rows is not None
+    roundings = [*found.norm.roundings, *(found.quant.roundings if found.quant is not None else ())]
+    if found.residual is not None and rows.dtype != torch.float32:
+        roundings.insert(0, f"the sum to {short(rows.dtype)} before the residual")
+    if not found.norm.results:  # Inductor may take a conversion and the one back out of the graph
+        roundings.append(f"the norm to {short(rows.dtype)} before its quantisation (added)")
+    return Fused(
+        where=_where(found.reduce),
+        comm=found.comm.name,
+        shape=str([str(size) if not isinstance(size, int) else size for size in rows.shape]).replace("'", ""),
+        residual=found.residual is not None,
+        eps=found.norm.eps,
+        weight_offset=found.norm.weight_offset,
+        quant=label,
+        keeps_norm=False,
+        roundings=tuple(roundings),
+    )
+
+
+def _where(node: Node) -> str:
+    """The module that the node comes from, else the line of the user's code, else the node's name."""
+    modules = [path for path, *_ in (node.meta.get("nn_module_stack") or {}).values()]
+    if modules:
+        return str(modules[-1]).replace("L['self'].", "")
+    for line in reversed(str(node.meta.get("stack_trace") or "").splitlines()):
+        if line.strip().startswith("File ") and "/torch/" not in line:
+            file, number = line.split('"')[1], line.split("line ")[1].split(",")[0]
+            return f"{file.rsplit('/', 1)[-1]}:{number}"
+    return str(node.name)

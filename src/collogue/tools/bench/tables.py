@@ -1,0 +1,101 @@
+"""Tables of what the benchmarks found, row by row, from results as data. :mod:`collogue.tools.pages` and the commands lay them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from collogue.tools.bench.floors import EMPTY, EXCHANGE
+from collogue.tools.bench.names import call_name
+from collogue.tools.bench.variants import ALL, COLLOGUE
+
+Data = dict[str, Any]
+
+
+def lines(rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """A table in Markdown; the first row is its head."""
+    for number, row in enumerate(rows):
+        yield "| " + " | ".join(row) + " |"
+        if number == 0:
+            yield "|" + "---|" * len(row)
+
+
+def _by_model(data: Data) -> dict[tuple[str, int], dict[int, dict[str, Data]]]:
+    """Rows of ``collogue bench model`` by model and world size, tokens in rising order, and way."""
+    found: dict[tuple[str, int], dict[int, dict[str, Data]]] = {}
+    for row in sorted(data["rows"], key=lambda r: int(r["tokens"])):
+        ways = found.setdefault((row["model"], row["world_size"]), {}).setdefault(row["tokens"], {})
+        if row["what"] in ways:
+            raise ValueError(f"two results of {row['model']}, world {row['world_size']}, T = {row['tokens']}, {row['what']}")
+        ways[row["what"]] = row
+    first = list(dict.fromkeys((r["model"], r["world_size"]) for r in data["rows"]))
+    return {key: found[key] for key in first}
+
+
+def _best(ways: dict[str, Data]) -> Data | None:
+    """The fastest of Collogue's ways."""
+    return min((ways[what] for what in COLLOGUE if ways[what]["us"] is not None), key=lambda r: float(r["us"]), default=None)
+
+
+def _gains(best: Data | None) -> list[str]:
+    return ["-" if best is None or best.get(k) is None else f"{best[k]:.2f}" for k in ("speedup_nccl", "speedup_symm_mem")]
+
+
+def model(data: Data) -> Iterator[Sequence[str]]:
+    """Of each model, world and size: microseconds of a pass over the whole model, and speed-ups of the best of Collogue's ways."""
+    yield ["model", "ranks", "tokens", *ALL, "best / NCCL", "best / symm. mem.", "collectives' share: NCCL, best"]
+    for (name, world), sizes in _by_model(data).items():
+        for tokens, ways in sizes.items():
+            times = ["-" if ways[what]["us"] is None else f"{ways[what]['us']:.0f}" for what in ALL]
+            best = _best(ways)
+            shares = [r["share_of_collectives"] for r in (ways["nccl"], best) if r is not None and r["share_of_collectives"] is not None]
+            yield [name, str(world), str(tokens), *times, *_gains(best), ", ".join(f"{s:.0%}" for s in shares) or "-"]
+
+
+def speedups(data: Data) -> Iterator[Sequence[str]]:
+    """Of each model and size: how much faster the best of Collogue's ways is, over NCCL / over torch's symmetric memory."""
+    counts = sorted({int(r["tokens"]) for r in data["rows"]})
+    yield ["model, ranks", *(f"T = {tokens}" for tokens in counts)]
+    for (name, world), sizes in _by_model(data).items():
+        yield [f"{name}, {world}", *(" / ".join(_gains(_best(sizes[t]))) if t in sizes else "" for t in counts)]
+
+
+def serving(data: Data) -> Iterator[Sequence[str]]:
+    """Of each way: tokens per second and times of the whole workload, and the ratio to NCCL's, whole and of its chunks."""
+    yield ["way", "output tokens/s", "ms per token", "ms to first token", "seconds", "over NCCL", "by chunk"]
+    for row in data["totals"]:
+        if row["error"] is not None:
+            yield [row["way"], f"NO NUMBER: {row['error']}", *[""] * 5]
+            continue
+        gain = ["-", "-"]
+        if "speedup_nccl" in row:
+            gain = [f"{row['speedup_nccl']:.3f}", f"{row['speedup_low']:.3f} to {row['speedup_high']:.3f}"]
+        times = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("ms_per_token", "ms_to_first_token", "seconds")]
+        yield [row["way"], f"{row['tokens_per_second']:.0f}", *times, *gain]
+
+
+def host(data: Data) -> Iterator[Sequence[str]]:
+    """Host time of one eager call in every way to make it."""
+    yield ["call", "ranks", "us of host time"]
+    for row in data["host"]:
+        yield [f"`{row['what']}`", str(row["world_size"]), f"{row['us']:.1f}"]
+
+
+def eager(data: Data) -> Iterator[Sequence[str]]:
+    """Calls from Python: microseconds of each until the GPU has done a row of them, by number of tokens."""
+    return _section(data, "eager")
+
+
+def epilogues(data: Data) -> Iterator[Sequence[str]]:
+    """Microseconds of a call with each epilogue, by number of tokens."""
+    return _section(data, "epilogues")
+
+
+def _section(data: Data, section: str) -> Iterator[Sequence[str]]:
+    """All calls of a section of ``collogue bench`` but the floors; a call has a row, a number of tokens a column."""
+    rows = [r for r in data["cases"] if r["section"] == section and r["us"] is not None and r["what"] not in (EMPTY, EXCHANGE)]
+    counts = sorted({int(r["tokens"]) for r in rows})
+    found = {(call_name(r), r["tokens"]): r["us"] for r in rows}
+    yield ["call", *(f"T = {tokens}" for tokens in counts)]
+    for name in dict.fromkeys(call_name(r) for r in rows):
+        yield [name, *(f"{found[name, t]:.2f}" if (name, t) in found else "-" for t in counts)]

@@ -1,0 +1,282 @@
+"""The command line: ``collogue demo | check | bench | tune | explain | doctor | resources | ablate | accuracy | calibrate | reliability``.
+
+Data goes to stdout, progress and logs go to stderr. Exit codes: 0 all is well; 1 a check failed; 2 wrong usage; 3 this machine
+cannot do it. torch is imported by the commands that need it, so ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from collogue.tools.commands.ablate import ablate
+from collogue.tools.commands.accuracy import accuracy, calibrate
+from collogue.tools.commands.bench import app as bench_app
+from collogue.tools.commands.options import (
+    EXIT_CODES,
+    FAILED,
+    IMPOSSIBLE,
+    OK,
+    PICTURES,
+    Commit,
+    Devices,
+    DTypes,
+    Formats,
+    HiddenSizes,
+    Json,
+    Many,
+    Operations,
+    Tokens,
+    WorldSizes,
+    check_target,
+    check_word,
+    console,
+    exit_codes,
+    lists,
+    progress,
+    words,
+    write_json,
+)
+from collogue.tools.commands.plans import explain, tune
+from collogue.tools.commands.reliability import reliability
+from collogue.tools.commands.resources import resources
+
+if TYPE_CHECKING:
+    from collogue.tools.check import Case, Emulated, Report
+    from collogue.tools.doctor import Examination
+
+app = typer.Typer(
+    name="collogue",
+    help="Collectives that finish the layer: all-reduce + residual + RMSNorm + quantisation in one call.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # paragraphs of docstrings are wrapped to the terminal, not twice
+)
+
+
+def _devices(values: Many) -> list[str]:
+    for word in words(values):
+        check_word("--device", word, "cpu", "cuda")
+    return words(values)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from collogue import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit(OK)
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and end.")] = False,
+) -> None: ...
+
+
+@app.command(epilog=EXIT_CODES)
+def demo(
+    device: Annotated[str, typer.Option(help="cpu, cuda (a GPU for each rank), or auto.")] = "auto",
+    world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks.")] = 3,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text that the perplexity is of.")] = 1024,
+    format: Formats = None,
+    sharded: Annotated[bool, typer.Option(help="Each rank keeps only its rows of the residual; the same logits.")] = False,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Save the plot here: .png, .svg or .pdf (needs matplotlib).")] = None,
+) -> None:
+    """Run a real language model tensor-parallel and compare the formats."""
+    check_target(json)
+    check_target(plot, "--plot", PICTURES)
+    chosen: dict[str, Any] = {"formats": tuple(words(format))} if format else {}
+    if sharded:
+        chosen["sharded"] = True
+    with exit_codes(extra="demo", needs="matplotlib" if plot else None):
+        from collogue.tools.demo.main import run
+
+        result = run(device, world_size, tokens, json=json, plot=plot, **chosen)
+        raise typer.Exit(OK if result.passed else FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
+def check(
+    device: Devices = None,
+    world_size: WorldSizes = None,
+    tokens: Tokens = None,
+    hidden_size: HiddenSizes = None,
+    dtype: DTypes = None,
+    format: Formats = None,
+    operation: Operations = None,
+    sweep: Annotated[str, typer.Option(help="default or full; only where no list is given.")] = "default",
+    every: Annotated[int, typer.Option(min=1, help="Take every n-th case only.")] = 1,
+    emulate: Annotated[bool, typer.Option("--emulate", help="Also run the kernels' sources on the CPU; needs g++, takes seconds.")] = False,
+    commit: Commit = None,
+    json: Json = None,
+) -> None:
+    """Compare every output of calls bit for bit with an independent answer.
+
+    With no list given: a sweep over every dtype, format and layout, odd shapes and special values, on every device there is.
+
+    --sweep full is for GPUs: also hidden sizes up to 16384, calls up to what one kernel takes and beyond, world sizes 2 to 8; minutes.
+
+    With any list given: the product of the lists; the others are all_reduce, world size 2, 7 tokens, hidden size 2880, all dtypes, all
+    formats. A bare format name stands for all its layouts and options.
+
+    CPU: the communicator runs the reference; the answer is a separate version in scalar numpy. CUDA: kernels against the reference;
+    a process for each GPU, or virtual ranks where the world is larger than the machine.
+
+    --emulate compiles the kernels with g++ and runs every one of them under a scheduler that delays and reorders what ranks send, with a
+    late rank, a rank that never comes and calls that differ.
+    """
+    check_target(json)
+    devices, given = _devices(device), lists(world_size, tokens, hidden_size, dtype, format)
+    if operation:
+        given["operation"] = words(operation)
+    check_word("--sweep", sweep, "default", "full")
+    if sweep == "full" and (given or "cpu" in devices):
+        raise typer.BadParameter("the full sweep is for --device cuda and takes no lists", param_hint="--sweep")
+    with exit_codes():
+        emulated = _emulate() if emulate else []
+        report = _run_checks(devices, given, full=sweep == "full", every=every, commit=commit)
+        report.emulated.extend(emulated)
+        write_json(report.as_json(), json)
+        _show_report(console(json), report)
+        if report.impossible:
+            raise typer.Exit(IMPOSSIBLE)
+        raise typer.Exit(OK if report.passed else FAILED)
+
+
+def _run_checks(devices: list[str], given: dict[str, list[Any]], *, full: bool, every: int, commit: str | None) -> Report:
+    from collogue.testing import environment
+
+    environment.set_defaults()
+    import torch
+
+    from collogue.tools import check as checks
+    from collogue.tools.record import circumstances
+
+    if not devices:
+        devices = ["cuda"] if full else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+    def cases_on(device: str) -> list[Case]:
+        return (checks.full_sweep() if full else checks.sweep(**given) if given else checks.default_sweep(device))[::every]
+
+    cases: dict[str, list[Case]] = {d: cases_on(d) for d in devices}
+    if "cuda" in cases and torch.cuda.is_available():
+        _compile(cases["cuda"])
+    results = []
+    with progress(sum(map(len, cases.values())), "check") as start:
+        for name, mine in cases.items():
+            results += checks.run_cases(name, mine, started=lambda case: start(str(case)))
+    return checks.Report(results, circumstances(commit))
+
+
+def _emulate() -> list[Emulated]:
+    """Every program of the emulator, with a bar."""
+    from collogue.tools.check import PROGRAMS, run_programs
+
+    with progress(len(PROGRAMS), "emulate") as start:
+        return run_programs(started=lambda program: start(str(program)))
+
+
+def _compile(cases: list[Case]) -> None:
+    """Every kernel of ``cases`` into the cache, with a bar."""
+    from contextlib import ExitStack
+
+    from collogue.tools.check import build_kernels
+
+    with ExitStack() as stack:
+        build_kernels(cases, total=lambda count: stack.enter_context(progress(count, "compile")))
+
+
+def _show_report(console: Console, report: Report, shown: int = 20) -> None:
+    table = Table("device", "ranks", "format", "cases", "failed", box=None, header_style="bold")
+    groups: dict[tuple[str, str, str], list[bool]] = {}
+    for r in report.results:
+        groups.setdefault((r.device, r.ranks, r.case.family), []).append(r.passed)
+    for key, passed in groups.items():
+        table.add_row(*key, str(len(passed)), str(passed.count(False) or "-"))
+    console.print(table)
+    failures = [r for r in report.results if not r.passed]
+    for r in failures[:shown]:
+        console.print(
+            f"FAILED {r.case}\n  {r.error or r.first or 'no error, where there must be one'}", highlight=False, markup=False, soft_wrap=True
+        )
+    if len(failures) > shown:
+        console.print(f"and {len(failures) - shown} more; --json FILE has all")
+    expected = sum(r.passed and r.expected_error is not None for r in report.results)
+    refused = f" ({expected} of them calls that must be refused, and were)" if expected else ""
+    console.print(f"{len(report.results) - len(failures)} of {len(report.results)} cases passed{refused}")
+    for e in report.emulated:
+        if e.problem:
+            console.print(f"FAILED emulator: {e.program}\n  {e.problem}", highlight=False, markup=False, soft_wrap=True)
+    if report.emulated:
+        good = sum(not e.problem for e in report.emulated)
+        console.print(f"{good} of {len(report.emulated)} programs of the emulator passed")
+
+
+@app.command(epilog=EXIT_CODES)
+def doctor(
+    json: Json = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="Print a journal that a failed call wrote, no more.", exists=True, dir_okay=False)
+    ] = None,
+) -> None:
+    """Say what this machine has, what Collogue will use, and what to do about what is missing.
+
+    Ends with 3 if something is missing that Collogue needs on this machine; a machine without GPUs is not that.
+    """
+    if journal is not None:
+        from collogue.gpu.journal import Journal
+
+        with exit_codes():
+            typer.echo(Journal.load(journal).text())
+        return
+    from collogue.tools.doctor import PROBES, examine
+
+    check_target(json)
+    with progress(len(PROBES), "doctor") as start:
+        report = examine(started=start)
+    write_json(report.as_json(), json)
+    _show_findings(console(json), report)
+    raise typer.Exit(OK if report.usable else IMPOSSIBLE)
+
+
+def _show_findings(console: Console, report: Examination) -> None:
+    style: dict[str, Sequence[str]] = {"ok": ("green", "ok"), "warn": ("yellow", "warn"), "missing": ("red", "missing")}
+    table = Table.grid(padding=(0, 1))
+    for _ in range(3):
+        table.add_column(overflow="fold")
+    for f in report.findings:
+        color, word = style[f.status]
+        table.add_row(f"[{color}]{word}[/]", f.name, _escape(f.detail) + (f"\n[dim]hint: {_escape(f.hint)}[/]" if f.hint else ""))
+    console.print(table, highlight=False)
+    where = "" if report.gpus else " On the CPU only: the reference, which is right and slow."
+    console.print(f"Collogue can work here.{where}" if report.usable else "Collogue cannot work here before what is missing is there.")
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+# In the order of --help, after those above.
+for command in (explain, tune, resources, ablate, accuracy, calibrate, reliability):
+    app.command(epilog=EXIT_CODES)(command)
+app.add_typer(bench_app, name="bench")
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

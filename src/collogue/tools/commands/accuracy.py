@@ -1,0 +1,116 @@
+"""``collogue accuracy`` and ``collogue calibrate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from collogue.tools.commands.options import (
+    Commit,
+    Formats,
+    Json,
+    check_target,
+    check_word,
+    console,
+    exit_codes,
+    progress,
+    words,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from collogue.tools.accuracy.models import Model
+
+ModelName = Annotated[str, typer.Option("--model", help="smollm2, or random: weights with outlier channels.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Layers = Annotated[int, typer.Option(min=1, help="Layers of --model random.")]
+Width = Annotated[int, typer.Option("--hidden-size", min=32, help="Hidden size of --model random, a multiple of 32.")]
+DType = Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32: of activations and of what the ranks add.")]
+
+
+def accuracy(
+    model: ModelName = "smollm2",
+    world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks (threads of this process).")] = 3,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of the text.")] = 384,
+    format: Formats = None,
+    dtype: DType = "bfloat16",
+    layers: Layers = 8,
+    hidden_size: Width = 1536,
+    device: Device = "cpu",
+    commit: Commit = None,
+    json: Json = None,
+) -> None:
+    """Say what formats, static scales and the order of accumulation cost a model: perplexity, logits, greedy choices, error by layer.
+
+    Needs no GPU: on two cores SmolLM2-135M takes about two minutes.
+    """
+    check_target(json)
+    check_word("--device", device, "cpu", "cuda")
+    with exit_codes(extra="demo"):
+        from collogue.tools.accuracy import main
+        from collogue.tools.demo.formats import FORMATS
+        from collogue.tools.record import circumstances
+
+        chosen, value_dtype = words(format) or list(FORMATS), _dtype(dtype)
+        subject = _model(model, tokens, layers, hidden_size)
+        static = [name for name in main.STATIC if name in chosen]
+        with progress(main.passes(chosen, static), "accuracy") as start:
+            found = main.run(subject, world_size=world_size, dtype=value_dtype, formats=chosen, static=static, device=device, started=start)
+        data = {**circumstances(commit), **found}
+        write_json(data, json)
+        console(json).print(main.text(data), highlight=False, markup=False, soft_wrap=True)
+
+
+def calibrate(
+    output: Annotated[Path, typer.Argument(help="Where to: .json or .safetensors.")],
+    format: Annotated[str, typer.Option(help="fp8_static or nvfp4.")] = "nvfp4",
+    convention: Annotated[str, typer.Option(help="collogue, modelopt, compressed-tensors or torchao.")] = "collogue",
+    model: ModelName = "smollm2",
+    world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks (threads of this process).")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the calibration text.")] = 512,
+    dtype: DType = "bfloat16",
+    layers: Layers = 8,
+    hidden_size: Width = 1536,
+    device: Device = "cpu",
+) -> None:
+    """Collect the largest magnitude of every quantised activation over a text, and write static scales, named as checkpoints name them.
+
+    The file says whether a scale is a divisor or a multiplier. For a model of your own: `collogue.tools.accuracy.calibrate.Calibration`.
+    """
+    check_target(output, "OUTPUT", (".json", ".safetensors"))
+    check_word("--device", device, "cpu", "cuda")
+    with exit_codes(extra="demo"):
+        from collogue.tools.accuracy import calibrate as calibration
+
+        calibration.convention_of(format, convention)  # wrong names are told before the model is read
+        value_dtype = _dtype(dtype)
+        subject = _model(model, 8, layers, hidden_size, calibration=tokens)
+        found = calibration.calibrate(subject, world_size=world_size, dtype=value_dtype, device=device)
+        data = calibration.document(found, format, convention, model=subject.name, tokens=len(subject.calibration), dtype=dtype)
+        calibration.write(data, output)
+        what = f"{len(data['scales'])} scales ({data['suffix']}, a {data['direction']})"
+        console(None).print(f"{what} of {subject.name} in {output}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _model(name: str, tokens: int, layers: int, hidden_size: int, calibration: int | None = None) -> Model:
+    from collogue.tools.accuracy.models import random_model, random_shape, smollm2
+
+    check_word("--model", name, "smollm2", "random")
+    extra: dict[str, Any] = {"tokens": tokens, "calibration": min(tokens, 512) if calibration is None else calibration}
+    if name == "smollm2":
+        return smollm2(**extra)
+    if hidden_size % 32:
+        raise typer.BadParameter(f"{hidden_size} is not a multiple of 32", param_hint="--hidden-size")
+    return random_model(random_shape(layers, hidden_size), **extra)
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    check_word("--dtype", name, "bfloat16", "float16", "float32")
+    found: torch.dtype = getattr(torch, name)
+    return found

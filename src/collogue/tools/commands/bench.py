@@ -1,0 +1,173 @@
+"""``collogue bench``, ``collogue bench model``, ``collogue bench serving`` and ``collogue bench report``."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from collogue.tools.commands.options import (
+    EXIT_CODES,
+    FAILED,
+    OK,
+    PICTURES,
+    Commit,
+    DTypes,
+    Formats,
+    HiddenSizes,
+    Json,
+    Many,
+    Tokens,
+    WorldSizes,
+    check_target,
+    check_word,
+    console,
+    exit_codes,
+    lists,
+    many,
+    words,
+)
+
+app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
+_SUITES = "latency, bandwidth, epilogues, hidden, world, eager, multiprocessors; default: latency, hidden, bandwidth."
+Suites = Annotated[Many, many("--suite", _SUITES)]
+_Existing = typer.Argument(exists=True, dir_okay=False, readable=True)
+
+
+@app.callback(epilog=EXIT_CODES)
+def bench(
+    context: typer.Context,
+    suite: Suites = None,
+    world_size: WorldSizes = None,
+    tokens: Tokens = None,
+    hidden_size: HiddenSizes = None,
+    dtype: DTypes = None,
+    format: Formats = None,
+    chains: Annotated[bool, typer.Option(help="Also time other libraries' chains; compiling them takes most of a minute.")] = True,
+    cta_threads: Annotated[int | None, typer.Option(help="Most threads of a CTA, in every call.")] = None,
+    commit: Commit = None,
+    json: Json = None,
+) -> None:
+    """Measure latency on this machine's GPUs, floors and other libraries in the same run. A number is shown only if its output is right.
+
+    Suites say what is measured; or lists of shapes and formats. `collogue bench report` makes a page of the results.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    check_target(json)
+    given: dict[str, Any] = lists(world_size, tokens, hidden_size, dtype, format)
+    if suite and set(given) - {"world_size"}:
+        raise typer.BadParameter("suites have shapes and formats of their own", param_hint="--suite")
+    if suite:
+        given["suites"] = words(suite)
+    fixed = {"commit": commit, "cta_threads": cta_threads}
+    given |= {name: value for name, value in fixed.items() if value is not None}
+    with exit_codes(extra="bench"):
+        from collogue.tools.bench.latency import run
+
+        passed = run(**given, chains=chains, json=json)
+        raise typer.Exit(OK if passed else FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
+def model(
+    name: Annotated[Many, many("--model", "llama-3.1-8b, llama-3.1-70b, qwen3-32b, deepseek-v3-dense, deepseek-v3-shared.")] = None,
+    world_size: WorldSizes = None,
+    tokens: Tokens = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the stack that is timed.")] = 4,
+    replays: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 20,
+    scales: Annotated[str, typer.Option(help="Of FP8 activations: static (one), or token (one for each).")] = "static",
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of the speed-ups: .png, .svg or .pdf.")] = None,
+    commit: Commit = None,
+    json: Json = None,
+) -> None:
+    """Measure decode steps and prefills of layer stacks with published shapes, with every way to finish a layer.
+
+    Collogue eager, by the fusion pass and sharded, against NCCL and torch's symmetric memory with torch.compile. From 512 tokens on
+    a size is a prefill.
+    """
+    check_target(json)
+    check_target(plot, "--plot", PICTURES)
+    given: dict[str, Any] = lists(world_size, tokens, None, None, None)
+    with exit_codes(extra="bench", needs="matplotlib" if plot else None):
+        from collogue.tools.bench.model import run
+
+        picture = None if plot is None else str(plot)
+        given |= {"layers": layers, "replays": replays, "scales": scales}
+        passed = run(**given, model=words(name), json=json, plot=picture, commit=commit)
+        raise typer.Exit(OK if passed else FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
+def serving(
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts.")] = 1000,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 1000,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens made for each prompt.")] = 1000,
+    concurrency: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 60,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one prefill.")] = 8192,
+    model: Annotated[str, typer.Option(help="As in `collogue bench model`.")] = "deepseek-v3-dense",
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers that are held and run; default: all, as far as memory allows.")] = None,
+    ways: Annotated[Many, many("--ways", "collogue eager, collogue sharded, nccl (the default); and the others of bench model.")] = None,
+    chunks: Annotated[int | None, typer.Option(min=1, help="Parts of the prompts, between which the ways take turns.")] = None,
+    world_size: Annotated[int | None, typer.Option(min=2, max=8, help="Ranks; default: 8, 4 or 2, as GPUs allow.")] = None,
+    device: Annotated[str, typer.Option(help="cuda; cpu tries the loop without a GPU, and its times mean nothing.")] = "cuda",
+    commit: Commit = None,
+    json: Json = None,
+) -> None:
+    """Serve random prompts with a small continuous-batching loop, Collogue's ways and the NCCL chain taking turns.
+
+    Output tokens per second, time per token, time to the first token; the headline is the ratio to NCCL + torch.compile.
+    For a short run: --prompts 120 --layers 8. An estimate of the time is on stderr before serving starts.
+    """
+    check_target(json)
+    check_word("--device", device, "cpu", "cuda")
+    with exit_codes(extra="bench"):
+        from collogue.tools.bench.schedule import Workload
+        from collogue.tools.bench.serving import WAYS, run
+
+        work = Workload(prompts, prompt_tokens, new_tokens, concurrency, prefill_tokens)
+        given = {"model": model, "layers": layers, "world_size": world_size, "chunks": chunks}
+        passed = run(work, **given, ways=words(ways) or WAYS, device=device, json=json, commit=commit)  # type: ignore[arg-type]
+        raise typer.Exit(OK if passed else FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
+def report(
+    results: Annotated[Path, _Existing],
+    later: Annotated[Path | None, _Existing] = None,
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Make one static HTML page, with plots and tables, from a file of `collogue bench --json`; of two files, also what changed.
+
+    A file of `collogue bench serving --json` has a page, too; other results have none.
+    """
+    check_target(output, "--output")
+    with exit_codes():
+        from collogue.tools.bench import page, regression
+
+        read = [_results(file, alone=later is None) for file in (results, later) if file is not None]
+        out = console(None)
+        if len(read) == 1:
+            text = page.page(read[0])
+        else:
+            text = page.page(read[1], read[0], names=(results.name, str(later and later.name)))
+            out.print(regression.counts(regression.compare(read[0], read[1])), highlight=False)
+        output.write_text(text, encoding="utf-8")
+        out.print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _results(file: Path, *, alone: bool) -> dict[str, Any]:
+    """What ``file`` holds, if a page can be made of it; anything else is wrong usage."""
+    try:
+        data = json_module.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        data = None
+    if isinstance(data, dict) and "machine" in data:
+        cases = data.get("cases")
+        if (alone and data.get("benchmark") == "serving") or (cases is not None and all("section" in case for case in cases)):
+            return data
+    raise typer.BadParameter(
+        f"{file.name} is no file of `collogue bench --json`, nor, alone, of `collogue bench serving --json`", param_hint="RESULTS"
+    )

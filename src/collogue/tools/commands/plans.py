@@ -1,0 +1,93 @@
+"""``collogue tune`` and ``collogue explain``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from collogue.tools.commands.options import (
+    FAILED,
+    FORMAT_NAMES,
+    OK,
+    Commit,
+    DTypes,
+    HiddenSizes,
+    Json,
+    Tokens,
+    check_target,
+    console,
+    exit_codes,
+    lists,
+    progress,
+    write_json,
+)
+
+
+def tune(
+    hidden_size: HiddenSizes = None,
+    dtype: DTypes = None,
+    tokens: Tokens = None,
+    world_size: Annotated[int | None, typer.Option(min=2, max=8, help="Ranks; default: the GPUs of this machine.")] = None,
+    commit: Commit = None,
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Where to write the table; - is stdout; default: for this user.")
+    ] = None,
+) -> None:
+    """Measure one-shot and two-shot around their crossover on this machine's GPUs, and write the table that plans use from then on.
+
+    By default the table lies beside the compiled kernels, where communicators on this machine find it; COLLOGUE_TABLE, or table= of a
+    communicator, names another. What it holds of other hidden sizes and dtypes stays; a file of --json has what was measured alone.
+    What does not equal the reference bit for bit is in neither.
+    """
+    check_target(json)
+    given = lists(None, tokens, hidden_size, dtype, None)
+    with exit_codes():
+        from collogue.tools.tune.main import run, text
+
+        with progress(None, "tune") as start:
+            data = run(**given, world_size=world_size, json=json, commit=commit, heard=start)
+        console(json).print(text(data), highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(OK if data["passed"] else FAILED)
+
+
+def explain(
+    tokens: Annotated[int, typer.Option(min=1, help="Rows T of the call.")] = 1,
+    hidden_size: Annotated[int, typer.Option(min=8, help="Row length H, a multiple of 8.")] = 7168,
+    world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks.")] = 2,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    format: Annotated[str, typer.Option(help=FORMAT_NAMES)] = "none",
+    operation: Annotated[str, typer.Option(help="all_reduce, sharded, reduce_scatter, all_gather or finish.")] = "all_reduce",
+    residual: Annotated[bool, typer.Option(help="Whether the call adds a residual.")] = True,
+    norm: Annotated[bool, typer.Option(help="Whether the call has an RMSNorm.")] = True,
+    keep_norm: Annotated[bool, typer.Option(help="Whether the norm is also returned beside its codes.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Capacity of the communicator; default: this call.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    architecture: Annotated[str | None, typer.Option(help="Plan for GPUs that need not be here, such as sm_90a.")] = None,
+    table: Annotated[str | None, typer.Option(metavar="FILE", help="A measured table; default: that of a communicator.")] = None,
+    json: Json = None,
+) -> None:
+    """Show the plan of a call: algorithm, why, launch shape and launches, predicted, least and measured time, bytes.
+
+    Without --architecture: on this machine.
+    """
+    check_target(json)
+    with exit_codes():
+        from collogue.planning import explain as plans
+
+        found = plans.explain(
+            plans.Machine.of(device, architecture),
+            tokens,
+            hidden_size=hidden_size,
+            world_size=world_size,
+            dtype=dtype,
+            format=format,
+            operation=operation,
+            residual=residual,
+            norm=norm,
+            keep_norm=keep_norm,
+            max_tokens=max_tokens,
+            table=table,
+        )
+        write_json(found.as_json(), json)
+        console(json).print(str(found), highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,160 @@
+"""Tables in documents, made from committed results: ``python -m collogue.tools.pages [--check] PAGE.md ...``.
+
+A table stands between ``<!-- table NAME: RESULTS.json [RESULTS.json ...] -->`` and ``<!-- end of table -->``; paths are relative to the
+page, ``NAME`` is one of :data:`TABLES`; the lists of several files are joined. Where the results do not exist yet, it says so. (The
+table at the top of README.md has its own: :mod:`collogue.tools.bench.readme`.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from collogue.tools.bench import tables
+from collogue.tools.reliability import tables as reliability
+
+Data = dict[str, Any]
+_BLOCK = re.compile(
+    r"(?P<head><!-- table (?P<name>[\w-]+): (?P<source>[^\n]*?) -->\n)(?P<table>.*?)(?P<end><!-- end of table -->\n)", re.DOTALL
+)
+#: In place of a table whose results are not there.
+NOT_YET = "Not measured yet.\n"
+_SCORES = ("perplexity", "difference", "standard error", "logits, rms", "logits, largest", "same choice")
+
+
+def _scores(data: Data, row: Data) -> list[str]:
+    difference = row["perplexity"] - data["expected_perplexity"]
+    cells = [f"{row['perplexity']:.3f}", f"{difference:+.3f}", f"{row['standard_error']:.3f}", f"{row['logit_rms']:.3f}"]
+    return [*cells, f"{row['logit_max']:.2f}", f"{100 * row['agreement']:.1f} %"]
+
+
+def _orders(data: Data) -> Iterator[Sequence[str]]:
+    yield ["order of accumulation", "ranks", "format", *_SCORES]
+    for row in data["orders"]:
+        yield [row["order"], str(row["world_size"]), row["format"], *_scores(data, row)]
+
+
+def _formats(data: Data) -> Iterator[Sequence[str]]:
+    yield ["format", *_SCORES, "SQNR, mean", "SQNR, worst"]
+    for row in data["formats"]:
+        each = [layer["sqnr_db"] for layer in data["layers"] if layer["format"] == row["format"]]
+        errors = [f"{sum(each) / len(each):.1f} dB", f"{min(each):.1f} dB"] if each else ["-", "-"]
+        yield [row["format"], *_scores(data, row), *errors]
+
+
+def _noise(data: Data) -> Iterator[Sequence[str]]:
+    """Of a model of random weights, whose perplexity means nothing."""
+    yield ["format", "SQNR, mean", "SQNR, worst", "logits, rms", "same choice"]
+    for row in data["formats"]:
+        each = [layer["sqnr_db"] for layer in data["layers"] if layer["format"] == row["format"]]
+        errors = [f"{sum(each) / len(each):.1f} dB", f"{min(each):.1f} dB"] if each else ["-", "-"]
+        yield [row["format"], *errors, f"{row['logit_rms']:.3f}", f"{100 * row['agreement']:.1f} %"]
+
+
+def _static(data: Data) -> Iterator[Sequence[str]]:
+    yield ["format", "scale, x calibrated", *_SCORES, "SQNR, mean", "above range"]
+    for row in data["static_scales"]:
+        yield [row["format"], f"{row['factor']:g}", *_scores(data, row), f"{row['sqnr_mean_db']:.1f} dB", f"{100 * row['clipped']:.3f} %"]
+
+
+def _resources(data: Data) -> Iterator[Sequence[str]]:
+    yield ["architecture", "kernels", "registers, least", "median", "most", "with local memory"]
+    for name in dict.fromkeys(row["choice"]["architecture"] for row in data["kernels"]):
+        mine = [row for row in data["kernels"] if row["choice"]["architecture"] == name]
+        used = sorted(row["registers"] for row in mine)
+        local = sum(bool(row["stack_bytes"] or row["spilled_bytes"]) for row in mine)
+        yield [name, str(len(mine)), str(used[0]), str(used[len(used) // 2]), str(used[-1]), str(local)]
+
+
+def _compiled(data: Data) -> Iterator[Sequence[str]]:
+    formats, architectures = (list(dict.fromkeys(row[key] for row in data["compiled"])) for key in ("format", "architecture"))
+    columns = [(a, f) for a in architectures for f in formats]
+    yield ["switch", *(f"{a}, {f}" for a, f in columns), "bits"]
+    cells = {(row["switch"], row["architecture"], row["format"]): row for row in data["compiled"]}
+    for name in dict.fromkeys(row["switch"] for row in data["compiled"]):
+        found = (cells.get((name, *column)) for column in columns)
+        said = {row["by_emulator"] for row in data["bits"] if row["switch"] == name}
+        word = "changed" if True in said else "same" if False in said else "-"
+        yield [name, *("-" if row is None else f"{row['registers']} / {row['code_bytes']}" for row in found), word]
+
+
+def _times(data: Data) -> Iterator[Sequence[str]]:
+    columns = list(dict.fromkeys((row["format"], row["tokens"]) for row in data["times"]))
+    yield ["switch", *(f"{format}, T = {tokens}" for format, tokens in columns), "bits"]
+    cells = {(row["switch"], row["format"], row["tokens"]): row for row in data["times"]}
+    for name in dict.fromkeys(row["switch"] for row in data["times"]):
+        found = [cells.get((name, *column)) for column in columns]
+        changed = any(row["bits_changed"] for row in found if row is not None)
+        yield [name, *("-" if row is None or row["us"] is None else f"{row['us']:.2f}" for row in found), "changed" if changed else "same"]
+
+
+TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
+    "accuracy-orders": _orders,
+    "accuracy-formats": _formats,
+    "accuracy-static": _static,
+    "accuracy-noise": _noise,
+    "resources": _resources,
+    "ablation-compiled": _compiled,
+    "ablation-times": _times,
+    "reliability-faults": reliability.faults,
+    "reliability-soak": reliability.soak,
+    "reliability-mutants": reliability.mutants,
+    "reliability-cost": reliability.cost,
+    "bench-model": tables.model,
+    "bench-speedups": tables.speedups,
+    "bench-serving": tables.serving,
+    "bench-host": tables.host,
+    "bench-eager": tables.eager,
+    "bench-epilogues": tables.epilogues,
+}
+
+
+def _joined(sources: Sequence[Path]) -> Data:
+    """What the files hold; lists of the same name one behind the other."""
+    data: Data = {}
+    for source in sources:
+        for name, value in json.loads(source.read_text(encoding="utf-8")).items():
+            data[name] = data[name] + value if isinstance(value, list) and name in data else value
+    return data
+
+
+def filled(page: str, folder: Path) -> str:
+    """``page``, which lies in ``folder``, with every table made anew. Raises :class:`ValueError` for a table that there is not."""
+
+    def made(match: re.Match[str]) -> str:
+        if match["name"] not in TABLES:
+            raise ValueError(f"there is no table {match['name']!r}; there are {', '.join(TABLES)}")
+        sources = [folder / name for name in match["source"].split()]
+        if not all(source.exists() for source in sources):
+            return match["head"] + NOT_YET + match["end"]
+        data = _joined(sources)
+        return match["head"] + "\n".join(tables.lines(TABLES[match["name"]](data))) + "\n" + match["end"]
+
+    return _BLOCK.sub(made, page)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fill the tables, or with ``--check`` say whether they are up to date (exit code 1 if not)."""
+    parser = argparse.ArgumentParser(prog="python -m collogue.tools.pages", description="Fill the tables of documents from their results.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is not that of its results")
+    parser.add_argument("pages", type=Path, nargs="+")
+    given = parser.parse_args(arguments)
+    stale = False
+    for file in given.pages:
+        before = file.read_text(encoding="utf-8")
+        after = filled(before, file.parent)
+        if given.check and after != before:
+            print(f"{file}: a table is not that of its results", file=sys.stderr)
+            stale = True
+        elif not given.check:
+            file.write_text(after, encoding="utf-8")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
