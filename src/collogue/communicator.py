@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from collogue import ops, registry
-from collogue.calls.call import check_call
+from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity, check_tokens
 from collogue.calls.gather import check_gather
 from collogue.contract.number import is_whole
@@ -122,7 +122,7 @@ class Communicator:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        return self._call("sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm, out)
+        return self._call(Call(partial, residual, norm, quant, keep_norm, "sharded" if sharded else "all_reduce"), out)
 
     def reduce_scatter(
         self,
@@ -153,7 +153,7 @@ class Communicator:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        return self._call("reduce_scatter", partial, residual, norm, quant, keep_norm, out)
+        return self._call(Call(partial, residual, norm, quant, keep_norm, "reduce_scatter"), out)
 
     def all_gather(self, shard: Output, tokens: int, *, quant: Quant | None = None, out: Output | None = None) -> Output:
         """Give every rank the rows of all ranks: the second half of ``all_reduce(sharded=True)``.
@@ -178,7 +178,7 @@ class Communicator:
         """
         if ops.is_traced():
             return ops.gather(self.name, shard, tokens, quant, out)
-        return run(self._open(), check_gather(self._capacity, shard, tokens, quant), out)
+        return run(self._open(), self._capacity, check_gather(self._capacity, shard, tokens, quant), out)
 
     def finish(
         self,
@@ -208,21 +208,12 @@ class Communicator:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared.
         """
-        return self._call("finish", y, None, norm, quant, keep_norm, out)
+        return self._call(Call(y, None, norm, quant, keep_norm, "finish"), out)
 
-    def _call(
-        self,
-        operation: Operation,
-        partial: torch.Tensor,
-        residual: torch.Tensor | None,
-        norm: RMSNorm | None,
-        quant: Quant | None,
-        keep_norm: bool,
-        out: Output | None,
-    ) -> Output:
+    def _call(self, call: Call, out: Output | None) -> Output:
         if ops.is_traced():
-            return ops.call(self.name, operation, partial, residual, norm, quant, keep_norm, out)
-        return run(self._open(), check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation), out)
+            return ops.call(self.name, call, out)
+        return run(self._open(), self._capacity, call, out)
 
     def owned_rows(self, tokens: int, rank: int | None = None) -> range:
         """The rows of ``tokens`` that ``rank`` (default: this rank) owns.
