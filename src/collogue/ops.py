@@ -25,7 +25,6 @@ from collogue.calls.outputs import write_traced
 from collogue.contract.formats import code_spec, empty_scales
 from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe, parse
 from collogue.contract.spec import OUTPUTS, Operation, Output, RMSNorm, Wanted
-from collogue.engine import run
 
 #: Of every operator but ``all_gather``. ``partial`` is y for ``finish``; ``scale_value`` counts where ``scale`` is ``None``.
 ARGUMENTS = (
@@ -125,7 +124,7 @@ def _run(operation: Operation, *given: Any) -> list[Tensor]:
     owner = registry.find(asked.comm)
     parts = _parts(operation, asked.partial.contiguous(), asked.residual, format, owner.max_tokens)
     calls = (Call(partial, residual, norm, format, asked.keep_norm, operation) for partial, residual in parts)
-    outs = [run(owner._open(), owner._capacity, call) for call in calls]
+    outs = [owner._run(call) for call in calls]
     if len(outs) == 1:
         return _tensors(outs[0])
     return [torch.cat([getattr(out, name) for out in outs]) for name, _ in outs[0].items()]

@@ -150,6 +150,7 @@ def check_values(name: str, tensor: torch.Tensor, capacity: Capacity) -> None:
 
 def check_memory(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     """Raise unless ``tensor`` lies on ``device``, row-contiguous and aligned."""
+    check_ordinary(name, tensor)
     check_rows(name, tensor, device)
     check_alignment(name, tensor)
 
@@ -176,8 +177,7 @@ def check_ordinary(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    """Raise :class:`DeviceError` unless ``tensor`` is on ``device``, :func:`check_ordinary` first."""
-    check_ordinary(name, tensor)
+    """Raise :class:`DeviceError` unless ``tensor`` is on ``device``."""
     if tensor.device != device:
         raise DeviceError(f"{name} is on {tensor.device}, the communicator on {device}", hint=f"move it: {name}.to('{device}')")
 

@@ -106,8 +106,9 @@ def check_tokens(tokens: int) -> None:
 def check_kinds(norm: RMSNorm | None, quant: Quant | None) -> None:
     """Raise :class:`ArgumentError` unless ``norm`` is a norm, :class:`FormatError` unless ``quant`` is a format."""
     if norm is not None and not isinstance(norm, RMSNorm):
+        kind = f"{type(norm).__module__}.{type(norm).__name__}".removeprefix("builtins.")
         raise ArgumentError(
-            f"norm: expected collogue.RMSNorm, got {type(norm).__module__}.{type(norm).__name__}",
+            f"norm: expected collogue.RMSNorm, got {kind}",
             hint="pass collogue.RMSNorm(weight, eps=...)",
         )
     if quant is not None and type(quant) not in FAMILIES.values():

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from collogue.calls.call import Call, check_alignment, check_device, check_rows
+from collogue.calls.call import Call, check_alignment, check_device, check_ordinary, check_rows
 from collogue.calls.request import Form
 from collogue.contract.formats import scale_elements, scale_storage
 from collogue.contract.spec import Output
@@ -92,7 +92,9 @@ def check_forms(
             raise DTypeError(f"{owner}.{name} has dtype {tensor.dtype}, needed: {dtype}", hint=hint)
         check = check_rows if stride is None else check_device
         check(f"{owner}.{name}", tensor, device)
-        if owner == "out" and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        if not traced:
+            check_ordinary(f"{owner}.{name}", tensor)
+        if owner == "out" and not traced and tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise ArgumentError(
                 f"out.{name} is an inference tensor, and this is not inference mode",
                 hint="make the call under torch.inference_mode(), or allocate out outside of it",
