@@ -41,6 +41,7 @@ ORDER = (
     "engines",
     "testing",
     "tools",
+    "__main__",
 )
 
 _INLINE_PTX = re.compile(r"\b(asm|__asm__|__asm)\b\s*(volatile|__volatile__)?\s*\(")

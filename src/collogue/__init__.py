@@ -93,5 +93,5 @@ def __dir__() -> list[str]:
     return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
 
 
-if "torch" in _sys.modules:
+if _sys.modules.get("torch") is not None:
     __import__("collogue.ops")

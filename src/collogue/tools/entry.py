@@ -44,9 +44,10 @@ def _run() -> int:
     try:
         from collogue.tools.cli import app
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in _PACKAGES:
             raise
-        terminal.report_error(f"the command line needs {error.name}, which is not installed", "pip install typer rich")
+        terminal.report_error(f"the command line needs {package}, which is not installed", "pip install typer rich")
         return terminal.IMPOSSIBLE
     from rich.console import Console
 
