@@ -80,6 +80,7 @@ class Communicator(Operations):
         self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table)
         check_width(self.topology, hidden_size)
         self._engine = make_engine(self._group, self.topology, timeout)
+        self._quick = self._engine.quick  # type: ignore[method-assign]
         self.group_name = self._group.name
         self.name = registry.register(self, self.group_name)
 
@@ -243,6 +244,7 @@ class Communicator(Operations):
         """
         self._refuse_capture("close")
         engine, self._engine = self._engine, None
+        self.__dict__.pop("_quick", None)
         if engine is not None:
             registry.forget(self.name)
             engine.close(collective)

@@ -42,6 +42,13 @@ class RMSNorm:
             raise ShapeError("RMSNorm.weight must be a tensor of shape [H]", hint="pass the layer's weight vector")
         if self.weight.dtype not in VALUE_DTYPES:
             raise DTypeError(f"RMSNorm.weight has dtype {self.weight.dtype}", hint="use the communicator's dtype or torch.float32")
+        if (
+            type(self.eps) is float
+            and type(self.weight_offset) is float
+            and 0.0 <= self.eps < math.inf
+            and abs(self.weight_offset) < math.inf
+        ):
+            return  # the usual case, in one go
         for name in ("eps", "weight_offset"):
             value = getattr(self, name)
             if not is_number(value) or not math.isfinite(value):
