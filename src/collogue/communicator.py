@@ -248,6 +248,7 @@ class Communicator(Operations):
         if engine is not None:
             registry.forget(self.name)
             engine.close(collective)
+            del self._group  # a gloo group that outlives `destroy_process_group` may abort its process when the interpreter ends
 
     def __repr__(self) -> str:
         """``Communicator('0/bfloat16', rank 0 of 2 on cuda:0, at most 4096 x 7168 bfloat16)``."""

@@ -82,6 +82,7 @@ def compile_source(
 
     ``kernels`` and ``changes``: other sources and other options than the contract's, for comparison.
     """
+    nvrtc_version()  # where there is no NVRTC, this says so
     core = _cuda_core()
     log = io.StringIO()
     try:
