@@ -19,6 +19,7 @@ from collogue.planning.plan import Plan
 
 if TYPE_CHECKING:
     from collogue.pytorch import nn
+    from collogue.pytorch.cut import full_state_dict
     from collogue.pytorch.fusion import compile
     from collogue.pytorch.parallel import parallelize
 
@@ -46,6 +47,7 @@ __all__ = [
     "dequantize",
     "errors",
     "formats",
+    "full_state_dict",
     "nn",
     "parallelize",
     "quantize",
@@ -55,6 +57,7 @@ __all__ = [
 #: Names that bring modules along which `import collogue` does without.
 _LATER = {
     "compile": ("collogue.pytorch.fusion", "compile"),
+    "full_state_dict": ("collogue.pytorch.cut", "full_state_dict"),
     "nn": ("collogue.nn", None),
     "parallelize": ("collogue.pytorch.parallel", "parallelize"),
 }
