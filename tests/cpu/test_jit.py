@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -200,7 +201,7 @@ def test_threads_may_compile_together() -> None:
     """The first use of the compiler in a process, from four threads: virtual ranks do that."""
     code = (
         "import sys, threading; sys.path.insert(0, sys.argv[1]); sys.setswitchinterval(1e-6)\n"
-        "from collogue import jit\n"
+        "from collogue.gpu import jit\n"
         "from collogue.errors import CompileError\n"
         "failed = []\n"
         "def work(i):\n"
@@ -224,7 +225,7 @@ def test_a_home_that_cannot_be_written_is_passed_over(tmp_path: Path, monkeypatc
     monkeypatch.delenv("COLLOGUE_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(blocked))
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked / "cache"))
-    monkeypatch.setattr(jit.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     cache_directory.cache_clear()
     try:
         assert cache_directory() == tmp_path / f"collogue-{os.getuid()}"
@@ -232,7 +233,7 @@ def test_a_home_that_cannot_be_written_is_passed_over(tmp_path: Path, monkeypatc
         monkeypatch.delenv("XDG_CACHE_HOME")
         cache_directory.cache_clear()
         assert cache_directory() == tmp_path / f"collogue-{os.getuid()}"
-        monkeypatch.setattr(jit.tempfile, "tempdir", str(blocked))
+        monkeypatch.setattr(tempfile, "tempdir", str(blocked))
         cache_directory.cache_clear()
         with pytest.raises(PlatformError, match="hint: set COLLOGUE_CACHE_DIR"):
             cache_directory()
