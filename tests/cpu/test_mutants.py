@@ -71,6 +71,10 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
         _WIDE["one_shot"],
         (Edit("exchange.cuh", "barrier_wait(&buffer.barrier[odd], C::kLoop ? (turn >> 1) & 1u : 0u);", ""),),
     ),
+    "row exchange: blocks zeroed that others send": (
+        _WIDE["one_shot"],
+        (Edit("exchange.cuh", "for (u32 i = blocks + thread_index()", "for (u32 i = thread_index()"),),
+    ),
     "group maxima overwritten by the next row": (
         Case(2, 768, 96, kernel="local", rows=1, residual=False, norm=False, quant=FP8Group(48)),
         (Edit("row.cuh", "#endif\n    sync_block();\n  }\n", "#endif\n  }\n"),),

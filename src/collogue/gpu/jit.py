@@ -174,7 +174,8 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 @functools.cache
-def _sources_hash() -> str:
+def sources_hash() -> str:
+    """Of every kernel source."""
     digest = hashlib.sha256()
     for path in sorted(KERNELS.glob("*.cuh")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -182,7 +183,7 @@ def _sources_hash() -> str:
 
 
 def _key(source: str, architecture: str) -> str:
-    parts = (_sources_hash(), source, repr(sorted(_OPTIONS.items())), repr(nvrtc_version()), architecture)
+    parts = (sources_hash(), source, repr(sorted(_OPTIONS.items())), repr(nvrtc_version()), architecture)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 
 

@@ -26,8 +26,8 @@ constexpr u32 kNobody = ~0u;
 struct Control {
   u64 counter;  // calls in the high half, warps of the current call that have read these words in the low half
   u32 stop;     // Fault << 8 | 1 + rank of whoever found it, written on every rank: kernels end without sending or waiting
-  u16 left[2];  // by call % 2: units of its generation that a one-shot call left to be cleaned, with a parity bit
-  u32 claimed;  // 1 + the call that fills the failure record
+  u32 left;     // a half for each call % 2: units of its generation that a one-shot call left to be cleaned, with a parity bit
+  u32 claimed;  // 1 + the call that fills the failure record; never 0 then
 };
 
 enum Fault : u32 { kNoFault = 0, kTimeout = 1, kMismatch = 2 };
@@ -157,7 +157,8 @@ struct Ranks {
     count(&control()->counter, thread == 0 ? (1ull << 32) - (warps - 1) : 1ull);
     if (thread != 0) return;
     const u32 units = (left + kLeftUnit - 1) / kLeftUnit;
-    control()->left[call % 2] = static_cast<u16>(units | ones(units) % 2 << 15);
+    const u32 half = units | ones(units) % 2 << 15;
+    store_word_to_peer(&control()->left, call % 2 ? (head.w[3] & 0xffffu) | half << 16 : (head.w[3] & 0xffff0000u) | half);
     if (stopped) return;
     const Words entry[2] = {{{call + 1, p.tokens, p.hidden, p.first}}, {{p.header[0], p.header[1], bits(p.eps), bits(p.weight_offset)}}};
     u32 hash = 0;
@@ -225,7 +226,7 @@ struct Ranks {
   COLLOGUE_DEVICE void look_around(MissingRank missing_rank, u32& started, u32 stage, u32 token) {
     const u32 now = static_cast<u32>(time_ns() >> 20);
     if (started == 0) started = now;
-    stopped = load_peer_written_together(own).w[2];
+    stopped = of_lane(load_peer_written(own).w[2], 0);  // one for all lanes, whatever the assembler makes of the load
     if (!stopped && any_in_warp(now - started > kLongWait)) compare_marks(call, look_at_marks(call), stage);
     // Whoever waits for what others relay gives up a little later than those who know whom they miss.
     if (stopped || !any_in_warp(now - started > (stage == kStageRows ? p.relay_timeout : p.timeout))) return;
@@ -340,7 +341,7 @@ struct Ranks {
     Failure* const f = p.failure;
     if (load_peer_written_word(&f->fault)) return;
     // Another kernel may be filling it now; what no kernel of these calls can have written keeps nobody away.
-    const u32 taken = claim(&control()->claimed, call + 1);
+    const u32 taken = claim(&control()->claimed, call + 1 ? call + 1 : 1);
     if (taken && taken - call <= 2) return;
     f->rank = finder;
     f->late_rank = here ? late & 0xfu : C::kWorld;
