@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Literal
@@ -37,7 +38,8 @@ class Communicator:
         timeout: seconds that a kernel waits for a peer before it gives up; at most 4,500,000, and the same on every rank.
         algorithm: ``"one_shot"`` or ``"two_shot"`` for every ``all_reduce`` that the workspace has room for; default: what the
             plan expects to be faster. Never changes a bit.
-        max_multiprocessors: most multiprocessors that a call may use, to leave the others to a GEMM; default: all.
+        max_sms: maximum number of SMs that a call may use, to leave the others to a GEMM; default: all. Never changes a bit.
+            ``max_multiprocessors`` is its deprecated name.
         cta_threads: most threads of a CTA; default: what the plan expects to be faster. Never changes a bit.
         table: a file that ``collogue tune`` wrote, of measured times for the plan; the same content on every rank. Default: what
             the variable ``COLLOGUE_TABLE`` names (empty: none), else the table that ``collogue tune`` left for this machine in the
@@ -60,17 +62,21 @@ class Communicator:
         device: torch.device | str | None = None,
         timeout: float = 30.0,
         algorithm: Literal["one_shot", "two_shot"] | None = None,
-        max_multiprocessors: int | None = None,
+        max_sms: int | None = None,
         cta_threads: int | None = None,
         table: TableArgument = None,
+        max_multiprocessors: int | None = None,
     ) -> None:
+        if max_multiprocessors is not None:
+            warnings.warn("max_multiprocessors is deprecated: use max_sms", DeprecationWarning, stacklevel=2)
+            max_sms = max_multiprocessors if max_sms is None else max_sms
         self._engine: Engine | None = None
         self._group = as_group(group, device)
         self.rank, self.world_size, self.device = self._group.rank, self._group.size, self._group.device
         self.max_tokens, self.hidden_size, self.dtype, self.timeout = max_tokens, hidden_size, dtype, timeout
         self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank)
         self._capacity.check()
-        overrides = Overrides(algorithm, max_multiprocessors, cta_threads)
+        overrides = Overrides(algorithm, max_sms, cta_threads)
         self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table)
         check_width(self.topology, hidden_size)
         self._engine = make_engine(self._group, self.topology, timeout)

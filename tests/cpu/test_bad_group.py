@@ -135,9 +135,9 @@ def test_virtual_ranks_on_gpus_that_are_not_there(usable: bool, error: type[Exce
         ({"timeout": None}, ArgumentError, "timeout is None"),
         ({"timeout": True}, ArgumentError, "timeout is True"),
         ({"algorithm": "three_shot"}, ArgumentError, "algorithm is 'three_shot'\nhint: give 'one_shot'"),
-        ({"max_multiprocessors": 0}, ArgumentError, "max_multiprocessors is 0\nhint: give a positive number"),
-        ({"max_multiprocessors": 2.5}, ArgumentError, "max_multiprocessors is 2.5"),
-        ({"max_multiprocessors": True}, ArgumentError, "max_multiprocessors is True"),
+        ({"max_sms": 0}, ArgumentError, "max_sms is 0\nhint: give a positive number"),
+        ({"max_sms": 2.5}, ArgumentError, "max_sms is 2.5"),
+        ({"max_sms": True}, ArgumentError, "max_sms is True"),
         ({"cta_threads": 64.0}, ArgumentError, "cta_threads is 64.0\nhint: give a multiple of 32"),
         ({"cta_threads": 48}, ArgumentError, "cta_threads is 48"),
         ({"cta_threads": "64"}, ArgumentError, "cta_threads is '64'"),
@@ -167,7 +167,7 @@ def test_ranks_may_write_the_same_timeout_in_two_ways() -> None:
         {"dtype": torch.float16},
         {"timeout": 30.5},
         {"algorithm": "two_shot"},
-        {"max_multiprocessors": 8},
+        {"max_sms": 8},
     ],
 )
 def test_ranks_that_ask_for_different_communicators(options: dict[str, Any]) -> None:

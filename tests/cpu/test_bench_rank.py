@@ -267,7 +267,7 @@ def test_rounds_have_communicators_of_their_overrides(monkeypatch: pytest.Monkey
     monkeypatch.setattr(rank_module.Bench, "meet", lambda bench: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     case = Case(4, 64, keep_norm=False)
-    every = (Overrides(), Overrides(max_multiprocessors=8), Overrides(max_multiprocessors=8, cta_threads=96))
+    every = (Overrides(), Overrides(max_sms=8), Overrides(max_sms=8, cta_threads=96))
     rounds = [Round(f"multiprocessors, {n}", (case,), (), overrides=overrides) for n, overrides in enumerate(every)]
 
     def rank(group: Any) -> tuple[list[dict[str, Any]], list[Overrides]]:
@@ -280,8 +280,8 @@ def test_rounds_have_communicators_of_their_overrides(monkeypatch: pytest.Monkey
     rows, found = run_virtual(2, rank)[0]
     assert found == list(every)
     assert [row["error"] for row in rows] == [None] * 3
-    fixed = [{name: row[name] for name in ("max_multiprocessors", "cta_threads", "shape") if name in row} for row in rows]
-    assert fixed == [{}, {"max_multiprocessors": 8, "shape": "None"}, {"max_multiprocessors": 8, "cta_threads": 96, "shape": "None"}]
+    fixed = [{name: row[name] for name in ("max_sms", "cta_threads", "shape") if name in row} for row in rows]
+    assert fixed == [{}, {"max_sms": 8, "shape": "None"}, {"max_sms": 8, "cta_threads": 96, "shape": "None"}]
 
 
 def test_labels_tell_rows_apart() -> None:

@@ -206,7 +206,7 @@ def test_fits_is_exact_for_widths_that_no_kernel_takes(monkeypatch: pytest.Monke
     assert max_hidden_size(topology(architecture=None)) is None
     for architecture, most in (("sm_90a", 32768), ("sm_80", 16384)):
         for limit in (None, 8):
-            facts = topology(hidden_size=most, architecture=architecture, overrides=Overrides(max_multiprocessors=limit))
+            facts = topology(hidden_size=most, architecture=architecture, overrides=Overrides(max_sms=limit))
             for width in (8, most // 2 + 8, most):
                 assert make_kernels(facts, request(3, width), make_plan(facts, request(3, width)))
             with pytest.raises(FormatError, match=f"the largest is {most}"):
@@ -249,7 +249,7 @@ def test_an_algorithm_that_is_asked_for_is_taken_where_it_fits() -> None:
 
 @pytest.mark.parametrize("limit", [1, 8, 20, 132])
 def test_no_call_uses_more_multiprocessors_than_it_may(limit: int) -> None:
-    facts = topology(overrides=Overrides(max_multiprocessors=limit))
+    facts = topology(overrides=Overrides(max_sms=limit))
     for operation, tokens in itertools.product(OPERATIONS, (1, 64, 4096)):
         shape = make_plan(facts, request(tokens, operation=operation)).shape
         assert shape is not None

@@ -272,7 +272,7 @@ def test_what_the_communicator_fixes_goes_before_the_table(file: Path) -> None:
     from collogue.planning.topology import topology_of
 
     capacity = Capacity(64, 7168, torch.bfloat16, torch.device("cpu"))
-    for overrides in (Overrides("two_shot"), Overrides(max_multiprocessors=16), Overrides(cta_threads=64)):
+    for overrides in (Overrides("two_shot"), Overrides(max_sms=16), Overrides(cta_threads=64)):
         facts = topology_of(2, capacity, architecture="sm_90a", multiprocessors=132, overrides=overrides, table=Table.read(file))
         assert "the communicator fixes" in make_plan(facts, request(2)).table
         assert make_plan(facts, request(2)).measured_us is None

@@ -24,7 +24,7 @@ def sweep_of(size: int, *, thorough: bool) -> list[Case]:
 #: What communicators of further random sequences fix, by scenario.
 FIXED = {
     "two_shot_sequence": Overrides(algorithm="two_shot"),
-    "few_multiprocessors": Overrides(max_multiprocessors=8),
+    "few_multiprocessors": Overrides(max_sms=8),
 }
 #: Calls of such a sequence.
 FEW = 30

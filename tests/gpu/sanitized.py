@@ -24,7 +24,7 @@ from collogue.tools.check.rank import Given, poisoned
 WIDTH = 576
 CPU = torch.device("cpu")
 #: Under a tool a kernel takes more registers than it was compiled for, and the kernels of all ranks must still be on the GPU together.
-FEW = {"max_multiprocessors": 24, "cta_threads": 64}
+FEW = {"max_sms": 24, "cta_threads": 64}
 
 
 def cases(world: int) -> dict[Literal["one_shot", "two_shot"], list[Case]]:

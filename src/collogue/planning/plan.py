@@ -227,7 +227,7 @@ def launch_shape(
     CTA can reduce) threads hold several vectors.
     """
     vectors_in_row = hidden_size // 8
-    limit = topology.overrides.max_multiprocessors
+    limit = topology.overrides.max_sms
     if topology.has_clusters and not QuantVariant.of(quant).needs_one_cta:
         threads = 64 if hidden_size <= 2048 else 128
         wide = cta_threads or topology.overrides.cta_threads or (MAX_THREADS if limit else 0)

@@ -26,7 +26,7 @@ class Overrides:
     """What a user fixes of the plans: the algorithm of ``all_reduce``, how many multiprocessors a call may use, the widest CTA."""
 
     algorithm: Literal["one_shot", "two_shot"] | None = None
-    max_multiprocessors: int | None = None
+    max_sms: int | None = None
     cta_threads: int | None = None
 
     def __str__(self) -> str:
@@ -37,9 +37,9 @@ class Overrides:
         """Raise :class:`ArgumentError` for what cannot be meant."""
         if self.algorithm not in (None, "one_shot", "two_shot"):
             raise ArgumentError(f"algorithm is {self.algorithm!r}", hint="give 'one_shot', 'two_shot' or nothing")
-        limit, threads = self.max_multiprocessors, self.cta_threads
+        limit, threads = self.max_sms, self.cta_threads
         if limit is not None and (not is_whole(limit) or limit < 1):
-            raise ArgumentError(f"max_multiprocessors is {limit!r}", hint="give a positive number or nothing")
+            raise ArgumentError(f"max_sms is {limit!r}", hint="give a positive number or nothing")
         if threads is not None and (not is_whole(threads) or threads not in range(32, 1025, 32)):
             raise ArgumentError(f"cta_threads is {threads!r}", hint="give a multiple of 32 up to 1024, or nothing")
 

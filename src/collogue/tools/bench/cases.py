@@ -172,7 +172,7 @@ def _multiprocessors(world_size: int) -> list[Round]:
     rounds = []
     for t, limit in product((256, 2048, 8192), LIMITS):
         cases = (_case(world_size, t, HIDDEN_SIZE, "none"), *(_sharded(world_size, t, HIDDEN_SIZE, f) for f in ("nvfp4", "fp8_per_token")))
-        overrides = Overrides(max_multiprocessors=limit)
+        overrides = Overrides(max_sms=limit)
         rounds.append(Round(f"multiprocessors, {limit or 'all'}", cases, (NCCL,), replays=9 if t <= 2048 else 5, overrides=overrides))
     return rounds
 
