@@ -68,7 +68,7 @@ def requests(hidden_size: int, dtype: torch.dtype, quant: Quant | None) -> Itera
 def variants(world: int) -> Iterator[Variant]:
     """The kernels of a world, each as often as plans name it."""
     for hidden_size, dtype, asked in itertools.product(FACTORS["hidden_size"], VALUE_DTYPES, ("plan", "one_shot", "two_shot", "few SMs")):
-        overrides = Overrides(**{"plan": {}, "few SMs": {"max_multiprocessors": 16}}.get(asked, {"algorithm": asked}))  # type: ignore[arg-type]
+        overrides = Overrides(**{"plan": {}, "few SMs": {"max_sms": 16}}.get(asked, {"algorithm": asked}))  # type: ignore[arg-type]
         topology = Topology(world, MOST_TOKENS, hidden_size, dtype, ARCHITECTURE, MULTIPROCESSORS, 1, overrides)
         for quant in FORMATS.values():
             if quant is not None and quant.block and hidden_size % quant.block:

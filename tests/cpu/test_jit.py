@@ -6,8 +6,11 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,11 @@ from collogue.planning.variant import Variant
 from collogue.testing.covering import variant_of
 
 ELF = b"\x7fELF"
+#: A one-shot kernel of one row, with a residual and a norm.
+ONE_SHOT = {
+    **{"format": "none", "world": 2, "hidden_size": 7168, "architecture": "sm_90a", "dtype": torch.bfloat16, "kernel": "one_shot"},
+    **{"norm": True, "keep_norm": False, "wide_weight": False, "residual": True, "tokens": 1},
+}
 
 
 @pytest.fixture
@@ -129,15 +137,15 @@ def test_the_key_holds_sources_options_version_and_architecture(monkeypatch: pyt
             (tmp_path / file.name).write_bytes(file.read_bytes())
         with monkeypatch.context() as patch:
             patch.setattr(jit, "KERNELS", tmp_path)
-            jit._sources_hash.cache_clear()
+            jit.sources_hash.cache_clear()
             assert jit._key("source", "sm_90a") == keys[0]  # where the sources lie does not matter
             for name in ("row.cuh", "ptx.cuh"):
                 with open(tmp_path / name, "a") as file:
                     file.write("// changed\n")
-                jit._sources_hash.cache_clear()
+                jit.sources_hash.cache_clear()
                 keys.append(jit._key("source", "sm_90a"))
     finally:
-        jit._sources_hash.cache_clear()
+        jit.sources_hash.cache_clear()
     assert len(set(keys)) == len(keys) == 7
     assert jit._key("source", "sm_90a") == keys[0]
 
@@ -200,7 +208,7 @@ def test_threads_may_compile_together() -> None:
     """The first use of the compiler in a process, from four threads: virtual ranks do that."""
     code = (
         "import sys, threading; sys.path.insert(0, sys.argv[1]); sys.setswitchinterval(1e-6)\n"
-        "from collogue import jit\n"
+        "from collogue.gpu import jit\n"
         "from collogue.errors import CompileError\n"
         "failed = []\n"
         "def work(i):\n"
@@ -224,7 +232,7 @@ def test_a_home_that_cannot_be_written_is_passed_over(tmp_path: Path, monkeypatc
     monkeypatch.delenv("COLLOGUE_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(blocked))
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked / "cache"))
-    monkeypatch.setattr(jit.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     cache_directory.cache_clear()
     try:
         assert cache_directory() == tmp_path / f"collogue-{os.getuid()}"
@@ -232,7 +240,7 @@ def test_a_home_that_cannot_be_written_is_passed_over(tmp_path: Path, monkeypatc
         monkeypatch.delenv("XDG_CACHE_HOME")
         cache_directory.cache_clear()
         assert cache_directory() == tmp_path / f"collogue-{os.getuid()}"
-        monkeypatch.setattr(jit.tempfile, "tempdir", str(blocked))
+        monkeypatch.setattr(tempfile, "tempdir", str(blocked))
         cache_directory.cache_clear()
         with pytest.raises(PlatformError, match="hint: set COLLOGUE_CACHE_DIR"):
             cache_directory()
@@ -253,3 +261,30 @@ def test_the_name_of_a_kernel_says_what_it_does(variant: Variant) -> None:
     choice = {"format": "fp8_per_token", "world": 4, "hidden_size": 7168, "architecture": "sm_90a", "dtype": torch.bfloat16}
     choice |= {"kernel": "one_shot", "norm": True, "keep_norm": True, "wide_weight": False, "residual": True, "tokens": 1}
     assert variant_of(choice).name == "collogue_one_shot_4_residual_norm_fp8pertoken"
+
+
+# Registers
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_a_kernel_that_would_spill_gets_more_registers(architecture: str) -> None:
+    """Launch bounds that ask for too many CTAs: the compiler is asked again, and only then."""
+    asked = replace(variant_of({**ONE_SHOT, "architecture": architecture}), ctas_per_multiprocessor=1)
+    many = replace(asked, ctas_per_multiprocessor=2048 // asked.threads)
+    code, log = jit.compile_source(many.source(), architecture, many.name, verbose=True)
+    assert jit.local_bytes(code) == jit.resources(log).stack > 0
+    assert jit.local_bytes(jit.compile_variant(many, architecture)) == 0
+    code, _ = jit.compile_source(asked.source(), architecture, asked.name)
+    assert jit.compile_variant(asked, architecture) == code
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{"format": "fp8_per_token", "tokens": 4096}, {"kernel": "sharded", "format": "nvfp4/128x4", "keep_norm": True, "wide_weight": True}],
+    ids=["one-shot rows in turn", "sharded"],
+)
+def test_two_kernels_that_once_spilled(choice: dict[str, Any]) -> None:
+    """With the launch bounds that the plan asks for."""
+    variant = variant_of({**ONE_SHOT, **choice})
+    code, _ = jit.compile_source(variant.source(), "sm_90a", variant.name)
+    assert jit.local_bytes(code) == 0

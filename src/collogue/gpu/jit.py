@@ -13,11 +13,12 @@ import hashlib
 import io
 import os
 import re
+import struct
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,20 @@ def cubin(variant: Variant, architecture: str) -> bytes:
     with _one_compiler(path):
         with contextlib.suppress(OSError):
             return path.read_bytes()
-        code, _ = compile_source(source, architecture, variant.name)
+        code = compile_variant(variant, architecture)
         write_whole(path, code)
+    return code
+
+
+def compile_variant(variant: Variant, architecture: str) -> bytes:
+    """Compile ``variant``; where it would spill, with launch bounds that leave more registers to a thread, as far as that goes.
+
+    Fewer of its CTAs are then resident than the plan has counted on, which costs time and not progress (docs/design.md).
+    """
+    code, _ = compile_source(variant.source(), architecture, variant.name)
+    while local_bytes(code) and variant.ctas_per_multiprocessor > 1:
+        variant = replace(variant, ctas_per_multiprocessor=variant.ctas_per_multiprocessor - 1)
+        code, _ = compile_source(variant.source(), architecture, variant.name)
     return code
 
 
@@ -122,6 +135,28 @@ def resources(log: str) -> Resources:
     if frame is None or used is None:
         raise CompileError(f"the compiler gave no resource report:\n{log}", hint="compile with verbose=True")
     return Resources(int(used[1]), int(frame[1]), int(frame[2]) + int(frame[3]), int(used[2] or 0))
+
+
+#: Of a kernel in a cubin, in its section ``.nv.info``: type and size, then its symbol and how much local memory a thread has.
+_FRAME_SIZE = struct.pack("<BBH", 4, 0x11, 8)
+
+
+def sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and contents of every section of a 64-bit little-endian ELF file, such as a cubin."""
+    if elf[:6] != b"\x7fELF\x02\x01":
+        raise CompileError("this is not a cubin: no 64-bit ELF file", hint="pass what jit.compile_source returns")
+    (start,) = struct.unpack_from("<Q", elf, 0x28)
+    step, count, names = struct.unpack_from("<HHH", elf, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", elf, start + i * step) for i in range(count)]
+    base = headers[names][4]
+    for name, _, _, _, offset, size in headers:
+        yield elf[base + name : elf.index(b"\0", base + name)].decode(), elf[offset : offset + size]
+
+
+def local_bytes(cubin: bytes) -> int:
+    """Bytes of local memory that a thread has in a kernel of ``cubin``: 0 unless something spills."""
+    info = next(content for name, content in sections(cubin) if name == ".nv.info")
+    return max(struct.unpack_from("<I", info, at.end() + 4)[0] for at in re.finditer(re.escape(_FRAME_SIZE), info))
 
 
 def load(code: bytes, name: str) -> Any:
