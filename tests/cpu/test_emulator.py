@@ -34,7 +34,7 @@ CASES = {
     "sharded-cluster": Case(2, 576, 96, kernel="sharded", quant=NVFP4(37.5), max_tokens=5, rows=2),
     "sharded-float32": Case(4, 288, 64, kernel="sharded", quant=MXFP4(rounding="floor"), keep_norm=True, max_tokens=6, dtype=torch.float32),
     "sharded-loop": Case(3, 264, 32, kernel="sharded", quant=FP8PerToken(), max_tokens=7, rows=2),
-    "sharded-sum": Case(2, 576, 64, kernel="sharded", rows=1, residual=False, norm=False, max_tokens=5),
+    "sharded-no-norm": Case(2, 576, 64, kernel="sharded", rows=1, residual=False, norm=False, quant=NVFP4(37.5), max_tokens=5),
     "sharded-static": Case(2, 264, 64, kernel="sharded", quant=FP8Static(0.5), max_tokens=5, rows=1, keep_norm=True),
     "sharded-group": Case(
         2, 576, 64, kernel="sharded", vectors=2, rows=1, quant=FP8Group(48, scale_format="ue8m0", layout="column"), max_tokens=6
@@ -376,12 +376,12 @@ def test_calls_that_do_not_match(build: Build, kernel: str, what: str, odd: int)
 
 #: Rows of a call whose CTAs are held up for 0.15 s: the first of rank 0, which marks the call, and the second of rank 1.
 _HELD = Edit(
-    "one_shot.cuh",
-    "  Pair seen = {{0, 0}};\n",
-    "  Pair seen = {{0, 0}};\n"
-    "  if (p.rank == grid_row())\n"
-    "    for (const u64 from = time_ns(); time_ns() - from < 150000000ull;) {\n"
-    "    }\n",
+    "opening.cuh",
+    "    ranks.begin_call();\n",
+    "    ranks.begin_call();\n"
+    "    if (ranks.p.rank == grid_row())\n"
+    "      for (const u64 from = time_ns(); time_ns() - from < 150000000ull;) {\n"
+    "      }\n",
 )
 
 

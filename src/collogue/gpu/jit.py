@@ -44,21 +44,21 @@ def cubin(variant: Variant, architecture: str) -> bytes:
     with _one_compiler(path):
         with contextlib.suppress(OSError):
             return path.read_bytes()
-        code = compile_variant(variant, architecture)
+        code, _ = compile_variant(variant, architecture)
         write_whole(path, code)
     return code
 
 
-def compile_variant(variant: Variant, architecture: str) -> bytes:
-    """Compile ``variant``; where it would spill, with launch bounds that leave more registers to a thread, as far as that goes.
+def compile_variant(variant: Variant, architecture: str, *, verbose: bool = False) -> tuple[bytes, str]:
+    """:func:`compile_source` of ``variant``; where it would spill, with launch bounds that leave more registers to a thread.
 
     Fewer of its CTAs are then resident than the plan has counted on, which costs time and not progress (docs/design.md).
     """
-    code, _ = compile_source(variant.source(), architecture, variant.name)
-    while local_bytes(code) and variant.ctas_per_multiprocessor > 1:
+    while True:
+        code, log = compile_source(variant.source(), architecture, variant.name, verbose=verbose)
+        if not local_bytes(code) or variant.ctas_per_multiprocessor == 1:
+            return code, log
         variant = replace(variant, ctas_per_multiprocessor=variant.ctas_per_multiprocessor - 1)
-        code, _ = compile_source(variant.source(), architecture, variant.name)
-    return code
 
 
 def build(variants: Iterable[Variant], architecture: str, *, built: Callable[[str], None] = lambda name: None) -> None:
@@ -208,12 +208,17 @@ def nvrtc_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def kernel_sources() -> dict[str, str]:
+    """Every kernel source, by its path as others include it."""
+    return {path.relative_to(KERNELS).as_posix(): path.read_text(encoding="utf-8") for path in sorted(KERNELS.rglob("*.cuh"))}
+
+
 @functools.cache
 def sources_hash() -> str:
     """Of every kernel source."""
     digest = hashlib.sha256()
-    for path in sorted(KERNELS.glob("*.cuh")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name, text in kernel_sources().items():
+        digest.update(name.encode() + b"\0" + text.encode() + b"\0")
     return digest.hexdigest()
 
 

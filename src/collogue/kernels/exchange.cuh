@@ -14,9 +14,9 @@ struct ExchangeBuffer {
 #endif
 };
 
-// Registers are there for it where a thread has one vector of one row.
+// keep() where registers are there for it: a thread has one vector of one row.
 template <class C, class T>
-COLLOGUE_DEVICE T keep(T x) {
+COLLOGUE_DEVICE T keep_if_room(T x) {
   if constexpr (C::kVectors == 1 && !C::kLoop) return keep(x);
   return x;
 }
@@ -36,8 +36,8 @@ struct Exchange {
     if constexpr (!kUsed) return;
     const u32 lane = thread_index() % 32;
     const bool gives = C::kClustered ? lane < blocks_in_row() : lane == 0;
-    sends = keep<C>(gives && first_block < blocks ? blocks - first_block : 0);
-    values = keep<C>(shared_address(&buffer.value[0][0]));
+    sends = keep_if_room<C>(gives && first_block < blocks ? blocks - first_block : 0);
+    values = keep_if_room<C>(shared_address(&buffer.value[0][0]));
     constexpr u32 kTurns = C::kLoop ? 2 : 1;
     // Only blocks that nobody sends: a zero and a block from another CTA, to one word, would have no order.
 #pragma unroll 1

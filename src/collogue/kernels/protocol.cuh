@@ -7,6 +7,7 @@
 // every other rank has started it, and so has ended call c: nobody writes a generation that is still being read or cleaned.
 #pragma once
 #include "params.cuh"
+#include "values.cuh"
 
 namespace collogue {
 
@@ -76,12 +77,12 @@ struct Ranks {
   u32 call;
   u32 stopped;           // do not send, do not wait; report() says why
   u32 generation;        // byte offset of this call's generation from the first
-  u32 sent;              // when, in cycles; one-shot
+  u32 sent_at;           // in cycles; one-shot
   u32 late;              // what this thread has found: token << 8 | stage << 4 | rank
 
   // Needs no result of the previous kernel.
   COLLOGUE_DEVICE explicit Ranks(const Params& params)
-      : p(params), own(params.workspace[params.rank]), call(0), stopped(0), generation(0), sent(0), late(kNobody) {
+      : p(params), own(params.workspace[params.rank]), call(0), stopped(0), generation(0), sent_at(0), late(kNobody) {
     if constexpr (C::kOneShot) {
 #pragma unroll
       for (int k = 1; k < C::kWorld; k++) slot[k] = target(k);
@@ -107,9 +108,9 @@ struct Ranks {
     for (int k = 1; k < C::kWorld; k++) digest ^= folded(slot[k]);
     return digest;
   }
-  // After wait_for_previous_kernel(); start() uses what this asks for.
+  // After wait_for_previous_kernel(); begin_call() uses what this asks for.
   COLLOGUE_DEVICE void ask() { head = load_peer_written_together(own); }
-  COLLOGUE_DEVICE void start() {
+  COLLOGUE_DEVICE void begin_call() {
     call = head.w[1];
     compute_now(call);
     stopped = head.w[2];
@@ -158,7 +159,7 @@ struct Ranks {
     if (thread != 0) return;
     const u32 units = (left + kLeftUnit - 1) / kLeftUnit;
     const u32 half = units | ones(units) % 2 << 15;
-    store_word_to_peer(&control()->left, call % 2 ? (head.w[3] & 0xffffu) | half << 16 : (head.w[3] & 0xffff0000u) | half);
+    store_word_aside(&control()->left, call % 2 ? (head.w[3] & 0xffffu) | half << 16 : (head.w[3] & 0xffff0000u) | half);
     if (stopped) return;
     const Words entry[2] = {{{call + 1, p.tokens, p.hidden, p.first}}, {{p.header[0], p.header[1], bits(p.eps), bits(p.weight_offset)}}};
     u32 hash = 0;
@@ -213,7 +214,7 @@ struct Ranks {
       }
       // Polling lines that are being written slows their arrival: leave the wire alone until the words can be here.
       if constexpr (C::kFirstPoll != 0)
-        while (clock_cycles() - sent < C::kFirstPoll) {
+        while (clock_cycles() - sent_at < C::kFirstPoll) {
         }
       bool waiting = true;
       for (u32 polls = 0; waiting && polls < kPollsBetweenLooks; polls++) waiting = any_in_warp(missing());
@@ -226,7 +227,7 @@ struct Ranks {
   COLLOGUE_DEVICE void look_around(MissingRank missing_rank, u32& started, u32 stage, u32 token) {
     const u32 now = static_cast<u32>(time_ns() >> 20);
     if (started == 0) started = now;
-    stopped = of_lane(load_peer_written(own).w[2], 0);  // one for all lanes, whatever the assembler makes of the load
+    stopped = of_lane(load_peer_written_word(&control()->stop), 0);  // one for all lanes, whatever the assembler makes of the load
     if (!stopped && any_in_warp(now - started > kLongWait)) compare_marks(call, look_at_marks(call), stage);
     // Whoever waits for what others relay gives up a little later than those who know whom they miss.
     if (stopped || !any_in_warp(now - started > (stage == kStageRows ? p.relay_timeout : p.timeout))) return;

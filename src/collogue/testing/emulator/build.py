@@ -15,7 +15,7 @@ import torch
 from collogue.calls.request import Request
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Wanted
-from collogue.gpu.jit import KERNELS
+from collogue.gpu.jit import kernel_sources
 from collogue.planning import plan
 from collogue.planning.topology import Topology
 from collogue.planning.variant import Variant
@@ -139,7 +139,7 @@ class Library:
 
 def compile_cases(cases: Sequence[Case], directory: Path, edits: tuple[Edit, ...] = ()) -> Library:
     """Compile ``cases`` in ``directory``, unless the same sources have been. ``edits`` are made in a copy of them."""
-    sources = {file.name: file.read_text() for file in sorted(KERNELS.glob("*.cuh"))}
+    sources = kernel_sources()
     machine = _compile_machine(sources, directory)
     names = ", ".join(f"kernel{i}" for i in range(len(cases)))
     units = [_unit(case.variant, i) for i, case in enumerate(cases)]
@@ -148,7 +148,7 @@ def compile_cases(cases: Sequence[Case], directory: Path, edits: tuple[Edit, ...
         del files[name]
     files["kernels.cpp"] = "".join((*units, f"void (*collogue_kernels[])(collogue::Params) = {{{names}}};\n", _GENERATIONS))
     # Functions that both define are the machine's: what runs most is optimised.
-    command = ["-O1", "-shared", f"-I{machine}", "-include", "ptx.cuh", "-o", "kernels.so", str(machine / "driver.o"), "kernels.cpp"]
+    command = ["-O1", "-shared", "-I.", f"-I{machine}", "-include", "ptx.cuh", "-o", "kernels.so", str(machine / "driver.o"), "kernels.cpp"]
     library = ctypes.CDLL(str(_compile(files, (machine.name, *command), directory, [command]) / "kernels.so"))
     library.collogue_emulate.restype = None
     return Library(tuple(cases), library.collogue_emulate, ctypes.c_uint.in_dll(library, "collogue_one_shot_generations").value)
@@ -185,6 +185,7 @@ def _compile(files: dict[str, str], key: tuple[str, ...], directory: Path, comma
         if (folder / "done").exists():
             return folder
         for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
         for command in commands:
             done = subprocess.run([COMPILER, *OPTIONS, *command], cwd=folder, capture_output=True, text=True, timeout=120)

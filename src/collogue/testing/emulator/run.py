@@ -228,7 +228,7 @@ def _launches(case: Case, rank: int, call: Call, out: Output, memory: _Memory, t
         p = Params()
         fill_shape(p, case.topology, request, made, rank)
         if more is not None:
-            p.first, p.count, p.pad = more
+            p.first, p.count, p.scale_rows = more
         if call.shard is not None:
             fill_shard(p, call.shard, out, "norm" if call.quant is None else "codes")
         else:
