@@ -30,6 +30,7 @@ ORDER = (
     "engine",
     "registry",
     "ops",
+    "operations",
     "communicator",
     "__init__",
     "formats",

@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
-from collogue import ops, registry
-from collogue.calls.call import check_call
+from collogue import registry
+from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity, check_tokens
-from collogue.calls.gather import check_gather
 from collogue.contract.number import is_whole
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Output, RMSNorm, owned_rows
@@ -21,12 +20,13 @@ from collogue.errors import ArgumentError, CaptureError, ClosedError, CollogueEr
 from collogue.gpu.journal import Journal
 from collogue.gpu.watch import Watch, while_alive
 from collogue.group import as_group
+from collogue.operations import Operations
 from collogue.planning.plan import Plan, check_width, make_plan
 from collogue.planning.table import TableArgument
 from collogue.planning.topology import Overrides, Topology, agree
 
 
-class Communicator:
+class Communicator(Operations):
     """Finishes transformer layers inside their all-reduce, for one tensor-parallel group.
 
     Args:
@@ -80,149 +80,12 @@ class Communicator:
         self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table)
         check_width(self.topology, hidden_size)
         self._engine = make_engine(self._group, self.topology, timeout)
+        self._quick = self._engine.quick  # type: ignore[method-assign]
         self.group_name = self._group.name
         self.name = registry.register(self, self.group_name)
 
-    def all_reduce(
-        self,
-        partial: torch.Tensor,
-        *,
-        residual: torch.Tensor | None = None,
-        norm: RMSNorm | None = None,
-        quant: Quant | None = None,
-        keep_norm: bool = False,
-        sharded: bool = False,
-        out: Output | None = None,
-    ) -> Output:
-        """Sum ``partial`` over the group, add the residual, normalise and quantise each row.
-
-        ``s = x_0 + x_1 + ..; y = round(s + residual); n = norm(y); codes, scales = quant(n)``
-
-        Args:
-            partial: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. This rank's term; not modified.
-            residual: ``[T, H]``, same dtype. The same values on every rank.
-            norm: :class:`collogue.RMSNorm`. Without one, ``quant`` quantises ``y``.
-            quant: :class:`collogue.NVFP4`, ``MXFP4``, ``MXFP8``, ``FP8Static``, ``FP8PerToken`` or ``FP8Group``.
-            keep_norm: also return the norm beside its codes.
-            sharded: every rank keeps only the rows of y that it owns (sequence parallelism): ``residual`` is ``[R, H]``, the rows
-                ``owned_rows(T)``, and so is the y returned. Norm, codes and scales have all T rows on every rank; at least one of
-                norm and quant is then needed.
-            out: tensors to write, exactly those the call returns; ``out.residual`` may be ``residual``.
-        Returns:
-            :class:`collogue.Output`: ``reduced`` or ``residual`` (y), ``norm``, ``codes``, ``scales``; identical bits on
-            every rank, and the same bits whether ``sharded`` or not. The tensors are the caller's: no later call writes them.
-        Order and rounding:
-            Adds in float32 from +0, rank 0 first. ``y`` is rounded once and the norm reads the rounded value;
-            quantisation reads the rounded norm. The launch shape and the batch never change a bit (docs/contract.md).
-        Synchronisation:
-            Collective: every rank calls with the same arguments in the same order. Runs on the current stream, may be
-            captured in a CUDA graph after :meth:`prepare`. ``T = 0`` returns empty tensors and communicates nothing.
-            Weights and scale tensors are read before the preceding kernel has finished if that kernel launches its
-            dependents early (PDL): do not write them there.
-        Raises:
-            ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
-        """
-        return self._call("sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm, out)
-
-    def reduce_scatter(
-        self,
-        partial: torch.Tensor,
-        *,
-        residual: torch.Tensor | None = None,
-        norm: RMSNorm | None = None,
-        quant: Quant | None = None,
-        keep_norm: bool = False,
-        out: Output | None = None,
-    ) -> Output:
-        """The rows of :meth:`all_reduce` that this rank owns, and no others: its first half, for engines that gather later.
-
-        ``y = round(s[rows] + residual); n = norm(y); codes, scales = quant(n)``, ``rows = owned_rows(T)``, R of them.
-
-        Args:
-            partial: ``[T, H]``, all rows of this rank's term, as for :meth:`all_reduce`.
-            residual: ``[R, H]``, same dtype: the rows of the residual that this rank owns.
-            norm, quant, keep_norm: as for :meth:`all_reduce`.
-            out: tensors to write, exactly those the call returns; ``out.residual`` may be ``residual``.
-        Returns:
-            :class:`collogue.Output`, each tensor with R rows: the bits that :meth:`all_reduce` has in these rows. Scales are in the layout
-            of a tensor of R rows. R may be 0 (T < N); such a rank calls like all others. The tensors are the caller's.
-        Order and rounding:
-            Those of :meth:`all_reduce`.
-        Synchronisation:
-            Collective, as :meth:`all_reduce`; ``T = 0`` communicates nothing.
-        Raises:
-            ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
-        """
-        return self._call("reduce_scatter", partial, residual, norm, quant, keep_norm, out)
-
-    def all_gather(self, shard: Output, tokens: int, *, quant: Quant | None = None, out: Output | None = None) -> Output:
-        """Give every rank the rows of all ranks: the second half of ``all_reduce(sharded=True)``.
-
-        ``x = [shard of rank 0; shard of rank 1; ..]`` for every tensor that the shard holds.
-
-        Args:
-            shard: :class:`collogue.Output` with any of ``reduced``, ``residual``, ``norm`` (``[R, H]``, the communicator's dtype), and
-                ``codes`` with their ``scales`` as :meth:`reduce_scatter` returns them; R is the length of ``owned_rows(tokens)``.
-            tokens: T, the rows of all ranks together.
-            quant: the format of codes and scales; its own scale is not read. ``None`` where the shard has no codes.
-            out: tensors to write, exactly those that the shard holds; they share no memory with it.
-        Returns:
-            :class:`collogue.Output` with the tensors that the shard holds, of T rows, the same on every rank. Scales go from the layout
-            of R rows into that of T rows; all padding is zero. The tensors are the caller's.
-        Order and rounding:
-            Moves bits, any pattern; nothing is rounded.
-        Synchronisation:
-            Collective, as :meth:`all_reduce`: every rank's shard holds the same tensors. ``T = 0`` communicates nothing.
-        Raises:
-            ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
-        """
-        if ops.is_traced():
-            return ops.gather(self.name, shard, tokens, quant, out)
-        return run(self._open(), check_gather(self._capacity, shard, tokens, quant), out)
-
-    def finish(
-        self,
-        y: torch.Tensor,
-        *,
-        norm: RMSNorm | None = None,
-        quant: Quant | None = None,
-        keep_norm: bool = False,
-        out: Output | None = None,
-    ) -> Output:
-        """Normalise and quantise rows that are already summed: a model's first layer, whose input is an embedding and no partial sum.
-
-        ``n = norm(y); codes, scales = quant(n)``
-
-        Args:
-            y: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. Not modified and not returned.
-            norm, quant, keep_norm: as for :meth:`all_reduce`; at least one of norm and quant.
-            out: tensors to write, exactly those the call returns.
-        Returns:
-            :class:`collogue.Output`: ``norm``, ``codes``, ``scales``, the bits of :meth:`all_reduce` for the same y. The tensors are
-            the caller's.
-        Order and rounding:
-            Those of :meth:`all_reduce` from y on.
-        Synchronisation:
-            None: each rank for itself, any number of rows up to ``max_tokens``. Runs on the current stream, may be captured after
-            :meth:`prepare`.
-        Raises:
-            ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared.
-        """
-        return self._call("finish", y, None, norm, quant, keep_norm, out)
-
-    def _call(
-        self,
-        operation: Operation,
-        partial: torch.Tensor,
-        residual: torch.Tensor | None,
-        norm: RMSNorm | None,
-        quant: Quant | None,
-        keep_norm: bool,
-        out: Output | None,
-    ) -> Output:
-        if ops.is_traced():
-            return ops.call(self.name, operation, partial, residual, norm, quant, keep_norm, out)
-        return run(self._open(), check_call(self._capacity, partial, residual, norm, quant, keep_norm, operation), out)
+    def _run(self, call: Call, out: Output | None = None) -> Output:
+        return run(self._open(), self._capacity, call, out)
 
     def owned_rows(self, tokens: int, rank: int | None = None) -> range:
         """The rows of ``tokens`` that ``rank`` (default: this rank) owns.
@@ -381,9 +244,22 @@ class Communicator:
         """
         self._refuse_capture("close")
         engine, self._engine = self._engine, None
+        self.__dict__.pop("_quick", None)
         if engine is not None:
             registry.forget(self.name)
             engine.close(collective)
+
+    def __repr__(self) -> str:
+        """``Communicator('0/bfloat16', rank 0 of 2 on cuda:0, at most 4096 x 7168 bfloat16)``."""
+        state = ", closed" * (self._engine is None)
+        most = f"at most {self.max_tokens} x {self.hidden_size} {str(self.dtype).removeprefix('torch.')}"
+        return f"Communicator({self.name!r}, rank {self.rank} of {self.world_size} on {self.device}, {most}{state})"
+
+    def __reduce__(self) -> NoReturn:
+        """A communicator is one of a group of ranks: neither ``pickle`` nor ``copy`` can make another. Raises :class:`ArgumentError`."""
+        raise ArgumentError(
+            "a communicator cannot be copied or pickled", hint="make a collogue.Communicator on every rank, in the process that uses it"
+        )
 
     def _refuse_capture(self, what: str) -> None:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():

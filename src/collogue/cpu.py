@@ -29,6 +29,9 @@ class ReferenceEngine:
         self.group = group
         self._in_use = Exclusive()
 
+    def quick(self, call: Call, out: Output | None) -> None:
+        """The reference is not quick."""
+
     def run(self, call: Call, out: Output | None) -> Output:
         with self._in_use:
             if call.operation != "finish" and self.group.size > 1:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from collogue.calls.call import Call
-from collogue.calls.outputs import allocate, check_out
+from collogue.calls.call import Call, check_call
+from collogue.calls.capacity import Capacity
+from collogue.calls.outputs import check_out
 from collogue.calls.request import Signature
 from collogue.contract.spec import Output
 from collogue.gpu.journal import Journal
@@ -17,6 +18,7 @@ from collogue.planning.topology import Topology
 class Engine(Protocol):
     """Runs checked calls."""
 
+    def quick(self, call: Call, out: Output | None) -> Output | None: ...
     def run(self, call: Call, out: Output | None) -> Output: ...
     def prepare(self, signatures: Iterable[Signature]) -> None: ...
     def check(self) -> None: ...
@@ -36,10 +38,12 @@ def make_engine(group: Group, topology: Topology, timeout: float) -> Engine:
     return KernelEngine(group, topology, timeout)
 
 
-def run(engine: Engine, call: Call, out: Output | None) -> Output:
-    """Run a checked call; without tokens there is nothing to do."""
+def run(engine: Engine, capacity: Capacity, call: Call, out: Output | None = None) -> Output:
+    """Check a call and run it; without tokens there is nothing to do."""
+    if call.shard is None:
+        check_call(capacity, call)
     if out is not None:
         check_out(call, out)
     if call.tokens == 0:
-        return out if out is not None else allocate(call)
+        return out if out is not None else call.signature.empty()
     return engine.run(call, out)

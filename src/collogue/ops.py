@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from collogue import registry
-from collogue.calls.call import check_call, check_no_grad
-from collogue.calls.outputs import call_inputs, shard_inputs, write_traced
+from collogue.calls.call import Call, check_no_grad
+from collogue.calls.outputs import write_traced
 from collogue.contract.formats import code_spec, empty_scales
 from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe, parse
 from collogue.contract.spec import OUTPUTS, Operation, Output, RMSNorm, Wanted
-from collogue.engine import run
 
 #: Of every operator but ``all_gather``. ``partial`` is y for ``finish``; ``scale_value`` counts where ``scale`` is ``None``.
 ARGUMENTS = (
@@ -43,24 +42,13 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def call(
-    comm: str,
-    operation: Operation,
-    partial: Tensor,
-    residual: Tensor | None,
-    norm: RMSNorm | None,
-    quant: Quant | None,
-    keep_norm: bool,
-    out: Output | None = None,
-) -> Output:
-    """A call of ``comm`` through the operator ``operation``. Arguments as in :meth:`collogue.Communicator.all_reduce`.
-
-    The operator's results are copied into ``out``.
-    """
+def call(comm: str, asked: Call, out: Output | None = None) -> Output:
+    """A call of the communicator ``comm`` through the operator of its operation. The operator's results are copied into ``out``."""
+    norm, quant = asked.norm, asked.quant
     scale = quant.given_scale if quant is not None else None
-    tensors = getattr(torch.ops.collogue, operation).default(
-        partial,
-        residual,
+    tensors = getattr(torch.ops.collogue, asked.operation).default(
+        asked.partial,
+        asked.residual,
         None if norm is None else norm.weight,
         0.0 if norm is None else norm.eps,
         0.0 if norm is None else norm.weight_offset,
@@ -68,12 +56,10 @@ def call(
         scale if isinstance(scale, Tensor) else None,
         scale if isinstance(scale, float | int) else 1.0,
         getattr(quant, "smallest", 0.0),
-        keep_norm,
+        asked.keep_norm,
         comm,
     )
-    has_residual, has_norm = residual is not None, norm is not None
-    wanted = Wanted.of(has_residual=has_residual, has_norm=has_norm, quant=quant, keep_norm=keep_norm, operation=operation)
-    return _output(tensors, wanted, out, call_inputs(operation, partial, residual, norm, quant))
+    return _output(tensors, asked.wants(), out, asked.inputs())
 
 
 def gather(comm: str, shard: Output, tokens: int, quant: Quant | None, out: Output | None = None) -> Output:
@@ -81,7 +67,7 @@ def gather(comm: str, shard: Output, tokens: int, quant: Quant | None, out: Outp
     given = (shard.reduced, shard.residual, shard.norm, shard.codes, shard.scales)
     tensors = torch.ops.collogue.all_gather.default(*given, tokens, describe(quant), getattr(quant, "smallest", 0.0), comm)
     there = [tensor is not None for tensor in given]
-    return _output(tensors, Wanted(*there), out, shard_inputs(shard))
+    return _output(tensors, Wanted(*there), out, [(f"shard.{name}", tensor) for name, tensor in shard.items()])
 
 
 def _output(tensors: list[Tensor], wanted: Wanted, out: Output | None, given: Iterable[tuple[str, Tensor]]) -> Output:
@@ -111,35 +97,33 @@ def _format(label: str, scale: float, smallest: float) -> Quant | None:
 # ---- what runs
 
 
-class _Arguments(NamedTuple):
-    """:data:`ARGUMENTS` as Python has them."""
-
-    partial: Tensor
-    residual: Tensor | None
-    weight: Tensor | None
-    eps: float
-    weight_offset: float
-    quant: str
-    scale: Tensor | None
-    scale_value: float
-    smallest: float
-    keep_norm: bool
-    comm: str
-
-
-def _run(operation: Operation, *given: Any) -> list[Tensor]:
-    asked = _Arguments(*given)
-    format, scale = _format(asked.quant, asked.scale_value, asked.smallest), asked.scale
+def _run(
+    operation: Operation,
+    partial: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    quant: str,
+    scale: Tensor | None,
+    scale_value: float,
+    smallest: float,
+    keep_norm: bool,
+    comm: str,
+) -> list[Tensor]:
+    format = _format(quant, scale_value, smallest)
     if scale is not None and isinstance(format, NVFP4):
         format = NVFP4(scale, format.layout)
     elif scale is not None and isinstance(format, FP8Static):
         format = FP8Static(scale)
-    norm = None if asked.weight is None else RMSNorm(asked.weight, asked.eps, asked.weight_offset)
-    owner = registry.find(asked.comm)
-    parts = _parts(operation, asked.partial.contiguous(), asked.residual, format, owner.max_tokens)
-    capacity, keep_norm = owner._capacity, asked.keep_norm
-    calls = (check_call(capacity, partial, residual, norm, format, keep_norm, operation) for partial, residual in parts)
-    outs = [run(owner._open(), call, None) for call in calls]
+    norm = None if weight is None else RMSNorm(weight, eps, weight_offset)
+    owner = registry.find(comm)
+    done = owner._quick(Call(partial, residual, norm, format, keep_norm, operation), None)
+    if done is not None:
+        return _tensors(done)
+    parts = _parts(operation, partial.contiguous(), residual, format, owner.max_tokens)
+    calls = (Call(rows, theirs, norm, format, keep_norm, operation) for rows, theirs in parts)
+    outs = [owner._run(call) for call in calls]
     if len(outs) == 1:
         return _tensors(outs[0])
     return [torch.cat([getattr(out, name) for out in outs]) for name, _ in outs[0].items()]
@@ -180,6 +164,22 @@ def _run_gather(*given: Any) -> list[Tensor]:
 
 
 # ---- what tracers see
+
+
+class _Arguments(NamedTuple):
+    """:data:`ARGUMENTS` as Python has them."""
+
+    partial: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    eps: float
+    weight_offset: float
+    quant: str
+    scale: Tensor | None
+    scale_value: float
+    smallest: float
+    keep_norm: bool
+    comm: str
 
 
 def _fake(operation: Operation, *given: Any, **named: Any) -> list[Tensor]:
@@ -233,15 +233,23 @@ _TENSORS = ("partial", "residual", "RMSNorm.weight")
 _GATHERED_TENSORS = tuple(f"shard.{name}" for name in OUTPUTS)
 
 
-def _refuse_grad(operator: str, tensors: tuple[str, ...], keys: Any, *given: Any) -> list[Tensor]:
-    """Refuse what an eager call refuses, tensors that require grad in grad mode, and go on below autograd."""
+def _refuse_grad(operator: str, tensors: tuple[str, ...], run: Any, keys: Any, *given: Any) -> list[Tensor]:
+    """Refuse what an eager call refuses, tensors that require grad in grad mode, and go on below autograd.
+
+    Where nothing traces, the kernel itself comes next: then without another way through the dispatcher.
+    """
     if torch.is_grad_enabled():
         check_no_grad(*zip(tensors, given, strict=False))
+    if (keys & torch._C._after_autograd_keyset).highestPriorityTypeId() in _KERNELS:
+        with torch._C._AutoDispatchBelowAutograd():
+            eager: list[Tensor] = run(*given)
+        return eager
     with torch._C._AutoDispatchBelowAutograd():
         done: list[Tensor] = getattr(torch.ops.collogue, operator).default.redispatch(keys & torch._C._after_autograd_keyset, *given)
     return done
 
 
+_KERNELS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 _library: Any = torch.library.Library("collogue", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides]
 
@@ -250,7 +258,7 @@ def _register(name: str, arguments: str, tensors: tuple[str, ...], run: Any, fak
     _library.define(f"{name}({arguments}) -> Tensor[]", tags=_TAGS)
     for device in ("CPU", "CUDA"):
         _library.impl(name, run, device)
-    _library.impl(name, functools.partial(_refuse_grad, name, tensors), "Autograd", with_keyset=True)
+    _library.impl(name, functools.partial(_refuse_grad, name, tensors, run), "Autograd", with_keyset=True)
     torch.library.register_fake(f"collogue::{name}", fake, lib=_library)
 
 

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
+from collogue.calls.call import Call
+from collogue.contract.quant import Quant
+from collogue.contract.spec import Output
 from collogue.errors import ClosedError
 
-if TYPE_CHECKING:
-    from collogue.communicator import Communicator
+
+class Communicator(Protocol):
+    """What graphs need of a :class:`collogue.Communicator`."""
+
+    name: str
+    group_name: str
+    rank: int
+    world_size: int
+    dtype: torch.dtype
+    max_tokens: int
+    hidden_size: int
+
+    def fits(self, tokens: int, hidden_size: int | None = None) -> bool: ...
+    def owned_rows(self, tokens: int, rank: int | None = None) -> range: ...
+    def _quick(self, call: Call, out: Output | None) -> Output | None: ...
+    def _run(self, call: Call, out: Output | None = None) -> Output: ...
+    def all_gather(self, shard: Output, tokens: int, *, quant: Quant | None = None, out: Output | None = None) -> Output: ...
+
 
 _COMMUNICATORS: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
 

@@ -234,9 +234,9 @@ def test_shapes_that_are_none_are_refused(what: str) -> None:
             ({"tokens": -1}, ShapeError, "tokens is -1"),
             ({"tokens": 1.5}, ShapeError, "tokens is 1.5"),
             ({"tokens": 1, "hidden_size": 8.0}, ShapeError, "hidden_size is 8.0, which is no whole"),
-            ({"tokens": 1, "norm": "rms"}, ArgumentError, "norm is a str"),
+            ({"tokens": 1, "norm": "rms"}, ArgumentError, "norm: expected collogue.RMSNorm, got str"),
             ({"tokens": 1, "quant": "nvfp4"}, FormatError, "quant is a str"),
-            ({"tokens": 1, "quant": NVFP4}, FormatError, "quant is a type"),
+            ({"tokens": 1, "quant": NVFP4}, FormatError, "quant is the class NVFP4"),
         ):
             with pytest.raises(error, match=message):
                 ask(**given)

@@ -29,7 +29,9 @@ def missing(document: Path) -> list[str]:
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if not re.match(r"[a-z]+:", link)]
     names = set(re.findall(r"[\w./-]*\w\.(?:py|cuh|sh|md|json|txt|toml)\b", re.sub(r"\]\([^)]*\)", "]", text))) - MADE
     absent = [link for link in links if not (document.parent / link).exists()]
-    return absent + [name for name in names if not any((place / name).exists() for place in (*PLACES, RESULTS))]
+    return absent + [
+        name for name in names if not any((place / name).exists() or any(place.glob(f"*/{name}")) for place in (*PLACES, RESULTS))
+    ]
 
 
 def cells(text: str) -> Iterator[tuple[int, str, str, str]]:

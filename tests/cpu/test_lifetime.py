@@ -111,7 +111,7 @@ def test_two_threads_are_refused_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch)
 
 def test_kernels_are_not_prepared_nor_workspaces_reset_during_a_call() -> None:
     engine = kernel_engine()
-    with engine._in_use:
+    with engine.in_use:
         for use in (lambda: engine.prepare([]), engine.reset, lambda: engine.run(None, None)):  # type: ignore[arg-type]
             with pytest.raises(ConcurrentUseError):
                 use()
@@ -126,13 +126,14 @@ def test_a_captured_communicator_lives_until_it_is_closed(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentStream", lambda index: (3, 0, 1), raising=False)
     monkeypatch.setattr(cuda, "fill_call", lambda params, call, out: None)
     launched: list[int] = []
     launcher: Any = lambda stream: launched.append(stream)  # noqa: E731
     launcher.params = None
 
     def call(engine: KernelEngine) -> None:
-        engine._stream = 7
+        engine._order.stream = 7
         engine._launch(cuda._Ready(launcher), SimpleNamespace(operation="all_reduce"), Output())  # type: ignore[arg-type]
 
     for captured in (False, True):

@@ -13,10 +13,10 @@ from samples import bits, every_format, formats_by_label, same
 
 import collogue
 from collogue import reference
-from collogue.calls.call import check_call
+from collogue.calls.call import Call, check_call
 from collogue.calls.capacity import Capacity
 from collogue.calls.gather import check_gather
-from collogue.calls.outputs import allocate, check_out
+from collogue.calls.outputs import check_out
 from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 from collogue.contract.spec import Operation, Output, RMSNorm, owned_rows
 from collogue.cpu import ReferenceEngine
@@ -190,11 +190,8 @@ def test_outputs_follow_the_arguments() -> None:
 def test_all_gather_moves_any_bits(world_size: int, quant: Quant | None) -> None:
     """Random bytes in every tensor: negative zeros, NaN with payloads, codes and scales that no call makes."""
     tokens = 5
-    whole = allocate(
-        check_call(
-            Capacity(8, H, BF16, torch.device("cpu")), *partials_of(1, tokens), None, RMSNorm(torch.ones(H)), quant, quant is not None
-        )
-    )
+    asked = Call(*partials_of(1, tokens), None, RMSNorm(torch.ones(H)), quant, quant is not None)
+    whole = check_call(Capacity(8, H, BF16, torch.device("cpu")), asked).signature.empty()
     draw = torch.Generator().manual_seed(3)
     rows: dict[str, torch.Tensor] = {}
     for name, tensor in whole.items():
@@ -353,7 +350,7 @@ def test_a_request_is_that_of_the_call() -> None:
         comm, x, norm = communicator(group), torch.zeros(T, H, dtype=BF16), RMSNorm(torch.ones(H))
         quant = FP8PerToken()
         for operation in ("sharded", "reduce_scatter", "finish"):
-            call = check_call(capacity, x, None, norm, quant, True, operation=operation)
+            call = check_call(capacity, Call(x, None, norm, quant, True, operation))
             request = comm._capacity.request(T, False, norm, quant, True, None, operation)
             assert (request.wanted, request.residual, request.norm) == (call.wanted, False, True)
             assert request.wide_weight
@@ -370,7 +367,7 @@ def test_a_request_is_that_of_the_call() -> None:
 
 @formats_by_label
 def test_what_is_allocated_is_what_a_call_needs(quant: Quant) -> None:
-    """Engines of GPUs write into :func:`allocate`'s tensors: those that the reference returns, and that ``out=`` must be."""
+    """Engines of GPUs write into :meth:`Signature.empty`'s tensors: those that the reference returns, and that ``out=`` must be."""
     x, norm = torch.zeros(7, H, dtype=BF16), RMSNorm(torch.ones(H))
     rows: dict[Operation, Any] = {
         "all_reduce": (None, 7, 7),
@@ -386,10 +383,10 @@ def test_what_is_allocated_is_what_a_call_needs(quant: Quant) -> None:
             call = check_gather(capacity, half, 7, quant)
             assert (call.rows, call.signature.stream_rows, call.signature.finished_rows) == (range(3, 6), 7, 7)
         else:
-            call = check_call(capacity, x, None, norm, quant, True, operation=operation)
+            call = check_call(capacity, Call(x, None, norm, quant, True, operation))
             assert (call.rows, call.signature.stream_rows, call.signature.finished_rows) == rows[operation]
         assert call.tokens == 7
-        out = allocate(call)
+        out = call.signature.empty()
         check_out(call, out)
         forms = [{name: (t.shape, t.stride(), t.dtype) for name, t in o.items()} for o in (out, expected)]
         assert forms[0] == forms[1]

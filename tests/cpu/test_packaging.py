@@ -104,8 +104,8 @@ def test_source_rules_hold(rules: ModuleType) -> None:
     ("module", "line"),
     [
         ("errors", "import collogue.formats"),
-        ("formats", "def f():\n    from collogue.communicator import Communicator"),
-        ("reference", "from collogue import communicator"),
+        ("contract", "def f():\n    from collogue.communicator import Communicator"),
+        ("group", "from collogue import communicator"),
         ("communicator", "from collogue import NVFP4"),
         ("nowhere", ""),
     ],

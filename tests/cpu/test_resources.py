@@ -225,7 +225,7 @@ def test_another_commit_is_compiled_with_its_own_sources(tmp_path: Path, monkeyp
     )
     assert covering.read_text() != text
     git("commit", "-qam", "second")
-    monkeypatch.setattr(measure, "__file__", str(package / "resources" / "measure.py"))
+    monkeypatch.setattr(measure, "__file__", str(package / "tools" / "resources" / "measure.py"))
     assert measure.measure_revision("HEAD~1", [SMALL]) == [row]
     (second,) = measure.measure_revision("HEAD", [{**SMALL, "world": 3}, SMALL])
     assert second["choice"] == row["choice"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from collogue.calls.capacity import Capacity, check_hidden_size, check_kinds, raise_capacity
 from collogue.calls.request import Signature, make_request
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Output, RMSNorm, Wanted, owned_rows
-from collogue.errors import DeviceError, DTypeError, GradError, LayoutError, ShapeError
+from collogue.errors import ArgumentError, DeviceError, DTypeError, GradError, LayoutError, ShapeError
 
 #: Bytes to which rows and tensors must be aligned: kernels move 16 bytes at a time.
 ALIGNMENT = 16
@@ -18,18 +20,20 @@ ALIGNMENT = 16
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """The checked arguments of one call.
+    """The arguments of one call, as the user gave them. :func:`check_call` checks them and sets ``signature``.
 
     ``partial``: this rank's term [T, H]; of ``finish``, y; of ``all_gather``, a tensor without memory (meta) that only says the shape and
-    dtype of gathered values. ``shard``: what is gathered.
+    dtype of gathered values. ``shard``: what is gathered. A new argument of a call is a field here and a field of :class:`Request`.
     """
 
     partial: torch.Tensor
-    residual: torch.Tensor | None
-    norm: RMSNorm | None
-    quant: Quant | None
-    signature: Signature
+    residual: torch.Tensor | None = None
+    norm: RMSNorm | None = None
+    quant: Quant | None = None
+    keep_norm: bool = False
+    operation: Operation = "all_reduce"
     shard: Output | None = None
+    signature: Signature = None  # type: ignore[assignment]  # set by check_call
 
     @property
     def tokens(self) -> int:
@@ -41,10 +45,6 @@ class Call:
         return self.signature.request.hidden_size
 
     @property
-    def operation(self) -> Operation:
-        return self.signature.request.operation
-
-    @property
     def wanted(self) -> Wanted:
         return self.signature.request.wanted
 
@@ -53,88 +53,39 @@ class Call:
         """Which of the T rows this rank owns, where it gives or gets a shard."""
         return self.signature.rows
 
+    def wants(self) -> Wanted:
+        """Which outputs the call has, of a call that has not been checked. Raises :class:`ArgumentError` where there would be none."""
+        if self.shard is not None:
+            return Wanted.held(self.shard)
+        return Wanted.of(
+            has_residual=self.residual is not None,
+            has_norm=self.norm is not None,
+            quant=self.quant,
+            keep_norm=self.keep_norm,
+            operation=self.operation,
+        )
 
-def check_call(
-    capacity: Capacity,
-    partial: torch.Tensor,
-    residual: torch.Tensor | None,
-    norm: RMSNorm | None,
-    quant: Quant | None,
-    keep_norm: bool,
-    operation: Operation = "all_reduce",
-) -> Call:
-    """Check the arguments of one call, other than an ``all_gather``, against ``capacity`` and against each other."""
-    signature = _known(capacity, partial, residual, norm, quant, keep_norm, operation)
-    if signature is None:
-        signature = _check(capacity, partial, residual, norm, quant, keep_norm, operation)
-        capacity.known[_key(partial, residual, norm, quant, keep_norm, operation)] = signature
-    return Call(partial, residual, norm, quant, signature)
-
-
-def _known(
-    capacity: Capacity,
-    partial: torch.Tensor,
-    residual: torch.Tensor | None,
-    norm: RMSNorm | None,
-    quant: Quant | None,
-    keep_norm: bool,
-    operation: Operation,
-) -> Signature | None:
-    """The signature of a call in which nothing is wrong, like one before: the usual case, asked in one go. What is wrong is found later."""
-    device, dtype = capacity.device, capacity.dtype
-    for tensor in (partial,) if residual is None else (partial, residual):
-        if (
-            not isinstance(tensor, torch.Tensor)
-            or tensor.dtype is not dtype
-            or tensor.device != device
-            or not tensor.is_contiguous()
-            or tensor.data_ptr() % ALIGNMENT
-        ):
-            return None
-    if norm is not None:
-        if not isinstance(norm, RMSNorm):
-            return None
-        weight = norm.weight
-        if weight.device != device or not weight.is_contiguous() or weight.data_ptr() % ALIGNMENT:
-            return None
-    if quant is not None:
-        if not isinstance(quant, Quant):
-            return None
-        scale = quant.given_scale
-        if isinstance(scale, torch.Tensor) and scale.device != device:
-            return None
-    if torch.is_grad_enabled() and (
-        partial.requires_grad or (residual is not None and residual.requires_grad) or (norm is not None and norm.weight.requires_grad)
-    ):
-        return None
-    return capacity.known.get(_key(partial, residual, norm, quant, keep_norm, operation))
+    def inputs(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor that the call reads, by name."""
+        if self.shard is not None:
+            yield from ((f"shard.{name}", tensor) for name, tensor in self.shard.items())
+            return
+        yield "partial" if self.operation != "finish" else "y", self.partial
+        if self.residual is not None:
+            yield "residual", self.residual
+        if self.norm is not None:
+            yield "RMSNorm.weight", self.norm.weight
+        if self.quant is not None and isinstance(self.quant.given_scale, torch.Tensor):
+            yield "the scale", self.quant.given_scale
 
 
-def _key(
-    partial: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm | None, quant: Quant | None, keep_norm: bool, operation: Operation
-) -> tuple[object, ...]:
-    """Everything that :func:`_known` leaves to be checked."""
-    return (
-        partial.shape,
-        None if residual is None else residual.shape,
-        None if norm is None else (norm.weight.shape, norm.weight.dtype),
-        None if quant is None else quant.label,
-        keep_norm,
-        operation,
-    )
+def check_call(capacity: Capacity, call: Call) -> Call:
+    """Check a call, other than an ``all_gather``, against ``capacity`` and its arguments against each other; sets its signature.
 
-
-def _check(
-    capacity: Capacity,
-    partial: torch.Tensor,
-    residual: torch.Tensor | None,
-    norm: RMSNorm | None,
-    quant: Quant | None,
-    keep_norm: bool,
-    operation: Operation,
-) -> Signature:
-    """Raise for what is wrong with the call; if nothing is, its signature."""
-    name = "partial" if operation != "finish" else "y"
+    Raises :class:`ArgumentError` (its subclasses). The first thing that is wrong is the error.
+    """
+    partial, residual, norm, quant = call.partial, call.residual, call.norm, call.quant
+    name = "partial" if call.operation != "finish" else "y"
     check_values(name, partial, capacity)
     tokens, hidden_size = partial.shape
     if hidden_size > capacity.hidden_size or tokens > capacity.max_tokens:
@@ -142,7 +93,7 @@ def _check(
     check_hidden_size(hidden_size)
     if residual is not None:
         check_values("residual", residual, capacity)
-        _check_residual(residual, partial, capacity, operation)
+        _check_residual(residual, partial, capacity, call.operation)
     check_kinds(norm, quant)
     if norm is not None:
         _check_norm(norm, hidden_size, capacity)
@@ -158,10 +109,11 @@ def _check(
         norm=norm is not None,
         wide_weight=norm is not None and norm.weight.dtype != capacity.dtype,
         quant=quant,
-        keep_norm=keep_norm,
-        operation=operation,
+        keep_norm=call.keep_norm,
+        operation=call.operation,
     )
-    return capacity.signature(request)
+    call.signature = capacity.signature(request)
+    return call
 
 
 def _check_residual(residual: torch.Tensor, partial: torch.Tensor, capacity: Capacity, operation: Operation) -> None:
@@ -183,6 +135,8 @@ def _check_residual(residual: torch.Tensor, partial: torch.Tensor, capacity: Cap
 
 def check_values(name: str, tensor: torch.Tensor, capacity: Capacity) -> None:
     """Raise unless ``tensor`` is ``[T, H]`` in the communicator's dtype, on its device, row-contiguous and aligned."""
+    if isinstance(tensor, torch.Tensor):
+        check_ordinary(name, tensor)
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2:
         shape = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise ShapeError(f"{name} must be a tensor of shape [T, H], got {shape}", hint="flatten leading dimensions: x.view(-1, H)")
@@ -196,6 +150,7 @@ def check_values(name: str, tensor: torch.Tensor, capacity: Capacity) -> None:
 
 def check_memory(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     """Raise unless ``tensor`` lies on ``device``, row-contiguous and aligned."""
+    check_ordinary(name, tensor)
     check_rows(name, tensor, device)
     check_alignment(name, tensor)
 
@@ -205,6 +160,20 @@ def check_rows(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     check_device(name, tensor, device)
     if not tensor.is_contiguous():
         raise LayoutError(f"{name} has strides {tensor.stride()}, not row-contiguous", hint=f"pass {name}.contiguous()")
+
+
+def check_ordinary(name: str, tensor: torch.Tensor) -> None:
+    """Raise unless ``tensor`` is its memory: strided, and no wrapper whose values lie elsewhere or are yet to be computed."""
+    kind = type(tensor)
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        hint = "pass the local tensor: x.to_local()" if hasattr(tensor, "to_local") else "pass an ordinary tensor that holds the values"
+        raise ArgumentError(f"{name} is a {kind.__name__}, which is a wrapper around other tensors", hint=hint)
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise ArgumentError(f"{name} is inside torch.func.vmap, jvp or grad", hint="make the call outside of the transform")
+    if tensor.layout is not torch.strided:
+        raise LayoutError(f"{name} has layout {tensor.layout}; expected: torch.strided", hint=f"pass {name}.to_dense()")
+    if tensor.is_neg():
+        raise LayoutError(f"{name} is a lazy negation: its memory holds the opposite sign", hint=f"pass {name}.resolve_neg()")
 
 
 def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
@@ -238,15 +207,21 @@ def _check_norm(norm: RMSNorm, hidden_size: int, capacity: Capacity) -> None:
 def _check_quant(quant: Quant, hidden_size: int, capacity: Capacity) -> None:
     scale = quant.given_scale
     quant.check_hidden_size(hidden_size)
-    if isinstance(scale, torch.Tensor) and scale.device != capacity.device:
-        raise DeviceError(
-            f"the scale of {quant.name} is on {scale.device}, the communicator on {capacity.device}",
-            hint="pass a Python float, or move the tensor once when the model is loaded",
-        )
+    if isinstance(scale, torch.Tensor):
+        check_ordinary(f"the scale of {quant.name}", scale)
+        if scale.device != capacity.device:
+            raise DeviceError(
+                f"the scale of {quant.name} is on {scale.device}, the communicator on {capacity.device}",
+                hint="pass a Python float, or move the tensor once when the model is loaded",
+            )
 
 
 def check_no_grad(*named: tuple[str, torch.Tensor | None]) -> None:
     """Raise :class:`GradError` for the first tensor that requires grad. For grad mode only."""
     for name, tensor in named:
-        if tensor is not None and tensor.requires_grad:
+        if tensor is None:
+            continue
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise GradError(f"{name} has a forward-mode tangent", hint="Collogue has no derivatives: unpack it first")
+        if tensor.requires_grad:
             raise GradError(f"{name} requires grad", hint="call under torch.inference_mode() or torch.no_grad()")

@@ -7,19 +7,16 @@ from typing import NoReturn, get_args
 
 import torch
 
-from collogue.calls.request import Request, Signature, make_request
+from collogue.calls.request import Request, Signature, keep, make_request
 from collogue.contract.number import is_whole
-from collogue.contract.quant import Quant, parse
+from collogue.contract.quant import FAMILIES, Quant, parse
 from collogue.contract.spec import VALUE_DTYPES, Operation, RMSNorm, owned_rows
 from collogue.errors import ArgumentError, CapacityError, DTypeError, FormatError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
 class Capacity:
-    """What a communicator was made for, and for which rank; every call is checked against it.
-
-    ``known``: signatures by what :func:`collogue.calls.call.check_call` sees of the arguments.
-    """
+    """What a communicator was made for, and for which rank; every call is checked against it."""
 
     max_tokens: int
     hidden_size: int
@@ -27,7 +24,6 @@ class Capacity:
     device: torch.device
     world_size: int = 1
     rank: int = 0
-    known: dict[object, Signature] = field(default_factory=dict, repr=False)
     _signatures: dict[object, Signature] = field(default_factory=dict, repr=False)
 
     def check(self) -> None:
@@ -91,7 +87,7 @@ class Capacity:
             if request.operation in ("sharded", "reduce_scatter", "all_gather"):
                 rows = owned_rows(request.tokens, self.world_size, self.rank)
             plain = request if label is None else replace(request, quant=parse(label))  # without tensors, which it would keep alive
-            found = self._signatures.setdefault(key, Signature(plain, rows, self.device))
+            found = keep(self._signatures, key, Signature(plain, rows, self.device))
         return found
 
 
@@ -110,9 +106,17 @@ def check_tokens(tokens: int) -> None:
 def check_kinds(norm: RMSNorm | None, quant: Quant | None) -> None:
     """Raise :class:`ArgumentError` unless ``norm`` is a norm, :class:`FormatError` unless ``quant`` is a format."""
     if norm is not None and not isinstance(norm, RMSNorm):
-        raise ArgumentError(f"norm is a {type(norm).__name__}", hint="pass collogue.RMSNorm(weight, eps=...)")
-    if quant is not None and not isinstance(quant, Quant):
-        raise FormatError(f"quant is a {type(quant).__name__}", hint="pass a format, such as collogue.NVFP4(global_scale)")
+        kind = f"{type(norm).__module__}.{type(norm).__name__}".removeprefix("builtins.")
+        raise ArgumentError(
+            f"norm: expected collogue.RMSNorm, got {kind}",
+            hint="pass collogue.RMSNorm(weight, eps=...)",
+        )
+    if quant is not None and type(quant) not in FAMILIES.values():
+        what = f"the class {quant.__name__}" if isinstance(quant, type) else f"a {type(quant).__name__}: {quant!r}"
+        raise FormatError(
+            f"quant is {what}; expected an object of {', '.join(kind.__name__ for kind in FAMILIES.values())}",
+            hint="pass a format such as collogue.FP8PerToken() or collogue.NVFP4(global_scale)",
+        )
 
 
 def raise_capacity(name: str, tokens: int, hidden_size: int, capacity: Capacity) -> NoReturn:

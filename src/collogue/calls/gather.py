@@ -49,7 +49,7 @@ def check_gather(capacity: Capacity, shard: Output, tokens: int, quant: Quant | 
     check_forms("shard", held, forms, capacity.device, hint=f"{owned}; pass its shard as comm.reduce_scatter or comm.shard returns it")
     if torch.is_grad_enabled():
         check_no_grad(*((f"shard.{name}", tensor) for name, tensor in held.items()))
-    return Call(whole, None, None, quant, capacity.signature(request), shard)
+    return Call(whole, quant=quant, operation="all_gather", shard=shard, signature=capacity.signature(request))
 
 
 def _packed(quant: Quant | None) -> set[str]:

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 
-from collogue.calls.call import ALIGNMENT, Call, check_alignment, check_device, check_rows
+from collogue.calls.call import Call, check_alignment, check_device, check_ordinary, check_rows
 from collogue.calls.request import Form
 from collogue.contract.formats import scale_elements, scale_storage
-from collogue.contract.quant import Quant
-from collogue.contract.spec import OUTPUTS, Operation, Output, RMSNorm
+from collogue.contract.spec import Output
 from collogue.errors import ArgumentError, DTypeError, LayoutError, OverlapError, ShapeError
 
 _HINT = "allocate it as a call without out= would"
 
 
-def allocate(call: Call) -> Output:
-    """Fresh tensors for every output the call asks for, uninitialised."""
-    signature, partial = call.signature, call.partial
-    if signature.rows is not None:
-        return signature.empty()
-    out = Output()  # the usual case, and the one that has to be quick
-    for name, form in signature.forms.items():
-        setattr(out, name, torch.empty_like(partial) if form.whole else form.empty(signature.device))
-    return out
-
-
 def check_out(call: Call, out: Output) -> None:
     """Raise unless ``out`` holds exactly the outputs of ``call``, well-shaped, and overlaps nothing but the residual in place."""
-    if isinstance(out, Output) and _is_plain(call, out):
-        return
     forms = call.signature.forms
     given = _held_by(out, forms)
     check_forms("out", given, forms, call.signature.device, hint=_HINT)
@@ -84,54 +70,6 @@ def _held_by(out: Output, forms: dict[str, Form]) -> dict[str, torch.Tensor]:
     return given
 
 
-def _is_plain(call: Call, out: Output) -> bool:
-    """Whether nothing is wrong with ``out``: the usual case, asked in one go. What is wrong is found out later."""
-    forms, device, spans = call.signature.forms, call.signature.device, []
-    for name in OUTPUTS:
-        tensor, form = getattr(out, name), forms.get(name)
-        if tensor is None and form is None:
-            continue
-        if (
-            form is None
-            or not isinstance(tensor, torch.Tensor)
-            or tensor.dtype is not form.dtype
-            or tensor.shape != form.shape
-            or tensor.device != device
-            or (not tensor.is_contiguous() if form.stride is None else tensor.stride() != form.stride)
-            or (form.padded and _held(tensor) < form.nbytes)
-        ):
-            return False
-        first = tensor.data_ptr()
-        if first % ALIGNMENT:
-            return False
-        spans.append((first, first + form.nbytes))
-    return call.shard is None and _are_apart(call, out, spans)
-
-
-def _are_apart(call: Call, out: Output, spans: list[tuple[int, int]]) -> bool:
-    """Whether the bytes of the outputs, ``spans``, and of the inputs are all apart, but for a residual in place."""
-    residual, norm, scale = call.residual, call.norm, None if call.quant is None else call.quant.given_scale
-    partial_bytes, residual_bytes, weight_bytes = call.signature.input_bytes
-    first = call.partial.data_ptr()
-    spans.append((first, first + partial_bytes))
-    if residual is not None and residual is not out.residual:
-        first = residual.data_ptr()
-        spans.append((first, first + residual_bytes))
-    if norm is not None:
-        first = norm.weight.data_ptr()
-        spans.append((first, first + weight_bytes))
-    if isinstance(scale, torch.Tensor):
-        first = scale.data_ptr()
-        spans.append((first, first + scale.element_size()))
-    spans.sort()
-    end = 0
-    for first, last in spans:
-        if first < end:
-            return False
-        end = last
-    return True
-
-
 def check_forms(
     owner: str, given: dict[str, torch.Tensor], forms: dict[str, Form], device: torch.device, *, hint: str, traced: bool = False
 ) -> None:
@@ -155,6 +93,13 @@ def check_forms(
         check = check_rows if stride is None else check_device
         check(f"{owner}.{name}", tensor, device)
         if not traced:
+            check_ordinary(f"{owner}.{name}", tensor)
+        if owner == "out" and not traced and tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ArgumentError(
+                f"out.{name} is an inference tensor, and this is not inference mode",
+                hint="make the call under torch.inference_mode(), or allocate out outside of it",
+            )
+        if not traced:
             check_alignment(f"{owner}.{name}", tensor)
         if not traced and stride is not None:
             _check_padding(f"{owner}.{name}", tensor)
@@ -173,7 +118,7 @@ def _held(tensor: torch.Tensor) -> int:
 
 
 def _check_overlap(call: Call, outputs: dict[str, torch.Tensor]) -> None:
-    placed = [(name, *_extent(name, tensor)) for name, tensor in _inputs(call)]
+    placed = [(name, *_extent(name, tensor)) for name, tensor in call.inputs()]
     for name, tensor in outputs.items():
         first, last = _extent(name, tensor)
         for other, low, high in placed:
@@ -187,31 +132,6 @@ def _overlap(name: str, other: str) -> OverlapError:
     return OverlapError(
         f"out.{name} shares memory with {other}", hint="only the residual may be updated in place; give the others memory of their own"
     )
-
-
-def _inputs(call: Call) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor that the call reads."""
-    if call.shard is not None:
-        return shard_inputs(call.shard)
-    return call_inputs(call.operation, call.partial, call.residual, call.norm, call.quant)
-
-
-def shard_inputs(shard: Output) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor that an ``all_gather`` reads, by name."""
-    return ((f"shard.{name}", tensor) for name, tensor in shard.items())
-
-
-def call_inputs(
-    operation: Operation, partial: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm | None, quant: Quant | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor that any other call reads, by name."""
-    yield "partial" if operation != "finish" else "y", partial
-    if residual is not None:
-        yield "residual", residual
-    if norm is not None:
-        yield "RMSNorm.weight", norm.weight
-    if quant is not None and isinstance(quant.given_scale, torch.Tensor):
-        yield "the scale", quant.given_scale
 
 
 def _extent(name: str, tensor: torch.Tensor) -> tuple[int, int]:

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from collogue.contract.formats import code_spec, scale_spec
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Output, Wanted
+
+#: Entries of each cache of a communicator: every number of tokens is an entry, and a prefill may have any.
+MOST_KEPT = 512
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def keep(cache: dict[K, V], key: K, value: V) -> V:
+    """Put ``value`` into ``cache``; where that is full, what has been in it longest goes."""
+    if len(cache) >= MOST_KEPT and key not in cache:
+        with contextlib.suppress(KeyError, StopIteration, RuntimeError):  # another thread is at it
+            del cache[next(iter(cache))]
+    cache[key] = value
+    return value
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Generic, Literal
 
 import torch
+from torch.utils._pytree import GetAttrKey, register_pytree_node
+from typing_extensions import TypeVar
 
 from collogue.contract.number import is_number
 from collogue.contract.quant import FP8Static, Quant
@@ -40,6 +42,13 @@ class RMSNorm:
             raise ShapeError("RMSNorm.weight must be a tensor of shape [H]", hint="pass the layer's weight vector")
         if self.weight.dtype not in VALUE_DTYPES:
             raise DTypeError(f"RMSNorm.weight has dtype {self.weight.dtype}", hint="use the communicator's dtype or torch.float32")
+        if (
+            type(self.eps) is float
+            and type(self.weight_offset) is float
+            and 0.0 <= self.eps < math.inf
+            and abs(self.weight_offset) < math.inf
+        ):
+            return  # the usual case, in one go
         for name in ("eps", "weight_offset"):
             value = getattr(self, name)
             if not is_number(value) or not math.isfinite(value):
@@ -48,20 +57,27 @@ class RMSNorm:
             raise ScaleError(f"RMSNorm.eps must not be negative, got {self.eps}", hint="usual values: 1e-5, 1e-6")
 
 
-@dataclass(slots=True)
-class Output:
-    """What a call returns; ``None`` where it was not asked for.
+_Reduced = TypeVar("_Reduced", bound="torch.Tensor | None", covariant=True, default=torch.Tensor | None)
+_Residual = TypeVar("_Residual", bound="torch.Tensor | None", covariant=True, default=torch.Tensor | None)
+_Norm = TypeVar("_Norm", bound="torch.Tensor | None", covariant=True, default=torch.Tensor | None)
+_Codes = TypeVar("_Codes", bound="torch.Tensor | None", covariant=True, default=torch.Tensor | None)
+_Scales = TypeVar("_Scales", bound="torch.Tensor | None", covariant=True, default=torch.Tensor | None)
+
+
+@dataclass(slots=True, repr=False)
+class Output(Generic[_Reduced, _Residual, _Norm, _Codes, _Scales]):
+    """What a call returns; ``None`` where it was not asked for. A pytree: ``torch.export`` and ``torch.utils._pytree`` know it.
 
     ``reduced``: the sum, when neither residual nor norm is given. ``residual``: the new residual stream ``y``.
     ``norm``: the norm in the communicator's dtype. ``codes``, ``scales``: the quantised norm (or ``y``).
     Each holds all T rows or, as a shard, the rows that this rank owns.
     """
 
-    reduced: torch.Tensor | None = None
-    residual: torch.Tensor | None = None
-    norm: torch.Tensor | None = None
-    codes: torch.Tensor | None = None
-    scales: torch.Tensor | None = None
+    reduced: _Reduced = None  # type: ignore[assignment]
+    residual: _Residual = None  # type: ignore[assignment]
+    norm: _Norm = None  # type: ignore[assignment]
+    codes: _Codes = None  # type: ignore[assignment]
+    scales: _Scales = None  # type: ignore[assignment]
 
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The outputs that are there, by name."""
@@ -70,9 +86,26 @@ class Output:
             if value is not None:
                 yield name, value
 
+    def __repr__(self) -> str:
+        """``Output(residual=bfloat16[4, 7168], codes=float8_e4m3fn[4, 7168] on cuda:0)``: forms, no values."""
+        there = dict(self.items())
+        parts = [f"{name}={str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for name, x in there.items()]
+        where = sorted({str(x.device) for x in there.values()})
+        return f"Output({', '.join(parts)}{' on ' * bool(where)}{' and '.join(where)})"
+
 
 #: The names of a call's outputs, in order.
 OUTPUTS = ("reduced", "residual", "norm", "codes", "scales")
+
+register_pytree_node(
+    Output,
+    lambda out: ([getattr(out, name) for name in OUTPUTS], None),
+    lambda values, _: Output(*values),
+    serialized_type_name="collogue.Output",
+    flatten_with_keys_fn=lambda out: ([(GetAttrKey(name), getattr(out, name)) for name in OUTPUTS], None),
+    to_dumpable_context=lambda _: None,
+    from_dumpable_context=lambda _: None,
+)
 
 #: What a call does. ``all_reduce``: sum, finish, the same on every rank. ``sharded``: the residual stays with the owners of its
 #: rows, the finished rows go to every rank. ``reduce_scatter`` and ``all_gather``: the two halves of ``sharded``. ``finish``: no sum.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 from collogue.errors import ConcurrentUseError
@@ -14,10 +16,12 @@ class Exclusive:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.release = self._lock.release
+        #: Whether nobody else is in it, and this thread now is.
+        self.acquire_now: Callable[[], bool] = functools.partial(self._lock.acquire, False)
 
     def acquire(self) -> None:
         """Raises :class:`ConcurrentUseError`."""
-        if not self._lock.acquire(blocking=False):
+        if not self.acquire_now():
             raise ConcurrentUseError(
                 "another thread is using this communicator", hint="make one communicator for each thread, or use a lock"
             )

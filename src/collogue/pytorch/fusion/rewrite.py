@@ -9,13 +9,13 @@ import torch
 from torch.fx import Graph, Node
 
 from collogue import registry
-from collogue.communicator import Communicator
 from collogue.contract.spec import VALUE_DTYPES, Output
 from collogue.pytorch.fusion.build import call_operator, item
 from collogue.pytorch.fusion.graph import aten, equal, is_sum, other_operand, readers, root, same_shape, short, value
 from collogue.pytorch.fusion.norm import Norm, find_norm
 from collogue.pytorch.fusion.quant import Quantised, find_quant
 from collogue.pytorch.fusion.report import Fused, Missed, Report
+from collogue.registry import Communicator
 
 _collectives = torch.ops._c10d_functional
 

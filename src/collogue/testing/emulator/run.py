@@ -10,7 +10,6 @@ from typing import TypeAlias
 import torch
 
 from collogue.calls.call import Call
-from collogue.calls.outputs import allocate
 from collogue.calls.request import Signature
 from collogue.contract import reference
 from collogue.contract.formats import scale_storage
@@ -253,21 +252,27 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> t
     whole = Signature(request, None, device)
     if case.kernel == "local":
         expected = [reference.all_reduce([p], **epilogue) for p in partials]  # type: ignore[arg-type]
-        return [Call(p, residual, norm, case.quant, whole) for p in partials], expected
+        return [Call(p, residual, norm, case.quant, signature=whole) for p in partials], expected
     if case.operation == "all_reduce":
         expected = [reference.all_reduce(partials, **epilogue)] * case.world  # type: ignore[arg-type]
-        return [Call(p, residual, norm, case.quant, whole) for p in partials], expected
+        return [Call(p, residual, norm, case.quant, signature=whole) for p in partials], expected
     scatter = reference.sharded if case.kernel == "sharded" else reference.reduce_scatter
     expected = scatter(partials, **epilogue)  # type: ignore[arg-type]
     if case.kernel == "all_gather":
         names = ("codes", "scales") if case.quant is not None else ("norm",)
         shards = [Output(**{name: getattr(one, name) for name in names}) for one in expected]
         shape = torch.empty(ask.tokens, case.hidden_size, dtype=case.dtype, device="meta")
-        calls = [Call(shape, None, None, case.quant, Signature(request, r, device), s) for r, s in zip(rows, shards, strict=True)]
+        calls = [
+            Call(shape, quant=case.quant, operation="all_gather", shard=s, signature=Signature(request, r, device))
+            for r, s in zip(rows, shards, strict=True)
+        ]
         return calls, [reference.all_gather(shards, quant=case.quant)] * case.world
     own = [None if residual is None else residual[r.start : r.stop].clone() for r in rows]
     parts = [Signature(request, r, device) for r in rows]
-    calls = [Call(p, mine, norm, case.quant, part) for p, mine, part in zip(partials, own, parts, strict=True)]
+    calls = [
+        Call(p, mine, norm, case.quant, operation=case.operation, signature=part)
+        for p, mine, part in zip(partials, own, parts, strict=True)
+    ]
     return calls, expected
 
 
@@ -284,7 +289,7 @@ def _inputs(case: Case, tokens: int, kind: str, seed: int) -> tuple[list[torch.T
 
 
 def _poisoned(call: Call) -> Output:
-    out = allocate(call)
+    out = call.signature.empty()
     for field in fields(Output):
         tensor = getattr(out, field.name)
         if tensor is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from collogue import ops
+from collogue.calls.call import Call
 from collogue.communicator import Communicator
 from collogue.contract.spec import Output
 from collogue.testing.compare import compare
@@ -60,7 +61,7 @@ class FusedCall:
     def dispatched(self, turn: int) -> Output:
         """The same call through ``torch.ops.collogue``, as compiled graphs make it."""
         given = self._sets[turn % SETS].given
-        return ops.call(self.comm.name, given.case.operation, given.partial, given.residual, **given.kwargs)
+        return ops.call(self.comm.name, Call(given.partial, given.residual, operation=given.case.operation, **given.kwargs))
 
     def gate(self, run: Callable[[], None]) -> str | None:
         """Every bit of every output of every set equals the reference."""

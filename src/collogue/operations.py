@@ -1,0 +1,391 @@
+"""The operations of a communicator: what is computed, and the types of what comes back."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, TypedDict, Unpack, overload
+
+from torch import Tensor
+
+from collogue import ops
+from collogue.calls.call import Call
+from collogue.calls.capacity import Capacity
+from collogue.calls.gather import check_gather
+from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.spec import Output, RMSNorm
+from collogue.ops import is_traced
+
+#: Formats whose calls return scales.
+Scaled: TypeAlias = NVFP4 | MXFP4 | MXFP8 | FP8PerToken | FP8Group
+
+
+class _Given(TypedDict, total=False):
+    out: Output | None
+
+
+class _Sharded(_Given, total=False):
+    sharded: bool
+
+
+class Operations:
+    """The calls of :class:`collogue.Communicator`. An output is typed as a tensor where the call has it, else as ``None``."""
+
+    name: str
+    _capacity: Capacity
+
+    @overload
+    def all_reduce(
+        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: None = None, **more: Unpack[_Sharded]
+    ) -> Output[Tensor, None, None, None, None]: ...
+    @overload
+    def all_reduce(
+        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: FP8Static, **more: Unpack[_Sharded]
+    ) -> Output[Tensor, None, None, Tensor, None]: ...
+    @overload
+    def all_reduce(
+        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: Scaled, **more: Unpack[_Sharded]
+    ) -> Output[Tensor, None, None, Tensor, Tensor]: ...
+    @overload
+    def all_reduce(
+        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: None = None, **more: Unpack[_Sharded]
+    ) -> Output[None, Tensor, None, None, None]: ...
+    @overload
+    def all_reduce(
+        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: FP8Static, **more: Unpack[_Sharded]
+    ) -> Output[None, Tensor, None, Tensor, None]: ...
+    @overload
+    def all_reduce(
+        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: Scaled, **more: Unpack[_Sharded]
+    ) -> Output[None, Tensor, None, Tensor, Tensor]: ...
+    @overload
+    def all_reduce(
+        self,
+        partial: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm: RMSNorm,
+        quant: None = None,
+        keep_norm: bool = False,
+        **more: Unpack[_Sharded],
+    ) -> Output[None, Tensor, Tensor, None, None]: ...
+    @overload
+    def all_reduce(
+        self,
+        partial: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm: RMSNorm,
+        quant: FP8Static,
+        keep_norm: Literal[False] = False,
+        **more: Unpack[_Sharded],
+    ) -> Output[None, Tensor, None, Tensor, None]: ...
+    @overload
+    def all_reduce(
+        self,
+        partial: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm: RMSNorm,
+        quant: FP8Static,
+        keep_norm: Literal[True],
+        **more: Unpack[_Sharded],
+    ) -> Output[None, Tensor, Tensor, Tensor, None]: ...
+    @overload
+    def all_reduce(
+        self,
+        partial: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm: RMSNorm,
+        quant: Scaled,
+        keep_norm: Literal[False] = False,
+        **more: Unpack[_Sharded],
+    ) -> Output[None, Tensor, None, Tensor, Tensor]: ...
+    @overload
+    def all_reduce(
+        self,
+        partial: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm: RMSNorm,
+        quant: Scaled,
+        keep_norm: Literal[True],
+        **more: Unpack[_Sharded],
+    ) -> Output[None, Tensor, Tensor, Tensor, Tensor]: ...
+    @overload
+    def all_reduce(
+        self,
+        partial: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm: RMSNorm | None = None,
+        quant: Quant | None = None,
+        keep_norm: bool = False,
+        **more: Unpack[_Sharded],
+    ) -> Output: ...
+    def all_reduce(
+        self,
+        partial: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm: RMSNorm | None = None,
+        quant: Quant | None = None,
+        keep_norm: bool = False,
+        sharded: bool = False,
+        out: Output | None = None,
+    ) -> Output:
+        """Sum ``partial`` over the group, add the residual, normalise and quantise each row.
+
+        ``s = x_0 + x_1 + ..; y = round(s + residual); n = norm(y); codes, scales = quant(n)``
+
+        Args:
+            partial: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. This rank's term; not modified.
+            residual: ``[T, H]``, same dtype. The same values on every rank.
+            norm: :class:`collogue.RMSNorm`. Without one, ``quant`` quantises ``y``.
+            quant: :class:`collogue.NVFP4`, ``MXFP4``, ``MXFP8``, ``FP8Static``, ``FP8PerToken`` or ``FP8Group``.
+            keep_norm: also return the norm beside its codes.
+            sharded: every rank keeps only the rows of y that it owns (sequence parallelism): ``residual`` is ``[R, H]``, the rows
+                ``owned_rows(T)``, and so is the y returned. Norm, codes and scales have all T rows on every rank; at least one of
+                norm and quant is then needed.
+            out: tensors to write, exactly those the call returns; ``out.residual`` may be ``residual``.
+        Returns:
+            :class:`collogue.Output`: ``reduced`` or ``residual`` (y), ``norm``, ``codes``, ``scales``; identical bits on
+            every rank, and the same bits whether ``sharded`` or not. The tensors are the caller's: no later call writes them.
+        Order and rounding:
+            Adds in float32 from +0, rank 0 first. ``y`` is rounded once and the norm reads the rounded value;
+            quantisation reads the rounded norm. The launch shape and the batch never change a bit (docs/contract.md).
+        Synchronisation:
+            Collective: every rank calls with the same arguments in the same order. Runs on the current stream, may be
+            captured in a CUDA graph after :meth:`prepare`. ``T = 0`` returns empty tensors and communicates nothing.
+            Weights and scale tensors are read before the preceding kernel has finished if that kernel launches its
+            dependents early (PDL): do not write them there.
+        Raises:
+            ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
+        """
+        return self._call(Call(partial, residual, norm, quant, keep_norm, "sharded" if sharded else "all_reduce"), out)
+
+    @overload
+    def reduce_scatter(
+        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: None = None, **more: Unpack[_Given]
+    ) -> Output[Tensor, None, None, None, None]: ...
+    @overload
+    def reduce_scatter(
+        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: FP8Static, **more: Unpack[_Given]
+    ) -> Output[Tensor, None, None, Tensor, None]: ...
+    @overload
+    def reduce_scatter(
+        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: Scaled, **more: Unpack[_Given]
+    ) -> Output[Tensor, None, None, Tensor, Tensor]: ...
+    @overload
+    def reduce_scatter(
+        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: None = None, **more: Unpack[_Given]
+    ) -> Output[None, Tensor, None, None, None]: ...
+    @overload
+    def reduce_scatter(
+        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: FP8Static, **more: Unpack[_Given]
+    ) -> Output[None, Tensor, None, Tensor, None]: ...
+    @overload
+    def reduce_scatter(
+        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: Scaled, **more: Unpack[_Given]
+    ) -> Output[None, Tensor, None, Tensor, Tensor]: ...
+    @overload
+    def reduce_scatter(
+        self,
+        partial: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm: RMSNorm,
+        quant: None = None,
+        keep_norm: bool = False,
+        **more: Unpack[_Given],
+    ) -> Output[None, Tensor, Tensor, None, None]: ...
+    @overload
+    def reduce_scatter(
+        self,
+        partial: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm: RMSNorm,
+        quant: FP8Static,
+        keep_norm: Literal[False] = False,
+        **more: Unpack[_Given],
+    ) -> Output[None, Tensor, None, Tensor, None]: ...
+    @overload
+    def reduce_scatter(
+        self,
+        partial: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm: RMSNorm,
+        quant: FP8Static,
+        keep_norm: Literal[True],
+        **more: Unpack[_Given],
+    ) -> Output[None, Tensor, Tensor, Tensor, None]: ...
+    @overload
+    def reduce_scatter(
+        self,
+        partial: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm: RMSNorm,
+        quant: Scaled,
+        keep_norm: Literal[False] = False,
+        **more: Unpack[_Given],
+    ) -> Output[None, Tensor, None, Tensor, Tensor]: ...
+    @overload
+    def reduce_scatter(
+        self,
+        partial: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm: RMSNorm,
+        quant: Scaled,
+        keep_norm: Literal[True],
+        **more: Unpack[_Given],
+    ) -> Output[None, Tensor, Tensor, Tensor, Tensor]: ...
+    @overload
+    def reduce_scatter(
+        self,
+        partial: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm: RMSNorm | None = None,
+        quant: Quant | None = None,
+        keep_norm: bool = False,
+        **more: Unpack[_Given],
+    ) -> Output: ...
+    def reduce_scatter(
+        self,
+        partial: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm: RMSNorm | None = None,
+        quant: Quant | None = None,
+        keep_norm: bool = False,
+        out: Output | None = None,
+    ) -> Output:
+        """The rows of :meth:`all_reduce` that this rank owns, and no others: its first half, for engines that gather later.
+
+        ``y = round(s[rows] + residual); n = norm(y); codes, scales = quant(n)``, ``rows = owned_rows(T)``, R of them.
+
+        Args:
+            partial: ``[T, H]``, all rows of this rank's term, as for :meth:`all_reduce`.
+            residual: ``[R, H]``, same dtype: the rows of the residual that this rank owns.
+            norm, quant, keep_norm: as for :meth:`all_reduce`.
+            out: tensors to write, exactly those the call returns; ``out.residual`` may be ``residual``.
+        Returns:
+            :class:`collogue.Output`, each tensor with R rows: the bits that :meth:`all_reduce` has in these rows. Scales are in the layout
+            of a tensor of R rows. R may be 0 (T < N); such a rank calls like all others. The tensors are the caller's.
+        Order and rounding:
+            Those of :meth:`all_reduce`.
+        Synchronisation:
+            Collective, as :meth:`all_reduce`; ``T = 0`` communicates nothing.
+        Raises:
+            ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
+        """
+        return self._call(Call(partial, residual, norm, quant, keep_norm, "reduce_scatter"), out)
+
+    def all_gather(self, shard: Output, tokens: int, *, quant: Quant | None = None, out: Output | None = None) -> Output:
+        """Give every rank the rows of all ranks: the second half of ``all_reduce(sharded=True)``.
+
+        ``x = [shard of rank 0; shard of rank 1; ..]`` for every tensor that the shard holds.
+
+        Args:
+            shard: :class:`collogue.Output` with any of ``reduced``, ``residual``, ``norm`` (``[R, H]``, the communicator's dtype), and
+                ``codes`` with their ``scales`` as :meth:`reduce_scatter` returns them; R is the length of ``owned_rows(tokens)``.
+            tokens: T, the rows of all ranks together.
+            quant: the format of codes and scales; its own scale is not read. ``None`` where the shard has no codes.
+            out: tensors to write, exactly those that the shard holds; they share no memory with it.
+        Returns:
+            :class:`collogue.Output` with the tensors that the shard holds, of T rows, the same on every rank. Scales go from the layout
+            of R rows into that of T rows; all padding is zero. The tensors are the caller's.
+        Order and rounding:
+            Moves bits, any pattern; nothing is rounded.
+        Synchronisation:
+            Collective, as :meth:`all_reduce`: every rank's shard holds the same tensors. ``T = 0`` communicates nothing.
+        Raises:
+            ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
+        """
+        if is_traced():
+            return ops.gather(self.name, shard, tokens, quant, out)
+        self._open()  # closed is the first thing that can be wrong
+        return self._run(check_gather(self._capacity, shard, tokens, quant), out)
+
+    @overload
+    def finish(
+        self, y: Tensor, *, norm: RMSNorm, quant: None = None, keep_norm: bool = False, out: Output | None = None
+    ) -> Output[None, None, Tensor, None, None]: ...
+    @overload
+    def finish(
+        self, y: Tensor, *, norm: None = None, quant: FP8Static, out: Output | None = None
+    ) -> Output[None, None, None, Tensor, None]: ...
+    @overload
+    def finish(
+        self, y: Tensor, *, norm: None = None, quant: Scaled, out: Output | None = None
+    ) -> Output[None, None, None, Tensor, Tensor]: ...
+    @overload
+    def finish(
+        self, y: Tensor, *, norm: RMSNorm, quant: FP8Static, keep_norm: Literal[False] = False, out: Output | None = None
+    ) -> Output[None, None, None, Tensor, None]: ...
+    @overload
+    def finish(
+        self, y: Tensor, *, norm: RMSNorm, quant: FP8Static, keep_norm: Literal[True], out: Output | None = None
+    ) -> Output[None, None, Tensor, Tensor, None]: ...
+    @overload
+    def finish(
+        self, y: Tensor, *, norm: RMSNorm, quant: Scaled, keep_norm: Literal[False] = False, out: Output | None = None
+    ) -> Output[None, None, None, Tensor, Tensor]: ...
+    @overload
+    def finish(
+        self, y: Tensor, *, norm: RMSNorm, quant: Scaled, keep_norm: Literal[True], out: Output | None = None
+    ) -> Output[None, None, Tensor, Tensor, Tensor]: ...
+    @overload
+    def finish(
+        self, y: Tensor, *, norm: RMSNorm | None = None, quant: Quant | None = None, keep_norm: bool = False, out: Output | None = None
+    ) -> Output: ...
+    def finish(
+        self,
+        y: Tensor,
+        *,
+        norm: RMSNorm | None = None,
+        quant: Quant | None = None,
+        keep_norm: bool = False,
+        out: Output | None = None,
+    ) -> Output:
+        """Normalise and quantise rows that are already summed: a model's first layer, whose input is an embedding and no partial sum.
+
+        ``n = norm(y); codes, scales = quant(n)``
+
+        Args:
+            y: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. Not modified and not returned.
+            norm, quant, keep_norm: as for :meth:`all_reduce`; at least one of norm and quant.
+            out: tensors to write, exactly those the call returns.
+        Returns:
+            :class:`collogue.Output`: ``norm``, ``codes``, ``scales``, the bits of :meth:`all_reduce` for the same y. The tensors are
+            the caller's.
+        Order and rounding:
+            Those of :meth:`all_reduce` from y on.
+        Synchronisation:
+            None: each rank for itself, any number of rows up to ``max_tokens``. Runs on the current stream, may be captured after
+            :meth:`prepare`.
+        Raises:
+            ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared.
+        """
+        return self._call(Call(y, None, norm, quant, keep_norm, "finish"), out)
+
+    def _call(self, call: Call, out: Output | None) -> Output:
+        if is_traced():
+            return ops.call(self.name, call, out)
+        done = self._quick(call, out)
+        return done if done is not None else self._run(call, out)
+
+    @staticmethod
+    def _quick(call: Call, out: Output | None) -> Output | None:
+        """A call like one before in which nothing is unusual; ``None``, with nothing done, where anything is."""
+
+    def _open(self) -> object:
+        """Raise :class:`ClosedError` where the communicator is closed."""
+        raise NotImplementedError
+
+    def _run(self, call: Call, out: Output | None = None) -> Output:
+        """Check the call and run it."""
+        raise NotImplementedError
