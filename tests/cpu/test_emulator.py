@@ -136,6 +136,51 @@ def test_rows_ahead_are_wiped(build: Build, wiped: str) -> None:
     assert any(emulate(library, (4, 3, 4), seed=seed, timeout=0.1).problem() for seed in range(4))
 
 
+# Weights and scales that the kernel before writes
+
+SCALE = torch.tensor([37.5])
+LATE = {
+    "one-shot": Case(2, 288, 32, quant=NVFP4(SCALE), prefetch=False),
+    "one-shot-loop": Case(2, 264, 32, rows=1, quant=FP8Static(SCALE), prefetch=False),
+    "one-shot-vectors": Case(2, 576, 64, vectors=2, rows=1, quant=NVFP4(SCALE), prefetch=False),
+    "two-shot": Case(2, 576, 64, kernel="two_shot", quant=FP8Static(SCALE), prefetch=False),
+    "sharded": Case(2, 288, 64, kernel="sharded", quant=NVFP4(SCALE), keep_norm=True, max_tokens=5, prefetch=False),
+    "reduce-scatter": Case(3, 64, 32, kernel="reduce_scatter", quant=FP8Static(SCALE), max_tokens=5, prefetch=False),
+    "local": Case(2, 576, 96, kernel="local", quant=NVFP4(SCALE), prefetch=False),
+    "local-loop": Case(2, 288, 64, kernel="local", rows=1, quant=FP8Static(SCALE), prefetch=False),
+}
+
+
+@pytest.mark.parametrize("between", [0, 1])
+@pytest.mark.parametrize("name", LATE)
+def test_a_weight_and_a_scale_that_are_written_late(build: Build, name: str, between: int) -> None:
+    """By the kernel before the call, or the one before that, which have let the next kernel start long before."""
+    library = build(LATE[name])
+    for seed in range(2):
+        run = emulate(library, tokens_of(LATE[name])[:3], seed=seed, mode=PRESENT[seed], victim=0, written_late=between)
+        assert run.problem() == "", seed
+
+
+@pytest.mark.parametrize("between", [0, 1])
+@pytest.mark.parametrize(
+    ("case", "edits"),
+    [
+        (Case(2, 264, 32), ()),  # a weight that is read ahead
+        (
+            replace(LATE["one-shot"], norm=False),
+            (Edit("formats/nvfp4.cuh", "    if (!p.scale) fill<C>(shared);", "    if (p.scale) scale = *p.scale;\n    fill<C>(shared);"),
+             Edit("formats/nvfp4.cuh", "    if (!p.scale) return;", "    return;")),
+        ),
+        (replace(LATE["two-shot"], norm=False), (Edit("opening.cuh", "    row.ask();\n", ""), Edit("opening.cuh", "    wait_for_prev", "    row.ask();\n    wait_for_prev"))),
+    ],
+    ids=["weight", "table", "scale"],
+)  # fmt: skip
+def test_what_is_read_early_is_seen(build: Build, case: Case, edits: tuple[Edit, ...], between: int) -> None:
+    """The emulator shows the fault that the tests above are there for."""
+    library = build(case, edits=edits)
+    assert any(emulate(library, (2, 3), seed=seed, written_late=between).problem() for seed in range(4))
+
+
 # Ranks that do not come
 
 

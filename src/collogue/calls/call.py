@@ -111,6 +111,7 @@ def check_call(capacity: Capacity, call: Call) -> Call:
         quant=quant,
         keep_norm=call.keep_norm,
         operation=call.operation,
+        late_weight=norm is not None and not norm.prefetch,
     )
     call.signature = capacity.signature(request)
     return call

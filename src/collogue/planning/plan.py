@@ -334,4 +334,5 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         ahead=int(algorithm == "two_shot" and loop and shape.threads > MAX_THREADS_OF_ROWS_IN_TURN),
         stream=request.wanted.reduced or request.wanted.residual,
         gather=request.operation == "sharded",
+        late_weight=request.late_weight and request.norm and shape.vectors == 1,  # several vectors are read in their turn
     )
