@@ -274,7 +274,9 @@ SWITCHES: tuple[Switch, ...] = (
         "constants and indices are read where they are used, not kept in registers",
         (Edit("exchange.cuh", "if constexpr (C::kVectors == 1 && !C::kLoop) return keep(x);", ""),),
     ),
-    Switch("no first wait", "polling starts at once after the sends", (Edit("protocol.cuh", "- sent_at < C::kFirstPoll", "- sent_at < 0u"),)),
+    Switch(
+        "no first wait", "polling starts at once after the sends", (Edit("protocol.cuh", "- sent_at < C::kFirstPoll", "- sent_at < 0u"),)
+    ),
 )
 
 
