@@ -113,6 +113,7 @@ def check_call(capacity: Capacity, call: Call) -> Call:
         quant=quant,
         keep_norm=call.keep_norm,
         operation=call.operation,
+        late_weight=norm is not None and not norm.prefetch,
     )
     call.signature = capacity.signature(request)
     return call
@@ -172,7 +173,7 @@ def check_ordinary(name: str, tensor: torch.Tensor) -> None:
         raise ArgumentError(f"{name} is a {kind.__name__}, which is a wrapper around other tensors", hint=hint)
     if torch._C._functorch.maybe_current_level() is not None:
         raise ArgumentError(f"{name} is inside torch.func.vmap, jvp or grad", hint="make the call outside of the transform")
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         raise ArgumentError(f"{name} is traced by torch.jit.trace", hint="use torch.compile or torch.export, which know collogue's calls")
     if tensor.layout is not torch.strided:
         raise LayoutError(f"{name} has layout {tensor.layout}; expected: torch.strided", hint=f"pass {name}.to_dense()")

@@ -31,11 +31,16 @@ class RMSNorm:
         weight: ``[H]``, the communicator's dtype or float32, contiguous.
         eps: rounded to float32 before use.
         weight_offset: 0, or 1 for Gemma-style norms; added to the weight in float32.
+        prefetch: read the weight before the preceding kernel of the stream has ended, where that saves time. With ``True`` the weight
+            must have been written by a kernel that another kernel *between* it and this call has waited for (or long before, as
+            weights are). ``False``: the weight is read with the inputs, so the preceding kernel may have written it. Never changes a
+            bit of a result, and may differ between ranks.
     """
 
     weight: torch.Tensor
     eps: float = 1e-6
     weight_offset: float = 0.0
+    prefetch: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, torch.Tensor) or self.weight.ndim != 1:
@@ -53,6 +58,8 @@ class RMSNorm:
             value = getattr(self, name)
             if not is_number(value) or not math.isfinite(value):
                 raise ScaleError(f"RMSNorm.{name} must be a finite number, got {value!r}", hint="pass a Python float")
+        if not isinstance(self.prefetch, bool):
+            raise ArgumentError(f"RMSNorm.prefetch is {self.prefetch!r}", hint="give True or False")
         if self.eps < 0:
             raise ScaleError(f"RMSNorm.eps must not be negative, got {self.eps}", hint="usual values: 1e-5, 1e-6")
 

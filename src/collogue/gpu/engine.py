@@ -229,9 +229,9 @@ _captured: set[KernelEngine] = set()
 def _launch_more(launcher: Launcher, more: tuple[tuple[int, int, int], ...], stream: int) -> None:
     """The launches after the first; then the parameters are the first one's again, also where a launch is refused."""
     params = launcher.params
-    before = params.first, params.count, params.pad
+    before = params.first, params.count, params.scale_rows
     try:
-        for params.first, params.count, params.pad in more:
+        for params.first, params.count, params.scale_rows in more:
             launcher(stream)
     finally:
-        params.first, params.count, params.pad = before
+        params.first, params.count, params.scale_rows = before

@@ -214,12 +214,20 @@ class Machine {
       const Flight flight = flights_.top();
       flights_.pop();
       if (flight.cta && flight.cta->running == 0) return fail("a word was sent to a CTA that has ended");
+      if (flight.cta) receive(*flight.cta, flight.address);
       std::memcpy(flight.address, &flight.word, 4);
       if (flight.two) std::memcpy(flight.address + 4, &flight.second, 4);
       if (flight.cta) change_barrier(*flight.cta, flight.cta->shared.get() + flight.barrier, -4, false);
       flight.kernel->stores_in_flight--;
       end_if_done(*flight.kernel);
     }
+  }
+  // Nothing orders a CTA's own stores before the words that others send it, so it must have stored nothing there.
+  void receive(Cta& cta, const u8* address) {
+    const std::size_t word = static_cast<std::size_t>(address - cta.shared.get()) / 4;
+    if (!cta.received[word] && std::any_of(address, address + 4, [](u8 byte) { return byte != kUntouched; }))
+      return fail("a word was sent to where the CTA itself has stored");
+    cta.received[word] = true;
   }
 
   // ---- kernels, CTAs, threads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeAlias
 
 import torch
@@ -114,6 +114,7 @@ def emulate(
     terms: Terms | None = None,
     timeout: float = 1.0,
     before: Callable[[list[torch.Tensor]], None] = lambda workspaces: None,
+    written_late: int | None = None,
 ) -> Run:
     """One call after the other on every rank, queued at once.
 
@@ -125,22 +126,34 @@ def emulate(
         terms: changes the partials.
         timeout: in emulated seconds, of one million scheduling points each.
         before: may spoil the ranks' workspaces, as words of 32 bits, before the first call.
+        written_late: the weight and a scale that is a tensor are written just before each call, by a kernel that has let the next one
+            start long before, with so many kernels between it and the call.
     """
     memory = _Memory(library)
     before(memory.workspaces)
-    every, outputs, expected = [], [], []  # `every` keeps what kernels read
+    every: list[object] = []  # keeps what kernels read
+    outputs, expected = [], []
+    written: list[tuple[int, int]] = []  # memory that other kernels write
     streams: list[list[tuple[int, _Launch, Params]]] = [[] for _ in range(library.world)]
     counted, absent_launch = [0] * library.world, _NEVER
     for i, call in enumerate(calls):
         asked = _by_rank(call, library.world)
         made = {ask: _calls(library.cases[ask.case], ask, kind, seed + i, terms) for ask in set(asked)}
         every.append(made)
+        others: list[list[tuple[_Launch, Params]]] = [[] for _ in range(library.world)]
+        if written_late is not None:
+            late = [_written_late(library, made[ask][0][rank], rank, written_late, memory) for rank, ask in enumerate(asked)]
+            made = {ask: ([call for call, *_ in late], right) for ask, (_, right) in made.items()}
+            others = [launches for _, launches, _ in late]
+            written += [r for *_, ranges in late for r in ranges]
+            every.append(made)
         outputs.append([_poisoned(made[ask][0][rank]) for rank, ask in enumerate(asked)])
         expected.append(made[asked[0]][1] if len(made) == 1 else [])
         if i == absent_call:
             absent_launch = len(streams[victim])
         for rank, ask in enumerate(asked):
             case = library.cases[ask.case]
+            streams[rank] += [(i, launch, params) for launch, params in others[rank]]
             for params in _launches(case, rank, made[ask][0][rank], outputs[i][rank], memory, timeout):
                 rows = case.clusters_of(ask.tokens)
                 streams[rank].append((i, _Launch(0, 0, ask.case, rank, counted[rank], case.cluster, rows, case.threads), params))
@@ -153,7 +166,7 @@ def emulate(
     job = _Job(library.world, len(queued), MODES.index(mode), victim, absent_launch, ctypes.sizeof(_Job), seed)
     job.workspace_bytes, job.launch = memory.workspaces[0].nbytes, ctypes.addressof(array)
     job.failures, job.failure_bytes = ctypes.addressof(memory.failures), ctypes.sizeof(FailureRecord)
-    ranges = sorted(r for of_call in outputs for out in of_call for r in _memory_of(out))
+    ranges = sorted([*(r for of_call in outputs for out in of_call for r in _memory_of(out)), *written])
     flat = (ctypes.c_uint64 * (2 * len(ranges)))(*(end for r in ranges for end in r))
     job.outputs, job.output = len(ranges), ctypes.addressof(flat)
     library.emulate(ctypes.byref(job))
@@ -227,7 +240,7 @@ def _launches(case: Case, rank: int, call: Call, out: Output, memory: _Memory, t
         p = Params()
         fill_shape(p, case.topology, request, made, rank)
         if more is not None:
-            p.first, p.count, p.pad = more
+            p.first, p.count, p.scale_rows = more
         if call.shard is not None:
             fill_shard(p, call.shard, out, "norm" if call.quant is None else "codes")
         else:
@@ -240,12 +253,38 @@ def _launches(case: Case, rank: int, call: Call, out: Output, memory: _Memory, t
         yield p
 
 
+def _written_late(
+    library: Library, call: Call, rank: int, between: int, memory: _Memory
+) -> tuple[Call, list[tuple[_Launch, Params]], list[tuple[int, int]]]:
+    """``call`` with a weight and a scale that hold nothing yet, the launches that write them, and their memory."""
+    launches: list[tuple[_Launch, Params]] = []
+    ranges, norm, quant = [], call.norm, call.quant
+
+    def late(tensor: torch.Tensor) -> torch.Tensor:
+        empty = torch.full_like(tensor, 3.0)
+        source = tensor.view(torch.int32) if tensor.dim() else tensor.reshape(1).view(torch.int32)
+        writer = Params(partial=source.data_ptr(), stream=empty.data_ptr(), tokens=source.numel())
+        launches.append((_Launch(0, 0, len(library.cases), rank, 0, 1, 1, 32), writer))
+        ranges.append((empty.data_ptr(), empty.data_ptr() + empty.nbytes))
+        return empty
+
+    if norm is not None:
+        norm = replace(norm, weight=late(norm.weight))
+    if quant is not None and isinstance(quant.given_scale, torch.Tensor):
+        quant = replace(quant, **{"global_scale" if hasattr(quant, "global_scale") else "scale": late(quant.given_scale)})  # type: ignore[arg-type]
+    launches += [(_Launch(0, 0, len(library.cases) + 1, rank, 0, 1, 1, 32), Params()) for _ in range(between)]
+    for _, params in launches:
+        for peer, workspace in enumerate(memory.workspaces):
+            params.workspace[peer] = workspace.data_ptr()
+    return replace(call, norm=norm, quant=quant), launches, ranges
+
+
 def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> tuple[list[Call], list[Output]]:
     """What every rank calls, and what every rank must get."""
     partials, residual, weight = _inputs(case, ask.tokens, kind, seed)
     if terms is not None:
         partials = [terms(rank, partial) for rank, partial in enumerate(partials)]
-    norm = RMSNorm(weight, eps=ask.eps, weight_offset=1.0) if case.norm else None
+    norm = RMSNorm(weight, eps=ask.eps, weight_offset=1.0, prefetch=case.prefetch) if case.norm else None
     epilogue = {"residual": residual, "norm": norm, "quant": case.quant, "keep_norm": case.keep_norm}
     rows = [owned_rows(ask.tokens, case.world, rank) for rank in range(case.world)]
     request, device = case.request(ask.tokens), torch.device("cpu")
