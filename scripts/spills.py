@@ -55,9 +55,8 @@ def requests(hidden_size: int, dtype: torch.dtype, quant: Quant | None) -> Itera
     for residual, (norm, keep, wide), operation in itertools.product((False, True), NORMS, OPERATIONS):
         if (keep and quant is None) or (wide and dtype is torch.float32):
             continue
-        given = {"has_residual": residual, "has_norm": norm, "quant": quant, "keep_norm": keep}
         try:
-            wanted = Wanted.of(**given, operation=operation)  # type: ignore[arg-type]
+            wanted = Wanted.of(has_residual=residual, has_norm=norm, quant=quant, keep_norm=keep, operation=operation)
         except (ArgumentError, FormatError):
             continue
         moves = operation == "all_gather"
@@ -68,7 +67,7 @@ def requests(hidden_size: int, dtype: torch.dtype, quant: Quant | None) -> Itera
 def variants(world: int) -> Iterator[Variant]:
     """The kernels of a world, each as often as plans name it."""
     for hidden_size, dtype, asked in itertools.product(FACTORS["hidden_size"], VALUE_DTYPES, ("plan", "one_shot", "two_shot", "few SMs")):
-        overrides = Overrides(**{"plan": {}, "few SMs": {"max_sms": 16}}.get(asked, {"algorithm": asked}))  # type: ignore[arg-type]
+        overrides = Overrides(**{"plan": {}, "few SMs": {"max_sms": 16}}.get(asked, {"algorithm": asked}))
         topology = Topology(world, MOST_TOKENS, hidden_size, dtype, ARCHITECTURE, MULTIPROCESSORS, 1, overrides)
         for quant in FORMATS.values():
             if quant is not None and quant.block and hidden_size % quant.block:
@@ -98,7 +97,7 @@ def order(every: Sequence[Variant], raw: dict[str, dict[str, Any]]) -> Iterator[
         yield from (v for v in members[:FIRST] if key(v) not in raw)
 
     def spare(name: str) -> int:
-        return min(row["allowed"] - row["registers"] - row["spilled"] for v in families[name] if (row := raw.get(key(v))))
+        return min(int(row["allowed"] - row["registers"] - row["spilled"]) for v in families[name] if (row := raw.get(key(v))))
 
     left = {name for name, members in families.items() if any(key(v) not in raw for v in members)}
     while left:

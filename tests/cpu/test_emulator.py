@@ -161,20 +161,23 @@ def test_a_weight_and_a_scale_that_are_written_late(build: Build, name: str, bet
         assert run.problem() == "", seed
 
 
+#: Read before the wait for the kernel before.
+_TABLE = (
+    Edit("formats/nvfp4.cuh", "    if (!p.scale) fill<C>(shared);", "    if (p.scale) scale = *p.scale;\n    fill<C>(shared);"),
+    Edit("formats/nvfp4.cuh", "    if (!p.scale) return;", "    return;"),
+)
+_SCALE = (
+    Edit("opening.cuh", "    row.ask();\n", ""),
+    Edit("opening.cuh", "    wait_for_previous_kernel();\n", "    row.ask();\n    wait_for_previous_kernel();\n"),
+)
+
+
 @pytest.mark.parametrize("between", [0, 1])
 @pytest.mark.parametrize(
     ("case", "edits"),
-    [
-        (Case(2, 264, 32), ()),  # a weight that is read ahead
-        (
-            replace(LATE["one-shot"], norm=False),
-            (Edit("formats/nvfp4.cuh", "    if (!p.scale) fill<C>(shared);", "    if (p.scale) scale = *p.scale;\n    fill<C>(shared);"),
-             Edit("formats/nvfp4.cuh", "    if (!p.scale) return;", "    return;")),
-        ),
-        (replace(LATE["two-shot"], norm=False), (Edit("opening.cuh", "    row.ask();\n", ""), Edit("opening.cuh", "    wait_for_prev", "    row.ask();\n    wait_for_prev"))),
-    ],
+    [(Case(2, 264, 32), ()), (replace(LATE["one-shot"], norm=False), _TABLE), (replace(LATE["two-shot"], norm=False), _SCALE)],
     ids=["weight", "table", "scale"],
-)  # fmt: skip
+)
 def test_what_is_read_early_is_seen(build: Build, case: Case, edits: tuple[Edit, ...], between: int) -> None:
     """The emulator shows the fault that the tests above are there for."""
     library = build(case, edits=edits)

@@ -24,10 +24,8 @@ from collogue.testing.covering import variant_of
 
 ELF = b"\x7fELF"
 #: A one-shot kernel of one row, with a residual and a norm.
-ONE_SHOT = {
-    **{"format": "none", "world": 2, "hidden_size": 7168, "architecture": "sm_90a", "dtype": torch.bfloat16, "kernel": "one_shot"},
-    **{"norm": True, "keep_norm": False, "wide_weight": False, "residual": True, "tokens": 1},
-}
+ONE_SHOT: dict[str, Any] = {"format": "none", "world": 2, "hidden_size": 7168, "dtype": torch.bfloat16, "kernel": "one_shot", "norm": True}
+ONE_SHOT |= {"architecture": "sm_90a", "keep_norm": False, "wide_weight": False, "residual": True, "tokens": 1}
 
 
 @pytest.fixture

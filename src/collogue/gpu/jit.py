@@ -157,7 +157,7 @@ def sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
 def local_bytes(cubin: bytes) -> int:
     """Bytes of local memory that a thread has in a kernel of ``cubin``: 0 unless something spills."""
     info = next(content for name, content in sections(cubin) if name == ".nv.info")
-    return max(struct.unpack_from("<I", info, at.end() + 4)[0] for at in re.finditer(re.escape(_FRAME_SIZE), info))
+    return max(int(struct.unpack_from("<I", info, at.end() + 4)[0]) for at in re.finditer(re.escape(_FRAME_SIZE), info))
 
 
 def load(code: bytes, name: str) -> Any:

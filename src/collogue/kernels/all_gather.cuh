@@ -97,7 +97,7 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
     }
   }
   opening.compare_later();
-  if (ranks.stopped) ranks.report();
+  opening.end();
 }
 
 }  // namespace collogue

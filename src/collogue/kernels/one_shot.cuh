@@ -63,7 +63,7 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
     for (int i = 0; i < C::kVectors; i++) x[i] = source.term(t, i);
     if constexpr (C::kResidual && C::kVectors == 1) r = row.load(p.residual + row.offset(t), 0);
   }
-  if (ranks.stopped) ranks.report();
+  opening.end();
 }
 
 }  // namespace collogue

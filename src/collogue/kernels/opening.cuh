@@ -5,7 +5,8 @@
 //   ask for the control words    their load is the longest way to the first send: where to, and whether at all
 //   ask for what is sent         the inputs; and scales, weights that may just have been written, which come with them
 //   launch the next kernel       so that its constructors run now. Not before the loads have been issued, which its CTAs would delay.
-//                                It waits for the end of this kernel all the same
+//                                It waits for the end of this kernel all the same. kLaunchLate: at the end instead, because it takes
+//                                room that a kernel of another communicator may need before this one can end (docs/design.md)
 //   begin the call               number, stop word and generation follow from the control words
 //   [send]                       nothing stands in front of the first send that is not in this list
 //   announce                     count the warps that have read the control words; journal and marks
@@ -36,7 +37,7 @@ struct Opening {
     ranks.ask();
     load();
     row.ask();
-    launch_next_kernel();
+    if constexpr (!C::kLaunchLate) launch_next_kernel();
     ranks.begin_call();
   }
   // From the first sends on, once. One-shot leaves `left` bytes of its slots to the next call.
@@ -55,7 +56,12 @@ struct Opening {
     row.get_ready();
     if constexpr (C::kLoop) compare();
   }
-  // Where something else is waited for, or at the end.
+  // At the end, when nothing is waited for any more.
+  COLLOGUE_DEVICE void end() const {
+    if constexpr (C::kLaunchLate) launch_next_kernel();
+    if (ranks.stopped) ranks.report();
+  }
+  // Where something else is waited for, or before end().
   COLLOGUE_DEVICE void compare_later() const {
     if constexpr (!C::kLoop) compare();
   }

@@ -59,6 +59,7 @@ struct Params {
 //   kFirstPoll                           cycles between sending and the first poll
 //   kAhead                               two-shot: turns between the sum of a row and its finish, 0 or 1
 //   kLateWeight                          whether the weight is read behind the wait for the previous kernel
+//   kLaunchLate                          whether the next kernel is launched at the end of this one
 //   kGather                              whether the finished rows of an owner go to every rank
 // };
 

@@ -122,7 +122,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
   // A rank that owns no row waits for nobody, and would run ahead: it must know that all have come this far.
   if (!C::kGather && opening.first_warp) ranks.wait_for_marks();
   opening.compare_later();
-  if (ranks.stopped) ranks.report();
+  opening.end();
 }
 
 }  // namespace collogue

@@ -176,7 +176,7 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
     }
   }
   opening.compare_later();
-  if (ranks.stopped) ranks.report();
+  opening.end();
 }
 
 }  // namespace collogue

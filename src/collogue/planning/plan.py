@@ -264,6 +264,8 @@ def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str) -
     ctas = topology.multiprocessors * ctas_per_multiprocessor(topology, shape, algorithm)
     if topology.ranks_per_gpu > 1:
         ctas //= 2 * topology.ranks_per_gpu  # this kernel and, where it starts early, the next of every rank are resident together
+    if algorithm != "local":
+        ctas //= topology.concurrent  # the kernels of every communicator that may wait at a time are resident together
     if shape.cluster > 1:
         ctas = ctas * 9 // 10  # a tenth is lost where clusters do not fill a GPC
     return max(1, min(ctas, MAX_CTAS) // shape.cluster)
@@ -335,4 +337,5 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         stream=request.wanted.reduced or request.wanted.residual,
         gather=request.operation == "sharded",
         late_weight=request.late_weight and request.norm and shape.vectors == 1,  # several vectors are read in their turn
+        launch_late=topology.concurrent > 1 and algorithm != "local",  # which waits for nobody
     )

@@ -133,6 +133,7 @@ class Variant:
     stream: bool = True
     gather: bool = False
     late_weight: bool = False
+    launch_late: bool = False
     source_type: str = "DirectSource"
 
     @property
@@ -164,6 +165,7 @@ class Variant:
             "unsigned kAhead": self.ahead,
             "bool kGather": _flag(self.gather),
             "bool kLateWeight": _flag(self.late_weight),
+            "bool kLaunchLate": _flag(self.launch_late),
         }
         body = "\n".join(f"  static constexpr {name} = {value};" for name, value in constants.items())
         return (

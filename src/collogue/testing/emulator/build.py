@@ -41,6 +41,8 @@ class Case:
     ``kernel``: ``one_shot``, ``two_shot``, ``local``, or an operation: ``sharded``, ``reduce_scatter``, ``all_gather`` (of the norm, or
     of codes where ``quant`` is given).
 
+    ``prefetch`` as of :class:`collogue.RMSNorm`, ``concurrent`` as of :class:`collogue.Communicator`.
+
     ``rows`` clusters of CTAs do all rows of a call in turns; ``None``: one cluster a row. Each thread holds ``vectors`` times 8 elements.
     """
 
@@ -58,6 +60,7 @@ class Case:
     vectors: int = 1
     launches: int = 1
     prefetch: bool = True
+    concurrent: int = 1
 
     @property
     def cluster(self) -> int:
@@ -107,7 +110,7 @@ class Case:
 
     @property
     def topology(self) -> Topology:
-        return Topology(self.world, self.max_tokens, self.hidden_size, self.dtype, "sm_90a", 132, 1)
+        return Topology(self.world, self.max_tokens, self.hidden_size, self.dtype, "sm_90a", 132, 1, concurrent=self.concurrent)
 
     @property
     def variant(self) -> Variant:

@@ -69,8 +69,8 @@ _ADD = """        if (first + b == 0)
         else if (first + b < C::kWorld)
           add<D>(sum, term[b]);
 """
-_REPORT = "  if (ranks.stopped) ranks.report();\n"
-_LAUNCH_NEXT = "    launch_next_kernel();\n"
+_REPORT = "    if (ranks.stopped) ranks.report();\n"
+_LAUNCH_NEXT = "    if constexpr (!C::kLaunchLate) launch_next_kernel();\n"
 
 _TWO_RECIPROCALS = Edit(
     "formats/nvfp4.cuh", _FACTOR, "    float factor = sf & 0x7fu ? reciprocal(e4m3_value(sf & 0x7fu) * reciprocal(scale)) : 0.0f;\n"
@@ -130,7 +130,7 @@ _NO_BOUND = (
     Edit("protocol.cuh", "      if (look) {\n", "      if (false) {\n"),
     Edit("protocol.cuh", "    stopped = head.w[2];\n", "    stopped = 0;\n"),
     Edit("protocol.cuh", "    if (!active || stopped || offset >= p.slot_bytes) return;\n", "    if (!active) return;\n"),
-    Edit("one_shot.cuh", _REPORT, ""),
+    Edit("opening.cuh", _REPORT, ""),
 )
 _NO_MARKS = (
     Edit("protocol.cuh", "    if (stopped) return;\n    const Words entry[2]", "    if (true) return;\n    const Words entry[2]"),
@@ -243,9 +243,7 @@ SWITCHES: tuple[Switch, ...] = (
         "dependents launched at the end of the kernel",
         (
             Edit("opening.cuh", _LAUNCH_NEXT, ""),
-            Edit(
-                "one_shot.cuh", "  if (ranks.stopped) ranks.report();\n", "  launch_next_kernel();\n  if (ranks.stopped) ranks.report();\n"
-            ),
+            Edit("opening.cuh", _REPORT, f"    launch_next_kernel();\n{_REPORT}"),
         ),
         architectures=_CLUSTERS,
     ),
