@@ -81,6 +81,7 @@ class Communicator(Operations):
             self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table)
             check_width(self.topology, hidden_size)
             self._engine = make_engine(self._group, self.topology, timeout)
+        self._quick = self._engine.quick  # type: ignore[method-assign]
         self.group_name = self._group.name
         self.name = registry.register(self, self.group_name)
 
@@ -244,9 +245,11 @@ class Communicator(Operations):
         """
         self._refuse_capture("close")
         engine, self._engine = self._engine, None
+        self.__dict__.pop("_quick", None)
         if engine is not None:
             registry.forget(self.name)
             engine.close(collective)
+            del self._group  # a gloo group that outlives `destroy_process_group` may abort its process when the interpreter ends
 
     def __repr__(self) -> str:
         """``Communicator('0/bfloat16', rank 0 of 2 on cuda:0, at most 4096 x 7168 bfloat16)``."""

@@ -40,9 +40,6 @@ def make_engine(group: Group, topology: Topology, timeout: float) -> Engine:
 
 def run(engine: Engine, capacity: Capacity, call: Call, out: Output | None = None) -> Output:
     """Check a call and run it; without tokens there is nothing to do."""
-    done = engine.quick(call, out)
-    if done is not None:
-        return done
     if call.shard is None:
         check_call(capacity, call)
     if out is not None:

@@ -12,6 +12,7 @@ from collogue.calls.capacity import Capacity
 from collogue.calls.gather import check_gather
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 from collogue.contract.spec import Output, RMSNorm
+from collogue.ops import is_traced
 
 #: Formats whose calls return scales.
 Scaled: TypeAlias = NVFP4 | MXFP4 | MXFP8 | FP8PerToken | FP8Group
@@ -304,7 +305,7 @@ class Operations:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        if ops.is_traced():
+        if is_traced():
             return ops.gather(self.name, shard, tokens, quant, out)
         self._open()  # closed is the first thing that can be wrong
         return self._run(check_gather(self._capacity, shard, tokens, quant), out)
@@ -372,9 +373,14 @@ class Operations:
         return self._call(Call(y, None, norm, quant, keep_norm, "finish"), out)
 
     def _call(self, call: Call, out: Output | None) -> Output:
-        if ops.is_traced():
+        if is_traced():
             return ops.call(self.name, call, out)
-        return self._run(call, out)
+        done = self._quick(call, out)
+        return done if done is not None else self._run(call, out)
+
+    @staticmethod
+    def _quick(call: Call, out: Output | None) -> Output | None:
+        """A call like one before in which nothing is unusual; ``None``, with nothing done, where anything is."""
 
     def _open(self) -> object:
         """Raise :class:`ClosedError` where the communicator is closed."""

@@ -97,33 +97,32 @@ def _format(label: str, scale: float, smallest: float) -> Quant | None:
 # ---- what runs
 
 
-class _Arguments(NamedTuple):
-    """:data:`ARGUMENTS` as Python has them."""
-
-    partial: Tensor
-    residual: Tensor | None
-    weight: Tensor | None
-    eps: float
-    weight_offset: float
-    quant: str
-    scale: Tensor | None
-    scale_value: float
-    smallest: float
-    keep_norm: bool
-    comm: str
-
-
-def _run(operation: Operation, *given: Any) -> list[Tensor]:
-    asked = _Arguments(*given)
-    format, scale = _format(asked.quant, asked.scale_value, asked.smallest), asked.scale
+def _run(
+    operation: Operation,
+    partial: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    quant: str,
+    scale: Tensor | None,
+    scale_value: float,
+    smallest: float,
+    keep_norm: bool,
+    comm: str,
+) -> list[Tensor]:
+    format = _format(quant, scale_value, smallest)
     if scale is not None and isinstance(format, NVFP4):
         format = NVFP4(scale, format.layout)
     elif scale is not None and isinstance(format, FP8Static):
         format = FP8Static(scale)
-    norm = None if asked.weight is None else RMSNorm(asked.weight, asked.eps, asked.weight_offset)
-    owner = registry.find(asked.comm)
-    parts = _parts(operation, asked.partial.contiguous(), asked.residual, format, owner.max_tokens)
-    calls = (Call(partial, residual, norm, format, asked.keep_norm, operation) for partial, residual in parts)
+    norm = None if weight is None else RMSNorm(weight, eps, weight_offset)
+    owner = registry.find(comm)
+    done = owner._quick(Call(partial, residual, norm, format, keep_norm, operation), None)
+    if done is not None:
+        return _tensors(done)
+    parts = _parts(operation, partial.contiguous(), residual, format, owner.max_tokens)
+    calls = (Call(rows, theirs, norm, format, keep_norm, operation) for rows, theirs in parts)
     outs = [owner._run(call) for call in calls]
     if len(outs) == 1:
         return _tensors(outs[0])
@@ -165,6 +164,22 @@ def _run_gather(*given: Any) -> list[Tensor]:
 
 
 # ---- what tracers see
+
+
+class _Arguments(NamedTuple):
+    """:data:`ARGUMENTS` as Python has them."""
+
+    partial: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    eps: float
+    weight_offset: float
+    quant: str
+    scale: Tensor | None
+    scale_value: float
+    smallest: float
+    keep_norm: bool
+    comm: str
 
 
 def _fake(operation: Operation, *given: Any, **named: Any) -> list[Tensor]:
@@ -218,15 +233,23 @@ _TENSORS = ("partial", "residual", "RMSNorm.weight")
 _GATHERED_TENSORS = tuple(f"shard.{name}" for name in OUTPUTS)
 
 
-def _refuse_grad(operator: str, tensors: tuple[str, ...], keys: Any, *given: Any) -> list[Tensor]:
-    """Refuse what an eager call refuses, tensors that require grad in grad mode, and go on below autograd."""
+def _refuse_grad(operator: str, tensors: tuple[str, ...], run: Any, keys: Any, *given: Any) -> list[Tensor]:
+    """Refuse what an eager call refuses, tensors that require grad in grad mode, and go on below autograd.
+
+    Where nothing traces, the kernel itself comes next: then without another way through the dispatcher.
+    """
     if torch.is_grad_enabled():
         check_no_grad(*zip(tensors, given, strict=False))
+    if (keys & torch._C._after_autograd_keyset).highestPriorityTypeId() in _KERNELS:
+        with torch._C._AutoDispatchBelowAutograd():
+            eager: list[Tensor] = run(*given)
+        return eager
     with torch._C._AutoDispatchBelowAutograd():
         done: list[Tensor] = getattr(torch.ops.collogue, operator).default.redispatch(keys & torch._C._after_autograd_keyset, *given)
     return done
 
 
+_KERNELS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 _library: Any = torch.library.Library("collogue", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides]
 
@@ -235,7 +258,7 @@ def _register(name: str, arguments: str, tensors: tuple[str, ...], run: Any, fak
     _library.define(f"{name}({arguments}) -> Tensor[]", tags=_TAGS)
     for device in ("CPU", "CUDA"):
         _library.impl(name, run, device)
-    _library.impl(name, functools.partial(_refuse_grad, name, tensors), "Autograd", with_keyset=True)
+    _library.impl(name, functools.partial(_refuse_grad, name, tensors, run), "Autograd", with_keyset=True)
     torch.library.register_fake(f"collogue::{name}", fake, lib=_library)
 
 

@@ -40,13 +40,23 @@ class Bench:
 
     def __init__(self, operation: Operation = "all_reduce", *, rank: int = 1, **given: Any) -> None:
         self.capacity = Capacity(8, H, BF16, CPU, 2, rank)
-        self.launcher: Any = SimpleNamespace(params=Params())
+        self.launcher: Any = SimpleNamespace(params=Params(), quant=None)
         self.launched: list[bytes] = []
         self.words = (ctypes.c_uint64 * 2)()
         words = ctypes.c_uint64.from_buffer(self.words, 0), ctypes.c_uint32.from_buffer(self.words, 8)
         self.engine: Any = SimpleNamespace(index=-1, in_use=Exclusive(), stream=7, failure_words=words)
         self.first = check_call(self.capacity, self.call(operation, **given))
-        self.bound = bound.bind(self.engine, self.first.signature, self.launcher, self._launch)
+        self.fresh = self.bind(None)
+        self.into = self.bind(self.first.signature.empty())
+
+    def bind(self, out: Output | None) -> bound.Bound:
+        made = bound.bind(self.engine, self.first, out, self.launcher, self._launch)
+        assert made is not None
+        return made
+
+    def bound(self, call: Call, out: Output | None) -> Output | None:
+        """The bound call that the key of such a call finds."""
+        return (self.fresh if out is None else self.into)(call, out)
 
     def call(self, operation: Operation = "all_reduce", **changes: Any) -> Call:
         """A call with fresh tensors."""
@@ -101,15 +111,24 @@ def test_parameters_are_those_of_the_long_way(operation: Operation, quant: Quant
         pass
 
 
-def test_scalars_may_change_between_calls() -> None:
-    bench = Bench(quant=NVFP4(3.0))
-    for quant in (NVFP4(3.0), NVFP4(torch.tensor(2.0)), NVFP4(5.0)):
+@pytest.mark.parametrize("scales", [(3.0, 5.0, 3.0), (torch.tensor(2.0), torch.tensor(4.0))], ids=["numbers", "tensors"])
+def test_scalars_may_change_between_calls(scales: tuple[Any, ...]) -> None:
+    bench = Bench(quant=NVFP4(scales[0]))
+    for scale in scales:
+        quant = NVFP4(scale)
         call = bench.call(quant=quant, norm=RMSNorm(torch.ones(H), eps=quant.block * 1e-6))
         out = bench.bound(call, None)
         assert out is not None
         got, expected = Params.from_buffer_copy(bench.launched.pop()), Params.from_buffer_copy(bench.expected(call, out))
         assert (got.scale, got.eps) == (expected.scale, expected.eps)
         assert got.scale or got.scale_value == expected.scale_value
+
+
+def test_a_tensor_in_the_place_of_a_number_takes_the_long_way() -> None:
+    for first, then in ((3.0, torch.tensor(3.0)), (torch.tensor(3.0), 3.0)):
+        bench = Bench(quant=NVFP4(first))
+        assert bench.bound(bench.call(quant=NVFP4(then)), None) is None
+        assert bench.idle()
 
 
 def test_the_residual_may_be_updated_in_place() -> None:
@@ -274,8 +293,6 @@ def test_an_inference_tensor_outside_of_inference_mode_takes_the_long_way() -> N
     bench = Bench()
     with torch.inference_mode():
         out = bench.first.signature.empty()
-        assert bench.bound(bench.call(), out) is out
-    bench.launched.clear()
     assert bench.bound(bench.call(), out) is None
     assert bench.idle()
 
@@ -286,7 +303,8 @@ def test_a_launch_that_fails_leaves_the_communicator_free() -> None:
     def fail(stream: int) -> None:
         raise RuntimeError("no")
 
-    broken = bound.bind(bench.engine, bench.first.signature, bench.launcher, fail)
+    broken = bound.bind(bench.engine, bench.first, None, bench.launcher, fail)
+    assert broken is not None
     with pytest.raises(RuntimeError):
         broken(bench.call(), None)
     assert bench.idle()

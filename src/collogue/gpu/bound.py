@@ -1,23 +1,25 @@
-"""Eager calls in as little host time as possible: everything that is the same in every call of a signature is looked up once.
+"""Eager calls in as little host time as possible: everything that is the same in every call of a kind is looked up once.
 
 A bound call makes all the checks of :func:`collogue.calls.call.check_call` and :func:`collogue.calls.outputs.check_out` in their
-cheapest form. It never raises: where anything is unusual it returns ``None`` and has done nothing, and the caller takes the long way,
-which finds the same and says what it is.
+cheapest form: its tensors must be like those of the call that was checked, by the guard that ``torch.compile`` uses (type, dtype,
+device, dispatch keys, whether a gradient is asked for, sizes and strides); addresses and scalars it looks at itself. Where anything is
+unusual it returns ``None`` and has done nothing, and the caller takes the long way, which finds the same and says what it is.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable
+import operator
+import sys
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from collogue.calls.call import ALIGNMENT, Call
-from collogue.calls.request import Form, Signature
+from collogue.calls.request import Form
 from collogue.contract.spec import OUTPUTS, Output, RMSNorm
 from collogue.gpu import header
 from collogue.gpu.launch import Launcher, Params
@@ -25,203 +27,176 @@ from collogue.gpu.launch import Launcher, Params
 if TYPE_CHECKING:
     from collogue.gpu.engine import KernelEngine
 
-#: Sets of addresses in which the outputs are known to overlap nothing, for each signature.
+#: Sets of addresses in which the outputs are known to overlap nothing, for each bound call.
 _MOST_PLACES = 64
-_POINTER = ctypes.sizeof(ctypes.c_void_p)
 _MISALIGNED = ALIGNMENT - 1
-_ORDINARY = frozenset({torch.Tensor, Parameter})
+#: Fields of :class:`Params` that hold the address of an output.
+_FIELDS = {"reduced": "stream", "residual": "stream", "norm": "norm", "codes": "codes", "scales": "scales"}
+
+#: Fields of :class:`Params` that hold addresses of a call's tensors: the first ones, 64 bits each.
+_ADDRESSES = [name for name, *_ in Params._fields_[:8]]
+assert all(getattr(Params, name).offset == 8 * place for place, name in enumerate(_ADDRESSES))
 
 Bound = Callable[[Call, "Output | None"], "Output | None"]
 
 
-def key_of(call: Call) -> tuple[Any, ...]:
+def key_of(call: Call, out: Output | None) -> tuple[Any, ...]:
     """What a bound call is found by. Raises :class:`AttributeError` where the arguments are not what they should be."""
     quant = call.quant
     return (
         call.operation,
         call.partial.shape,
         call.residual is None,
-        call.norm is None,
+        None if call.norm is None else call.norm.prefetch,
         None if quant is None else quant.label,
         call.keep_norm,
+        out is None,
+        torch.is_inference_mode_enabled(),
     )
 
 
-def bind(engine: KernelEngine, signature: Signature, launcher: Launcher, launch: Callable[[int], None]) -> Bound:
-    """The bound call of ``signature``: ``launch(stream)`` launches what ``launcher`` and its parameters say.
+def bind(engine: KernelEngine, call: Call, out: Output | None, launcher: Launcher, launch: Callable[[int], None]) -> Bound | None:
+    """Calls like ``call`` with ``out``, which have been checked. ``launch(stream)`` launches what ``launcher`` and its parameters say.
 
-    The checks of the weight's width, the format's block and the like were made by the first call of the signature.
+    ``None`` where this PyTorch has no such guard.
     """
-    request, forms, index = signature.request, signature.forms, engine.index
-    dtype, rows = request.dtype, signature.stream_rows
-    shape, residual_shape = torch.Size((request.tokens, request.hidden_size)), torch.Size((rows, request.hidden_size))
-    weight_shape, weight_dtype = torch.Size((request.hidden_size,)), torch.float32 if request.wide_weight else dtype
-    has_residual, has_norm, has_quant = request.residual, request.norm, request.quant is not None
-    partial_bytes, residual_bytes, weight_bytes = signature.input_bytes
-    params = launcher.params
-    pointers = (ctypes.c_uint64 * (ctypes.sizeof(Params) // _POINTER)).from_buffer(params)
-
-    def place(name: str) -> int:
-        return int(getattr(Params, name).offset) // _POINTER
-
-    partial_at, residual_at, weight_at, scale_at = map(place, ("partial", "residual", "weight", "scale"))
-    out_at = {"reduced": "stream", "residual": "stream", "norm": "norm", "codes": "codes", "scales": "scales"}
-    wanted = [(slot, forms[name], place(out_at[name]), name) for slot, name in enumerate(OUTPUTS) if name in forms]
-    allocators = [_allocator(form, signature.device) for _, form, _, _ in wanted]
+    forms, index, quant = call.signature.forms, engine.index, call.quant
+    named = [name for name in OUTPUTS if name in forms]
     absent = [name for name in OUTPUTS if name not in forms]
-    apart: set[tuple[int, ...]] = set()
+    has_residual, has_norm, has_out = call.residual is not None, call.norm is not None, out is not None
+    has_scale = quant is not None and quant.given_scale is not None
+    has_scale_tensor = has_scale and isinstance(quant.given_scale, torch.Tensor)  # type: ignore[union-attr]
+    has_smallest = hasattr(quant, "smallest")
+    reads = ["partial"] + ["residual"] * has_residual + ["norm.weight"] * has_norm + ["quant.given_scale"] * has_scale_tensor
+    fields = [name.split(".")[-1].removeprefix("given_") for name in reads] + [_FIELDS[name] for name in named] * has_out
+    inputs, outputs, others = _together(reads), _together(named), _together(absent)
+    nothing = (None,) * len(absent)
+    fits, outs_fit = _guard(inputs(call)), _guard(outputs(out) if has_out else ())
+    if fits is None or outs_fit is None:
+        return None
+    params = launcher.params
+    words = memoryview((ctypes.c_ubyte * ctypes.sizeof(params)).from_buffer(params)).cast("B")[: 8 * len(_ADDRESSES)]
+    pointers = (ctypes.c_uint64 * len(_ADDRESSES)).from_buffer(params)
+    places = [_ADDRESSES.index(field) for field in fields]
+    spans = call.signature.input_bytes, tuple(forms[name].nbytes for name in named)
+    padded = [(name, forms[name].nbytes) for name in named if forms[name].padded] if has_out else []
+    allocators = [(OUTPUTS.index(name), _ADDRESSES.index(_FIELDS[name]), _allocator(forms[name], call.signature.device)) for name in named]
     group_word = params.header[1]
     fault, late_rank = engine.failure_words
     acquire, release = engine.in_use.acquire_now, engine.in_use.release
-    grad_enabled, inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
-    plain = torch.Tensor.__torch_dispatch__
     capturing, current_device = torch._C._cuda_isCurrentStreamCapturing, torch._C._cuda_getDevice
-    current_stream, transformed = torch._C._cuda_getCurrentRawStream, torch._C._functorch.maybe_current_level
+    current_stream, address_of = torch._C._cuda_getCurrentRawStream, torch.Tensor.data_ptr
+    known: dict[tuple[int, ...], bytes] = {}  # what words hold, by the addresses of tensors that were found to be right
 
-    def checked(tensor: torch.Tensor, of: torch.Size) -> int:
-        """The address of an input, 0 where it is not as it should be."""
-        if (
-            tensor.__class__ not in _ORDINARY
-            or tensor.dtype is not dtype
-            or tensor.shape != of
-            or tensor.get_device() != index
-            or not tensor.is_contiguous()
-            or tensor.is_neg()
-        ):
-            return 0
-        address = tensor.data_ptr()
-        return 0 if address & _MISALIGNED else address
-
-    def given(out: Output) -> list[torch.Tensor] | None:
-        """The tensors of ``out``, where they are exactly those of the call and may be written."""
-        for name in absent:
-            if getattr(out, name) is not None:
-                return None
-        found: list[torch.Tensor] = []
-        for _, form, _, name in wanted:
-            tensor = getattr(out, name)
-            if (
-                tensor.__class__ not in _ORDINARY
-                or tensor.dtype is not form.dtype
-                or tensor.shape != form.shape
-                or tensor.get_device() != index
-                or (not tensor.is_contiguous() if form.stride is None else tensor.stride() != form.stride)
-                or tensor.data_ptr() & _MISALIGNED
-                or (form.padded and tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size() < form.nbytes)
-                or (tensor.requires_grad and grad_enabled())
-                or (tensor.is_inference() and not inference())
-            ):
-                return None
-            found.append(tensor)
+    def packed(addresses: tuple[int, ...]) -> bytes | None:
+        """The words of tensors at ``addresses``; ``None`` where one is misaligned, or an output overlaps another tensor."""
+        row = [0] * len(_ADDRESSES)
+        for place, address in zip(places, addresses, strict=True):
+            row[place] = address
+        partial, residual, weight, *_ = row
+        scale = row[_ADDRESSES.index("scale")]
+        if any(address & _MISALIGNED for address in row if address != scale) or not all(addresses):
+            return None
+        if has_out and overlap(spans, (partial, residual, weight, scale), [row[_ADDRESSES.index(_FIELDS[name])] for name in named], named):
+            return None
+        if len(known) >= _MOST_PLACES:
+            known.clear()
+        known[addresses] = found = b"".join(address.to_bytes(8, sys.byteorder) for address in row)
         return found
 
-    def overlap(addresses: tuple[int, ...]) -> bool:
-        """Whether an output shares memory with another tensor of the call, but for a residual in place."""
-        partial, residual, weight, scale, *outs = addresses
-        spans = [(partial, partial + partial_bytes), (weight, weight + weight_bytes), (scale, scale + 4)]
-        for (_, form, _, name), first in zip(wanted, outs, strict=True):
-            spans.append((first, first + form.nbytes))
-            if name == "residual" and first == residual:
-                residual = 0  # in place
-        spans.append((residual, residual + residual_bytes))
-        spans = sorted(span for span in spans if span[0])
-        if any(last > first for (_, last), (first, _) in itertools.pairwise(spans)):
-            return True
-        if len(apart) >= _MOST_PLACES:
-            apart.clear()
-        apart.add(addresses)
-        return False
-
-    def call(call: Call, out: Output | None) -> Output | None:
-        if (
-            fault.value
-            or late_rank.value
-            or transformed() is not None
-            or forward_ad._current_level >= 0
-            or capturing()
-            or current_device() != index
-        ):
-            return None
-        partial = checked(call.partial, shape)
-        residual = weight = scale = 0
-        if not partial:
-            return None
-        grad = grad_enabled() and call.partial.requires_grad
-        if has_residual:
-            residual = checked(call.residual, residual_shape)  # type: ignore[arg-type]
-            if not residual:
-                return None
-            grad = grad or (call.residual.requires_grad and grad_enabled())  # type: ignore[union-attr]
+    def bound(call: Call, out: Output | None) -> Output | None:
         norm, quant = call.norm, call.quant
-        if has_norm:
-            if norm.__class__ is not RMSNorm:
+        if has_norm and norm.__class__ is not RMSNorm:
+            return None
+        if not has_scale_tensor and has_scale and isinstance(quant.given_scale, torch.Tensor):  # type: ignore[union-attr]
+            return None
+        tensors = inputs(call)
+        if not fits(*tensors):
+            return None
+        if has_out:
+            if out.__class__ is not Output or others(out) != nothing:
                 return None
-            vector = norm.weight
-            weight = vector.data_ptr()
-            if (
-                not weight
-                or vector.__class__.__torch_dispatch__ is not plain
-                or vector.dtype is not weight_dtype
-                or vector.shape != weight_shape
-                or vector.get_device() != index
-                or not vector.is_contiguous()
-                or vector.is_neg()
-                or weight & _MISALIGNED
-                or (vector.requires_grad and grad_enabled())
-            ):
+            given = outputs(out)
+            if not outs_fit(*given):
                 return None
-        given_scale = None
-        if has_quant:
-            given_scale = quant.given_scale  # type: ignore[union-attr]
-            if given_scale.__class__ in _ORDINARY:
-                if given_scale.get_device() != index:
-                    return None
-                scale = given_scale.data_ptr()
-                if not scale or given_scale.is_neg():
-                    return None
-        if grad or not acquire():
+            tensors += given
+        if fault.value or late_rank.value or forward_ad._current_level >= 0 or capturing() or current_device() != index:
+            return None
+        addresses = tuple(map(address_of, tensors))
+        row = known.get(addresses) or packed(addresses)
+        if row is None:
+            return None
+        for name, nbytes in padded:
+            tensor = getattr(out, name)
+            if tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size() < nbytes:
+                return None
+        if not acquire():
             return None
         try:
             stream = current_stream(index)
             if stream != engine.stream:
                 return None
-            if out is None:
-                tensors = [allocate() for allocate in allocators]
-                result = Output()
-                for (_, _, at, name), tensor in zip(wanted, tensors, strict=True):
-                    setattr(result, name, tensor)
-                    pointers[at] = tensor.data_ptr()
-            else:
-                held = given(out)
-                if held is None:
-                    return None
-                places = [tensor.data_ptr() for tensor in held]
-                addresses = (partial, residual, weight, scale, *places)
-                if addresses not in apart and overlap(addresses):
-                    return None
-                for (_, _, at, _), address in zip(wanted, places, strict=True):
-                    pointers[at] = address
-                result = out
-            pointers[partial_at] = partial
-            if has_residual:
-                pointers[residual_at] = residual
+            words[:] = row
+            if not has_out:
+                values: list[Any] = [None] * len(OUTPUTS)
+                for slot, place, allocate in allocators:
+                    values[slot] = tensor = allocate()
+                    pointers[place] = tensor.data_ptr()
+                out = Output(*values)
             if has_norm:
-                pointers[weight_at] = weight
                 params.eps, params.weight_offset = norm.eps, norm.weight_offset  # type: ignore[union-attr]
-            if has_quant:
-                pointers[scale_at] = scale
-                if given_scale is not None and not scale:
-                    params.scale_value = given_scale
-                smallest = getattr(quant, "smallest", None)
-                if smallest is not None:
+            if quant is not launcher.quant:
+                launcher.quant = quant
+                if has_scale and not has_scale_tensor:
+                    params.scale_value = quant.given_scale  # type: ignore[union-attr]
+                if has_smallest:
+                    smallest = quant.smallest  # type: ignore[union-attr]
                     params.smallest = smallest
                     params.header[1] = header.bounded(group_word, smallest)
             launch(stream)
-            return result
+            return out
         finally:
             release()
 
-    return call
+    return bound
+
+
+def overlap(
+    spans: tuple[tuple[int, ...], tuple[int, ...]], inputs: tuple[int, int, int, int], outs: Sequence[int], names: Sequence[str]
+) -> bool:
+    """Whether an output shares memory with another tensor of the call, but for a residual in place.
+
+    Args:
+        spans: bytes of partial, residual and weight, and of each output.
+        inputs: addresses of partial, residual, weight and scale, 0 where there is none.
+        outs: addresses of the outputs, which are called ``names``.
+    """
+    partial, residual, weight, scale = inputs
+    if "residual" in names and outs[names.index("residual")] == residual:
+        residual = 0  # in place
+    (partial_bytes, residual_bytes, weight_bytes), out_bytes = spans
+    taken = [(partial, partial + partial_bytes), (residual, residual + residual_bytes), (weight, weight + weight_bytes), (scale, scale + 4)]
+    taken += [(first, first + nbytes) for first, nbytes in zip(outs, out_bytes, strict=True)]
+    taken = sorted(span for span in taken if span[0])
+    return any(last > first for (_, last), (first, _) in itertools.pairwise(taken))
+
+
+def _together(names: Sequence[str]) -> Callable[[object], tuple[Any, ...]]:
+    """Reads these attributes, always as a tuple."""
+    if not names:
+        return lambda of: ()
+    read = operator.attrgetter(*names)
+    return read if len(names) > 1 else lambda of: (read(of),)
+
+
+def _guard(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
+    """A function that says whether tensors are like ``tensors``, and no two of them the same object."""
+    kind = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+    if kind is None:
+        return None
+    sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+    made: Callable[..., bool] = kind(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return made
 
 
 def _allocator(form: Form, device: torch.device) -> Callable[[], torch.Tensor]:

@@ -125,25 +125,28 @@ class KernelEngine:
     def quick(self, call: Call, out: Output | None) -> Output | None:
         """The same for a call like one before in which nothing is unusual; ``None``, with nothing done, where anything is."""
         try:
-            bound = self._bound.get(key_of(call))
+            bound = self._bound[key_of(call, out)]
+        except KeyError:
+            return None
         except (AttributeError, TypeError):  # arguments that are not what they should be
             return None
-        return None if bound is None else bound(call, out)
+        return bound(call, out)
 
     def run(self, call: Call, out: Output | None) -> Output:
         with self.in_use:
             if self._debug or (self.workspace is not None and self.workspace.failed):
                 self.check()
             ready = self._make_ready(call.signature)
-            if out is None:
-                out = call.signature.empty()
+            given, out = out, call.signature.empty() if out is None else out
             if torch._C._cuda_getDevice() != self.index:
                 with torch.cuda.device(self.index):
                     self._launch(ready, call, out)
             else:
                 self._launch(ready, call, out)
-            if ready.main is not None and call.shard is None and not self._debug:
-                keep(self._bound, key_of(call), bind(self, call.signature, ready.main, ready.launch))
+            if ready.main is not None and call.shard is None and not self._debug and self.stream is not None:
+                bound = bind(self, call, given, ready.main, ready.launch if ready.more else ready.main)
+                if bound is not None:
+                    keep(self._bound, key_of(call, given), bound)
             return out
 
     def _launch(self, ready: _Ready, call: Call, out: Output) -> None:
@@ -153,15 +156,16 @@ class KernelEngine:
             self._send(ready, call, out, stream)
             return
         self._order.enter(stream)
-        self.stream = self._order.stream
         self._send(ready, call, out, stream)
         self._order.leave(stream)
+        self.stream = self._order.stream
 
     def _send(self, ready: _Ready, call: Call, out: Output, stream: int) -> None:
         if call.operation == "all_gather":
             self._all_gather(ready, call, out, stream)
             return
         assert ready.main is not None
+        ready.main.quant = None
         fill_call(ready.main.params, call, out)
         ready.launch(stream)
 
@@ -225,9 +229,9 @@ _captured: set[KernelEngine] = set()
 def _launch_more(launcher: Launcher, more: tuple[tuple[int, int, int], ...], stream: int) -> None:
     """The launches after the first; then the parameters are the first one's again, also where a launch is refused."""
     params = launcher.params
-    before = params.first, params.count, params.pad
+    before = params.first, params.count, params.scale_rows
     try:
-        for params.first, params.count, params.pad in more:
+        for params.first, params.count, params.scale_rows in more:
             launcher(stream)
     finally:
-        params.first, params.count, params.pad = before
+        params.first, params.count, params.scale_rows = before

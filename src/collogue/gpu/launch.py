@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
+from collogue.contract.quant import Quant
 from collogue.errors import PlatformError
 from collogue.gpu.device import use_device
 from collogue.planning.plan import LaunchShape
@@ -38,7 +39,7 @@ class Params(ctypes.Structure):
                 "gather_bytes",
             )
         ),
-        *((name, ctypes.c_uint32) for name in ("first", "count", "block", "width", "wire_bytes", "pad")),
+        *((name, ctypes.c_uint32) for name in ("first", "count", "block", "width", "wire_bytes", "scale_rows")),
         *((name, ctypes.c_uint32) for name in ("column_stride", "shard_column_stride")),
         *((name, ctypes.c_float) for name in ("eps", "weight_offset", "scale_value", "smallest")),
         ("header", ctypes.c_uint32 * 2),
@@ -79,6 +80,8 @@ class Launcher:
         config.attrs, config.numAttrs = attributes, len(attributes)
         self._config = config
         self._stream = -1
+        #: The format whose numbers the parameters hold, where a bound call has put them there.
+        self.quant: Quant | None = None
 
     def __call__(self, stream: int) -> None:
         """Launch with the current parameters on a raw stream of the current device."""
