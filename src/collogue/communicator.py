@@ -19,7 +19,7 @@ from collogue.engine import Engine, make_engine, run
 from collogue.errors import ArgumentError, CaptureError, ClosedError, CollogueError, ShapeError
 from collogue.gpu.journal import Journal
 from collogue.gpu.watch import Watch, while_alive
-from collogue.group import as_group
+from collogue.group import as_group, making
 from collogue.operations import Operations
 from collogue.planning.plan import Plan, check_width, make_plan
 from collogue.planning.table import TableArgument
@@ -82,9 +82,16 @@ class Communicator(Operations):
         self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank)
         self._capacity.check()
         overrides = Overrides(algorithm, max_sms, cta_threads)
+<<<<<<< HEAD
         self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table, concurrent=concurrent)
         check_width(self.topology, hidden_size)
         self._engine = make_engine(self._group, self.topology, timeout)
+=======
+        with making(self._group):
+            self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table)
+            check_width(self.topology, hidden_size)
+            self._engine = make_engine(self._group, self.topology, timeout)
+>>>>>>> parallel
         self._quick = self._engine.quick  # type: ignore[method-assign]
         self.group_name = self._group.name
         self.name = registry.register(self, self.group_name)
