@@ -82,16 +82,10 @@ class Communicator(Operations):
         self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank)
         self._capacity.check()
         overrides = Overrides(algorithm, max_sms, cta_threads)
-<<<<<<< HEAD
-        self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table, concurrent=concurrent)
-        check_width(self.topology, hidden_size)
-        self._engine = make_engine(self._group, self.topology, timeout)
-=======
         with making(self._group):
-            self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table)
+            self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table, concurrent=concurrent)
             check_width(self.topology, hidden_size)
             self._engine = make_engine(self._group, self.topology, timeout)
->>>>>>> parallel
         self._quick = self._engine.quick  # type: ignore[method-assign]
         self.group_name = self._group.name
         self.name = registry.register(self, self.group_name)
