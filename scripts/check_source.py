@@ -22,6 +22,7 @@ ORDER = (
     "errors",
     "cache",
     "contract",
+    "link",
     "group",
     "calls",
     "planning",

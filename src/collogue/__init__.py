@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collogue.gpu.journal import Journal
     from collogue.planning.plan import Plan
     from collogue.pytorch import nn
+    from collogue.pytorch.cut import full_state_dict
     from collogue.pytorch.fusion import compile
     from collogue.pytorch.parallel import parallelize
 
@@ -51,6 +52,7 @@ __all__ = [
     "dequantize",
     "errors",
     "formats",
+    "full_state_dict",
     "nn",
     "parallelize",
     "quantize",
@@ -64,6 +66,7 @@ _HOMES = {
     "Journal": "collogue.gpu.journal",
     "Plan": "collogue.planning.plan",
     "compile": "collogue.pytorch.fusion",
+    "full_state_dict": "collogue.pytorch.cut",
     "parallelize": "collogue.pytorch.parallel",
     **dict.fromkeys(("MXFP4", "MXFP8", "NVFP4", "FP8Group", "FP8PerToken", "FP8Static", "Quant"), "collogue.contract.quant"),
     **dict.fromkeys(("dequantize", "quantize"), "collogue.contract.reference"),

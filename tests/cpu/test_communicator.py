@@ -321,8 +321,11 @@ def test_mismatched_calls_raise_on_every_rank_with_both_sides(what: str) -> None
             given.update(OTHER_CALLS[what])
         with pytest.raises(MismatchedCall) as raised:
             comm.all_reduce(**given)
-        comm.check()
+        for again in (comm.check, lambda: comm.all_reduce(**arguments(group.rank))):
+            with pytest.raises(MismatchedCall, match="rank 0 called with"):
+                again()
         comm.reset()
+        comm.check()
         check_works(comm)
         return str(raised.value)
 

@@ -20,7 +20,7 @@ from collogue.gpu.jit import KERNELS
 Array: TypeAlias = npt.NDArray[Any]
 
 F32 = np.float32
-SOURCE = (KERNELS / "quantize.cuh").read_text(encoding="utf-8")
+SOURCE = (KERNELS / "encode.cuh").read_text(encoding="utf-8")
 _RANGE = re.search(r"if \(s >= (\S+)f && s <= (\S+)f\)", SOURCE)
 assert _RANGE is not None
 #: Scales that the kernels divide by with a reciprocal.

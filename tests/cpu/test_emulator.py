@@ -34,7 +34,7 @@ CASES = {
     "sharded-cluster": Case(2, 576, 96, kernel="sharded", quant=NVFP4(37.5), max_tokens=5, rows=2),
     "sharded-float32": Case(4, 288, 64, kernel="sharded", quant=MXFP4(rounding="floor"), keep_norm=True, max_tokens=6, dtype=torch.float32),
     "sharded-loop": Case(3, 264, 32, kernel="sharded", quant=FP8PerToken(), max_tokens=7, rows=2),
-    "sharded-sum": Case(2, 576, 64, kernel="sharded", rows=1, residual=False, norm=False, max_tokens=5),
+    "sharded-no-norm": Case(2, 576, 64, kernel="sharded", rows=1, residual=False, norm=False, quant=NVFP4(37.5), max_tokens=5),
     "sharded-static": Case(2, 264, 64, kernel="sharded", quant=FP8Static(0.5), max_tokens=5, rows=1, keep_norm=True),
     "sharded-group": Case(
         2, 576, 64, kernel="sharded", vectors=2, rows=1, quant=FP8Group(48, scale_format="ue8m0", layout="column"), max_tokens=6
@@ -134,6 +134,54 @@ def test_rows_ahead_are_wiped(build: Build, wiped: str) -> None:
     case = Case(2, 264, 32, kernel="two_shot", rows=1, max_tokens=4)
     library = build(case, edits=(AHEAD, Edit("two_shot.cuh", wiped, ";\n")))
     assert any(emulate(library, (4, 3, 4), seed=seed, timeout=0.1).problem() for seed in range(4))
+
+
+# Weights and scales that the kernel before writes
+
+SCALE = torch.tensor([37.5])
+LATE = {
+    "one-shot": Case(2, 288, 32, quant=NVFP4(SCALE), prefetch=False),
+    "one-shot-loop": Case(2, 264, 32, rows=1, quant=FP8Static(SCALE), prefetch=False),
+    "one-shot-vectors": Case(2, 576, 64, vectors=2, rows=1, quant=NVFP4(SCALE), prefetch=False),
+    "two-shot": Case(2, 576, 64, kernel="two_shot", quant=FP8Static(SCALE), prefetch=False),
+    "sharded": Case(2, 288, 64, kernel="sharded", quant=NVFP4(SCALE), keep_norm=True, max_tokens=5, prefetch=False),
+    "reduce-scatter": Case(3, 64, 32, kernel="reduce_scatter", quant=FP8Static(SCALE), max_tokens=5, prefetch=False),
+    "local": Case(2, 576, 96, kernel="local", quant=NVFP4(SCALE), prefetch=False),
+    "local-loop": Case(2, 288, 64, kernel="local", rows=1, quant=FP8Static(SCALE), prefetch=False),
+}
+
+
+@pytest.mark.parametrize("between", [0, 1])
+@pytest.mark.parametrize("name", LATE)
+def test_a_weight_and_a_scale_that_are_written_late(build: Build, name: str, between: int) -> None:
+    """By the kernel before the call, or the one before that, which have let the next kernel start long before."""
+    library = build(LATE[name])
+    for seed in range(2):
+        run = emulate(library, tokens_of(LATE[name])[:3], seed=seed, mode=PRESENT[seed], victim=0, written_late=between)
+        assert run.problem() == "", seed
+
+
+#: Read before the wait for the kernel before.
+_TABLE = (
+    Edit("formats/nvfp4.cuh", "    if (!p.scale) fill<C>(shared);", "    if (p.scale) scale = *p.scale;\n    fill<C>(shared);"),
+    Edit("formats/nvfp4.cuh", "    if (!p.scale) return;", "    return;"),
+)
+_SCALE = (
+    Edit("opening.cuh", "    row.ask();\n", ""),
+    Edit("opening.cuh", "    wait_for_previous_kernel();\n", "    row.ask();\n    wait_for_previous_kernel();\n"),
+)
+
+
+@pytest.mark.parametrize("between", [0, 1])
+@pytest.mark.parametrize(
+    ("case", "edits"),
+    [(Case(2, 264, 32), ()), (replace(LATE["one-shot"], norm=False), _TABLE), (replace(LATE["two-shot"], norm=False), _SCALE)],
+    ids=["weight", "table", "scale"],
+)
+def test_what_is_read_early_is_seen(build: Build, case: Case, edits: tuple[Edit, ...], between: int) -> None:
+    """The emulator shows the fault that the tests above are there for."""
+    library = build(case, edits=edits)
+    assert any(emulate(library, (2, 3), seed=seed, written_late=between).problem() for seed in range(4))
 
 
 # Ranks that do not come
@@ -376,12 +424,12 @@ def test_calls_that_do_not_match(build: Build, kernel: str, what: str, odd: int)
 
 #: Rows of a call whose CTAs are held up for 0.15 s: the first of rank 0, which marks the call, and the second of rank 1.
 _HELD = Edit(
-    "one_shot.cuh",
-    "  Pair seen = {{0, 0}};\n",
-    "  Pair seen = {{0, 0}};\n"
-    "  if (p.rank == grid_row())\n"
-    "    for (const u64 from = time_ns(); time_ns() - from < 150000000ull;) {\n"
-    "    }\n",
+    "opening.cuh",
+    "    ranks.begin_call();\n",
+    "    ranks.begin_call();\n"
+    "    if (ranks.p.rank == grid_row())\n"
+    "      for (const u64 from = time_ns(); time_ns() - from < 150000000ull;) {\n"
+    "      }\n",
 )
 
 

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,9 @@ from collogue.planning.variant import Variant
 from collogue.testing.covering import variant_of
 
 ELF = b"\x7fELF"
+#: A one-shot kernel of one row, with a residual and a norm.
+ONE_SHOT: dict[str, Any] = {"format": "none", "world": 2, "hidden_size": 7168, "dtype": torch.bfloat16, "kernel": "one_shot", "norm": True}
+ONE_SHOT |= {"architecture": "sm_90a", "keep_norm": False, "wide_weight": False, "residual": True, "tokens": 1}
 
 
 @pytest.fixture
@@ -126,30 +131,31 @@ def test_the_key_holds_sources_options_version_and_architecture(monkeypatch: pyt
         patch.setitem(jit._OPTIONS, "fma", True)
         keys.append(jit._key("source", "sm_90a"))
     try:
-        for file in jit.KERNELS.glob("*.cuh"):
-            (tmp_path / file.name).write_bytes(file.read_bytes())
+        for name, text in jit.kernel_sources().items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
         with monkeypatch.context() as patch:
             patch.setattr(jit, "KERNELS", tmp_path)
-            jit._sources_hash.cache_clear()
+            jit.sources_hash.cache_clear()
             assert jit._key("source", "sm_90a") == keys[0]  # where the sources lie does not matter
-            for name in ("row.cuh", "ptx.cuh"):
+            for name in ("row.cuh", "formats/nvfp4.cuh"):
                 with open(tmp_path / name, "a") as file:
                     file.write("// changed\n")
-                jit._sources_hash.cache_clear()
+                jit.sources_hash.cache_clear()
                 keys.append(jit._key("source", "sm_90a"))
     finally:
-        jit._sources_hash.cache_clear()
+        jit.sources_hash.cache_clear()
     assert len(set(keys)) == len(keys) == 7
     assert jit._key("source", "sm_90a") == keys[0]
 
 
 def test_kernels_include_no_header_but_their_own() -> None:
     """No other header is part of the key."""
-    own = {file.name for file in jit.KERNELS.glob("*.cuh")}
-    for file in jit.KERNELS.glob("*.cu*"):
-        for line in file.read_text().splitlines():
+    sources = jit.kernel_sources()
+    for name, text in sources.items():
+        for line in text.splitlines():
             if line.lstrip().startswith("#include"):
-                assert line.split('"')[1] in own, f"{file.name}: {line}"
+                assert line.split('"')[1] in sources, f"{name}: {line}"
 
 
 # Files
@@ -254,3 +260,30 @@ def test_the_name_of_a_kernel_says_what_it_does(variant: Variant) -> None:
     choice = {"format": "fp8_per_token", "world": 4, "hidden_size": 7168, "architecture": "sm_90a", "dtype": torch.bfloat16}
     choice |= {"kernel": "one_shot", "norm": True, "keep_norm": True, "wide_weight": False, "residual": True, "tokens": 1}
     assert variant_of(choice).name == "collogue_one_shot_4_residual_norm_fp8pertoken"
+
+
+# Registers
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_a_kernel_that_would_spill_gets_more_registers(architecture: str) -> None:
+    """Launch bounds that ask for too many CTAs: the compiler is asked again, and only then."""
+    asked = replace(variant_of({**ONE_SHOT, "architecture": architecture}), ctas_per_multiprocessor=1)
+    many = replace(asked, ctas_per_multiprocessor=2048 // asked.threads)
+    code, log = jit.compile_source(many.source(), architecture, many.name, verbose=True)
+    assert jit.local_bytes(code) == jit.resources(log).stack > 0
+    assert jit.local_bytes(jit.compile_variant(many, architecture)[0]) == 0
+    code, _ = jit.compile_source(asked.source(), architecture, asked.name)
+    assert jit.compile_variant(asked, architecture)[0] == code
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{"format": "fp8_per_token", "tokens": 4096}, {"kernel": "sharded", "format": "nvfp4/128x4", "keep_norm": True, "wide_weight": True}],
+    ids=["one-shot rows in turn", "sharded"],
+)
+def test_two_kernels_that_once_spilled(choice: dict[str, Any]) -> None:
+    """With the launch bounds that the plan asks for."""
+    variant = variant_of({**ONE_SHOT, **choice})
+    code, _ = jit.compile_source(variant.source(), "sm_90a", variant.name)
+    assert jit.local_bytes(code) == 0

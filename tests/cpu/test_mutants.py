@@ -31,18 +31,19 @@ def not_waited_for(stage: str) -> Edit:
     return Edit(PROTOCOL, _POLL, f"waiting = any_in_warp(missing()) && stage != {stage};")
 
 
-def read_early(file: str) -> tuple[Edit, Edit]:
-    wait, ask = "  wait_for_previous_kernel();\n", "  ranks.ask();\n"
-    return Edit(file, ask, ""), Edit(file, wait, ask + wait)
+_OPENING = "opening.cuh"
+_PREVIOUS, _ASK = "    wait_for_previous_kernel();\n", "    ranks.ask();\n"
+NOT_AWAITED = Edit(_OPENING, _PREVIOUS, "")
+READ_EARLY = Edit(_OPENING, _PREVIOUS + _ASK, _ASK + _PREVIOUS)
 
 
-def advanced_early(file: str, announce: str, left: str = "") -> tuple[Edit, Edit]:
-    return Edit(file, announce, ""), Edit(file, "  ranks.ask();\n", f"  ranks.announce({_ARGUMENTS}{left});\n  ranks.ask();\n")
+def advanced_early(left: str = "0") -> tuple[Edit, Edit]:
+    announce = "    ranks.announce(thread, threads / 32, left);\n"
+    return Edit(_OPENING, announce, ""), Edit(_OPENING, _ASK, f"    ranks.announce({_ARGUMENTS}, {left});\n{_ASK}")
 
 
 _NO_DISGUISE = Edit(PROTOCOL, "v.part[i].w[j] == D::kSentinel ? 0u : v.part[i].w[j]", "v.part[i].w[j]")
 _ONE_GENERATION = Edit(PROTOCOL, "kGenerations = 2,", "kGenerations = 1,")
-_PREVIOUS = "  wait_for_previous_kernel();\n"
 _CLEAN = "call % 2 ? head.w[3] & 0xffffu : head.w[3] >> 16"
 
 MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
@@ -57,12 +58,12 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
     "one_shot: cleaned too early": (_SMALL["one_shot"], (Edit(PROTOCOL, "(call - 1) % kOneShot", "call % kOneShot"),)),
     "one_shot: the next generation cleaned": (_SMALL["one_shot"], (Edit(PROTOCOL, "(call - 1) % kOneShot", "(call + 1) % kOneShot"),)),
     "one_shot: no disguise": (_SMALL["one_shot"], (_NO_DISGUISE,)),
-    "one_shot: counter read early": (_SMALL["one_shot"], read_early(_ONE)),
+    "one_shot: counter read early": (_SMALL["one_shot"], (READ_EARLY,)),
     "one_shot: counter advanced early": (
         _SMALL["one_shot"],
-        advanced_early(_ONE, "ranks.announce(thread, threads / 32, Ranks<C>::kPeers * p.slot_bytes);", ", Ranks<C>::kPeers * p.slot_bytes"),
+        advanced_early("Ranks<C>::kPeers * ranks.p.slot_bytes"),
     ),
-    "one_shot: previous kernel not waited for": (_SMALL["one_shot"], (Edit(_ONE, _PREVIOUS, ""),)),
+    "one_shot: previous kernel not waited for": (_SMALL["one_shot"], (NOT_AWAITED,)),
     "one_shot: a vector too far": (
         _SMALL["one_shot"],
         (Edit(PROTOCOL, "send_vector(place[k], v)", "send_vector(place[k] + 112, v)"),),
@@ -70,6 +71,10 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
     "row exchange not waited for": (
         _WIDE["one_shot"],
         (Edit("exchange.cuh", "barrier_wait(&buffer.barrier[odd], C::kLoop ? (turn >> 1) & 1u : 0u);", ""),),
+    ),
+    "row exchange: blocks zeroed that others send": (
+        _WIDE["one_shot"],
+        (Edit("exchange.cuh", "for (u32 i = blocks + thread_index()", "for (u32 i = thread_index()"),),
     ),
     "group maxima overwritten by the next row": (
         Case(2, 768, 96, kernel="local", rows=1, residual=False, norm=False, quant=FP8Group(48)),
@@ -97,9 +102,9 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
         (Edit(_TWO, "ranks.target(k) + y_offset(t, i)", "ranks.target(k) + offset(t, i)"),),
     ),
     "two_shot: no disguise": (_SMALL["two_shot"], (_NO_DISGUISE,)),
-    "two_shot: counter read early": (replace(TWO_WARPS, kernel="two_shot"), read_early(_TWO)),
-    "two_shot: counter advanced early": (_SMALL["two_shot"], advanced_early(_TWO, "ranks.announce(thread, threads / 32);")),
-    "two_shot: previous kernel not waited for": (_SMALL["two_shot"], (Edit(_TWO, _PREVIOUS, ""),)),
+    "two_shot: counter read early": (replace(TWO_WARPS, kernel="two_shot"), (READ_EARLY,)),
+    "two_shot: counter advanced early": (_SMALL["two_shot"], advanced_early()),
+    "two_shot: previous kernel not waited for": (_SMALL["two_shot"], (NOT_AWAITED,)),
     "sharded: partials not waited for": (_SMALL["sharded"], (not_waited_for("kStagePartials"),)),
     "sharded: finished rows not waited for": (_CODES, (not_waited_for("kStageRows"),)),
     "sharded: one generation": (_SMALL["sharded"], (_ONE_GENERATION,)),
@@ -111,8 +116,8 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
     "sharded: codes not wiped": (_CODES, (Edit(_GATHER, "      store_word(codes_place, D::kSentinel);\n", ""),)),
     "sharded: scales not wiped": (_CODES, (Edit(_GATHER, "store_word(scale_place, D::kSentinel);", ";"),)),
     "sharded: no disguise": (_SMALL["sharded"], (_NO_DISGUISE,)),
-    "sharded: E8M0 bytes as they are": (TURNED[torch.float32][0], (Edit(_GATHER, "Quant::kMX ? 0x7e7e7e7eu : 0u", "0u"),)),
-    "sharded: previous kernel not waited for": (_SMALL["sharded"], (Edit(_SHARDED, _PREVIOUS, ""),)),
+    "sharded: E8M0 bytes as they are": (TURNED[torch.float32][0], (Edit("formats/mx.cuh", "kTurned = 0x7e7e7e7eu;", "kTurned = 0;"),)),
+    "sharded: previous kernel not waited for": (_SMALL["sharded"], (NOT_AWAITED,)),
     "reduce_scatter: partials not waited for": (_SMALL["reduce_scatter"], (not_waited_for("kStagePartials"),)),
     "reduce_scatter: start of the others not waited for": (_SMALL["reduce_scatter"], (not_waited_for("kStageStart"),)),
     "reduce_scatter: one generation": (_SMALL["reduce_scatter"], (_ONE_GENERATION,)),
@@ -127,7 +132,7 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
         _SMALL["all_gather"],
         (Edit(_ALL_GATHER, "store_word(reinterpret_cast<u8*>(flag), D::kSentinel);", ";"),),
     ),
-    "all_gather: previous kernel not waited for": (_SMALL["all_gather"], (Edit(_ALL_GATHER, _PREVIOUS, ""),)),
+    "all_gather: previous kernel not waited for": (_SMALL["all_gather"], (NOT_AWAITED,)),
 }
 MOST_SEEDS = 8
 #: One in use, one that a rank behind still reads, one that is being cleaned (docs/design.md).

@@ -37,7 +37,7 @@ mirrored = pytest.mark.parametrize(("name", "structure"), [("Params", Params), (
 
 @mirrored
 def test_members_have_the_same_order(name: str, structure: type[ctypes.Structure]) -> None:
-    header = "".join(file.read_text() for file in jit.KERNELS.glob("*.cuh"))
+    header = "".join(jit.kernel_sources().values())
     body = re.search(rf"struct {name} {{(.*?)\n}};", header, re.DOTALL)
     assert body is not None
     members = re.findall(r"(\w+)(?:\[\w+\])?(?=[,;])", re.sub(r"//.*", "", body[1]))
@@ -82,10 +82,10 @@ def test_the_parameters_are_the_first_launchs_again(refused: bool) -> None:
     launched = []
 
     class Launcher:
-        params = Params(first=0, count=4, pad=0)
+        params = Params(first=0, count=4, scale_rows=0)
 
         def __call__(self, stream: int) -> None:
-            launched.append((self.params.first, self.params.count, self.params.pad, stream))
+            launched.append((self.params.first, self.params.count, self.params.scale_rows, stream))
             if refused and len(launched) == 2:
                 raise PlatformError("x", hint="y")
 
@@ -93,4 +93,4 @@ def test_the_parameters_are_the_first_launchs_again(refused: bool) -> None:
     with pytest.raises(PlatformError) if refused else contextlib.nullcontext():
         _launch_more(launcher, ((4, 4, 0), (8, 2, 10)), 7)
     assert launched == [(4, 4, 0, 7), (8, 2, 10, 7)]
-    assert (launcher.params.first, launcher.params.count, launcher.params.pad) == (0, 4, 0)
+    assert (launcher.params.first, launcher.params.count, launcher.params.scale_rows) == (0, 4, 0)

@@ -127,7 +127,7 @@ def test_no_word_of_codes_is_the_sentinel(dtype: torch.dtype) -> None:
 
 @dtypes
 def test_no_word_of_turned_e8m0_bytes_is_the_sentinel(dtype: torch.dtype) -> None:
-    (turn,) = re.findall(r"kTurned = Quant::kMX \? (0x\w+)u : 0u", (jit.KERNELS / "gather.cuh").read_text())
+    (turn,) = re.findall(r"kTurned = (0x\w+)u;", (jit.KERNELS / "formats" / "mx.cuh").read_text())
     sentinel = SENTINELS[dtype.itemsize]
     assert pieces({sentinel}, 8) <= e8m0_bytes(dtype)  # as they are, some word would be
     assert not pieces({sentinel ^ int(turn, 16)}, 8) <= e8m0_bytes(dtype)

@@ -75,6 +75,7 @@ class Capacity:
             quant=quant,
             keep_norm=keep_norm,
             operation=operation,
+            late_weight=isinstance(norm, RMSNorm) and not norm.prefetch,
         )
 
     def signature(self, request: Request) -> Signature:

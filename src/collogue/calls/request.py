@@ -32,7 +32,10 @@ def keep(cache: dict[K, V], key: K, value: V) -> V:
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan is made for: the shape of a call, not its tensors."""
+    """What a plan is made for: the shape of a call, not its tensors.
+
+    ``late_weight``: the kernel before may write the weight. It makes another kernel, and no difference between ranks.
+    """
 
     tokens: int
     hidden_size: int
@@ -43,6 +46,7 @@ class Request:
     quant: Quant | None
     wanted: Wanted
     operation: Operation = "all_reduce"
+    late_weight: bool = False
 
 
 def make_request(
@@ -56,12 +60,14 @@ def make_request(
     quant: Quant | None,
     keep_norm: bool,
     operation: Operation,
+    late_weight: bool = False,
 ) -> Request:
     """What is planned for such a call. For ``all_gather`` residual, norm and quant say what the shard holds."""
     wanted = Wanted.of(has_residual=residual, has_norm=norm, quant=quant, keep_norm=keep_norm, operation=operation)
     if operation == "all_gather":  # adds and finishes nothing
-        residual = norm = wide_weight = False
-    return Request(tokens, hidden_size, dtype, residual and operation != "finish", norm, wide_weight, quant, wanted, operation)
+        residual = norm = wide_weight = late_weight = False
+    residual = residual and operation != "finish"
+    return Request(tokens, hidden_size, dtype, residual, norm, wide_weight, quant, wanted, operation, late_weight)
 
 
 @dataclass(frozen=True)

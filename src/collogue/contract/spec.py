@@ -31,17 +31,26 @@ class RMSNorm:
         weight: ``[H]``, the communicator's dtype or float32, contiguous.
         eps: rounded to float32 before use.
         weight_offset: 0, or 1 for Gemma-style norms; added to the weight in float32.
+        prefetch: read the weight before the preceding kernel of the stream has ended, where that saves time. With ``True`` the weight
+            must have been written by a kernel that another kernel *between* it and this call has waited for (or long before, as
+            weights are). ``False``: the weight is read with the inputs, so the preceding kernel may have written it. Never changes a
+            bit of a result, and may differ between ranks.
     """
 
     weight: torch.Tensor
     eps: float = 1e-6
     weight_offset: float = 0.0
+    prefetch: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, torch.Tensor) or self.weight.ndim != 1:
             raise ShapeError("RMSNorm.weight must be a tensor of shape [H]", hint="pass the layer's weight vector")
         if self.weight.dtype not in VALUE_DTYPES:
             raise DTypeError(f"RMSNorm.weight has dtype {self.weight.dtype}", hint="use the communicator's dtype or torch.float32")
+        if not isinstance(self.prefetch, bool):
+            raise ArgumentError(
+                f"RMSNorm.prefetch is {self.prefetch!r}; expected True or False", hint="pass prefetch=False or leave it out"
+            )
         if (
             type(self.eps) is float
             and type(self.weight_offset) is float

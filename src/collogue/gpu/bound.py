@@ -47,7 +47,7 @@ def key_of(call: Call, out: Output | None) -> tuple[Any, ...]:
         call.operation,
         call.partial.shape,
         call.residual is None,
-        call.norm is None,
+        None if call.norm is None else call.norm.prefetch,
         None if quant is None else quant.label,
         call.keep_norm,
         out is None,

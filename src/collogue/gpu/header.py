@@ -12,16 +12,13 @@ import torch
 
 from collogue.calls.request import Request
 from collogue.contract.spec import Operation
-from collogue.planning.variant import QuantVariant
+from collogue.planning.variant import FORMATS, LAYOUTS, QuantVariant
 
 #: Of one call in a journal (``collogue::Entry``).
 ENTRY_BYTES = 32
 _OPERATIONS = get_args(Operation)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_FORMATS = ("kNone", "kNVFP4", "kMXFP4", "kMXFP8", "kFP8Static", "kFP8PerToken", "kFP8Group", "kFP8GroupE8M0")
-_NAMES = ("none", "NVFP4", "MXFP4", "MXFP8", "FP8Static", "FP8PerToken", "FP8Group", "FP8Group(ue8m0)")
-_LAYOUTS = ("kLinear", "k128x4", "k8x4", "kColumn")
-_LAYOUT_NAMES = ("linear", "128x4", "8x4", "column")
+_LAYOUTS = tuple(LAYOUTS)
 _ALGORITHMS = ("local", "one_shot", "two_shot", "sharded", "all_gather")
 
 
@@ -39,7 +36,7 @@ def pack(algorithm: str, request: Request) -> tuple[int, int]:
         (request.residual, 1),
         (request.norm, 1),
         (request.wanted.norm, 1),
-        (_FORMATS.index(q.format), 4),
+        (FORMATS.index(q.row), 4),
         (_LAYOUTS.index(q.layout), 3),
         (q.ceil, 1),
         (request.wide_weight, 1),
@@ -104,9 +101,9 @@ def _text(entry: bytes) -> str:
     parts += ["residual"] * residual + [f"norm(eps={_shortest(eps)}, weight_offset={_shortest(offset)})"] * norm
     parts += ["weight in float32"] * (wide and norm)
     if quant:
-        extra = [_LAYOUT_NAMES[layout]] + [f"group {group}"] * (group > 0) + ["ceil"] * ceil
+        extra = [_LAYOUTS[layout]] + [f"group {group}"] * (group > 0) + ["ceil"] * ceil
         extra += [f"smallest {smallest:.4g}"] * (smallest > 0)
-        parts.append(f"quant={_NAMES[quant]} ({', '.join(extra)})")
+        parts.append(f"quant={FORMATS[quant].name} ({', '.join(extra)})")
     parts += ["keep_norm"] * (keep_norm and quant > 0) + [f"from row {first}"] * (first > 0)
     return ", ".join(parts)
 

@@ -13,11 +13,12 @@ import hashlib
 import io
 import os
 import re
+import struct
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,21 @@ def cubin(variant: Variant, architecture: str) -> bytes:
     with _one_compiler(path):
         with contextlib.suppress(OSError):
             return path.read_bytes()
-        code, _ = compile_source(source, architecture, variant.name)
+        code, _ = compile_variant(variant, architecture)
         write_whole(path, code)
     return code
+
+
+def compile_variant(variant: Variant, architecture: str, *, verbose: bool = False) -> tuple[bytes, str]:
+    """:func:`compile_source` of ``variant``; where it would spill, with launch bounds that leave more registers to a thread.
+
+    Fewer of its CTAs are then resident than the plan has counted on, which costs time and not progress (docs/design.md).
+    """
+    while True:
+        code, log = compile_source(variant.source(), architecture, variant.name, verbose=verbose)
+        if not local_bytes(code) or variant.ctas_per_multiprocessor == 1:
+            return code, log
+        variant = replace(variant, ctas_per_multiprocessor=variant.ctas_per_multiprocessor - 1)
 
 
 def build(variants: Iterable[Variant], architecture: str, *, built: Callable[[str], None] = lambda name: None) -> None:
@@ -125,6 +138,28 @@ def resources(log: str) -> Resources:
     return Resources(int(used[1]), int(frame[1]), int(frame[2]) + int(frame[3]), int(used[2] or 0))
 
 
+#: Of a kernel in a cubin, in its section ``.nv.info``: type and size, then its symbol and how much local memory a thread has.
+_FRAME_SIZE = struct.pack("<BBH", 4, 0x11, 8)
+
+
+def sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and contents of every section of a 64-bit little-endian ELF file, such as a cubin."""
+    if elf[:6] != b"\x7fELF\x02\x01":
+        raise CompileError("this is not a cubin: no 64-bit ELF file", hint="pass what jit.compile_source returns")
+    (start,) = struct.unpack_from("<Q", elf, 0x28)
+    step, count, names = struct.unpack_from("<HHH", elf, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", elf, start + i * step) for i in range(count)]
+    base = headers[names][4]
+    for name, _, _, _, offset, size in headers:
+        yield elf[base + name : elf.index(b"\0", base + name)].decode(), elf[offset : offset + size]
+
+
+def local_bytes(cubin: bytes) -> int:
+    """Bytes of local memory that a thread has in a kernel of ``cubin``: 0 unless something spills."""
+    info = next(content for name, content in sections(cubin) if name == ".nv.info")
+    return max(int(struct.unpack_from("<I", info, at.end() + 4)[0]) for at in re.finditer(re.escape(_FRAME_SIZE), info))
+
+
 def load(code: bytes, name: str) -> Any:
     """The kernel ``name`` of a cubin, loaded on the current device (a ``cuda.core`` kernel). Its first launch may be captured.
 
@@ -174,16 +209,22 @@ def nvrtc_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def kernel_sources() -> dict[str, str]:
+    """Every kernel source, by its path as others include it."""
+    return {path.relative_to(KERNELS).as_posix(): path.read_text(encoding="utf-8") for path in sorted(KERNELS.rglob("*.cuh"))}
+
+
 @functools.cache
-def _sources_hash() -> str:
+def sources_hash() -> str:
+    """Of every kernel source."""
     digest = hashlib.sha256()
-    for path in sorted(KERNELS.glob("*.cuh")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name, text in kernel_sources().items():
+        digest.update(name.encode() + b"\0" + text.encode() + b"\0")
     return digest.hexdigest()
 
 
 def _key(source: str, architecture: str) -> str:
-    parts = (_sources_hash(), source, repr(sorted(_OPTIONS.items())), repr(nvrtc_version()), architecture)
+    parts = (sources_hash(), source, repr(sorted(_OPTIONS.items())), repr(nvrtc_version()), architecture)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 
 

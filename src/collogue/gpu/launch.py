@@ -39,7 +39,7 @@ class Params(ctypes.Structure):
                 "gather_bytes",
             )
         ),
-        *((name, ctypes.c_uint32) for name in ("first", "count", "block", "width", "wire_bytes", "pad")),
+        *((name, ctypes.c_uint32) for name in ("first", "count", "block", "width", "wire_bytes", "scale_rows")),
         *((name, ctypes.c_uint32) for name in ("column_stride", "shard_column_stride")),
         *((name, ctypes.c_float) for name in ("eps", "weight_offset", "scale_value", "smallest")),
         ("header", ctypes.c_uint32 * 2),

@@ -21,7 +21,7 @@ def fill_shape(params: Params, topology: Topology, request: Request, plan: Plan,
     params.hidden, params.tokens, params.rank = request.hidden_size, tokens, rank
     params.first, params.count, params.block = 0, plan.rows, -(-tokens // world)
     rows = rows_of_scales(topology, request, rank)
-    params.pad = rows if plan.launches == 1 else 0
+    params.scale_rows = rows if plan.launches == 1 else 0
     params.column_stride, params.shard_column_stride = -(-rows // 4) * 4, -(-owned // 4) * 4
     if algorithm != "local":
         memory = launch_memory(topology, request, algorithm)

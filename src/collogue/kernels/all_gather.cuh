@@ -2,6 +2,8 @@
 // a row is ready when the flag of the CTA that sent it says so, behind a release of all its stores.
 #pragma once
 #include "gather.cuh"
+#include "opening.cuh"
+#include "source.cuh"
 
 namespace collogue {
 
@@ -9,9 +11,12 @@ template <class C>
 COLLOGUE_DEVICE void all_gather(const Params& p) {
   using D = typename C::D;
   using Wire = WireRow<C>;
-  using Quant = typename Wire::Quant;
-  COLLOGUE_SHARED(typename Row<C>::Shared, shared);
-  Row<C> row(p, shared);
+  using Format = typename C::Format;
+  struct Shared {
+    u32 stopped;  // of the warp that waited for all
+  };
+  COLLOGUE_SHARED(Shared, shared);
+  RowPlace<C> row(p);
   Ranks<C> ranks(p);
   const Wire wire(p);
   const u32 end = p.first + p.count, step = grid_rows();
@@ -19,17 +24,9 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
   const u32 flags_offset = Ranks<C>::kPeers * p.slot_bytes;  // [sender][CTA]
   const u32 warp = thread_index() / 32, lane = thread_index() % 32;
 
-  wait_for_previous_kernel();
-  ranks.ask();
-  launch_next_kernel();
-  ranks.start();
-  const u32 thread = cta * C::kThreads + thread_index();
-  ranks.announce(thread, ctas * C::kThreads / 32);
-  Pair seen = {{0, 0}};
-  if (thread / 32 == 0) seen = ranks.look_at_marks(ranks.call - 1);
-  ranks.clean(thread, ctas * C::kThreads);
-  if constexpr (Wire::kCodes)
-    if (p.pad) row.quant.pad(thread, ctas * C::kThreads, p.tokens);
+  Opening<C> opening(ranks);
+  opening.begin(row, [] {});
+  opening.after_sends(row);  // nothing is sent before: the rows are many, and need nothing of what this does
 
   // Own rows: to their place here and to every peer.
   for (u32 r = p.first + grid_row(); r < end; r += step) {
@@ -51,15 +48,15 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
       if constexpr (Wire::kCodes) {
         typename Wire::Codes codes{};
         if (row.active(i)) {
-          const u32* const from = reinterpret_cast<const u32*>(p.shard_codes + (static_cast<u64>(r) * (p.hidden / 8) + c) * Quant::kCodeBytes);
+          const u32* const from = reinterpret_cast<const u32*>(p.shard_codes + (static_cast<u64>(r) * (p.hidden / 8) + c) * Format::kCodeBytes);
 #pragma unroll
-          for (u32 j = 0; j < Quant::kCodeBytes / 4; j++) codes.w[j] = from[j];
-          if (Wire::kScaleWords && (Quant::kPerRow ? c == 0 : Quant::leads(c))) {
-            const u8* const scale = p.shard_scales + (Quant::kPerRow ? static_cast<u64>(r) * 4 : row.quant.scale_offset(r, c, p.shard_column_stride));
-            codes.scale = Quant::kScaleBytes ? *scale : *reinterpret_cast<const u32*>(scale);
+          for (u32 j = 0; j < Format::kCodeBytes / 4; j++) codes.w[j] = from[j];
+          if (Wire::kScaleWords && Wire::G::leads(c)) {
+            const u8* const scale = p.shard_scales + row.codes.scale_offset(r, c, p.shard_column_stride);
+            codes.scale = Format::kScaleBytes == 1 ? *scale : *reinterpret_cast<const u32*>(scale);
           }
         }
-        row.quant.write(codes, i, c, row.active(i));
+        row.codes.write(codes, i, c, row.active(i));
         sender.codes(i, codes);
       }
     }
@@ -99,8 +96,8 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
       }
     }
   }
-  if (thread / 32 == 0) ranks.compare_previous_call(seen);
-  if (ranks.stopped) ranks.report();
+  opening.compare_later();
+  opening.end();
 }
 
 }  // namespace collogue

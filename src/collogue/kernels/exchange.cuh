@@ -14,9 +14,9 @@ struct ExchangeBuffer {
 #endif
 };
 
-// Registers are there for it where a thread has one vector of one row.
+// keep() where registers are there for it: a thread has one vector of one row.
 template <class C, class T>
-COLLOGUE_DEVICE T keep(T x) {
+COLLOGUE_DEVICE T keep_if_room(T x) {
   if constexpr (C::kVectors == 1 && !C::kLoop) return keep(x);
   return x;
 }
@@ -30,17 +30,19 @@ struct Exchange {
   u32 remote;          // this warp's first block in the CTA that this lane sends to
   u32 remote_barrier;
 
-  // Before cluster_arrive() or sync_block(). Blocks past the end of the row stay 0.
+  // Before cluster_arrive() or sync_block(). Blocks past the end of the row are 0 and stay so.
   COLLOGUE_DEVICE Exchange(ExchangeBuffer<C, kUsed>& b, u32 blocks_in_a_row, u32 first_block)
       : buffer(b), blocks(blocks_in_a_row), sends(0), values(0), remote(0), remote_barrier(0) {
     if constexpr (!kUsed) return;
     const u32 lane = thread_index() % 32;
     const bool gives = C::kClustered ? lane < blocks_in_row() : lane == 0;
-    sends = keep<C>(gives && first_block < blocks ? blocks - first_block : 0);
-    values = keep<C>(shared_address(&buffer.value[0][0]));
+    sends = keep_if_room<C>(gives && first_block < blocks ? blocks - first_block : 0);
+    values = keep_if_room<C>(shared_address(&buffer.value[0][0]));
     constexpr u32 kTurns = C::kLoop ? 2 : 1;
+    // Only blocks that nobody sends: a zero and a block from another CTA, to one word, would have no order.
 #pragma unroll 1
-    for (u32 i = thread_index(); i < kTurns * C::kBlocks; i += C::kThreads) buffer.value[i / C::kBlocks][i % C::kBlocks] = 0.0f;
+    for (u32 i = blocks + thread_index(); i < C::kBlocks; i += C::kThreads)
+      for (u32 k = 0; k < kTurns; k++) buffer.value[k][i] = 0.0f;
 #if COLLOGUE_HAS_CLUSTERS
     if constexpr (C::kClustered) {
       if (thread_index() == 0) {

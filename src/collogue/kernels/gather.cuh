@@ -2,7 +2,7 @@
 // order and the size in which threads work them out. Words that have not arrived hold the sentinel, as everywhere.
 //
 // No finished word looks like a sentinel: values and float scales have no negative zero, E2M1 codes no nibble 8, E4M3 codes and
-// scales no byte 0x80, each of which both sentinels hold. E8M0 bytes have no 0xFE; they travel with kTurned, which makes it 0x80.
+// scales no byte 0x80, each of which both sentinels hold. E8M0 bytes have no 0xFE; they travel with Format::kTurned, which makes it 0x80.
 #pragma once
 #include "protocol.cuh"
 #include "row.cuh"
@@ -13,37 +13,38 @@ template <class C>
 struct WireRow {
   using D = typename C::D;
   using Vector = Packed<D::kParts>;
-  using Quant = Quantizer<C>;
-  using Codes = typename Quant::Codes;
-  static constexpr bool kCodes = C::kFormat != Format::kNone;
+  using Format = typename C::Format;
+  using G = Groups<Format>;
+  using Codes = collogue::Codes<Format::kCodeBytes>;
+  static constexpr bool kCodes = Format::kCodeBytes != 0;
   static constexpr u32 kVectorBytes = kVector * D::kBytes;
   // Bytes of scales travel in fours, as words that one warp holds; other scales as a word each.
-  static constexpr bool kFours = C::kFormat == Format::kNVFP4 || Quant::kMX;
-  static constexpr bool kScaleWords = kCodes && C::kFormat != Format::kFP8Static;
-  static constexpr u32 kTurned = Quant::kMX ? 0x7e7e7e7eu : 0u;
+  static constexpr bool kFours = Format::kScalesInWord == 4;
+  static constexpr bool kScaleWords = Format::kScaleBytes != 0;
+  static constexpr u32 kVectorsOfWord = G::kVectors * Format::kScalesInWord;
 
   u32 codes_offset, scales_offset;  // of the first code and scale word in a row
 
   COLLOGUE_DEVICE explicit WireRow(const Params& p)
-      : codes_offset(C::kKeepNorm ? p.hidden * D::kBytes : 0), scales_offset(codes_offset + (kCodes ? p.hidden / 8 * Quant::kCodeBytes : 0)) {}
+      : codes_offset(C::kKeepNorm ? p.hidden * D::kBytes : 0), scales_offset(codes_offset + p.hidden / 8 * Format::kCodeBytes) {}
 
   // Where the scale of vector c lies; the word's first vector is the one whose thread sends and wipes it.
   COLLOGUE_DEVICE u32 scale_offset(u32 c) const {
-    return scales_offset + (Quant::kPerRow ? 0 : c / (kFours ? 4 * Quant::kVectorsPerGroup : Quant::kVectorsPerGroup)) * 4;
+    return scales_offset + (G::kPerRow ? 0 : c / kVectorsOfWord) * 4;
   }
-  static COLLOGUE_DEVICE bool leads_word(u32 c) { return Quant::kPerRow ? c == 0 : c % (kFours ? 4 * Quant::kVectorsPerGroup : Quant::kVectorsPerGroup) == 0; }
+  static COLLOGUE_DEVICE bool leads_word(u32 c) { return G::kPerRow ? c == 0 : c % kVectorsOfWord == 0; }
   // The word that holds the scale of this lane's vector; zeros for groups past the end of the row. All lanes.
   static COLLOGUE_DEVICE u32 scale_word(u32 scale, u32 c, bool active) {
     if constexpr (!kFours) return scale;
-    constexpr u32 kPer = Quant::kVectorsPerGroup;
+    constexpr u32 kPer = G::kVectors;
     u32 w = active ? scale << (c / kPer % 4 * 8) : 0u;
 #pragma unroll
     for (u32 distance = kPer; distance < 4 * kPer; distance *= 2) w |= exchange_lanes(w, static_cast<int>(distance));
-    return w ^ kTurned;
+    return w ^ Format::kTurned;
   }
   static COLLOGUE_DEVICE u32 scale_of_word(u32 word, u32 c) {
     if constexpr (!kFours) return word;
-    return (word ^ kTurned) >> (c / Quant::kVectorsPerGroup % 4 * 8) & 0xffu;
+    return (word ^ Format::kTurned) >> (c / G::kVectors % 4 * 8) & 0xffu;
   }
 };
 
@@ -71,8 +72,8 @@ struct WireSender {
     if (!active(i)) return;
 #pragma unroll
     for (int k = 1; k < C::kWorld; k++) {
-      u8* const code = targets[k] + wire.codes_offset + c * Wire::Quant::kCodeBytes;
-      if constexpr (Wire::Quant::kCodes4)
+      u8* const code = targets[k] + wire.codes_offset + c * Wire::Format::kCodeBytes;
+      if constexpr (Wire::Format::kCodeBytes == 4)
         store_word_to_peer(reinterpret_cast<u32*>(code), v.w[0]);
       else
         store_pair_to_peer(code, Pair{{v.w[0], v.w[1]}});
@@ -87,7 +88,8 @@ template <class C>
 struct Arrival {
   using Wire = WireRow<C>;
   using D = typename C::D;
-  using Quant = typename Wire::Quant;
+  using Format = typename Wire::Format;
+  using G = typename Wire::G;
   u32 c;
   bool active, has_scale;
   u8 *values_place, *codes_place, *scale_place;
@@ -95,9 +97,9 @@ struct Arrival {
   typename Wire::Codes codes;
   u32 word;
 
-  COLLOGUE_DEVICE Arrival(const Row<C>& row, const Wire& wire, u8* place, int i)
-      : c(row.vector(i)), active(row.active(i)), has_scale(Wire::kScaleWords && active && (Quant::kPerRow ? c == 0 : Quant::leads(c))),
-        values_place(place + c * Wire::kVectorBytes), codes_place(place + wire.codes_offset + c * Quant::kCodeBytes),
+  COLLOGUE_DEVICE Arrival(const RowPlace<C>& row, const Wire& wire, u8* place, int i)
+      : c(row.vector(i)), active(row.active(i)), has_scale(Wire::kScaleWords && active && G::leads(c)),
+        values_place(place + c * Wire::kVectorBytes), codes_place(place + wire.codes_offset + c * Format::kCodeBytes),
         scale_place(place + wire.scale_offset(c)), values{}, codes{}, word(0) {}
 
   // Whether a word still holds the sentinel.
@@ -108,7 +110,7 @@ struct Arrival {
       values = Ranks<C>::load_arrived(values_place);
       missing |= Ranks<C>::is_missing(values);
     }
-    if constexpr (Wire::kCodes && Quant::kCodes4) {
+    if constexpr (Format::kCodeBytes == 4) {
       codes.w[0] = load_peer_written_word(reinterpret_cast<u32*>(codes_place));
       missing |= codes.w[0] == D::kSentinel;
     } else if constexpr (Wire::kCodes) {
@@ -124,7 +126,7 @@ struct Arrival {
     return missing;
   }
   // Writes it to the outputs and makes its places clean again. After all lanes of the warp have loaded.
-  COLLOGUE_DEVICE void put(Row<C>& row, int i) {
+  COLLOGUE_DEVICE void put(const RowPlace<C>& row, int i) {
     if (!active) return;
     if constexpr (C::kKeepNorm) {
       row.store_norm(i, values);
@@ -132,9 +134,9 @@ struct Arrival {
     }
     if constexpr (Wire::kCodes) {
       codes.scale = Wire::scale_of_word(word, c);
-      row.quant.write(codes, i, c, true);
+      row.codes.write(codes, i, c, true);
       store_word(codes_place, D::kSentinel);
-      if constexpr (!Quant::kCodes4) store_word(codes_place + 4, D::kSentinel);
+      if constexpr (Format::kCodeBytes == 8) store_word(codes_place + 4, D::kSentinel);
       if (Wire::kScaleWords && Wire::leads_word(c)) store_word(scale_place, D::kSentinel);
     }
   }

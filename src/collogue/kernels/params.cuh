@@ -1,13 +1,10 @@
-// What the host tells a kernel (mirrored by collogue/gpu/launch.py) and what a kernel is compiled for.
+// What the host tells a kernel (collogue/gpu/launch.py reads it here) and what a kernel is compiled for.
 #pragma once
-#include "formats.cuh"
+#include "types.cuh"
 
 namespace collogue {
 
 constexpr int kMaxWorld = 8;
-
-enum class Format { kNone, kNVFP4, kMXFP4, kMXFP8, kFP8Static, kFP8PerToken, kFP8Group, kFP8GroupE8M0 };
-enum class Layout { kLinear, k128x4, k8x4, kColumn };
 
 struct Failure;
 
@@ -19,7 +16,7 @@ struct Params {
   u8* norm;                  // [T, H]; all_gather: values of any kind
   u8* codes;                 // [T, H] or [T, H / 2] bytes
   u8* scales;                // layout of the format
-  const float* scale;        // NVFP4: multiplier g; FP8Static: divisor; null: scale_value
+  const float* scale;        // NVFP4: multiplier g; FP8Static: divisor; null: scale_value. Read with the inputs
   const u8* shard_values;    // all_gather: the rows that this rank gives
   const u8* shard_codes;
   const u8* shard_scales;
@@ -39,7 +36,7 @@ struct Params {
   u32 block;                 // rows of one owner: rank r owns rows r * block, ...
   u32 width;                 // two-shot: vectors of a row that one rank owns
   u32 wire_bytes;            // of one finished row on its way to the other ranks
-  u32 pad;                   // whether this launch writes the padding of the scale tensor
+  u32 scale_rows;            // of the scale tensor, whose padding this launch writes; 0: another launch does
   u32 column_stride;         // elements between columns of a column-major scale tensor
   u32 shard_column_stride;
   float eps;
@@ -54,12 +51,15 @@ struct Params {
 //   kWorld                               ranks
 //   kOneShot                             whether this is the one-shot kernel
 //   kResidual, kStream, kNorm, kKeepNorm what is added, stored, done, stored
-//   kFormat, kLayout, kGroup, kCeil      quantisation; kGroup elements share a scale
+//   Format, Layout                       quantization (format.cuh) and where its scales lie (layouts.cuh)
+//   Source<Config>                       where this rank's terms come from (source.cuh)
 //   kThreads, kVectors, kClustered       a row is kVectors * 8 elements of each thread of a CTA, of each CTA of a cluster
 //   kBlocks                              upper bound of ceil(H / 256), a multiple of 4
 //   kLoop                                whether a CTA may do more than one row
 //   kFirstPoll                           cycles between sending and the first poll
 //   kAhead                               two-shot: turns between the sum of a row and its finish, 0 or 1
+//   kLateWeight                          whether the weight is read behind the wait for the previous kernel
+//   kLaunchLate                          whether the next kernel is launched at the end of this one
 //   kGather                              whether the finished rows of an owner go to every rank
 // };
 

@@ -7,6 +7,7 @@
 // every other rank has started it, and so has ended call c: nobody writes a generation that is still being read or cleaned.
 #pragma once
 #include "params.cuh"
+#include "values.cuh"
 
 namespace collogue {
 
@@ -26,8 +27,8 @@ constexpr u32 kNobody = ~0u;
 struct Control {
   u64 counter;  // calls in the high half, warps of the current call that have read these words in the low half
   u32 stop;     // Fault << 8 | 1 + rank of whoever found it, written on every rank: kernels end without sending or waiting
-  u16 left[2];  // by call % 2: units of its generation that a one-shot call left to be cleaned, with a parity bit
-  u32 claimed;  // 1 + the call that fills the failure record
+  u32 left;     // a half for each call % 2: units of its generation that a one-shot call left to be cleaned, with a parity bit
+  u32 claimed;  // 1 + the call that fills the failure record; never 0 then
 };
 
 enum Fault : u32 { kNoFault = 0, kTimeout = 1, kMismatch = 2 };
@@ -76,12 +77,12 @@ struct Ranks {
   u32 call;
   u32 stopped;           // do not send, do not wait; report() says why
   u32 generation;        // byte offset of this call's generation from the first
-  u32 sent;              // when, in cycles; one-shot
+  u32 sent_at;           // in cycles; one-shot
   u32 late;              // what this thread has found: token << 8 | stage << 4 | rank
 
   // Needs no result of the previous kernel.
   COLLOGUE_DEVICE explicit Ranks(const Params& params)
-      : p(params), own(params.workspace[params.rank]), call(0), stopped(0), generation(0), sent(0), late(kNobody) {
+      : p(params), own(params.workspace[params.rank]), call(0), stopped(0), generation(0), sent_at(0), late(kNobody) {
     if constexpr (C::kOneShot) {
 #pragma unroll
       for (int k = 1; k < C::kWorld; k++) slot[k] = target(k);
@@ -107,9 +108,9 @@ struct Ranks {
     for (int k = 1; k < C::kWorld; k++) digest ^= folded(slot[k]);
     return digest;
   }
-  // After wait_for_previous_kernel(); start() uses what this asks for.
+  // After wait_for_previous_kernel(); begin_call() uses what this asks for.
   COLLOGUE_DEVICE void ask() { head = load_peer_written_together(own); }
-  COLLOGUE_DEVICE void start() {
+  COLLOGUE_DEVICE void begin_call() {
     call = head.w[1];
     compute_now(call);
     stopped = head.w[2];
@@ -157,7 +158,8 @@ struct Ranks {
     count(&control()->counter, thread == 0 ? (1ull << 32) - (warps - 1) : 1ull);
     if (thread != 0) return;
     const u32 units = (left + kLeftUnit - 1) / kLeftUnit;
-    control()->left[call % 2] = static_cast<u16>(units | ones(units) % 2 << 15);
+    const u32 half = units | ones(units) % 2 << 15;
+    store_word_aside(&control()->left, call % 2 ? (head.w[3] & 0xffffu) | half << 16 : (head.w[3] & 0xffff0000u) | half);
     if (stopped) return;
     const Words entry[2] = {{{call + 1, p.tokens, p.hidden, p.first}}, {{p.header[0], p.header[1], bits(p.eps), bits(p.weight_offset)}}};
     u32 hash = 0;
@@ -212,7 +214,7 @@ struct Ranks {
       }
       // Polling lines that are being written slows their arrival: leave the wire alone until the words can be here.
       if constexpr (C::kFirstPoll != 0)
-        while (clock_cycles() - sent < C::kFirstPoll) {
+        while (clock_cycles() - sent_at < C::kFirstPoll) {
         }
       bool waiting = true;
       for (u32 polls = 0; waiting && polls < kPollsBetweenLooks; polls++) waiting = any_in_warp(missing());
@@ -225,7 +227,7 @@ struct Ranks {
   COLLOGUE_DEVICE void look_around(MissingRank missing_rank, u32& started, u32 stage, u32 token) {
     const u32 now = static_cast<u32>(time_ns() >> 20);
     if (started == 0) started = now;
-    stopped = load_peer_written_together(own).w[2];
+    stopped = of_lane(load_peer_written_word(&control()->stop), 0);  // one for all lanes, whatever the assembler makes of the load
     if (!stopped && any_in_warp(now - started > kLongWait)) compare_marks(call, look_at_marks(call), stage);
     // Whoever waits for what others relay gives up a little later than those who know whom they miss.
     if (stopped || !any_in_warp(now - started > (stage == kStageRows ? p.relay_timeout : p.timeout))) return;
@@ -340,7 +342,7 @@ struct Ranks {
     Failure* const f = p.failure;
     if (load_peer_written_word(&f->fault)) return;
     // Another kernel may be filling it now; what no kernel of these calls can have written keeps nobody away.
-    const u32 taken = claim(&control()->claimed, call + 1);
+    const u32 taken = claim(&control()->claimed, call + 1 ? call + 1 : 1);
     if (taken && taken - call <= 2) return;
     f->rank = finder;
     f->late_rank = here ? late & 0xfu : C::kWorld;

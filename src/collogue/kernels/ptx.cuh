@@ -145,6 +145,8 @@ COLLOGUE_DEVICE u32 load_peer_written_word(const u32* p) {
 // All 32 lanes together, converged: one instruction, one value for the warp.
 COLLOGUE_DEVICE Words load_peer_written_together(const void* p) { return load_peer_written(p); }
 COLLOGUE_DEVICE void store_word_to_peer(u32* p, u32 v) { asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+// The same (PTX treats a volatile access as relaxed at system scope); the compiler schedules it better than the assembly.
+COLLOGUE_DEVICE void store_word_aside(u32* p, u32 v) { *static_cast<volatile u32*>(p) = v; }
 // Adds without an answer and without order.
 COLLOGUE_DEVICE void count(u64* p, u64 n) { asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(n) : "memory"); }
 // Sets *p from 0 to `value`, and returns what was there.

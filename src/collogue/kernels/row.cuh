@@ -49,71 +49,25 @@ struct NoWire {
   COLLOGUE_DEVICE void codes(int, const Codes&) const {}
 };
 
+// Where one row lies: this thread's part of it, and of every output. Enough for rows that are only moved.
 template <class C>
-struct Row {
+struct RowPlace {
   using D = typename C::D;
   using Vector = Packed<D::kParts>;
-  using Quant = Quantizer<C>;
-  struct Shared {
-    typename Quant::Shared quant;
-    ExchangeBuffer<C, C::kNorm> squares;
-    ExchangeBuffer<C, Quant::kPerRow> amax;
-    u32 stopped;  // of a warp that waited for all
-    u32 digest;   // compute_now()
-    u32 zero;     // get_ready()
-  };
-  static constexpr bool kBarrierAtStart = C::kNorm || Quant::kPerRow || C::kFormat == Format::kNVFP4;
   // Bytes between the vectors of one thread in a [T, H] tensor.
   static constexpr u32 kVectorStep = 32 * kVector * D::kBytes;
 
   const Params& p;
-  Shared& shared;
   u32 first_vector;  // of this thread
   u32 vectors;       // of a row
-  float eps;
-  Exchange<C, C::kNorm> squares;
-  Exchange<C, Quant::kPerRow> amax;
-  Quant quant;
-  Packed<C::WeightD::kParts> packed_weight;  // of the only vector, loaded early
-  float weight[8];                           // the same as numbers; with several vectors, of the current one
+  CodePlace<C> codes;
   u8 *stream, *norm;
 
-  // What needs no result of the previous kernel: weights, scale tables, barriers, addresses.
-  COLLOGUE_DEVICE Row(const Params& params, Shared& s)
+  COLLOGUE_DEVICE explicit RowPlace(const Params& params)
       : p(params),
-        shared(s),
-        first_vector(keep<C>((block_in_row() * (C::kThreads / 32) + thread_index() / 32) * C::kVectors * 32 + thread_index() % 32)),
-        vectors(keep<C>(p.hidden / kVector)),
-        eps(keep<C>(p.eps)),
-        squares(shared.squares, (p.hidden + 255) / 256, first_block()),
-        amax(shared.amax, (p.hidden + 255) / 256, first_block()),
-        quant(params, shared.quant) {
-    if constexpr (C::kNorm && C::kVectors == 1) {
-      packed_weight = load_weight(0);
-      if (thread_index() == 0) shared.zero = 0;
-    }
-    if constexpr (kBarrierAtStart) {
-      sync_block();
-#if COLLOGUE_HAS_CLUSTERS
-      if constexpr (C::kClustered) cluster_arrive();
-#endif
-    }
-  }
-  // Before the first finish(), once, where there is time: after the sends.
-  COLLOGUE_DEVICE void get_ready() {
-#if COLLOGUE_HAS_CLUSTERS
-    if constexpr (kBarrierAtStart && C::kClustered) cluster_wait();
-#endif
-    // The assembler would widen the weights, and wait for them, in front of the sends. It cannot know that this is a zero.
-    if constexpr (C::kNorm && C::kVectors == 1) {
-      const u32 nothing = load_shared_word(shared_address(&shared.zero));
-#pragma unroll
-      for (int i = 0; i < C::WeightD::kParts; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) packed_weight.part[i].w[j] ^= nothing;
-      widen_weight(packed_weight);
-    }
-  }
+        first_vector(keep_if_room<C>((block_in_row() * (C::kThreads / 32) + thread_index() / 32) * C::kVectors * 32 + thread_index() % 32)),
+        vectors(keep_if_room<C>(p.hidden / kVector)),
+        codes{params} {}
 
   // Index of this thread's vector i in the row; vectors of a warp are consecutive.
   COLLOGUE_DEVICE u32 vector(int i) const { return first_vector + i * 32; }
@@ -140,13 +94,12 @@ struct Row {
       norm = p.norm + offset(t);
       compute_now(norm);
     }
-    quant.aim(t, vector(0));
+    codes.aim(t, vector(0));
   }
-
   // The same where the row is already finished and only has to be put in its place.
   COLLOGUE_DEVICE void aim_finished(u32 t) {
     if constexpr (C::kKeepNorm) norm = p.norm + offset(t);
-    quant.aim(t, vector(0));
+    codes.aim(t, vector(0));
   }
 
   // `sum`: the terms of vector i of row t, added in rank order. Rounds, stores and returns the stream y.
@@ -163,15 +116,91 @@ struct Row {
     if (active(i)) store_vector<D>(norm + i * kVectorStep, n);
   }
 
+  // Rows that are only moved ask for nothing and need nothing (opening.cuh).
+  COLLOGUE_DEVICE void ask() {}
+  COLLOGUE_DEVICE void get_ready() {}
+};
+
+// The mathematics of one row.
+template <class C>
+struct Row : RowPlace<C> {
+  using Place = RowPlace<C>;
+  using typename Place::D;
+  using typename Place::Vector;
+  using Format = typename C::Format;
+  using G = Groups<Format>;
+  struct Shared {
+    typename Quantizer<C>::Shared quant;
+    ExchangeBuffer<C, C::kNorm> squares;
+    ExchangeBuffer<C, G::kPerRow> amax;
+    u32 digest;  // compute_now()
+    u32 zero;    // get_ready()
+  };
+  static constexpr bool kBarrierAtStart = C::kNorm || G::kPerRow || Format::kFillsShared;
+  // The only vector of the weight is loaded before its turn.
+  static constexpr bool kWeightAhead = C::kNorm && C::kVectors == 1;
+
+  using Place::p;
+  Shared& shared;
+  float eps;
+  Exchange<C, C::kNorm> squares;
+  Exchange<C, G::kPerRow> amax;
+  Quantizer<C> quant;
+  Packed<C::WeightD::kParts> packed_weight;  // of the only vector
+  float weight[8];                           // the same as numbers; with several vectors, of the current one
+
+  // What needs nothing that a kernel may just have written: tables of given numbers, barriers, addresses, and the weights unless they
+  // are to be read late.
+  COLLOGUE_DEVICE Row(const Params& params, Shared& s)
+      : Place(params),
+        shared(s),
+        eps(keep_if_room<C>(p.eps)),
+        squares(shared.squares, (p.hidden + 255) / 256, Place::first_block()),
+        amax(shared.amax, (p.hidden + 255) / 256, Place::first_block()),
+        quant{shared.quant, {}} {
+    quant.format.template prepare<C>(p, shared.quant.format);
+    if constexpr (kWeightAhead) {
+      if constexpr (!C::kLateWeight) packed_weight = load_weight(0);
+      if (thread_index() == 0) shared.zero = 0;
+    }
+    if constexpr (kBarrierAtStart) {
+      sync_block();
+#if COLLOGUE_HAS_CLUSTERS
+      if constexpr (C::kClustered) cluster_arrive();
+#endif
+    }
+  }
+  // With the inputs, behind wait_for_previous_kernel(): what a kernel may just have written.
+  COLLOGUE_DEVICE void ask() {
+    if constexpr (kWeightAhead && C::kLateWeight) packed_weight = load_weight(0);
+    quant.format.ask(p);
+  }
+  // Before the first finish(), once, where there is time: after the sends.
+  COLLOGUE_DEVICE void get_ready() {
+#if COLLOGUE_HAS_CLUSTERS
+    if constexpr (kBarrierAtStart && C::kClustered) cluster_wait();
+#endif
+    quant.format.template get_ready<C>(p, shared.quant.format);
+    // The assembler would widen the weights, and wait for them, in front of the sends. It cannot know that this is a zero.
+    if constexpr (kWeightAhead) {
+      const u32 nothing = load_shared_word(shared_address(&shared.zero));
+#pragma unroll
+      for (int i = 0; i < C::WeightD::kParts; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) packed_weight.part[i].w[j] ^= nothing;
+      widen_weight(packed_weight);
+    }
+  }
+
   // From y to everything else. `turn` counts the rows this CTA has done. `meanwhile` is done once, while the row sum travels.
   // `wire` gets the norm and the codes of every vector. All threads of the row.
   template <class Meanwhile, class Wire>
   COLLOGUE_DEVICE void finish(u32 turn, Vector (&y)[C::kVectors], Meanwhile meanwhile, const Wire& wire) {
     if constexpr (C::kNorm)
-      normalise(turn, y, meanwhile, wire);
+      normalize(turn, y, meanwhile, wire);
     else
       meanwhile();
-    if constexpr (C::kFormat != Format::kNone) quantise(turn, y, wire);
+    if constexpr (Format::kCodeBytes != 0) quantize(turn, y, wire);
   }
 
   // Between two rows of one CTA: exchange buffers are used again two turns later, so no warp may fall two turns behind. The CTAs of a
@@ -179,8 +208,8 @@ struct Row {
   COLLOGUE_DEVICE void next() const {
 #if COLLOGUE_HAS_CLUSTERS
     // Orders nothing in shared memory: groups that are reduced there lie in one CTA.
-    static_assert(!(C::kClustered && Quant::kGroupInBlock));
-    if constexpr (C::kClustered && !C::kNorm && !Quant::kPerRow) {
+    static_assert(!(C::kClustered && G::kInBlock));
+    if constexpr (C::kClustered && !C::kNorm && !G::kPerRow) {
       cluster_arrive();
       cluster_wait();
       return;
@@ -192,12 +221,12 @@ struct Row {
  private:
   // On entry `row` holds the stream, on return the rounded norm. Vectors past the end of the row are zeros and add nothing.
   template <class Meanwhile, class Wire>
-  COLLOGUE_DEVICE void normalise(u32 turn, Vector (&row)[C::kVectors], Meanwhile meanwhile, const Wire& wire) {
+  COLLOGUE_DEVICE void normalize(u32 turn, Vector (&row)[C::kVectors], Meanwhile meanwhile, const Wire& wire) {
     float y[8];
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       D::widen(row[i], y);
-      squares.send(turn, first_block(), i, fold_lanes(lane_sum(y)));
+      squares.send(turn, this->first_block(), i, fold_lanes(lane_sum(y)));
     }
     meanwhile();
     const float total = add_blocks<C::kBlocks>(squares.wait(turn));
@@ -210,7 +239,7 @@ struct Row {
       for (int j = 0; j < 8; j++) y[j] = (y[j] * rstd) * weight[j];
       row[i] = D::round(y);
       if constexpr (C::kKeepNorm) {
-        store_norm(i, row[i]);
+        this->store_norm(i, row[i]);
         wire.norm(i, row[i]);
       }
     }
@@ -218,7 +247,7 @@ struct Row {
   COLLOGUE_DEVICE auto load_weight(int i) const {
     using W = typename C::WeightD;
     Packed<W::kParts> packed{};
-    if (active(i)) packed = load_vector<W>(p.weight + static_cast<u64>(vector(i)) * 8 * W::kBytes);
+    if (this->active(i)) packed = load_vector<W>(p.weight + static_cast<u64>(this->vector(i)) * 8 * W::kBytes);
     return packed;
   }
   COLLOGUE_DEVICE void widen_weight(const Packed<C::WeightD::kParts>& packed) {
@@ -231,30 +260,30 @@ struct Row {
   }
 
   template <class Wire>
-  COLLOGUE_DEVICE void quantise(u32 turn, const Vector (&n)[C::kVectors], const Wire& wire) {
+  COLLOGUE_DEVICE void quantize(u32 turn, const Vector (&n)[C::kVectors], const Wire& wire) {
     float row_amax = 0.0f;
-    if constexpr (Quant::kPerRow) {
+    if constexpr (G::kPerRow) {
 #pragma unroll
       for (int i = 0; i < C::kVectors; i++) {
         float a = largest_magnitude<D>(n[i]);
 #pragma unroll
         for (int distance = 16; distance; distance /= 2) a = larger(a, exchange_lanes(a, distance));
-        amax.send(turn, first_block(), i, a);
+        amax.send(turn, this->first_block(), i, a);
       }
       row_amax = largest_block<C::kBlocks>(amax.wait(turn));
     }
-    if constexpr (Quant::kGroupInBlock) {
+    if constexpr (G::kInBlock) {
 #pragma unroll
-      for (int i = 0; i < C::kVectors; i++) quant.share_amax(vector(i), active(i), largest_magnitude<D>(n[i]));
+      for (int i = 0; i < C::kVectors; i++) quant.share_amax(this->vector(i), this->active(i), largest_magnitude<D>(n[i]));
       sync_block();
     }
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       float a = row_amax;
-      if constexpr (Quant::kGroupInWarp) a = Quant::group_amax(largest_magnitude<D>(n[i]));
-      if constexpr (Quant::kGroupInBlock) a = quant.shared_group_amax(vector(i), active(i));
-      const auto codes = quant.encode(n[i], a);
-      quant.write(codes, i, vector(i), active(i));
+      if constexpr (G::kInWarp) a = Quantizer<C>::group_amax(largest_magnitude<D>(n[i]));
+      if constexpr (G::kInBlock) a = quant.shared_group_amax(this->vector(i), this->active(i));
+      const auto codes = quant.format.template encode<D>(p, n[i], a);
+      this->codes.write(codes, i, this->vector(i), this->active(i));
       wire.codes(i, codes);
     }
   }

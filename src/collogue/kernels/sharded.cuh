@@ -4,6 +4,8 @@
 // of the turn before are put in their places.
 #pragma once
 #include "gather.cuh"
+#include "opening.cuh"
+#include "source.cuh"
 
 namespace collogue {
 
@@ -11,18 +13,19 @@ template <class C>
 COLLOGUE_DEVICE void sharded(const Params& p) {
   using D = typename C::D;
   using Vector = Packed<D::kParts>;
+  // Else a rank that owns no row would wait for nobody, and could run ahead by more calls than there are generations.
+  static_assert(!C::kGather || C::kKeepNorm || C::Format::kCodeBytes != 0);
   COLLOGUE_SHARED(typename Row<C>::Shared, shared);
   Row<C> row(p, shared);
   Ranks<C> ranks(p);
+  typename C::template Source<C> source(row);
   const WireRow<C> wire(p);
   const u32 end = p.first + p.count, step = grid_rows(), row_bytes = p.hidden * D::kBytes;
   const u32 gather_offset = Ranks<C>::kPeers * p.slot_bytes;
   u32 r = p.first + grid_row();
 
-  wait_for_previous_kernel();
-  ranks.ask();
-  launch_next_kernel();
-  ranks.start();
+  Opening<C> opening(ranks);
+  opening.begin(row, [] {});
 
   // Row `of` of every other owner: this rank's terms, as many at a time as registers hold.
   const auto give = [&](u32 of) {
@@ -37,7 +40,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
 #pragma unroll
         for (int k = first; k < C::kWorld && k < first + kBatch; k++) {
           const u32 t = ranks.next_peer(k) * p.block + of;
-          if (t < p.tokens) x[k - first] = row.load(p.partial + row.offset(t), i);
+          if (t < p.tokens) x[k - first] = source.term(t, i);
         }
 #pragma unroll
         for (int k = first; k < C::kWorld && k < first + kBatch; k++) {
@@ -66,16 +69,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
   };
 
   give(r);
-  const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();
-  const u32 thread = cta * C::kThreads + thread_index(), threads = ctas * C::kThreads;
-  ranks.announce(thread, threads / 32);
-  Pair seen = {{0, 0}};
-  if (thread / 32 == 0) seen = ranks.look_at_marks(ranks.call - 1);
-  ranks.clean(thread, threads);
-  if constexpr (C::kFormat != Format::kNone)
-    if (p.pad) row.quant.pad(thread, threads, C::kGather ? p.tokens : p.pad);
-  row.get_ready();
-  if (C::kLoop && thread / 32 == 0) ranks.compare_previous_call(seen);
+  opening.after_sends(row);
 
   u32 turn = 0;
   for (; r < end; r += step) {
@@ -84,7 +78,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
     Vector x[C::kVectors], residual{};
     if constexpr (C::kVectors == 1)
       if (mine) {
-        x[0] = row.load(p.partial + row.offset(t), 0);
+        x[0] = source.term(t, 0);
         if constexpr (C::kResidual) residual = row.load(p.residual + row.offset(r), 0);
       }
     if (r + step < end) give(r + step);
@@ -104,7 +98,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
       for (int i = 0; i < C::kVectors; i++) {
         const u32 at = offset + row.vector(i) * 8 * D::kBytes;
         if constexpr (C::kVectors > 1) {
-          x[i] = row.load(p.partial + row.offset(t), i);
+          x[i] = source.term(t, i);
           if constexpr (C::kResidual) residual = row.load(p.residual + row.offset(r), i);
         }
         float sum[8];
@@ -126,9 +120,9 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
   }
   if (C::kGather && p.count > grid_row()) take(r - step);
   // A rank that owns no row waits for nobody, and would run ahead: it must know that all have come this far.
-  if (!C::kGather && cta == 0 && thread_index() / 32 == 0) ranks.wait_for_marks();
-  if (!C::kLoop && thread / 32 == 0) ranks.compare_previous_call(seen);
-  if (ranks.stopped) ranks.report();
+  if (!C::kGather && opening.first_warp) ranks.wait_for_marks();
+  opening.compare_later();
+  opening.end();
 }
 
 }  // namespace collogue

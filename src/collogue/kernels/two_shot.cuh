@@ -2,8 +2,8 @@
 // sends y to everybody; all ranks then finish whole rows. One cluster per row at a time; the terms of rows to come leave before
 // this row is finished.
 #pragma once
-#include "protocol.cuh"
-#include "row.cuh"
+#include "opening.cuh"
+#include "source.cuh"
 
 namespace collogue {
 
@@ -18,7 +18,7 @@ struct TwoShot {
   u32 owner[C::kVectors];   // of vector i's column; kNobody past the end of the row
   u32 column[C::kVectors];  // bytes from the owner's first column
 
-  COLLOGUE_DEVICE TwoShot(const Params& params, Ranks<C>& r, const Row<C>& row) : p(params), ranks(r) {
+  COLLOGUE_DEVICE TwoShot(const Params& params, Ranks<C>& r, const RowPlace<C>& row) : p(params), ranks(r) {
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       const u32 of = row.vector(i) / p.width;
@@ -79,6 +79,12 @@ struct TwoShot {
   }
 };
 
+// This rank's terms of a row and, of a single vector, the residual; asked for before their turn comes.
+template <class C>
+struct AskedRow {
+  Packed<C::D::kParts> term[C::kVectors], residual;
+};
+
 template <class C>
 COLLOGUE_DEVICE void two_shot(const Params& p) {
   using D = typename C::D;
@@ -86,6 +92,7 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   COLLOGUE_SHARED(typename Row<C>::Shared, shared);
   Row<C> row(p, shared);
   Ranks<C> ranks(p);
+  typename C::template Source<C> source(row);
   const TwoShot<C> shot(p, ranks, row);
   const u32 end = p.first + p.count, step = grid_rows();
   u32 t = p.first + grid_row();
@@ -93,7 +100,7 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   // A single vector is in registers before its turn comes; several are read in their turn.
   constexpr bool kEarly = C::kVectors == 1;
   const auto is_row = [&](u32 of) { return !C::kLoop || of < end; };
-  const auto load_term = [&](u32 of, int i) { return is_row(of) ? row.load(p.partial + row.offset(of), i) : Vector{}; };
+  const auto load_term = [&](u32 of, int i) { return is_row(of) ? source.term(of, i) : Vector{}; };
   const auto load_residual = [&](u32 of, int i) {
     Vector v{};
     if constexpr (C::kResidual)
@@ -101,60 +108,51 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
     return v;
   };
 
-  wait_for_previous_kernel();
-  // Of the next row that this rank adds, in lanes that own; in the others of the next row whose terms it gives.
-  Vector x[C::kVectors], r{}, first[C::kVectors], first_r{};
+  // `next`: of the next row that this rank adds, in lanes that own; in the others of the next row whose terms it gives.
+  AskedRow<C> first{}, next{};
+  Opening<C> opening(ranks);
+  opening.begin(row, [&] {
 #pragma unroll
-  for (int i = 0; i < C::kVectors; i++) first[i] = load_term(t, i);
-  if (kEarly) {
-    first_r = load_residual(t, 0);
-    x[0] = kAhead ? load_term(t + step, 0) : first[0];
-    r = kAhead ? load_residual(t + step, 0) : first_r;
-  }
-  ranks.ask();
-  launch_next_kernel();
-  ranks.start();
+    for (int i = 0; i < C::kVectors; i++) first.term[i] = load_term(t, i);
+    if (kEarly) {
+      first.residual = load_residual(t, 0);
+      next.term[0] = kAhead ? load_term(t + step, 0) : first.term[0];
+      next.residual = kAhead ? load_residual(t + step, 0) : first.residual;
+    }
+  });
 #pragma unroll
-  for (int i = 0; i < C::kVectors; i++) shot.give(first[i], t, i);
+  for (int i = 0; i < C::kVectors; i++) shot.give(first.term[i], t, i);
   if (kAhead && is_row(t + step)) {
 #pragma unroll
-    for (int i = 0; i < C::kVectors; i++) shot.give(kEarly ? x[i] : load_term(t + step, i), t + step, i);
+    for (int i = 0; i < C::kVectors; i++) shot.give(kEarly ? next.term[i] : load_term(t + step, i), t + step, i);
   }
-  if (kEarly && C::kLoop && shot.gives(0)) x[0] = load_term(t + (kAhead + 1) * step, 0);
-  const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();
-  const u32 thread = cta * C::kThreads + thread_index(), threads = ctas * C::kThreads;
-  ranks.announce(thread, threads / 32);
-  Pair seen = {{0, 0}};
-  if (thread / 32 == 0) seen = ranks.look_at_marks(ranks.call - 1);
-  ranks.clean(thread, threads);
-  if constexpr (C::kFormat != Format::kNone)
-    if (p.pad) row.quant.pad(thread, threads, p.tokens);
-  row.get_ready();
-  if (C::kLoop && thread / 32 == 0) ranks.compare_previous_call(seen);
+  if (kEarly && C::kLoop && shot.gives(0)) next.term[0] = load_term(t + (kAhead + 1) * step, 0);
+  opening.after_sends(row);
   if (!C::kLoop) row.aim(t);
 
   Vector y[C::kVectors] = {};
   if (kAhead) {
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
-      shot.add_terms(y[i], kEarly ? first[i] : load_term(t, i), kEarly ? first_r : load_residual(t, i), t, i);
+      shot.add_terms(y[i], kEarly ? first.term[i] : load_term(t, i), kEarly ? first.residual : load_residual(t, i), t, i);
       shot.wipe_terms(t, i);
     }
   }
   for (u32 turn = 0;; turn++) {
     const u32 added = t + kAhead * step, given = added + step;
-    Vector next_y[C::kVectors];
+    Vector y_ahead[C::kVectors];
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
-      if (C::kLoop && is_row(given)) shot.give(kEarly ? x[i] : load_term(given, i), given, i);
-      (kAhead ? next_y[i] : y[i]) = Vector{};
+      if (C::kLoop && is_row(given)) shot.give(kEarly ? next.term[i] : load_term(given, i), given, i);
+      Vector& sum = kAhead ? y_ahead[i] : y[i];
+      sum = Vector{};
       if (!kAhead || is_row(added))
-        shot.add_terms(kAhead ? next_y[i] : y[i], kEarly ? x[i] : load_term(added, i), kEarly ? r : load_residual(added, i), added, i);
+        shot.add_terms(sum, kEarly ? next.term[i] : load_term(added, i), kEarly ? next.residual : load_residual(added, i), added, i);
       shot.await_y(y[i], t, i);
     }
     if (kEarly && C::kLoop) {
-      x[0] = load_term(shot.owns(0) ? given : given + step, 0);
-      r = load_residual(given, 0);
+      next.term[0] = load_term(shot.owns(0) ? given : given + step, 0);
+      next.residual = load_residual(given, 0);
     }
     if (C::kLoop) row.aim(t);  // not before: registers
 #pragma unroll
@@ -174,11 +172,11 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
     t += step;
     if (kAhead) {
 #pragma unroll
-      for (int i = 0; i < C::kVectors; i++) y[i] = next_y[i];
+      for (int i = 0; i < C::kVectors; i++) y[i] = y_ahead[i];
     }
   }
-  if (!C::kLoop && thread / 32 == 0) ranks.compare_previous_call(seen);
-  if (ranks.stopped) ranks.report();
+  opening.compare_later();
+  opening.end();
 }
 
 }  // namespace collogue

@@ -58,16 +58,7 @@ def memory_of(algorithm: str, world_size: int, hidden_size: int, dtype: torch.dt
 
 def wire_bytes(hidden_size: int, dtype: torch.dtype, quant: Quant | None, values: bool) -> int:
     """Of a finished row on its way to another rank: values, codes, words of scales (kernels/gather.cuh)."""
-    total = hidden_size * dtype.itemsize if values else 0
-    if quant is not None:
-        variant = QuantVariant.of(quant)
-        total += hidden_size // 2 if quant.element == "e2m1" else hidden_size
-        if variant.format in ("kNVFP4", "kMXFP4", "kMXFP8"):
-            total += -(-hidden_size // variant.group // 4) * 4
-        elif variant.group:
-            total += hidden_size // variant.group * 4
-        elif variant.format == "kFP8PerToken":
-            total += 4
+    total = (hidden_size * dtype.itemsize if values else 0) + QuantVariant.of(quant).wire_bytes(hidden_size)
     return round_up(total, 16)
 
 

@@ -232,6 +232,7 @@ def launch_shape(
         threads = 64 if hidden_size <= 2048 else 128
         wide = cta_threads or topology.overrides.cta_threads or (MAX_THREADS if limit else 0)
         if wide:
+            wide = min(wide, resident_threads(topology, algorithm))
             threads = round_up(-(-vectors_in_row // -(-vectors_in_row // wide)), 32)
         elif vectors_in_row <= 64:
             threads = round_up(vectors_in_row, 32)
@@ -263,30 +264,39 @@ def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str) -
     ctas = topology.multiprocessors * ctas_per_multiprocessor(topology, shape, algorithm)
     if topology.ranks_per_gpu > 1:
         ctas //= 2 * topology.ranks_per_gpu  # this kernel and, where it starts early, the next of every rank are resident together
+    if algorithm != "local":
+        ctas //= topology.concurrent  # the kernels of every communicator that may wait at a time are resident together
     if shape.cluster > 1:
         ctas = ctas * 9 // 10  # a tenth is lost where clusters do not fill a GPC
     return max(1, min(ctas, MAX_CTAS) // shape.cluster)
+
+
+def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1) -> int:
+    """Threads that a multiprocessor can hold, by the registers that each needs: a thread holds a vector of every rank.
+
+    No CTA has more of them either.
+    """
+    world, narrow, streams = topology.world_size, topology.dtype.itemsize == 2, algorithm not in ("one_shot", "local")
+    if vectors > 1 or (streams and world > 4 and not narrow):
+        return 256
+    if narrow and world <= 2:
+        return 1024
+    if narrow and world <= 4 and not streams:
+        return 768
+    if not narrow and streams and world >= 4:
+        return 384
+    return 512 if world <= 6 else 384
 
 
 def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: str) -> int:
     """CTAs that a multiprocessor is sure to hold: launch bounds ask for no more registers than that leaves to each thread.
 
     Few registers let the next kernel start beside this one and more rows be on their way at a time (docs/speed.md), as long as
-    nothing spills: a thread holds a vector of every rank.
+    nothing spills. Where something does, the compiler is asked again with fewer CTAs (:func:`collogue.gpu.jit.compile_variant`).
     """
-    world, narrow, streams = topology.world_size, topology.dtype.itemsize == 2, algorithm not in ("one_shot", "local")
-    if shape.vectors > 1 or (streams and world > 4 and not narrow):
-        resident_threads = 256
-    elif narrow and world <= 2:
-        resident_threads = 1024
-    elif narrow and world <= 4 and not streams:
-        resident_threads = 768
-    elif not narrow and streams and world >= 4:
-        resident_threads = 384
-    else:
-        resident_threads = 512 if world <= 6 else 384
+    threads = resident_threads(topology, algorithm, vectors=shape.vectors)
     # 16: as many CTAs as every architecture holds.
-    return max(1, min(16, resident_threads // shape.threads))
+    return max(1, min(16, threads // shape.threads))
 
 
 def make_kernels(topology: Topology, request: Request, plan: Plan) -> tuple[Kernel, ...]:
@@ -326,4 +336,6 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         ahead=int(algorithm == "two_shot" and loop and shape.threads > MAX_THREADS_OF_ROWS_IN_TURN),
         stream=request.wanted.reduced or request.wanted.residual,
         gather=request.operation == "sharded",
+        late_weight=request.late_weight and request.norm and shape.vectors == 1,  # several vectors are read in their turn
+        launch_late=topology.concurrent > 1 and algorithm != "local",  # which waits for nobody
     )

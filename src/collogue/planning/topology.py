@@ -18,6 +18,8 @@ from collogue.planning.table import Table, TableArgument, check_alike, find, nam
 
 #: Seconds: kernels count a little more than it (:func:`collogue.gpu.launch.timeouts`) in 32 bits, with an hour to spare.
 MAX_TIMEOUT = 4_500_000.0
+#: Communicators that may share a GPU: with more, a call has hardly a CTA.
+MOST_CONCURRENT = 16
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -46,7 +48,12 @@ class Overrides:
 
 @dataclass(frozen=True)
 class Topology:
-    """Facts that are the same on every rank. ``architecture`` is ``None`` on CPU groups; ``table`` holds what is for this machine."""
+    """Facts that are the same on every rank. ``architecture`` is ``None`` on CPU groups; ``table`` holds what is for this machine.
+
+    ``concurrent``: communicators whose calls may run on a GPU at a time, on streams of their own: each takes its part of the GPU, and
+    launches its next kernel only when the one before waits for nobody any more. Else they may wait for each other for ever
+    (docs/design.md).
+    """
 
     world_size: int
     max_tokens: int
@@ -57,6 +64,7 @@ class Topology:
     ranks_per_gpu: int
     overrides: Overrides = Overrides()
     table: Table | None = None
+    concurrent: int = 1
 
     @property
     def has_clusters(self) -> bool:
@@ -72,7 +80,15 @@ class Topology:
         return self.has_clusters and self.ranks_per_gpu <= 2
 
 
-def agree(group: Group, capacity: Capacity, timeout: float, overrides: Overrides = Overrides(), table: TableArgument = False) -> Topology:
+def agree(
+    group: Group,
+    capacity: Capacity,
+    timeout: float,
+    overrides: Overrides = Overrides(),
+    table: TableArgument = False,
+    *,
+    concurrent: int = 1,
+) -> Topology:
     """Exchange what every rank sees and return what all share. Collective.
 
     Raises :class:`ArgumentError` where ranks were given different arguments or tables, :class:`PlatformError` where they cannot
@@ -80,7 +96,10 @@ def agree(group: Group, capacity: Capacity, timeout: float, overrides: Overrides
     """
     check_seconds("timeout", timeout, MAX_TIMEOUT)
     overrides.check()
-    facts = _facts(group, capacity, timeout, overrides)
+    if not is_whole(concurrent) or not 1 <= concurrent <= MOST_CONCURRENT:
+        hint = f"give how many communicators make calls at a time on a GPU, 1 to {MOST_CONCURRENT}"
+        raise ArgumentError(f"concurrent is {concurrent!r}", hint=hint)
+    facts = _facts(group, capacity, timeout, overrides, concurrent)
     found, problem = _find_table(table, facts.get("device"), group.size)
     every = group.all_gather_object({**facts, "table": found.digest if found else "none", "problem": problem})
     for rank, theirs in enumerate(every):
@@ -93,7 +112,7 @@ def agree(group: Group, capacity: Capacity, timeout: float, overrides: Overrides
             raise ArgumentError(f"rank {rank}: {theirs['problem'][0]}", hint=theirs["problem"][1])
     check_alike(theirs["table"] for theirs in every)
     if group.device.type == "cpu":
-        return topology_of(group.size, capacity, overrides=overrides, table=found)
+        return topology_of(group.size, capacity, overrides=overrides, table=found, concurrent=concurrent)
     _check_reach(group, every)
     architectures = sorted({theirs["architecture"] for theirs in every})
     if len(architectures) > 1:
@@ -107,6 +126,7 @@ def agree(group: Group, capacity: Capacity, timeout: float, overrides: Overrides
         ranks_per_gpu=max(sum(other["gpu"] == theirs["gpu"] for other in every) for theirs in every),
         overrides=overrides,
         table=found,
+        concurrent=concurrent,
     )
 
 
@@ -120,6 +140,7 @@ def topology_of(
     ranks_per_gpu: int = 1,
     overrides: Overrides = Overrides(),
     table: Table | None = None,
+    concurrent: int = 1,
 ) -> Topology:
     """The topology of a world whose facts are known, with what of ``table`` is for it. ``device``: the GPU's name, if it matters."""
     if table is not None and not table.unused:
@@ -127,6 +148,8 @@ def topology_of(
             table = table.without("this group is on the CPU")
         elif ranks_per_gpu > 1:
             table = table.without("ranks share GPUs")
+        elif concurrent > 1:
+            table = table.without("several communicators share the GPUs")
         elif overrides != Overrides():
             table = table.without("the communicator fixes the algorithm, the CTAs or the multiprocessors")
         else:
@@ -142,6 +165,7 @@ def topology_of(
         ranks_per_gpu,
         overrides,
         table,
+        concurrent,
     )
 
 
@@ -153,9 +177,10 @@ def _find_table(argument: TableArgument, device: str | None, world_size: int) ->
         return None, (error.message, error.hint)
 
 
-def _facts(group: Group, capacity: Capacity, timeout: float, overrides: Overrides) -> dict[str, Any]:
+def _facts(group: Group, capacity: Capacity, timeout: float, overrides: Overrides, concurrent: int) -> dict[str, Any]:
     shape = f"max_tokens={capacity.max_tokens}, hidden_size={capacity.hidden_size}, dtype={capacity.dtype}"
-    facts: dict[str, Any] = {"asked": f"{shape}, timeout={float(timeout)}{overrides}", "host": _host()}
+    together = f", concurrent={concurrent}" if concurrent != 1 else ""
+    facts: dict[str, Any] = {"asked": f"{shape}, timeout={float(timeout)}{overrides}{together}", "host": _host()}
     if group.device.type == "cuda":
         from collogue.planning.architecture import architecture_of
 

@@ -2,46 +2,112 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 
 _DTYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16", torch.float32: "Float32"}
-_LAYOUTS = {"linear": "kLinear", "row": "kLinear", "128x4": "k128x4", "8x4": "k8x4", "column": "kColumn"}
 #: Compiled upper bounds of ``ceil(H / 256)``: the hidden size itself is a run-time value.
 BLOCK_CLASSES = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128)
 
 
 @dataclass(frozen=True)
-class QuantVariant:
-    """The part of a quantisation that is compiled in; scales and bounds are run-time values."""
+class FormatRow:
+    """A format as kernels, journals and the way between ranks know it.
 
-    format: str = "kNone"
-    layout: str = "kLinear"
+    ``struct`` in ``kernels/formats/<file>.cuh``, with the variant's fields in braces. ``scale_bytes`` of a stored scale, 0 where none
+    is; ``scales_in_word`` of them share a word on their way. ``when``: options that make it this row's.
+    """
+
+    name: str
+    kind: type[Quant] | None
+    file: str
+    struct: str
+    scale_bytes: int = 0
+    scales_in_word: int = 1
+    when: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def code_bytes(self) -> int:
+        """Of the codes of eight elements."""
+        return 0 if self.kind is None else 4 if self.kind.element == "e2m1" else 8
+
+    def holds(self, quant: Quant | None) -> bool:
+        """Whether ``quant`` is of this format."""
+        kind: type = type(None) if self.kind is None else self.kind
+        return type(quant) is kind and all(getattr(quant, name) == value for name, value in self.when.items())
+
+
+#: Every format. Its place is its number in a journal.
+FORMATS = (
+    FormatRow("none", None, "none", "NoFormat"),
+    FormatRow("NVFP4", NVFP4, "nvfp4", "NVFP4", 1, 4),
+    FormatRow("MXFP4", MXFP4, "mx", "MXFP4<{ceil}>", 1, 4),
+    FormatRow("MXFP8", MXFP8, "mx", "MXFP8<{ceil}>", 1, 4),
+    FormatRow("FP8Static", FP8Static, "fp8_static", "FP8Static"),
+    FormatRow("FP8PerToken", FP8PerToken, "fp8_dynamic", "FP8PerToken", 4),
+    FormatRow("FP8Group", FP8Group, "fp8_dynamic", "FP8Group<{group}>", 4, when={"scale_format": "float32"}),
+    FormatRow("FP8Group(ue8m0)", FP8Group, "fp8_dynamic", "FP8GroupE8M0<{group}>", 1, when={"scale_format": "ue8m0"}),
+)
+#: Every layout of scales, by name: its struct in ``kernels/layouts.cuh``, by bytes of a scale. Its place is its number in a journal.
+LAYOUTS: dict[str, dict[int, str]] = {
+    "linear": {0: "Linear<4>", 1: "Linear<1>", 4: "Linear<4>"},
+    "128x4": {1: "Tiles128x4"},
+    "8x4": {1: "Tiles8x4"},
+    "column": {1: "PackedColumn", 4: "Column"},
+}
+
+
+@dataclass(frozen=True)
+class QuantVariant:
+    """The part of a quantization that is compiled in; scales and bounds are run-time values. ``format`` and ``layout`` by name."""
+
+    format: str = "none"
+    layout: str = "linear"
     group: int = 0
     ceil: bool = False
 
     @classmethod
     def of(cls, quant: Quant | None) -> QuantVariant:
+        row = next((row for row in FORMATS if row.holds(quant)), None)
+        if row is None:
+            raise TypeError(f"no kernel for {type(quant).__name__}")
         if quant is None:
             return cls()
-        if isinstance(quant, NVFP4):
-            return cls("kNVFP4", _LAYOUTS[quant.layout], 16)
-        if isinstance(quant, MXFP4 | MXFP8):
-            return cls(f"k{quant.name}", _LAYOUTS[quant.layout], 32, quant.rounding == "ceil")
-        if isinstance(quant, FP8Group):
-            name = "kFP8GroupE8M0" if quant.scale_format == "ue8m0" else "kFP8Group"
-            return cls(name, _LAYOUTS[quant.layout], quant.group_size)
-        if isinstance(quant, FP8Static | FP8PerToken):
-            return cls(f"k{quant.name}")
-        raise TypeError(f"no kernel for {type(quant).__name__}")
+        layout = getattr(quant, "layout", "linear")
+        return cls(row.name, "linear" if layout == "row" else layout, quant.block, getattr(quant, "rounding", "") == "ceil")
+
+    @property
+    def row(self) -> FormatRow:
+        """What the table says of the format."""
+        return next(row for row in FORMATS if row.name == self.format)
+
+    @property
+    def struct(self) -> str:
+        """The type of the format."""
+        return self.row.struct.format(group=self.group, ceil=_flag(self.ceil))
 
     @property
     def needs_one_cta(self) -> bool:
         """A group that is not a power of two within 256 elements is reduced in one CTA's shared memory."""
         return self.group > 0 and 256 % self.group != 0
+
+    @property
+    def row_as_asserted(self) -> str:
+        """The table and the type of the format must agree."""
+        row = self.row
+        facts = {"CodeBytes": row.code_bytes, "ScaleBytes": row.scale_bytes, "ScalesInWord": row.scales_in_word, "Group": self.group}
+        return "".join(f'static_assert(Config::Format::k{name} == {value}, "");\n' for name, value in facts.items())
+
+    def wire_bytes(self, hidden_size: int) -> int:
+        """Of the codes and the words of scales of a row on its way to another rank (kernels/gather.cuh)."""
+        row = self.row
+        scales = 0 if not row.scale_bytes else -(-hidden_size // self.group // row.scales_in_word) if self.group else 1
+        return hidden_size // 8 * row.code_bytes + 4 * scales
 
 
 @dataclass(frozen=True)
@@ -66,13 +132,16 @@ class Variant:
     ahead: int = 0
     stream: bool = True
     gather: bool = False
+    late_weight: bool = False
+    launch_late: bool = False
+    source_type: str = "DirectSource"
 
     @property
     def name(self) -> str:
         """Short and unique enough for a profiler's list."""
         parts = ["residual"] * self.residual + ["norm"] * self.norm
-        if self.quant.format != "kNone":
-            parts.append(self.quant.format[1:].lower())
+        if self.quant.row.kind is not None:
+            parts.append("".join(filter(str.isalnum, self.quant.format)).lower())
         epilogue = "_".join(parts)
         kernel = "reduce_scatter" if self.kernel == "sharded" and not self.gather else self.kernel
         return f"collogue_{kernel}_{self.world}_{epilogue or 'sum'}"
@@ -87,10 +156,6 @@ class Variant:
             "bool kStream": _flag(self.stream),
             "bool kNorm": _flag(self.norm),
             "bool kKeepNorm": _flag(self.keep_norm),
-            "Format kFormat": f"Format::{q.format}",
-            "Layout kLayout": f"Layout::{q.layout}",
-            "int kGroup": q.group,
-            "bool kCeil": _flag(q.ceil),
             "int kThreads": self.threads,
             "int kVectors": self.vectors,
             "bool kClustered": _flag(self.clustered),
@@ -99,16 +164,24 @@ class Variant:
             "unsigned kFirstPoll": self.first_poll,
             "unsigned kAhead": self.ahead,
             "bool kGather": _flag(self.gather),
+            "bool kLateWeight": _flag(self.late_weight),
+            "bool kLaunchLate": _flag(self.launch_late),
         }
         body = "\n".join(f"  static constexpr {name} = {value};" for name, value in constants.items())
         return (
             f'#include "{self.kernel}.cuh"\n'
+            f'#include "formats/{q.row.file}.cuh"\n'
             "namespace collogue {\n"
             "struct Config {\n"
             f"  using D = {_DTYPES[self.dtype]};\n"
             f"  using WeightD = {_DTYPES[self.weight_dtype]};\n"
+            f"  using Format = collogue::{q.struct};\n"
+            f"  using Layout = collogue::{LAYOUTS[q.layout][q.row.scale_bytes]};\n"
+            "  template <class C>\n"
+            f"  using Source = collogue::{self.source_type}<C>;\n"
             f"{body}\n"
             "};\n"
+            f"{q.row_as_asserted}"
             "}  // namespace collogue\n"
             f'extern "C" __global__ void __launch_bounds__({self.threads}, {self.ctas_per_multiprocessor})\n'
             f"{self.name}(const __grid_constant__ collogue::Params p) {{\n"

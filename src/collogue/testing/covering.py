@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -20,7 +20,7 @@ from collogue.contract.spec import VALUE_DTYPES, Operation, Wanted
 from collogue.planning.architecture import ARCHITECTURES
 from collogue.planning.plan import launch_shape, make_variant
 from collogue.planning.topology import Topology
-from collogue.planning.variant import Variant
+from collogue.planning.variant import QuantVariant, Variant
 
 #: One kernel as its choice of every factor, by the factor's name.
 Choice: TypeAlias = Mapping[str, Any]
@@ -157,3 +157,20 @@ def _complete(choice: dict[str, Any], open_pairs: Mapping[Pair, None], rng: rand
         if complete is not None:
             return complete
     return None
+
+
+def registers_allowed(variant: Variant) -> int:
+    """Registers a thread that the launch bounds of ``variant`` leave it: of 65,536 on a multiprocessor, for four warps at a time, in
+    steps of 8."""
+    return min(255, 65536 // (-(-variant.threads * variant.ctas_per_multiprocessor // 128) * 128) // 8 * 8)
+
+
+def to_json(variant: Variant) -> dict[str, Any]:
+    """A variant as JSON holds it. :func:`from_json` is the inverse."""
+    return {name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value for name, value in asdict(variant).items()}
+
+
+def from_json(row: Mapping[str, Any]) -> Variant:
+    """The variant that :func:`to_json` was given."""
+    fields = {name: getattr(torch, value) if name.endswith("dtype") else value for name, value in row.items()}
+    return Variant(**{**fields, "quant": QuantVariant(**row["quant"])})

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from collogue.group import SymmetricBuffer, check_gpus
+from collogue.group import SymmetricBuffer, check_gpus, compare
 from collogue.testing import environment
 
 T = TypeVar("T")
@@ -59,6 +59,9 @@ class VirtualGroup:
 
     def barrier(self) -> None:
         self._meeting.exchange(self.rank, None)
+
+    def agree(self, what: str) -> None:
+        compare(self._meeting.exchange(self.rank, what))
 
     def settle(self) -> None:
         """Wait for this rank's stream, then for every rank: afterwards nothing of this world runs on any GPU."""

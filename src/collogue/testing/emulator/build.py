@@ -15,7 +15,7 @@ import torch
 from collogue.calls.request import Request
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Wanted
-from collogue.gpu.jit import KERNELS
+from collogue.gpu.jit import kernel_sources
 from collogue.planning import plan
 from collogue.planning.topology import Topology
 from collogue.planning.variant import Variant
@@ -41,6 +41,8 @@ class Case:
     ``kernel``: ``one_shot``, ``two_shot``, ``local``, or an operation: ``sharded``, ``reduce_scatter``, ``all_gather`` (of the norm, or
     of codes where ``quant`` is given).
 
+    ``prefetch`` as of :class:`collogue.RMSNorm`, ``concurrent`` as of :class:`collogue.Communicator`.
+
     ``rows`` clusters of CTAs do all rows of a call in turns; ``None``: one cluster a row. Each thread holds ``vectors`` times 8 elements.
     """
 
@@ -57,6 +59,8 @@ class Case:
     rows: int | None = None
     vectors: int = 1
     launches: int = 1
+    prefetch: bool = True
+    concurrent: int = 1
 
     @property
     def cluster(self) -> int:
@@ -80,7 +84,8 @@ class Case:
         """Of one call."""
         moves = self.kernel == "all_gather"
         residual, norm = self.residual and not moves, self.norm and not moves
-        return Request(tokens, self.hidden_size, self.dtype, residual, norm, False, self.quant, self.wanted, self.operation)
+        late = norm and not self.prefetch
+        return Request(tokens, self.hidden_size, self.dtype, residual, norm, False, self.quant, self.wanted, self.operation, late)
 
     def plan_of(self, tokens: int) -> plan.Plan:
         """Of one call: as many rows to a launch as in every other, of the call or of each owner."""
@@ -105,7 +110,7 @@ class Case:
 
     @property
     def topology(self) -> Topology:
-        return Topology(self.world, self.max_tokens, self.hidden_size, self.dtype, "sm_90a", 132, 1)
+        return Topology(self.world, self.max_tokens, self.hidden_size, self.dtype, "sm_90a", 132, 1, concurrent=self.concurrent)
 
     @property
     def variant(self) -> Variant:
@@ -139,20 +144,38 @@ class Library:
 
 def compile_cases(cases: Sequence[Case], directory: Path, edits: tuple[Edit, ...] = ()) -> Library:
     """Compile ``cases`` in ``directory``, unless the same sources have been. ``edits`` are made in a copy of them."""
-    sources = {file.name: file.read_text() for file in sorted(KERNELS.glob("*.cuh"))}
+    sources = kernel_sources()
     machine = _compile_machine(sources, directory)
-    names = ", ".join(f"kernel{i}" for i in range(len(cases)))
+    names = ", ".join((*(f"kernel{i}" for i in range(len(cases))), *OTHERS))
     units = [_unit(case.variant, i) for i, case in enumerate(cases)]
     files = edited(sources, edits)
     for name in _STAND_INS:
         del files[name]
-    files["kernels.cpp"] = "".join((*units, f"void (*collogue_kernels[])(collogue::Params) = {{{names}}};\n", _GENERATIONS))
+    files["kernels.cpp"] = "".join((*units, _OTHERS, f"void (*collogue_kernels[])(collogue::Params) = {{{names}}};\n", _GENERATIONS))
     # Functions that both define are the machine's: what runs most is optimised.
-    command = ["-O1", "-shared", f"-I{machine}", "-include", "ptx.cuh", "-o", "kernels.so", str(machine / "driver.o"), "kernels.cpp"]
+    command = ["-O1", "-shared", "-I.", f"-I{machine}", "-include", "ptx.cuh", "-o", "kernels.so", str(machine / "driver.o"), "kernels.cpp"]
     library = ctypes.CDLL(str(_compile(files, (machine.name, *command), directory, [command]) / "kernels.so"))
     library.collogue_emulate.restype = None
     return Library(tuple(cases), library.collogue_emulate, ctypes.c_uint.in_dll(library, "collogue_one_shot_generations").value)
 
+
+#: Kernels of other people, behind those of the cases: one writes ``tokens`` words from ``partial`` to ``stream``, late; one does nothing.
+#: Both let the next kernel start before they wait for the one before them, as many do.
+OTHERS = ("late_writer", "passer_by")
+_OTHERS = """
+void late_writer(collogue::Params p) {
+  using namespace collogue;
+  launch_next_kernel();
+  wait_for_previous_kernel();
+  for (const u64 from = time_ns(); time_ns() - from < 3000000;) {
+  }
+  for (u32 i = thread_index(); i < p.tokens; i += 32) store_word(p.stream + 4 * i, reinterpret_cast<const u32*>(p.partial)[i]);
+}
+void passer_by(collogue::Params) {
+  collogue::launch_next_kernel();
+  collogue::wait_for_previous_kernel();
+}
+"""
 
 #: What the machine has to know of a twin's protocol, so that it is the protocol that fails.
 _GENERATIONS = """
@@ -185,6 +208,7 @@ def _compile(files: dict[str, str], key: tuple[str, ...], directory: Path, comma
         if (folder / "done").exists():
             return folder
         for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
         for command in commands:
             done = subprocess.run([COMPILER, *OPTIONS, *command], cwd=folder, capture_output=True, text=True, timeout=120)

@@ -13,7 +13,7 @@ struct Launch {
   unsigned kernel, rank, number, cluster, rows, threads;  // number: of calls that the device has counted before
 };
 struct Job {
-  unsigned ranks, launches, mode, victim, absent_launch, bytes;
+  unsigned ranks, launches, mode, victim, absent_launch, bytes, gpus, ctas, in_order, skew;
   unsigned long long seed, workspace_bytes, failures, failure_bytes, ticks, outputs;
   const collogue::emulator::Range* output;  // in order
   Launch* launch;  // of every rank in the order of its stream
@@ -31,9 +31,17 @@ extern "C" void collogue_emulate(Job* job) {
   machine.absent_launch = job->absent_launch;
   machine.entry = [](u32 kernel, const void* params) { collogue_kernels[kernel](*static_cast<const collogue::Params*>(params)); };
   machine.ranks.resize(job->ranks);
+  machine.free_ctas.assign(job->gpus, job->ctas);
+  machine.in_order = job->in_order;
   machine.control_bytes = collogue::kDataOffset;
   for (u32 rank = 0; rank < job->ranks; rank++) {
-    const u64 workspace = reinterpret_cast<u64>(job->launch[0].params->workspace[rank]);
+    u64 workspace = 0;  // as the rank's own launches name it
+    for (u32 i = 0; i < job->launches && !workspace; i++) {
+      const collogue::Params& params = *job->launch[i].params;
+      if (job->launch[i].rank == rank) workspace = reinterpret_cast<u64>(params.workspace[params.rank]);
+    }
+    machine.ranks[rank].gpu = rank % job->gpus;
+    machine.ranks[rank].not_before = job->skew ? machine.random.below(job->skew) : 0;
     machine.workspaces.push_back({workspace, workspace + job->workspace_bytes});
     machine.failures.push_back({job->failures + rank * job->failure_bytes, job->failures + (rank + 1) * job->failure_bytes});
   }

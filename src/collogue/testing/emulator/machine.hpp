@@ -52,6 +52,8 @@ struct Rank {
   std::vector<Kernel*> stream;
   u32 front = 0;  // first kernel that has not ended
   u32 weight = 1;
+  u32 gpu = 0;           // streams of one GPU share its room for CTAs
+  u64 not_before = 0;    // tick at which the first kernel is launched: what other kernels delay this stream by
 };
 
 class Machine {
@@ -68,6 +70,8 @@ class Machine {
   u64 tick = 0;
   void (*entry)(u32, const void*) = nullptr;  // a kernel by its number
   std::vector<Rank> ranks;
+  std::vector<u32> free_ctas;  // by GPU
+  bool in_order = false;       // clusters start in the order of their numbers, as GPUs are seen to do
   std::vector<Range> workspaces, failures;  // addresses, by rank
   std::vector<Range> outputs;               // addresses, in order
   u64 control_bytes = 0;                    // at the start of every workspace
@@ -84,8 +88,15 @@ class Machine {
       if (step() || error[0]) continue;
       if (!flights_.empty())
         tick = std::max(tick, flights_.top().due);
-      else if (!all_ended())
-        fail("deadlock: no thread can go on");
+      else if (!all_ended()) {
+        u64 next = ~0ull;
+        for (const Rank& rank : ranks)
+          if (rank.not_before > tick) next = std::min(next, rank.not_before);
+        if (next == ~0ull)
+          fail("deadlock: no thread can go on");
+        else
+          tick = next;
+      }
     }
   }
 
@@ -214,6 +225,7 @@ class Machine {
       const Flight flight = flights_.top();
       flights_.pop();
       if (flight.cta && flight.cta->running == 0) return fail("a word was sent to a CTA that has ended");
+      if (flight.cta) receive(*flight.cta, flight.address);
       std::memcpy(flight.address, &flight.word, 4);
       if (flight.two) std::memcpy(flight.address + 4, &flight.second, 4);
       if (flight.cta) change_barrier(*flight.cta, flight.cta->shared.get() + flight.barrier, -4, false);
@@ -221,12 +233,20 @@ class Machine {
       end_if_done(*flight.kernel);
     }
   }
+  // Nothing orders a CTA's own stores before the words that others send it, so it must have stored nothing there.
+  void receive(Cta& cta, const u8* address) {
+    const std::size_t word = static_cast<std::size_t>(address - cta.shared.get()) / 4;
+    if (!cta.received[word] && std::any_of(address, address + 4, [](u8 byte) { return byte != kUntouched; }))
+      return fail("a word was sent to where the CTA itself has stored");
+    cta.received[word] = true;
+  }
 
   // ---- kernels, CTAs, threads
 
   void start_kernels() {
     for (u32 r = 0; r < ranks.size(); r++) {
       Rank& rank = ranks[r];
+      if (tick < rank.not_before) continue;
       for (u32 i = rank.front; i < rank.stream.size(); i++) {
         Kernel& kernel = *rank.stream[i];
         if (kernel.started) continue;
@@ -246,7 +266,9 @@ class Machine {
     return true;
   }
   void start_cluster(Kernel& kernel) {
-    std::swap(kernel.unstarted[random.below(kernel.unstarted.size())], kernel.unstarted.back());
+    auto& rows = kernel.unstarted;
+    std::iter_swap(in_order ? std::min_element(rows.begin(), rows.end()) : rows.begin() + random.below(rows.size()), rows.end() - 1);
+    free_ctas[ranks[kernel.rank].gpu] -= kernel.cluster_size;
     const u32 row = kernel.unstarted.back();
     kernel.unstarted.pop_back();
     auto cluster = std::make_unique<Cluster>();
@@ -273,6 +295,7 @@ class Machine {
     Cta& cta = *fibre.cta;
     Kernel& kernel = *cta.kernel;
     if (--cta.running) return;
+    free_ctas[ranks[kernel.rank].gpu]++;
     if (!cta.launched_next) kernel.launched_next++;
     kernel.ctas_running--;
     end_if_done(kernel);
@@ -313,9 +336,12 @@ class Machine {
     if (fibre.ended) end_fibre(fibre);
     return true;
   }
-  static bool can_run(const Rank& rank) {
+  bool has_room(const Rank& rank, const Kernel& kernel) const {
+    return !kernel.unstarted.empty() && free_ctas[rank.gpu] >= kernel.cluster_size;
+  }
+  bool can_run(const Rank& rank) const {
     for (u32 i = rank.front; i < rank.stream.size() && rank.stream[i]->started; i++) {
-      if (!rank.stream[i]->unstarted.empty()) return true;
+      if (has_room(rank, *rank.stream[i])) return true;
       for (auto& cta : rank.stream[i]->ctas)
         if (!cta->ready.empty()) return true;
     }
@@ -340,7 +366,7 @@ class Machine {
     bool any_ready = false;
     Kernel* found = nullptr;
     for (u32 i = rank.front; i < rank.stream.size() && rank.stream[i]->started; i++) {
-      if (!found && !rank.stream[i]->unstarted.empty()) found = rank.stream[i];
+      if (!found && has_room(rank, *rank.stream[i])) found = rank.stream[i];
       for (auto& cta : rank.stream[i]->ctas) any_ready |= !cta->ready.empty();
     }
     return found && (!any_ready || random.below(mode == kSlowCtas ? 200 : 4) == 0) ? found : nullptr;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeAlias
 
 import torch
@@ -31,6 +31,7 @@ Terms: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 _POISON = 0xEE
 _LEFT_UNIT = 512  # what one-shot leaves to be cleaned is a multiple of this
 _NEVER = (1 << 32) - 1
+_UNBOUNDED = 1 << 30
 
 
 class _Launch(ctypes.Structure):
@@ -48,6 +49,7 @@ class _Job(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_uint32) for name in ("ranks", "launches", "mode", "victim", "absent_launch", "bytes")),
+        *((name, ctypes.c_uint32) for name in ("gpus", "ctas", "in_order", "skew")),
         *((name, ctypes.c_uint64) for name in ("seed", "workspace_bytes", "failures", "failure_bytes", "ticks", "outputs")),
         ("output", ctypes.c_void_p),
         ("launch", ctypes.c_void_p),
@@ -114,6 +116,11 @@ def emulate(
     terms: Terms | None = None,
     timeout: float = 1.0,
     before: Callable[[list[torch.Tensor]], None] = lambda workspaces: None,
+    written_late: int | None = None,
+    communicators: int = 1,
+    ctas: int | None = None,
+    in_order: bool = False,
+    skew: int = 0,
 ) -> Run:
     """One call after the other on every rank, queued at once.
 
@@ -125,52 +132,72 @@ def emulate(
         terms: changes the partials.
         timeout: in emulated seconds, of one million scheduling points each.
         before: may spoil the ranks' workspaces, as words of 32 bits, before the first call.
+        written_late: the weight and a scale that is a tensor are written just before each call, by a kernel that has let the next one
+            start long before, with so many kernels between it and the call.
+        communicators: so many on the same GPUs, each with its workspace and its stream, each making all the calls. What the run says
+            by call and rank it says of one communicator behind the other.
+        ctas: that a GPU holds at a time; ``None``: all.
+        in_order: whether the clusters of a grid start in order, as GPUs are seen to do.
+        skew: each stream starts within so many scheduling points.
     """
-    memory = _Memory(library)
-    before(memory.workspaces)
-    every, outputs, expected = [], [], []  # `every` keeps what kernels read
-    streams: list[list[tuple[int, _Launch, Params]]] = [[] for _ in range(library.world)]
-    counted, absent_launch = [0] * library.world, _NEVER
-    for i, call in enumerate(calls):
-        asked = _by_rank(call, library.world)
+    world = library.world
+    failures = (FailureRecord * (communicators * world))()
+    memories = [_Memory(library, ctypes.addressof(failures[c * world])) for c in range(communicators)]
+    before([workspace for memory in memories for workspace in memory.workspaces])
+    every: list[object] = []  # keeps what kernels read
+    outputs, expected = [], []
+    written: list[tuple[int, int]] = []  # memory that other kernels write
+    streams: list[list[tuple[int, _Launch, Params]]] = [[] for _ in range(communicators * world)]
+    counted, absent_launch = [0] * len(streams), _NEVER
+    for i, (c, call) in enumerate((c, call) for c in range(communicators) for call in calls):
+        memory, asked = memories[c], _by_rank(call, world)
         made = {ask: _calls(library.cases[ask.case], ask, kind, seed + i, terms) for ask in set(asked)}
         every.append(made)
+        others: list[list[tuple[_Launch, Params]]] = [[] for _ in range(world)]
+        if written_late is not None:
+            late = [_written_late(library, made[ask][0][rank], c * world + rank, written_late, memory) for rank, ask in enumerate(asked)]
+            made = {ask: ([call for call, *_ in late], right) for ask, (_, right) in made.items()}
+            others = [launches for _, launches, _ in late]
+            written += [r for *_, ranges in late for r in ranges]
+            every.append(made)
         outputs.append([_poisoned(made[ask][0][rank]) for rank, ask in enumerate(asked)])
         expected.append(made[asked[0]][1] if len(made) == 1 else [])
         if i == absent_call:
             absent_launch = len(streams[victim])
         for rank, ask in enumerate(asked):
-            case = library.cases[ask.case]
+            case, stream = library.cases[ask.case], c * world + rank
+            streams[stream] += [(i, launch, params) for launch, params in others[rank]]
             for params in _launches(case, rank, made[ask][0][rank], outputs[i][rank], memory, timeout):
-                rows = case.clusters_of(ask.tokens)
-                streams[rank].append((i, _Launch(0, 0, ask.case, rank, counted[rank], case.cluster, rows, case.threads), params))
-                counted[rank] += case.kernel != "local"
+                shape = case.cluster, case.clusters_of(ask.tokens), case.threads
+                streams[stream].append((i, _Launch(0, 0, ask.case, stream, counted[stream], *shape), params))
+                counted[stream] += case.kernel != "local"
                 memory.left = case.kernel == "one_shot" or (memory.left and case.kernel == "local")
     queued = [launch for stream in streams for launch in stream]
     array = (_Launch * len(queued))(*(launch for _, launch, _ in queued))
     for launch, (_, _, params) in zip(array, queued, strict=True):
         launch.params = ctypes.addressof(params)
-    job = _Job(library.world, len(queued), MODES.index(mode), victim, absent_launch, ctypes.sizeof(_Job), seed)
-    job.workspace_bytes, job.launch = memory.workspaces[0].nbytes, ctypes.addressof(array)
-    job.failures, job.failure_bytes = ctypes.addressof(memory.failures), ctypes.sizeof(FailureRecord)
-    ranges = sorted(r for of_call in outputs for out in of_call for r in _memory_of(out))
+    job = _Job(len(streams), len(queued), MODES.index(mode), victim, absent_launch, ctypes.sizeof(_Job))
+    job.gpus, job.ctas, job.in_order, job.skew, job.seed = world, _UNBOUNDED if ctas is None else ctas, in_order, skew, seed
+    job.workspace_bytes, job.launch = memories[0].workspaces[0].nbytes, ctypes.addressof(array)
+    job.failures, job.failure_bytes = ctypes.addressof(failures), ctypes.sizeof(FailureRecord)
+    ranges = sorted([*(r for of_call in outputs for out in of_call for r in _memory_of(out)), *written])
     flat = (ctypes.c_uint64 * (2 * len(ranges)))(*(end for r in ranges for end in r))
     job.outputs, job.output = len(ranges), ctypes.addressof(flat)
     library.emulate(ctypes.byref(job))
     assert job.ticks > 0, "driver.cpp and run.py describe a job differently"
-    sent = [[0] * library.world for _ in calls]
+    sent = [[0] * world for _ in outputs]
     for launch, (i, _, _) in zip(array, queued, strict=True):
-        sent[i][launch.rank] += launch.sent
-    controls = memory.controls()
+        sent[i][launch.rank % world] += launch.sent
+    controls = [control for memory in memories for control in memory.controls()]
     plausible = all(control.plausible for control in controls)
     return Run(
         error=job.error.decode() or ("" if plausible else "the control words are not as kernels write them"),
         outputs=outputs,
         expected=expected,
-        failures=list(memory.failures),
+        failures=list(failures),
         controls=controls,
         sent=sent,
-        leftover=memory.leftover(counted[0] - 1),
+        leftover=sum(memory.leftover(counted[0] - 1) for memory in memories),
         ticks=job.ticks,
     )
 
@@ -191,7 +218,8 @@ def _by_rank(call: int | Ask | Sequence[Ask], ranks: int) -> list[Ask]:
 class _Memory:
     """What lies in symmetric and pinned memory, workspaces as int32 words. A generation is what the largest call needs, no more."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, failures: int) -> None:
+        self.failures = failures  # address of the first rank's record
         needs = {case: case.memory_of(case.max_tokens) for case in library.cases}
         one_shot = max((n for case, n in needs.items() if case.kernel == "one_shot"), default=1)
         others = max((n for case, n in needs.items() if case.kernel != "one_shot"), default=0)
@@ -200,7 +228,6 @@ class _Memory:
         self.workspaces = [torch.full((self.extent.total // 4,), self.sentinel, dtype=torch.int32) for _ in range(library.world)]
         for workspace in self.workspaces:
             workspace[: CONTROL_BYTES // 4] = torch.frombuffer(clean_control(), dtype=torch.int32)
-        self.failures = (FailureRecord * library.world)()
         self.generations = library.one_shot_generations
         self.left = False  # the last call has left its generation to the next one
 
@@ -227,17 +254,43 @@ def _launches(case: Case, rank: int, call: Call, out: Output, memory: _Memory, t
         p = Params()
         fill_shape(p, case.topology, request, made, rank)
         if more is not None:
-            p.first, p.count, p.pad = more
+            p.first, p.count, p.scale_rows = more
         if call.shard is not None:
             fill_shard(p, call.shard, out, "norm" if call.quant is None else "codes")
         else:
             fill_call(p, call, out)
         fill_workspace(p, memory.extent, case.algorithm)
-        p.failure = ctypes.addressof(memory.failures[rank])
+        p.failure = memory.failures + rank * ctypes.sizeof(FailureRecord)
         p.timeout, p.relay_timeout = timeouts(timeout)
         for peer, workspace in enumerate(memory.workspaces):
             p.workspace[peer] = workspace.data_ptr()
         yield p
+
+
+def _written_late(
+    library: Library, call: Call, rank: int, between: int, memory: _Memory
+) -> tuple[Call, list[tuple[_Launch, Params]], list[tuple[int, int]]]:
+    """``call`` with a weight and a scale that hold nothing yet, the launches that write them, and their memory."""
+    launches: list[tuple[_Launch, Params]] = []
+    ranges, norm, quant = [], call.norm, call.quant
+
+    def late(tensor: torch.Tensor) -> torch.Tensor:
+        empty = torch.full_like(tensor, 3.0)
+        source = tensor.view(torch.int32) if tensor.dim() else tensor.reshape(1).view(torch.int32)
+        writer = Params(partial=source.data_ptr(), stream=empty.data_ptr(), tokens=source.numel())
+        launches.append((_Launch(0, 0, len(library.cases), rank, 0, 1, 1, 32), writer))
+        ranges.append((empty.data_ptr(), empty.data_ptr() + empty.nbytes))
+        return empty
+
+    if norm is not None:
+        norm = replace(norm, weight=late(norm.weight))
+    if quant is not None and isinstance(quant.given_scale, torch.Tensor):
+        quant = replace(quant, **{"global_scale" if hasattr(quant, "global_scale") else "scale": late(quant.given_scale)})
+    launches += [(_Launch(0, 0, len(library.cases) + 1, rank, 0, 1, 1, 32), Params()) for _ in range(between)]
+    for _, params in launches:
+        for peer, workspace in enumerate(memory.workspaces):
+            params.workspace[peer] = workspace.data_ptr()
+    return replace(call, norm=norm, quant=quant), launches, ranges
 
 
 def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> tuple[list[Call], list[Output]]:
@@ -245,7 +298,7 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> t
     partials, residual, weight = _inputs(case, ask.tokens, kind, seed)
     if terms is not None:
         partials = [terms(rank, partial) for rank, partial in enumerate(partials)]
-    norm = RMSNorm(weight, eps=ask.eps, weight_offset=1.0) if case.norm else None
+    norm = RMSNorm(weight, eps=ask.eps, weight_offset=1.0, prefetch=case.prefetch) if case.norm else None
     epilogue = {"residual": residual, "norm": norm, "quant": case.quant, "keep_norm": case.keep_norm}
     rows = [owned_rows(ask.tokens, case.world, rank) for rank in range(case.world)]
     request, device = case.request(ask.tokens), torch.device("cpu")

@@ -28,8 +28,8 @@ PORTABLE_CLUSTER = plan.MAX_CLUSTER
 def edit_sources(folder: Path, edits: Sequence[Edit]) -> None:
     """The kernels in ``folder``, edited. Raises :class:`ValueError` for a text that does not stand exactly once in its file."""
     folder.mkdir(parents=True, exist_ok=True)
-    sources = {file.name: file.read_text(encoding="utf-8") for file in jit.KERNELS.glob("*.cuh")}
-    for name, text in edited(sources, edits).items():
+    for name, text in edited(jit.kernel_sources(), edits).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
 
 

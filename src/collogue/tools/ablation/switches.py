@@ -45,7 +45,7 @@ class Switch:
         return architecture in self.architectures and (not self.formats or format.split("/")[0] in self.formats)
 
 
-_FACTOR = "      float factor = from_bits(load_shared_word(factors + (sf & 0x7fu) * 4));\n"
+_FACTOR = "    float factor = from_bits(load_shared_word(factors + (sf & 0x7fu) * 4));\n"
 _BY_WORD = """#pragma unroll
   for (int i = 0; i < 8; i++) c[i] = e2m1_biased(n[i] * factor);
 #pragma unroll
@@ -69,15 +69,15 @@ _ADD = """        if (first + b == 0)
         else if (first + b < C::kWorld)
           add<D>(sum, term[b]);
 """
-_REPORT = "  if (ranks.stopped) ranks.report();\n"
-_LAUNCH_NEXT = "  launch_next_kernel();\n  ranks.start();\n"
+_REPORT = "    if (ranks.stopped) ranks.report();\n"
+_LAUNCH_NEXT = "    if constexpr (!C::kLaunchLate) launch_next_kernel();\n"
 
 _TWO_RECIPROCALS = Edit(
-    "quantize.cuh", _FACTOR, "      float factor = sf & 0x7fu ? reciprocal(e4m3_value(sf & 0x7fu) * reciprocal(scale)) : 0.0f;\n"
+    "formats/nvfp4.cuh", _FACTOR, "    float factor = sf & 0x7fu ? reciprocal(e4m3_value(sf & 0x7fu) * reciprocal(scale)) : 0.0f;\n"
 )
-_PAIRS = Edit("formats.cuh", _BY_WORD, _BY_PAIR)
+_PAIRS = Edit("encode.cuh", _BY_WORD, _BY_PAIR)
 _WHOLE = (
-    Edit("formats.cuh", _HARDWARE_BY_PAIR, "  if (true) w = e2m1_eight(n, factor);\n"),
+    Edit("encode.cuh", _HARDWARE_BY_PAIR, "  if (true) w = e2m1_eight(n, factor);\n"),
     Edit(
         "ptx.cuh",
         "// Two codes in the low 8 bits, `low` in bits 0 to 3. Saturating; keeps the sign of zero.\n",
@@ -117,7 +117,7 @@ _BY_ELEMENT = Edit(
 _LATE = (
     Edit(
         "one_shot.cuh",
-        "  compute_now(slot_offset ^ folded(partial) ^ folded(residual) ^ ranks.digest(), shared.digest);\n",
+        "  compute_now(slot_offset ^ source.digest() ^ folded(residual) ^ ranks.digest(), shared.digest);\n",
         "",
     ),
 )
@@ -130,12 +130,12 @@ _NO_BOUND = (
     Edit("protocol.cuh", "      if (look) {\n", "      if (false) {\n"),
     Edit("protocol.cuh", "    stopped = head.w[2];\n", "    stopped = 0;\n"),
     Edit("protocol.cuh", "    if (!active || stopped || offset >= p.slot_bytes) return;\n", "    if (!active) return;\n"),
-    Edit("one_shot.cuh", _REPORT, ""),
+    Edit("opening.cuh", _REPORT, ""),
 )
 _NO_MARKS = (
     Edit("protocol.cuh", "    if (stopped) return;\n    const Words entry[2]", "    if (true) return;\n    const Words entry[2]"),
     Edit("protocol.cuh", "if (call != 0 && !stopped) compare_marks(call - 1, seen, kStagePrevious);", "(void)seen;"),
-    Edit("one_shot.cuh", "      if (first_warp) seen = ranks.look_at_marks(ranks.call - 1);\n", ""),
+    Edit("opening.cuh", "    if (first_warp) seen = ranks.look_at_marks(ranks.call - 1);\n", ""),
 )
 
 #: The first vector of a CTA leaves last, behind a fence, and stands for all that the CTA has sent. Nothing else is compared.
@@ -191,7 +191,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch(
         "scale division",
         "g / sf by a division in every block of 16, not from a table",
-        (Edit("quantize.cuh", _FACTOR, "      float factor = sf & 0x7fu ? scale / e4m3_value(sf & 0x7fu) : 0.0f;\n"),),
+        (Edit("formats/nvfp4.cuh", _FACTOR, "    float factor = sf & 0x7fu ? scale / e4m3_value(sf & 0x7fu) : 0.0f;\n"),),
         formats=("nvfp4",),
     ),
     Switch("scale reciprocals", "1 / (sf * (1 / g)): two correctly rounded reciprocals", (_TWO_RECIPROCALS,), formats=("nvfp4",)),
@@ -242,10 +242,8 @@ SWITCHES: tuple[Switch, ...] = (
         "pdl late",
         "dependents launched at the end of the kernel",
         (
-            Edit("one_shot.cuh", _LAUNCH_NEXT, "  ranks.start();\n"),
-            Edit(
-                "one_shot.cuh", "  if (ranks.stopped) ranks.report();\n", "  launch_next_kernel();\n  if (ranks.stopped) ranks.report();\n"
-            ),
+            Edit("opening.cuh", _LAUNCH_NEXT, ""),
+            Edit("opening.cuh", _REPORT, f"    launch_next_kernel();\n{_REPORT}"),
         ),
         architectures=_CLUSTERS,
     ),
@@ -253,15 +251,15 @@ SWITCHES: tuple[Switch, ...] = (
         "pdl early",
         "dependents launched before the inputs are loaded",
         (
-            Edit("one_shot.cuh", _LAUNCH_NEXT, "  ranks.start();\n"),
-            Edit("one_shot.cuh", "  wait_for_previous_kernel();\n", "  wait_for_previous_kernel();\n  launch_next_kernel();\n"),
+            Edit("opening.cuh", _LAUNCH_NEXT, ""),
+            Edit("opening.cuh", "    wait_for_previous_kernel();\n", "    wait_for_previous_kernel();\n    launch_next_kernel();\n"),
         ),
         architectures=_CLUSTERS,
     ),
     Switch(
         "wipe off",
         "slots are not made clean again: later calls take old words",
-        (Edit("one_shot.cuh", "      ranks.clean(thread, threads);\n", ""),),
+        (Edit("opening.cuh", "    ranks.clean(thread, threads);\n", ""),),
         valid=False,
     ),
     Switch("flag", "a word of each CTA behind a fence says that all have come; the others are loaded then, not polled", _FLAG),
@@ -274,7 +272,9 @@ SWITCHES: tuple[Switch, ...] = (
         "constants and indices are read where they are used, not kept in registers",
         (Edit("exchange.cuh", "if constexpr (C::kVectors == 1 && !C::kLoop) return keep(x);", ""),),
     ),
-    Switch("no first wait", "polling starts at once after the sends", (Edit("protocol.cuh", "- sent < C::kFirstPoll", "- sent < 0u"),)),
+    Switch(
+        "no first wait", "polling starts at once after the sends", (Edit("protocol.cuh", "- sent_at < C::kFirstPoll", "- sent_at < 0u"),)
+    ),
 )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import re
-import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from collogue.errors import CompileError
+from collogue.gpu.jit import sections
 from collogue.tools import packages
 
 #: The instructions that are counted, by what they are. Static counts: how often one stands in the code, not how often it runs.
@@ -37,20 +36,7 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.
 
 def code_bytes(cubin: bytes) -> int:
     """Bytes of machine code in an ELF file: its sections called ``.text.*``."""
-    return sum(size for name, size in _sections(cubin) if name.startswith(".text."))
-
-
-def _sections(elf: bytes) -> Iterator[tuple[str, int]]:
-    """Name and size of every section of a 64-bit little-endian ELF file."""
-    if elf[:6] != b"\x7fELF\x02\x01":
-        raise CompileError("this is not a cubin: no 64-bit ELF file", hint="pass what jit.compile_source returns")
-    (start,) = struct.unpack_from("<Q", elf, 0x28)
-    step, count, names = struct.unpack_from("<HHH", elf, 0x3A)
-    headers = [struct.unpack_from("<IIQQQQ", elf, start + i * step) for i in range(count)]
-    base = headers[names][4]
-    for name, _, _, _, _, size in headers:
-        text = elf[base + name : elf.index(b"\0", base + name)]
-        yield text.decode(), size
+    return sum(len(code) for name, code in sections(cubin) if name.startswith(".text."))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-// Encoders of the narrow formats: E2M1, E4M3, E8M0. Registers only. The same bits on every architecture.
+// Encoders of the narrow elements and scales: E2M1, E4M3, E8M0. Registers only. The same bits on every architecture.
 #pragma once
 #include "values.cuh"
 
@@ -96,5 +96,29 @@ COLLOGUE_DEVICE float e8m0_inverse(u32 byte) { return from_bits((254u - byte) <<
 
 // Byte of the smallest power of two not below a positive normal scale.
 COLLOGUE_DEVICE u32 e8m0_not_below(float scale) { return (bits(scale) + 0x7fffffu) >> 23; }
+
+// ---- eight elements
+
+// n * factor as E4M3, and-ed with `mask`.
+COLLOGUE_DEVICE void encode_e4m3(u32 (&codes)[2], const float (&n)[8], float factor, u32 mask) {
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    codes[i] = e4m3_word(n[4 * i] * factor, n[4 * i + 1] * factor, n[4 * i + 2] * factor, n[4 * i + 3] * factor) & mask;
+}
+// n / s with one reciprocal and a correction: the quotient that the division gives, wherever an E4M3 code depends on it, for
+// scales in between; below them the correction underflows (docs/contract.md).
+COLLOGUE_DEVICE void divide(float (&n)[8], float s) {
+  if (s >= 1e-27f && s <= 1e30f) {
+    const float inverse = reciprocal(s);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float q = n[i] * inverse;
+      n[i] = fused_multiply_add(fused_multiply_add(-q, s, n[i]), inverse, q);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) n[i] = n[i] / s;
+  }
+}
 
 }  // namespace collogue
