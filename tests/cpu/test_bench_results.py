@@ -14,7 +14,7 @@ from bench_fakes import fake_rank, made
 
 from collogue.errors import PlatformError
 from collogue.tools.bench import latency, readme, report
-from collogue.tools.bench.cases import FEW, HIDDEN_SIZE, NCCL, TOKENS
+from collogue.tools.bench.cases import FEW, HIDDEN_SIZE, NCCL
 from collogue.tools.bench.floors import EXCHANGE
 from collogue.tools.bench.rank import summary
 

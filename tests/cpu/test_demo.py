@@ -202,6 +202,7 @@ def test_the_table_fits_80_columns(on_gpus: bool, monkeypatch: pytest.MonkeyPatc
         assert said in text, said
     rows[0].format = "fp8_group128/ue8m0/column"
     written.truncate(0)
+    written.seek(0)
     table.show(result)
     assert "…" not in written.getvalue()
     assert max(map(len, written.getvalue().splitlines())) <= 80
