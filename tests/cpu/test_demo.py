@@ -215,9 +215,7 @@ def test_the_demo_says_first_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(main, "read_model", ends)
     with pytest.raises(PlatformError, match="stop"):
         main.run("cpu")
-    assert (
-        capsys.readouterr().err.splitlines()[0] == "SmolLM2-135M on 3 ranks in 7 formats: two to three minutes on two cores, less on more"
-    )
+    assert capsys.readouterr().err.splitlines()[0] == "SmolLM2-135M on 3 ranks in 7 formats: two to three minutes on two cores"
 
 
 def test_the_worker_measures_the_sharded_residual(model: Any, task: worker.Task, weights: Weights) -> None:

@@ -226,7 +226,7 @@ def _rank(rank: int, world_size: int, device: str, folder: str, task: Task, repo
 
 def _duration(device: str) -> str:
     """What to expect, before it starts."""
-    return "about a minute" if device == "cuda" else "two to three minutes on two cores, less on more"
+    return "about a minute" if device == "cuda" else "two to three minutes on two cores"
 
 
 def _cores() -> int:

@@ -153,7 +153,7 @@ def save_plot(result: Result, path: Path) -> None:
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     left.axvline(0.0, color="black", linewidth=0.8)
-    left.set_xlabel(f"perplexity above the unsharded model's {result.unsharded_perplexity:.2f}, with standard error")
+    left.set_xlabel(f"perplexity above the unsharded {result.unsharded_perplexity:.2f}, with standard error")
     right.set_xlabel(f"MB sent by a rank in one fused call of {result.tokens:,} tokens")
     right.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=2, frameon=False, fontsize=9)
     figure.suptitle(f"SmolLM2-135M, tensor-parallel on {result.world_size} ranks: what the fused call's output format costs", fontsize=11)
