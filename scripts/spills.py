@@ -3,11 +3,15 @@
     python scripts/spills.py --raw spills.jsonl [--seconds 3600] [--world 2 ...]
 
 Every distinct kernel (by :class:`collogue.planning.variant.Variant`) of one architecture is listed: world sizes 1 to 8, the hidden
-sizes, dtypes and formats of the covering set, every operation, epilogue and algorithm, token counts to 16,384. That is more than two
-hundred thousand. Kernels that share algorithm, world size, width of the dtype, launch bounds, loop and epilogue are a *family*. First
-some of every family are compiled; then whole families, those with the fewest registers to spare first. A run goes on
-where the one before has stopped: `--raw` has a line for each kernel that has been compiled, and is begun anew when a kernel source
-has changed. The result says for each family how many kernels it has and how many were compiled.
+sizes, dtypes and formats of the covering set, every operation and epilogue, token counts to 16,384, with the algorithm that the plan
+takes, with each that a user may ask for, and with few SMs. That is some four hundred thousand. Kernels that share algorithm, world size,
+width of the dtype, launch bounds and loop are a *family*: first some of every family are compiled, then whole families, those with
+the fewest registers to spare first. A run goes on where the one before has stopped: `--raw` has a line for each kernel that has been
+compiled, and is begun anew when a kernel source has changed. The result says of each family how many kernels it has and how many were
+compiled.
+
+A kernel counts as spilling if it does with the launch bounds that the plan asks for. What runs is then compiled with others
+(:func:`collogue.gpu.jit.compile_variant`); `finally_spilled` says whether that helped.
 """
 
 from __future__ import annotations
@@ -38,16 +42,17 @@ from collogue.testing.covering import FACTORS, FORMATS, registers_allowed, to_js
 ARCHITECTURE, MULTIPROCESSORS, MOST_TOKENS = "sm_90a", 132, 16384
 RESULT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "spills.json"
 #: How many of each family are compiled first, and how few registers to spare make a kernel one that CI compiles.
-FIRST, TIGHT = 6, 2
+FIRST, TIGHT = 3, 2
 OPERATIONS: tuple[Operation, ...] = ("all_reduce", "sharded", "reduce_scatter", "all_gather", "finish")
 #: (norm, keep_norm, wide_weight)
 NORMS = ((False, False, False), (True, False, False), (True, True, False), (True, False, True), (True, True, True))
 
 
 def token_counts(topology: Topology) -> list[int]:
-    """Numbers of tokens that between them give every kernel there is: a plan asks of T whether a CTA does several rows, and which
-    algorithm. One token, the largest one-shot call, and enough for several rows with everything else."""
-    return sorted({1, 2, one_shot_tokens(topology, topology.hidden_size), MOST_TOKENS} | {2**i + 1 for i in range(5, 14)} - {0})
+    """Numbers of tokens that between them give every kernel there is: a plan asks of T which algorithm, and whether a CTA does several
+    rows. Up to a number it does not, and beyond it does."""
+    most = one_shot_tokens(topology, topology.hidden_size)
+    return sorted({1, 256, 512, max(most, 1), min(most + 1, MOST_TOKENS), MOST_TOKENS})
 
 
 def requests(hidden_size: int, dtype: torch.dtype, quant: Quant | None) -> Iterator[Request]:
@@ -83,9 +88,8 @@ def variants(world: int) -> Iterator[Variant]:
 
 def family(v: Variant) -> str:
     """What kernels share whose registers are alike."""
-    epilogue = "+".join(["residual"] * v.residual + ["norm"] * v.norm + ["keep"] * v.keep_norm) or "sum"
     shape = f"{v.threads}x{v.ctas_per_multiprocessor} threads, {v.vectors} vectors"
-    return f"{v.kernel}{'+gather' * v.gather} world {v.world}, {8 * v.dtype.itemsize} bits, {shape}{', loop' * v.loop}, {epilogue}"
+    return f"{v.kernel}{'+gather' * v.gather} world {v.world}, {8 * v.dtype.itemsize} bits, {shape}{', loop' * v.loop}"
 
 
 def order(every: Sequence[Variant], raw: dict[str, dict[str, Any]]) -> Iterator[Variant]:
@@ -113,7 +117,11 @@ def key(variant: Variant) -> str:
 def compile_one(variant: Variant) -> dict[str, Any]:
     _, log = jit.compile_source(variant.source(), ARCHITECTURE, variant.name, verbose=True)
     used = jit.resources(log)
-    return {"registers": used.registers, "spilled": used.spilled, "stack": used.stack, "allowed": registers_allowed(variant)}
+    row = {"registers": used.registers, "spilled": used.spilled, "stack": used.stack, "allowed": registers_allowed(variant)}
+    if used.stack:
+        code, _ = jit.compile_variant(variant, ARCHITECTURE)
+        row["finally_spilled"] = jit.local_bytes(code)
+    return row
 
 
 def summary(every: Sequence[Variant], raw: dict[str, dict[str, Any]]) -> dict[str, Any]:

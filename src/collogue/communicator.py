@@ -40,6 +40,10 @@ class Communicator(Operations):
             plan expects to be faster. Never changes a bit.
         max_sms: maximum number of SMs that a call may use, to leave the others to a GEMM; default: all. Never changes a bit.
             ``max_multiprocessors`` is its deprecated name.
+        concurrent: communicators of this GPU whose calls may run at a time, on streams of their own; the same on every rank, 1 to 16.
+            Each then takes its part of the SMs and starts the next kernel of its stream late: with 1, two communicators that wait for
+            their peers on full GPUs may keep each other from starting until the timeout. Costs about 0.6 us a call. Never changes a
+            bit. Calls on one stream need 1, whatever their number of communicators (docs/reliability.md).
         cta_threads: most threads of a CTA; default: what the plan expects to be faster. Never changes a bit.
         table: a file that ``collogue tune`` wrote, of measured times for the plan; the same content on every rank. Default: what
             the variable ``COLLOGUE_TABLE`` names (empty: none), else the table that ``collogue tune`` left for this machine in the
@@ -64,6 +68,7 @@ class Communicator(Operations):
         algorithm: Literal["one_shot", "two_shot"] | None = None,
         max_sms: int | None = None,
         cta_threads: int | None = None,
+        concurrent: int = 1,
         table: TableArgument = None,
         max_multiprocessors: int | None = None,
     ) -> None:
@@ -78,7 +83,7 @@ class Communicator(Operations):
         self._capacity.check()
         overrides = Overrides(algorithm, max_sms, cta_threads)
         with making(self._group):
-            self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table)
+            self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table, concurrent=concurrent)
             check_width(self.topology, hidden_size)
             self._engine = make_engine(self._group, self.topology, timeout)
         self._quick = self._engine.quick  # type: ignore[method-assign]

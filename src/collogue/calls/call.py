@@ -226,7 +226,7 @@ def check_no_grad(*named: tuple[str, torch.Tensor | None]) -> None:
     for name, tensor in named:
         if tensor is None:
             continue
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise GradError(f"{name} has a forward-mode tangent", hint="Collogue has no derivatives: unpack it first")
         if tensor.requires_grad:
             raise GradError(f"{name} requires grad", hint="call under torch.inference_mode() or torch.no_grad()")

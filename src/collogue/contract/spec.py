@@ -48,7 +48,9 @@ class RMSNorm:
         if self.weight.dtype not in VALUE_DTYPES:
             raise DTypeError(f"RMSNorm.weight has dtype {self.weight.dtype}", hint="use the communicator's dtype or torch.float32")
         if not isinstance(self.prefetch, bool):
-            raise ArgumentError(f"RMSNorm.prefetch is {self.prefetch!r}; expected True or False", hint="pass prefetch=False or leave it out")
+            raise ArgumentError(
+                f"RMSNorm.prefetch is {self.prefetch!r}; expected True or False", hint="pass prefetch=False or leave it out"
+            )
         if (
             type(self.eps) is float
             and type(self.weight_offset) is float

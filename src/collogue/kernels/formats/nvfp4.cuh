@@ -49,6 +49,7 @@ struct NVFP4 : FormatDefaults {
  private:
   template <class C>
   COLLOGUE_DEVICE void fill(Shared& shared) const {
+#pragma unroll 1
     for (u32 code = thread_index(); code < 128; code += C::kThreads) {
       float factor = code == 127 ? from_bits(0x7fffffffu) : scale / e4m3_value(code);
       shared.factor[code] = code ? factor : 0.0f;
