@@ -23,6 +23,7 @@ ORDER = (
     "cache",
     "kernels",
     "contract",
+    "link",
     "group",
     "calls",
     "planning",
@@ -42,6 +43,7 @@ ORDER = (
     "engines",
     "testing",
     "tools",
+    "__main__",
 )
 
 _INLINE_PTX = re.compile(r"\b(asm|__asm__|__asm)\b\s*(volatile|__volatile__)?\s*\(")
@@ -71,7 +73,7 @@ def wrong_imports(package: Path, order: tuple[str, ...] = ORDER) -> Iterator[str
 def _imports(tree: ast.AST, package: Path) -> Iterator[tuple[int, str]]:
     """Line and top-level module of every import of the package, except those for type checkers only."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

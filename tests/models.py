@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 
 import collogue
 from collogue import RMSNorm
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+def small_model(kind: str, **changed: Any) -> Any:
+    """A tiny decoder with random weights, the same at every call."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **SMALL | changed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    for parameter in model.parameters():  # norms and biases that are not all the same
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def own(model: Any) -> Any:
+    """The model's modules again, with the same weights."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def parallel_rank(group: dist.ProcessGroup, tell: Any, file: Path, tokens: torch.Tensor, layers: int) -> dict[str, Any]:
@@ -85,3 +114,95 @@ def _dtensor(group: dist.ProcessGroup) -> tuple[bool, str]:
     expected = collogue.reference.all_reduce(partials, norm=RMSNorm(weight, 1e-5)).norm
     assert expected is not None
     return torch.equal(found, expected), str(collogue.compile.report())
+
+
+def state_rank(group: dist.ProcessGroup, tell: Any, folder: str, peft_folder: str | None) -> dict[str, Any]:
+    """Checkpoints of a parallel model, and sampling: ``True`` for all that is right."""
+    told: dict[str, Any] = {}
+    tokens, rank = torch.tensor([[1, 5, 9, 100], [3, 3, 7, 2]]), dist.get_rank(group)
+    for tied in (False, True):
+        for what, right in _checkpoints(group, f"{folder}/{tied}", tied, tokens).items():
+            told[what] = told.get(what, True) and right
+    tell("sampling")
+    model, unsharded = collogue.parallelize(small_model("llama"), group, max_tokens=16), small_model("llama")
+    for name, options in ("sampled", {}), ("beams", {"num_beams": 2}):
+        options |= {"do_sample": True, "max_new_tokens": 6, "min_new_tokens": 6, "attention_mask": torch.ones_like(tokens)}
+        torch.manual_seed(7)
+        expected = unsharded.generate(tokens, **options)
+        torch.manual_seed(7 + 50 * rank)
+        before = torch.get_rng_state()
+        told[name] = torch.equal(model.generate(tokens, **options), expected)
+    told["own generators"] = rank == 0 or torch.equal(torch.get_rng_state(), before)
+    tell("unfused")
+    told["unfused"] = _unfused(group, tokens, peft_folder)
+    tell("compiled")
+    with torch.no_grad():
+        step = torch.compile(model, backend="eager", fullgraph=True)
+        told["compiled"] = torch.equal(step(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
+    return told
+
+
+def _checkpoints(group: dist.ProcessGroup, folder: str, tied: bool, tokens: torch.Tensor) -> dict[str, bool]:
+    told = {}
+    sizes = {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": tied}
+    whole = small_model("llama", **sizes)
+    logits, expected = whole(tokens).logits, whole.state_dict()
+    mine = collogue.parallelize(small_model("llama", **sizes), group, max_tokens=16)
+    if dist.get_rank(group) == 0:  # without the other rank
+        refused = [mine.state_dict, mine.model.state_dict, mine.lm_head.state_dict, lambda: mine.save_pretrained(folder)]
+        told["refused"] = all("hint: call collogue.full_state_dict" in _error(call) for call in refused)
+    else:
+        told["refused"] = True
+    found = collogue.full_state_dict(mine)
+    told["whole"] = list(found) == list(expected) and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    if dist.get_rank(group) == 0:
+        mine.save_pretrained(folder, state_dict=dict(found))  # it takes the tensors out
+    dist.barrier()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    told["saved"] = torch.equal(loaded(tokens).logits, logits)
+    other = small_model("llama", **sizes)
+    for parameter in other.parameters():
+        parameter.zero_()
+    other = collogue.parallelize(other, group, max_tokens=16)
+    if dist.get_rank(group) == 0:  # cutting communicates nothing
+        other.load_state_dict(found)
+    dist.barrier()
+    if dist.get_rank(group) == 1:
+        other.load_state_dict(found, assign=True)
+    told["loaded"] = torch.equal(other(tokens).logits, mine(tokens).logits)
+    told["loaded"] &= "size mismatch for " in _error(lambda: other.load_state_dict(dict(mine.named_parameters())))
+    return told
+
+
+def _error(call: Any) -> str:
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "no error"
+
+
+def _unfused(group: dist.ProcessGroup, tokens: torch.Tensor, peft_folder: str | None) -> bool:
+    """Whether ``fuse=False`` gives the unsharded logits, with hooks on whole tensors, and with LoRA."""
+    model, whole, right = collogue.parallelize(small_model("llama"), group, max_tokens=16, fuse=False), small_model("llama"), True
+    seen: list[list[torch.Tensor]] = [[], []]
+    for each, found in zip((model, whole), seen, strict=True):
+        for name in ("mlp", "post_attention_layernorm"):
+            each.model.layers[0].get_submodule(name).register_forward_hook(lambda m, a, out, found=found: found.append(out) or out * 2)
+        found.append(each(tokens).logits)
+    right = all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*seen, strict=True))
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, a, out: None)
+    right &= "mlp.down_proj of a decoder layer has a forward hook" in _error(lambda: model(tokens))
+    if peft_folder is None:
+        return right
+    sys.path.insert(0, peft_folder)
+    import peft
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
+    lora = peft.get_peft_model(small_model("llama", mlp_bias=True), config).eval()
+    expected, state = lora(tokens).logits, lora.state_dict()
+    lora = collogue.parallelize(lora, group, max_tokens=16, fuse=False)
+    found = collogue.full_state_dict(lora)
+    right &= list(found) == list(state) and all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    return right and torch.allclose(lora(tokens).logits, expected, rtol=1e-5, atol=1e-5)

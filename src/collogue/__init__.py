@@ -1,24 +1,29 @@
-"""Collogue: all-reduce, residual, RMSNorm and quantisation in one GPU kernel, with the same bits everywhere.
+"""Collogue: all-reduce, residual, RMSNorm and quantization in one GPU kernel, with the same bits everywhere.
 
 >>> comm = collogue.Communicator(group, max_tokens=4096, hidden_size=7168)
 >>> out = comm.all_reduce(partial, residual=residual, norm=collogue.RMSNorm(weight), quant=collogue.FP8PerToken())
+
+Public names are imported when they are first used. ``torch.ops.collogue`` is registered by ``import collogue`` where torch has been
+imported before, else by the first public name that is used: where ``import collogue`` comes first, make the communicator (or
+``import collogue.ops``) before ``torch.export.load``.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import sys as _sys
 
-from collogue import errors
-from collogue.communicator import Communicator
-from collogue.contract import formats, reference
-from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.contract.reference import dequantize, quantize
-from collogue.contract.spec import Output, RMSNorm
-from collogue.errors import CollectiveError, CollectiveTimeout, CollogueError, MismatchedCall, NotPrepared
-from collogue.gpu.journal import Journal
-from collogue.planning.plan import Plan
-
+TYPE_CHECKING = False  # type checkers take it for true; `typing` takes longer to import than the rest of this file
 if TYPE_CHECKING:
+    from collogue import errors
+    from collogue.communicator import Communicator
+    from collogue.contract import formats, reference
+    from collogue.contract.calibration import Calibration
+    from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+    from collogue.contract.reference import dequantize, quantize
+    from collogue.contract.spec import Output, RMSNorm
+    from collogue.errors import CollectiveError, CollectiveTimeout, CollogueError, MismatchedCall, NotPrepared
+    from collogue.gpu.journal import Journal
+    from collogue.planning.plan import Plan
     from collogue.pytorch import nn
+    from collogue.pytorch.cut import full_state_dict
     from collogue.pytorch.fusion import compile
     from collogue.pytorch.parallel import parallelize
 
@@ -28,6 +33,7 @@ __all__ = [
     "MXFP4",
     "MXFP8",
     "NVFP4",
+    "Calibration",
     "CollectiveError",
     "CollectiveTimeout",
     "CollogueError",
@@ -46,23 +52,49 @@ __all__ = [
     "dequantize",
     "errors",
     "formats",
+    "full_state_dict",
     "nn",
     "parallelize",
     "quantize",
     "reference",
 ]
 
-#: Names that bring modules along which `import collogue` does without.
-_LATER = {
-    "compile": ("collogue.pytorch.fusion", "compile"),
-    "nn": ("collogue.nn", None),
-    "parallelize": ("collogue.pytorch.parallel", "parallelize"),
+#: Where public names are; a name that is not here is a module of its own.
+_HOMES = {
+    "Calibration": "collogue.contract.calibration",
+    "Communicator": "collogue.communicator",
+    "Journal": "collogue.gpu.journal",
+    "Plan": "collogue.planning.plan",
+    "compile": "collogue.pytorch.fusion",
+    "full_state_dict": "collogue.pytorch.cut",
+    "parallelize": "collogue.pytorch.parallel",
+    **dict.fromkeys(("MXFP4", "MXFP8", "NVFP4", "FP8Group", "FP8PerToken", "FP8Static", "Quant"), "collogue.contract.quant"),
+    **dict.fromkeys(("dequantize", "quantize"), "collogue.contract.reference"),
+    **dict.fromkeys(("Output", "RMSNorm"), "collogue.contract.spec"),
+    **dict.fromkeys(("CollectiveError", "CollectiveTimeout", "CollogueError", "MismatchedCall", "NotPrepared"), "collogue.errors"),
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module 'collogue' has no attribute {name!r}")
-    module, attribute = _LATER[name]
-    found = importlib.import_module(module)
-    return found if attribute is None else getattr(found, attribute)
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        from importlib import import_module
+
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import_module("collogue.ops")
+        module = import_module(_HOMES.get(name, f"collogue.{name}"))
+        found = getattr(module, name) if name in _HOMES else module
+        globals()[name] = found
+        return found
+
+
+del TYPE_CHECKING
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+
+
+if _sys.modules.get("torch") is not None:
+    __import__("collogue.ops")

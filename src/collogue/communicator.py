@@ -19,7 +19,7 @@ from collogue.engine import Engine, make_engine, run
 from collogue.errors import ArgumentError, CaptureError, ClosedError, CollogueError, ShapeError
 from collogue.gpu.journal import Journal
 from collogue.gpu.watch import Watch, while_alive
-from collogue.group import as_group
+from collogue.group import as_group, making
 from collogue.operations import Operations
 from collogue.planning.plan import Plan, check_width, make_plan
 from collogue.planning.table import TableArgument
@@ -40,6 +40,10 @@ class Communicator(Operations):
             plan expects to be faster. Never changes a bit.
         max_sms: maximum number of SMs that a call may use, to leave the others to a GEMM; default: all. Never changes a bit.
             ``max_multiprocessors`` is its deprecated name.
+        concurrent: communicators of this GPU whose calls may run at a time, on streams of their own; the same on every rank, 1 to 16.
+            Each then takes its part of the SMs and starts the next kernel of its stream late: with 1, two communicators that wait for
+            their peers on full GPUs may keep each other from starting until the timeout. Costs about 0.6 us a call. Never changes a
+            bit. Calls on one stream need 1, whatever their number of communicators (docs/reliability.md).
         cta_threads: most threads of a CTA; default: what the plan expects to be faster. Never changes a bit.
         table: a file that ``collogue tune`` wrote, of measured times for the plan; the same content on every rank. Default: what
             the variable ``COLLOGUE_TABLE`` names (empty: none), else the table that ``collogue tune`` left for this machine in the
@@ -64,6 +68,7 @@ class Communicator(Operations):
         algorithm: Literal["one_shot", "two_shot"] | None = None,
         max_sms: int | None = None,
         cta_threads: int | None = None,
+        concurrent: int = 1,
         table: TableArgument = None,
         max_multiprocessors: int | None = None,
     ) -> None:
@@ -77,9 +82,10 @@ class Communicator(Operations):
         self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank)
         self._capacity.check()
         overrides = Overrides(algorithm, max_sms, cta_threads)
-        self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table)
-        check_width(self.topology, hidden_size)
-        self._engine = make_engine(self._group, self.topology, timeout)
+        with making(self._group):
+            self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table, concurrent=concurrent)
+            check_width(self.topology, hidden_size)
+            self._engine = make_engine(self._group, self.topology, timeout)
         self._quick = self._engine.quick  # type: ignore[method-assign]
         self.group_name = self._group.name
         self.name = registry.register(self, self.group_name)
@@ -248,6 +254,7 @@ class Communicator(Operations):
         if engine is not None:
             registry.forget(self.name)
             engine.close(collective)
+            del self._group  # a gloo group that outlives `destroy_process_group` may abort its process when the interpreter ends
 
     def __repr__(self) -> str:
         """``Communicator('0/bfloat16', rank 0 of 2 on cuda:0, at most 4096 x 7168 bfloat16)``."""

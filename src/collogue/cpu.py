@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -14,19 +16,23 @@ from collogue.contract import reference
 from collogue.contract.formats import place_scales, read_scales
 from collogue.contract.quant import describe
 from collogue.contract.spec import Output
-from collogue.errors import MismatchedCall
+from collogue.errors import CollectiveError
 from collogue.gpu.exclusive import Exclusive
 from collogue.gpu.journal import Journal
-from collogue.group import Group
+from collogue.group import Group, TorchGroup
 
-_HEADER_BYTES = 256
+#: How many communicators each group object has carried: what ranks compare, as calls of another communicator are other calls.
+_carried: weakref.WeakKeyDictionary[Group, int] = weakref.WeakKeyDictionary()
 
 
 class ReferenceEngine:
     """Runs calls through :mod:`collogue.reference`. Ranks that call with different arguments all raise :class:`MismatchedCall`."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, timeout: float) -> None:
         self.group = group
+        self._link = group.connect(timeout) if isinstance(group, TorchGroup) else None
+        self._number = _carried[group] = _carried.get(group, 0) + 1
+        self._failure: CollectiveError | None = None
         self._in_use = Exclusive()
 
     def quick(self, call: Call, out: Output | None) -> None:
@@ -34,13 +40,27 @@ class ReferenceEngine:
 
     def run(self, call: Call, out: Output | None) -> Output:
         with self._in_use:
-            if call.operation != "finish" and self.group.size > 1:
-                self._compare_headers(call)
-            result = self._result(call)
+            alone = call.operation == "finish" or self.group.size == 1
+            result = self._result(call) if alone else self._together(call)
         if out is None:
             return result
         write(result, out)
         return out
+
+    def _together(self, call: Call) -> Output:
+        """The result of a call that ranks make together. A failure stays until :meth:`reset`."""
+        if self._failure is not None:
+            raise copy.copy(self._failure)
+        try:
+            self.group.agree(_describe(call, self._number))
+            return self._result(call)
+        except CollectiveError as error:
+            self._failure = error
+            raise
+        except BaseException as error:
+            if self._link is not None:
+                self._link.abandon(f"left a call by {type(error).__name__}")
+            raise
 
     def _result(self, call: Call) -> Output:
         if call.shard is not None:
@@ -84,36 +104,35 @@ class ReferenceEngine:
         self.group.all_gather(every, own)
         return every
 
-    def _compare_headers(self, call: Call) -> None:
-        header = torch.frombuffer(bytearray(_header(call)), dtype=torch.uint8)
-        texts = [bytes(h.tolist()).rstrip(b"\0").decode() for h in self._exchange(header)]
-        for rank, text in enumerate(texts):
-            if text != texts[0]:
-                raise MismatchedCall(
-                    f"rank 0 called with ({texts[0]}), rank {rank} with ({text})",
-                    hint="every rank of the group must make the same call: same operation, tokens, hidden size and epilogue",
-                )
-
     def prepare(self, signatures: Iterable[Signature]) -> None:
         """Nothing to build."""
 
     def check(self) -> None:
-        """Nothing can be pending."""
+        if self._failure is not None:
+            raise copy.copy(self._failure)
+        if self._link is not None:
+            self._link.check()
 
     def reset(self) -> None:
-        """Nothing to clean; the ranks meet, as on GPUs."""
-        self.group.barrier()
+        with self._in_use:
+            if self._link is not None:
+                self._link.reset()
+            else:
+                self.group.barrier()
+            self._failure = None
 
     def close(self, collective: bool) -> None:
-        """Nothing to free."""
+        """The others need not wait: what they call later raises."""
+        if self._link is not None:
+            self._link.close()
 
     def journal(self) -> Journal:
         """Kept by GPUs."""
         return Journal(self.group.rank, self.group.size, 0, dict.fromkeys(range(self.group.size), ()))
 
 
-def _header(call: Call) -> bytes:
-    """The arguments that must agree between ranks, as text of fixed length."""
+def _describe(call: Call, number: int) -> str:
+    """What must agree between ranks, as text. ``number``: of the communicator among those of the group object."""
     parts = [call.operation, f"tokens={call.tokens}", f"hidden_size={call.hidden_size}"]
     parts.append(f"dtype={str(call.partial.dtype).removeprefix('torch.')}")
     if call.shard is not None:
@@ -127,4 +146,6 @@ def _header(call: Call) -> bytes:
         parts.append(f"smallest={smallest:.9g}")
     if call.norm is not None and call.wanted.norm and call.quant is not None:
         parts.append("keep_norm")
-    return ", ".join(parts).encode()[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0")
+    if number > 1:
+        parts.append(f"communicator {number} of the group")
+    return ", ".join(parts)

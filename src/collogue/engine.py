@@ -32,7 +32,7 @@ def make_engine(group: Group, topology: Topology, timeout: float) -> Engine:
     if group.device.type == "cpu":
         from collogue.cpu import ReferenceEngine
 
-        return ReferenceEngine(group)
+        return ReferenceEngine(group, timeout)
     from collogue.gpu.engine import KernelEngine
 
     return KernelEngine(group, topology, timeout)

@@ -6,14 +6,20 @@ Two implementations: :class:`TorchGroup` over a ``torch.distributed`` process gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 
-from collogue.errors import ArgumentError, GroupError, PlatformError
+from collogue.errors import ArgumentError, CollectiveError, GroupError, MismatchedCall, PlatformError
+from collogue.link import Link
 
 MAX_WORLD_SIZE = 8
 
@@ -47,6 +53,9 @@ class Group(Protocol):
     def barrier(self) -> None:
         """Return when every rank has called."""
 
+    def agree(self, what: str) -> None:
+        """Return when every rank has called with the same text. Raises :class:`MismatchedCall` on every rank where they differ."""
+
     def all_gather(self, output: torch.Tensor, block: torch.Tensor) -> None:
         """``output[r] = block`` of rank r, bytes only. ``output`` is ``[N, *block.shape]``, contiguous."""
 
@@ -55,6 +64,16 @@ class Group(Protocol):
 
     def stream(self) -> torch.cuda.Stream:
         """The stream that kernels of this rank run on now (CUDA groups only)."""
+
+
+def compare(texts: list[str]) -> None:
+    """Raise :class:`MismatchedCall` where the ranks' descriptions of a call differ."""
+    for rank, text in enumerate(texts):
+        if text != texts[0]:
+            raise MismatchedCall(
+                f"rank 0 called with ({texts[0]}), rank {rank} with ({text})",
+                hint="every rank of the group must make the same call: same operation, tokens, hidden size and epilogue",
+            )
 
 
 def as_group(group: Any, device: torch.device | str | None = None) -> Group:
@@ -84,8 +103,23 @@ def as_group(group: Any, device: torch.device | str | None = None) -> Group:
     return known
 
 
+#: By name of a process group: one thread at a time makes a communicator or talks through the group itself, and how many were made.
+_making: dict[str, threading.RLock] = {}
+_made: Counter[str] = Counter()
+
+
+@contextmanager
+def making(group: Group) -> Iterator[None]:
+    """For the steps that make a communicator, which ranks take together: two threads must not mix theirs."""
+    if not isinstance(group, TorchGroup):
+        yield
+        return
+    with group.alone:
+        yield
+
+
 class TorchGroup:
-    """A ``torch.distributed`` process group. CPU tensors travel by gloo, CUDA tensors by NCCL.
+    """A ``torch.distributed`` process group. CUDA tensors travel by NCCL, CPU tensors by a :class:`.Link` once there is one.
 
     Ranks with GPUs may meet in a gloo group if ``device`` says so: kernels move the tensors of calls, not the group.
     """
@@ -101,19 +135,50 @@ class TorchGroup:
         if device is None:
             device = "cuda" if "nccl" in dist.get_backend_config(group) else "cpu"
         self.device = _usable(device)
+        self.alone = _making.setdefault(self.name, threading.RLock())
+        self.link: Link | None = None
+
+    def connect(self, timeout: float) -> Link | None:
+        """Have whatever this object exchanges on the CPU travel by a link of its own, with bounded waits. Collective."""
+        if self.size > 1:
+            _made[self.name] += 1
+            name = f"communicator {_made[self.name]} of group {self.name!r}"
+            self.link = Link(self.name, name, self.rank, self.size, self.all_gather_object, timeout)
+        return self.link
 
     def all_gather_object(self, value: Any) -> list[Any]:
+        if self.link is not None:
+            return [pickle.loads(each) for each in self.link.exchange("an exchange of objects", pickle.dumps(value))]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.process_group)
+        with self.alone:
+            try:
+                dist.all_gather_object(values, value, group=self.process_group)
+            except RuntimeError as error:
+                hint = "a rank has ended, or is late; torch.distributed's own timeout is that of init_process_group"
+                raise CollectiveError(f"group {self.name!r} failed: {error}", hint=hint) from error
         return values
 
     def barrier(self) -> None:
-        self.all_gather_object(None)
+        if self.link is not None:
+            self.link.exchange("a barrier", b"")
+        else:
+            self.all_gather_object(None)
+
+    def agree(self, what: str) -> None:
+        if self.link is not None:
+            self.link.exchange(what, b"")
+        else:
+            compare(self.all_gather_object(what))
 
     def all_gather(self, output: torch.Tensor, block: torch.Tensor) -> None:
         out, inp = _as_bytes(output), _as_bytes(block)
         if self.device.type == "cuda":
             dist.all_gather_into_tensor(out, inp, group=self.process_group)
+        elif self.link is not None:
+            mine = ctypes.string_at(inp.data_ptr(), inp.numel())
+            given = self.link.exchange(f"an exchange of {inp.numel()} bytes", mine)
+            for rank, row in enumerate(out.view(self.size, -1) if mine else ()):
+                row.copy_(inp if rank == self.rank else torch.frombuffer(given[rank], dtype=torch.uint8))
         else:
             dist.all_gather(list(out.view(self.size, -1).unbind(0)), inp, group=self.process_group)
 

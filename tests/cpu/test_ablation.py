@@ -175,7 +175,7 @@ def test_what_the_emulator_cannot_say_is_left_open(name: str) -> None:
 def test_switches_by_name() -> None:
     assert [s.name for s in chosen(["fma", "fma", "base"])] == ["base", "fma"]
     assert chosen(None) == list(SWITCHES)
-    with pytest.raises(FormatError, match="no switch 'turbo'"):
+    with pytest.raises(FormatError, match="unknown switch 'turbo'"):
         chosen(["turbo"])
 
 

@@ -15,7 +15,7 @@ from collogue import FP8Static, reference
 from collogue.communicator import Communicator
 from collogue.contract.quant import NVFP4, FP8PerToken
 from collogue.contract.spec import RMSNorm
-from collogue.errors import FormatError, ScaleError
+from collogue.errors import FormatError
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 from collogue.tools.accuracy import calibrate, main
@@ -184,54 +184,6 @@ def test_a_format_without_a_static_scale_cannot_be_swept(model: Model) -> None:
 
 
 # ---- calibration
-
-
-def test_a_calibration_keeps_the_largest_magnitude() -> None:
-    found = calibrate.Calibration()
-    found.observe("a", torch.tensor([1.0, -3.0, float("nan")]))
-    found.observe("a", torch.tensor([[2.0]], dtype=BF16))
-    found.observe("a", torch.empty(0))
-    found.observe("b", torch.tensor([0.5]))
-    assert found.amax == {"a": 3.0, "b": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("convention", "format", "name", "value"),
-    [
-        ("collogue", "fp8_static", "a.scale", 21.0 / 448),
-        ("collogue", "nvfp4", "a.global_scale", 448 * 6 / 21.0),
-        ("modelopt", "fp8_static", "a.input_scale", 21.0 / 448),
-        ("modelopt", "nvfp4", "a.input_scale", 21.0 / (448 * 6)),
-        ("compressed-tensors", "fp8_static", "a.input_scale", 21.0 / 448),
-        ("compressed-tensors", "nvfp4", "a.input_global_scale", 448 * 6 / 21.0),
-        ("torchao", "nvfp4", "a.per_tensor_scale", 21.0 / (448 * 6)),
-    ],
-)
-def test_conventions(convention: str, format: str, name: str, value: float) -> None:
-    found = calibrate.Calibration({"a": 21.0}).scales(format, convention)
-    assert found == {name: float(torch.tensor(value, dtype=torch.float32))}
-
-
-def test_the_scales_of_this_library_decode_what_was_seen() -> None:
-    """Direction, checked by use: the largest magnitude comes back, and the next format step below it too."""
-    n = torch.tensor([[3.5, -7.0, 0.25, 1.0] * 4], dtype=torch.float32)
-    found = calibrate.Calibration()
-    found.observe("x", n)
-    for format, kind in (("fp8_static", FP8Static), ("nvfp4", NVFP4)):
-        quant = kind(next(iter(found.scales(format).values())))  # type: ignore[operator]
-        decoded = reference.dequantize(*reference.quantize(n, quant), quant, hidden_size=16)
-        assert decoded[0, 1] == pytest.approx(-7.0, rel=1e-6)
-        assert sqnr(n, quant) > 20
-
-
-def test_conventions_that_are_not_there_and_dead_tensors() -> None:
-    with pytest.raises(FormatError, match="no static scale for fp8_static"):
-        calibrate.Calibration({"a": 1.0}).scales("fp8_static", "torchao")
-    with pytest.raises(FormatError, match="no convention 'mine'"):
-        calibrate.convention_of("nvfp4", "mine")
-    for dead in (0.0, math.inf):
-        with pytest.raises(ScaleError, match="largest magnitude"):
-            calibrate.Calibration({"a": dead}).scales("nvfp4")
 
 
 def test_every_reader_of_a_norm_gets_its_scale(model: Model) -> None:

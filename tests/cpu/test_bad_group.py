@@ -168,6 +168,7 @@ def test_ranks_may_write_the_same_timeout_in_two_ways() -> None:
         {"timeout": 30.5},
         {"algorithm": "two_shot"},
         {"max_sms": 8},
+        {"concurrent": 2},
     ],
 )
 def test_ranks_that_ask_for_different_communicators(options: dict[str, Any]) -> None:

@@ -155,7 +155,7 @@ def test_what_holds_no_results_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(text)
     result = call(str(tmp_path / "bad.json"))
     assert result.exit_code == USAGE
-    assert "bad.json is no file of" in result.stderr
+    assert "bad.json is not a result of" in result.stderr
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("latency*.json")), ids=lambda f: f.name)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import gc
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from ranks import HIDDEN_SIZE, MAX_TOKENS, arguments, check_works, communicator, expected, gloo_rank
 from samples import every_format, formats_by_label, same
 
+from collogue import Communicator
 from collogue.contract.quant import MXFP4, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 from collogue.contract.spec import Output, RMSNorm
 from collogue.errors import ArgumentError, CapacityError, ClosedError, FormatError, MismatchedCall, ShapeError
@@ -317,8 +321,11 @@ def test_mismatched_calls_raise_on_every_rank_with_both_sides(what: str) -> None
             given.update(OTHER_CALLS[what])
         with pytest.raises(MismatchedCall) as raised:
             comm.all_reduce(**given)
-        comm.check()
+        for again in (comm.check, lambda: comm.all_reduce(**arguments(group.rank))):
+            with pytest.raises(MismatchedCall, match="rank 0 called with"):
+                again()
         comm.reset()
+        comm.check()
         check_works(comm)
         return str(raised.value)
 
@@ -351,3 +358,20 @@ def test_scales_keep_their_padding() -> None:
     scales = empty_scales(FP8Group(64, layout="column"), 3, 64, "cpu")
     assert tuple(scales.shape) == (3, 1)
     assert scale_storage(scales).numel() == 4 * 4
+
+
+def test_a_closed_communicator_lets_go_of_its_group() -> None:
+    """A gloo group that is alive after ``destroy_process_group`` aborts its process at the interpreter's end, one time in ten."""
+
+    def rank(group: VirtualGroup) -> bool:
+        own = copy.copy(group)
+        comm = Communicator(own, max_tokens=4, hidden_size=16)
+        comm.all_reduce(torch.ones(1, 16, dtype=torch.bfloat16))
+        left = weakref.ref(own)
+        del own
+        assert left() is not None
+        comm.close()
+        gc.collect()
+        return left() is None
+
+    assert run_virtual(2, rank) == [True, True]

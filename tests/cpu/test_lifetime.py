@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import os
@@ -212,3 +213,29 @@ def test_engines_end_unless_they_are_told_otherwise(adapter: Any, switch: str, b
     monkeypatch.setattr(adapter.flashinfer, "install", lambda: None)
     adapter.register()
     assert os.environ[workspace.ON_FAILURE] == (before or "abort")
+
+
+def test_communicators_on_several_streams_are_warned_of_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(cuda, "_OPEN", set())
+
+    def engine(stream: int, concurrent: int = 1) -> KernelEngine:
+        made = kernel_engine()
+        made.topology = dataclasses.replace(made.topology, world_size=2, concurrent=concurrent)
+        made.workspace, made.stream = SimpleNamespace(), stream  # type: ignore[assignment]
+        cuda._OPEN.add(made)
+        return made
+
+    first, second = engine(7), engine(7)
+    for each in (first, second):
+        each._look_at_others()
+    assert caplog.records == []
+    second.stream = 8
+    for _ in range(2):
+        second._look_at_others()
+    (record,) = caplog.records
+    assert "2 streams of cuda:0" in record.getMessage()
+    assert "concurrent=2" in record.getMessage()
+    caplog.clear()
+    third = engine(9, concurrent=3)
+    third._look_at_others()
+    assert caplog.records == []

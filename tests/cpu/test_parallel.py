@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from models import parallel_rank
+from models import SMALL, own, parallel_rank, small_model
 from ranks import HIDDEN_SIZE, MAX_TOKENS, arguments, communicator
 from torch import nn
 
@@ -17,39 +16,13 @@ import collogue
 from collogue import FP8PerToken, reference
 from collogue.errors import ArgumentError, ShapeError
 from collogue.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear, finish
-from collogue.pytorch.parallel import FOUR_NORMS, TWO_NORMS
+from collogue.pytorch.decoder import FOUR_NORMS, TWO_NORMS
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.processes import run_processes
 from collogue.tools.demo.weights import read_model
 
 #: Largest difference of a float32 logit (they reach 42) that sums in another order may cost over 30 layers.
 LOGITS_BOUND = 1e-3
-
-SMALL = {
-    "hidden_size": HIDDEN_SIZE,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 128,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-
-
-def small_model(kind: str, **changed: Any) -> Any:
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **SMALL | changed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    for parameter in model.parameters():  # norms and biases that are not all the same
-        parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
-
-
-def own(model: Any) -> Any:
-    """The model's modules again, with the same weights."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 @pytest.mark.parametrize("kind", [*TWO_NORMS, *FOUR_NORMS])
@@ -100,10 +73,6 @@ def test_what_cannot_be_parallelized() -> None:
         odd = small_model("llama", **three, intermediate_size=64)
         with pytest.raises(ShapeError, match="64 features do not divide among 3 ranks"):
             collogue.parallelize(odd, group)
-        layer = small_model("llama", **three)
-        layer.config.base_model_tp_plan = {"layers.*.mlp.up_proj": "sideways"}
-        with pytest.raises(ArgumentError, match=r"cuts layers\.0\.mlp\.up_proj by 'sideways'"):
-            collogue.parallelize(layer, group)
         other = small_model("llama", **three)
         other.model.norm = nn.LayerNorm(96)
         with pytest.raises(ArgumentError, match="LayerNorm is not an RMSNorm"):

@@ -19,6 +19,7 @@ from collogue.errors import CompileError, PlatformError
 from collogue.gpu import jit
 from collogue.planning.architecture import ARCHITECTURES
 from collogue.testing.covering import FACTORS, Choice, covering_set, possible, variant_of
+from collogue.tools import packages
 from collogue.tools.cli import app
 from collogue.tools.commands.options import FAILED, IMPOSSIBLE, OK, USAGE
 from collogue.tools.commands.resources import _print_columns
@@ -99,8 +100,8 @@ def test_nothing_stands_between_a_wait_and_what_it_is_for(format: str) -> None:
 
 
 def test_without_the_disassembler_there_is_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_code.shutil, "which", lambda name: None)
-    monkeypatch.setattr(machine_code.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
     machine_code.nvdisasm.cache_clear()
     try:
         with pytest.raises(PlatformError, match="hint: pip install nvidia-cuda-nvdisasm"):
@@ -262,10 +263,7 @@ def test_wrong_usage() -> None:
 
 
 def test_without_the_disassembler_the_command_ends_with_3(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> Path:
-        raise PlatformError("nvdisasm is not here", hint="pip install nvidia-cuda-nvdisasm")
-
-    monkeypatch.setattr(machine_code, "nvdisasm", missing)
+    monkeypatch.setattr(packages, "nvdisasm", lambda: None)
     monkeypatch.setattr(measure, "chosen", lambda **given: [SMALL])
     assert call().exit_code == IMPOSSIBLE
     assert call("--no-count").exit_code == OK

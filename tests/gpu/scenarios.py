@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -296,6 +297,38 @@ def two_communicators(world: World) -> None:
         comm.close()
 
 
+def concurrent_communicators(world: World) -> None:
+    """Two on streams of their own, large calls, each behind a kernel that spins for a random time."""
+    rng = random.Random(world.size)
+    cases = [Case(t, 4096, "bfloat16", label, world.size, seed=t) for t in (512, 2048) for label in ("none", "fp8_static")]
+    comms = [communicator(world, cases, concurrent=2) for _ in range(2)]
+    streams = [torch.cuda.Stream(world.device) for _ in comms]  # type: ignore[no-untyped-call]
+    prepared = [[Prepared.on(world, case) for case in cases] for _ in comms]
+    for comm, mine in zip(comms, prepared, strict=True):
+        for p in mine:
+            p.prepare(comm)
+    torch.cuda._sleep(1000)  # type: ignore[no-untyped-call]
+    world.settle()
+    for _ in range(20):
+        for comm, stream, mine in zip(comms, streams, prepared, strict=True):
+            p = mine[rng.randrange(len(cases))]
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep((world.rank + 1) * 100_000 * (1 + world.rank))  # type: ignore[no-untyped-call]
+                p.call(comm, p.out)
+    for stream in streams:
+        stream.synchronize()
+    world.settle()
+    for comm, mine in zip(comms, prepared, strict=True):
+        comm.check()
+        for p in mine:
+            p.call(comm, p.out)
+            world.settle()
+            world.same(p.case, p.out, p.expected)
+    world.settle()
+    for comm in comms:
+        comm.close()
+
+
 def subgroups(world: World) -> None:
     """Even and odd ranks as two groups that work at the same time; virtual odd ranks in another order than the world's."""
     if world.size < 4:
@@ -460,6 +493,7 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
         not_prepared,
         scale_tensors,
         two_communicators,
+        concurrent_communicators,
         subgroups,
         late_rank,
         mismatched_calls,

@@ -85,6 +85,8 @@ def check_call(capacity: Capacity, call: Call) -> Call:
     Raises :class:`ArgumentError` (its subclasses). The first thing that is wrong is the error.
     """
     partial, residual, norm, quant = call.partial, call.residual, call.norm, call.quant
+    if not isinstance(call.keep_norm, bool):
+        raise ArgumentError(f"keep_norm is {call.keep_norm!r}; expected True or False", hint="pass keep_norm=True to also get the norm")
     name = "partial" if call.operation != "finish" else "y"
     check_values(name, partial, capacity)
     tokens, hidden_size = partial.shape
@@ -171,6 +173,8 @@ def check_ordinary(name: str, tensor: torch.Tensor) -> None:
         raise ArgumentError(f"{name} is a {kind.__name__}, which is a wrapper around other tensors", hint=hint)
     if torch._C._functorch.maybe_current_level() is not None:
         raise ArgumentError(f"{name} is inside torch.func.vmap, jvp or grad", hint="make the call outside of the transform")
+    if torch._C._get_tracing_state() is not None:
+        raise ArgumentError(f"{name} is traced by torch.jit.trace", hint="use torch.compile or torch.export, which know collogue's calls")
     if tensor.layout is not torch.strided:
         raise LayoutError(f"{name} has layout {tensor.layout}; expected: torch.strided", hint=f"pass {name}.to_dense()")
     if tensor.is_neg():

@@ -68,7 +68,7 @@ _E4M3 = _Element(width=8, mantissa=3, smallest_normal=2.0**-6, largest=448.0, na
 
 
 def _bits(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
+    return int(torch.tensor(value, dtype=torch.float32, device="cpu").view(torch.int32))
 
 
 def _encode(x: Tensor, element: _Element) -> Tensor:
@@ -104,7 +104,7 @@ def e2m1_encode(x: Tensor) -> Tensor:
 def e2m1_decode(codes: Tensor) -> Tensor:
     """float32 values of E2M1 codes 0 to 15, one a byte."""
     values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    return _decode(codes, torch.tensor(values + [-v for v in values]))
+    return _decode(codes, torch.tensor(values + [-v for v in values], dtype=torch.float32, device="cpu"))
 
 
 def e4m3_encode(x: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def e4m3_encode(x: Tensor) -> Tensor:
 
 def e4m3_decode(codes: Tensor) -> Tensor:
     """float32 values of E4M3 codes (uint8); 0x7F and 0xFF are NaN."""
-    return _decode(codes, canonical_nan(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()))
+    return _decode(codes, canonical_nan(torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()))
 
 
 def e8m0_decode(codes: Tensor) -> Tensor:

@@ -19,6 +19,14 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_scale(value: float, most: int = 128) -> bool:
+    """Whether ``value``, rounded to float32, lies between ``2**-128`` and ``2**most``, both left out.
+
+    Then neither it nor its inverse in float32 is 0 or infinite: the inverse of ``2**-128`` is infinite.
+    """
+    return 2.0**-128 + 2.0**-150 < value < 2.0**most * (1.0 - 2.0**-25)
+
+
 def check_seconds(name: str, value: float, most: float) -> None:
     """Raise :class:`ArgumentError` unless ``value`` is a time: positive, at most ``most``."""
     if not is_number(value) or not 0 < value <= most:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from collogue.contract.number import is_number, is_whole
+from collogue.contract.number import is_number, is_scale, is_whole
 from collogue.errors import FormatError, ScaleError
 
 ScaleLayout = Literal["128x4", "8x4", "linear"]
@@ -23,6 +23,8 @@ E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 #: Smallest scale (a divisor) of the dynamic FP8 formats unless a consumer needs another.
 SMALLEST_SCALE = 1.0 / (448.0 * 512.0)
+#: A global scale of NVFP4 lies below ``2**GLOBAL_SCALE_BITS``: divided by the smallest block scale, ``2**-9``, it is finite in float32.
+GLOBAL_SCALE_BITS = 119
 
 
 def _check_choice(kind: str, name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -48,9 +50,12 @@ def _check_scale(kind: str, name: str, value: object, *, validate: bool) -> None
             f"{kind}.{name} must be a number or a tensor, got {type(value).__name__}",
             hint="pass a Python float or a float32 tensor with one element",
         )
-    # Rounded to float32 it must not be zero or infinite.
-    if not 2.0**-150 < number < 2.0**128 - 2.0**103:
-        raise ScaleError(f"{kind}.{name} must be positive and finite, got {number}", hint=f"see help(collogue.{kind})")
+    most = GLOBAL_SCALE_BITS if name == "global_scale" else 128
+    if not is_scale(number, most):
+        raise ScaleError(
+            f"{kind}.{name} must be positive and finite, above 2**-128 and below 2**{most}, got {number}",
+            hint=f"see help(collogue.{kind})",
+        )
 
 
 def _check_smallest(kind: str, value: float) -> None:

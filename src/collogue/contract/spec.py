@@ -47,6 +47,10 @@ class RMSNorm:
             raise ShapeError("RMSNorm.weight must be a tensor of shape [H]", hint="pass the layer's weight vector")
         if self.weight.dtype not in VALUE_DTYPES:
             raise DTypeError(f"RMSNorm.weight has dtype {self.weight.dtype}", hint="use the communicator's dtype or torch.float32")
+        if not isinstance(self.prefetch, bool):
+            raise ArgumentError(
+                f"RMSNorm.prefetch is {self.prefetch!r}; expected True or False", hint="pass prefetch=False or leave it out"
+            )
         if (
             type(self.eps) is float
             and type(self.weight_offset) is float
@@ -58,8 +62,6 @@ class RMSNorm:
             value = getattr(self, name)
             if not is_number(value) or not math.isfinite(value):
                 raise ScaleError(f"RMSNorm.{name} must be a finite number, got {value!r}", hint="pass a Python float")
-        if not isinstance(self.prefetch, bool):
-            raise ArgumentError(f"RMSNorm.prefetch is {self.prefetch!r}", hint="give True or False")
         if self.eps < 0:
             raise ScaleError(f"RMSNorm.eps must not be negative, got {self.eps}", hint="usual values: 1e-5, 1e-6")
 

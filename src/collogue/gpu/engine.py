@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,8 @@ from collogue.group import Group
 from collogue.planning.plan import Kernel, Plan, make_kernels, make_plan
 from collogue.planning.topology import Topology
 from collogue.planning.variant import Variant
+
+_LOGGER = logging.getLogger("collogue")
 
 
 @dataclass(slots=True)
@@ -67,6 +71,9 @@ class KernelEngine:
         record = (ctypes.c_uint64 * 2)() if self.workspace is None else (ctypes.c_uint64 * 2).from_address(self.workspace.failure_pointer)
         #: Fault and finder, and whom the finder missed: zero while nothing has failed.
         self.failure_words = ctypes.c_uint64.from_buffer(record, 0), ctypes.c_uint32.from_buffer(record, FailureRecord.late_rank.offset)
+        self._warned = False
+        if self.workspace is not None:
+            _OPEN.add(self)
         self._debug = os.environ.get("COLLOGUE_DEBUG", "0") not in ("", "0")
 
     # ---- planning and loading
@@ -158,7 +165,25 @@ class KernelEngine:
         self._order.enter(stream)
         self._send(ready, call, out, stream)
         self._order.leave(stream)
-        self.stream = self._order.stream
+        if self.stream != self._order.stream:
+            self.stream = self._order.stream
+            self._look_at_others()
+
+    def _look_at_others(self) -> None:
+        """Warn once where more communicators make calls on streams of their own than this one was made for."""
+        if self._warned or self.workspace is None or self.topology.ranks_per_gpu > 1:  # virtual ranks share a GPU on purpose
+            return
+        others = {engine.stream for engine in list(_OPEN) if engine.index == self.index and engine.stream not in (None, self.stream)}
+        if len(others) >= self.topology.concurrent:
+            self._warned = True
+            _LOGGER.warning(
+                "Communicators make calls on %d streams of cuda:%d, and this one was made with concurrent=%d. On full GPUs they may keep "
+                "each other from starting until the timeout. Make each with concurrent=%d, or their calls on one stream.",
+                len(others) + 1,
+                self.index,
+                self.topology.concurrent,
+                len(others) + 1,
+            )
 
     def _send(self, ready: _Ready, call: Call, out: Output, stream: int) -> None:
         if call.operation == "all_gather":
@@ -215,6 +240,7 @@ class KernelEngine:
             self._bound.clear()
             self._kernels.clear()
             _captured.discard(self)
+            _OPEN.discard(self)
             if self.workspace is not None:
                 self.workspace.close()
             self.workspace = None
@@ -222,6 +248,8 @@ class KernelEngine:
                 self.group.barrier()  # giving memory back may wait for the GPU: virtual ranks must not launch before all have done it
 
 
+#: Engines that communicate, until they are closed.
+_OPEN: weakref.WeakSet[KernelEngine] = weakref.WeakSet()
 #: Engines whose calls lie in CUDA graphs, until they are closed: a graph holds addresses, and nothing that keeps the memory.
 _captured: set[KernelEngine] = set()
 

@@ -95,6 +95,7 @@ def compile_source(
 
     ``folder`` of sources and ``changes``: other sources and other options than the contract's, for comparison.
     """
+    nvrtc_version()  # where there is no NVRTC, this says so
     core = _cuda_core()
     log = io.StringIO()
     try:

@@ -91,8 +91,11 @@ class Explanation:
         return f"{textwrap.fill(self.call, 80)}\n{self.plan}"
 
     def as_json(self) -> dict[str, Any]:
+        """As plain data; ``None`` where the text has a dash."""
         facts = {name: getattr(self.topology, name) for name in ("architecture", "multiprocessors", "world_size", "max_tokens")}
-        return {"call": self.call, **facts, **asdict(self.plan)}
+        without_launch = dict.fromkeys(("rows", "launches") if self.plan.shape is None else ())
+        without_model = dict.fromkeys(("predicted_us", "floor_us") if self.plan.algorithm == "reference" else ())
+        return {"call": self.call, **facts, **asdict(self.plan), **without_launch, **without_model}
 
 
 def explain(

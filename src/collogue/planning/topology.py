@@ -179,7 +179,8 @@ def _find_table(argument: TableArgument, device: str | None, world_size: int) ->
 
 def _facts(group: Group, capacity: Capacity, timeout: float, overrides: Overrides, concurrent: int) -> dict[str, Any]:
     shape = f"max_tokens={capacity.max_tokens}, hidden_size={capacity.hidden_size}, dtype={capacity.dtype}"
-    facts: dict[str, Any] = {"asked": f"{shape}, timeout={float(timeout)}{overrides}, concurrent={concurrent}", "host": _host()}
+    together = f", concurrent={concurrent}" if concurrent != 1 else ""
+    facts: dict[str, Any] = {"asked": f"{shape}, timeout={float(timeout)}{overrides}{together}", "host": _host()}
     if group.device.type == "cuda":
         from collogue.planning.architecture import architecture_of
 

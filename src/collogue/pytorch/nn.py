@@ -5,6 +5,7 @@ Weights are cut when a module is made from an unsharded one (``of``); the commun
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,17 +15,56 @@ from torch import Tensor, nn
 from collogue.communicator import Communicator
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Output, RMSNorm
-from collogue.errors import ArgumentError, ShapeError
+from collogue.errors import ArgumentError
 from collogue.ops import is_traced
+from collogue.pytorch.cut import Cut
+
+#: Modules of hooks that only watch, and that this package itself puts on modules.
+_HARMLESS = ("torch.utils.", "transformers.utils.output_capturing", "collogue.")
 
 
-def shard(tensor: Tensor, comm: Communicator, dim: int, what: str) -> nn.Parameter:
-    """This rank's part of a weight along ``dim``, in memory of its own layout. Raises :class:`ShapeError` where it does not divide."""
-    size = tensor.shape[dim]
-    if size % comm.world_size:
-        raise ShapeError(f"{what}: {size} features do not divide among {comm.world_size} ranks", hint="use a world size that divides it")
-    part = tensor.detach().chunk(comm.world_size, dim)[comm.rank]
-    return nn.Parameter(part.contiguous(), requires_grad=False)
+def changes_what_runs(*hooks: Mapping[int, Any]) -> bool:
+    """Whether there is a hook that may look at, or change, what modules compute."""
+    return any(not str(getattr(hook, "__module__", "")).startswith(_HARMLESS) for each in hooks for hook in each.values())
+
+
+def own_ways(module: nn.Module) -> str:
+    """What calling ``module`` does beside its class's forward, in words; empty where that is nothing."""
+    if "forward" in vars(module):
+        return "has a forward of its own"
+    return "has a forward hook" if changes_what_runs(module._forward_hooks, module._forward_pre_hooks) else ""
+
+
+def check_linear(linear: object, name: str) -> None:
+    """Raise :class:`ArgumentError` for what does anything but ``x W^T + b`` with a plain ``W``: its parts would not add up."""
+    problem = ""
+    if (
+        not isinstance(linear, nn.Linear)
+        or type(linear).forward is not nn.Linear.forward
+        or type(linear).__call__ is not nn.Module.__call__
+    ):
+        problem = f"is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain nn.Linear"
+    else:
+        weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+        if weight is None or bias is not linear.bias:
+            problem = "computes its weight or bias"
+        elif any(type(p) is not nn.Parameter or type(p.data) is not Tensor for p in (weight, bias) if p is not None):
+            problem = f"has a weight or bias of another type than Tensor ({type(weight.data).__name__})"
+        elif weight.is_meta or not weight.is_floating_point():
+            problem = f"has a weight of {weight.dtype} on {weight.device}"
+        else:
+            problem = own_ways(linear)
+    if problem:
+        raise ArgumentError(
+            f"{name} {problem}",
+            hint="cut plain nn.Linear layers: merge adapters (merge_and_unload), do not quantize before, add hooks afterwards if at all",
+        )
+
+
+def _plain(linear: nn.Linear, comm: Communicator, dim: int) -> Cut:
+    """How to cut a plain linear layer's weight along ``dim``."""
+    check_linear(linear, "the layer")
+    return Cut.even(linear.weight.shape[dim], dim, comm.world_size, "weight")
 
 
 class ColumnParallelLinear(nn.Module):
@@ -42,9 +82,14 @@ class ColumnParallelLinear(nn.Module):
 
     @classmethod
     def of(cls, linear: nn.Linear, comm: Communicator, *, gather: bool = False) -> ColumnParallelLinear:
-        """This rank's part of an unsharded layer."""
-        bias = None if linear.bias is None else shard(linear.bias, comm, 0, "bias")
-        return cls(shard(linear.weight, comm, 0, "weight"), bias, comm, gather=gather)
+        """This rank's part of an unsharded layer.
+
+        Raises :class:`ShapeError` where its features do not divide, :class:`ArgumentError` where it is not a plain ``nn.Linear``: a
+        subclass with a forward of its own, a quantized layer, one with hooks.
+        """
+        cut = _plain(linear, comm, 0)
+        bias = None if linear.bias is None else cut.part(linear.bias, comm.rank, comm.world_size)
+        return cls(cut.part(linear.weight, comm.rank, comm.world_size), bias, comm, gather=gather)
 
     def forward(self, x: Tensor) -> Tensor:
         mine = F.linear(x, self.weight, self.bias)
@@ -55,24 +100,23 @@ class RowParallelLinear(nn.Module):
     """``sum_r x_r W_r^T + b``, finished in the same call: residual, RMSNorm, quantisation.
 
     Args:
-        weight: ``[H, I / N]``, this rank's columns. bias: ``[H]`` or ``None``; rank 0 adds it to its partial.
+        weight: ``[H, I / N]``, this rank's columns. bias: ``[H]`` or ``None``, the same on every rank; rank 0 adds it to its partial.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, comm: Communicator) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, False)
-        self.bias = nn.Parameter(bias, False) if bias is not None and comm.rank == 0 else None
+        self.weight, self.bias = nn.Parameter(weight, False), None if bias is None else nn.Parameter(bias, False)
         self.comm = comm
 
     @classmethod
     def of(cls, linear: nn.Linear, comm: Communicator) -> RowParallelLinear:
-        """This rank's part of an unsharded layer."""
-        bias = None if linear.bias is None else linear.bias.detach()
-        return cls(shard(linear.weight, comm, 1, "weight"), bias, comm)
+        """This rank's part of an unsharded layer. Raises as :meth:`ColumnParallelLinear.of`."""
+        cut = _plain(linear, comm, 1)
+        return cls(cut.part(linear.weight, comm.rank, comm.world_size), None if linear.bias is None else linear.bias.detach(), comm)
 
     def partial(self, x: Tensor) -> Tensor:
         """This rank's term of the sum, ``[.., H]``."""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias if self.comm.rank == 0 else None)
 
     def forward(
         self,

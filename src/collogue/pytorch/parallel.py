@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from collogue.communicator import Communicator
-from collogue.contract import reference
-from collogue.contract.spec import RMSNorm
-from collogue.errors import ArgumentError
-from collogue.pytorch.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear, finish
-
-#: ``model_type`` of the decoders whose layers have one of the two forms below. Other models may share names and yet differ
-#: (a factor on the residual, attention beside the MLP), so nothing is guessed.
-TWO_NORMS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
-FOUR_NORMS = ("gemma2", "gemma3_text")
-
-#: For models without a plan of their own.
-PLAN = {
-    "layers.*.self_attn.[qkv]_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-    "layers.*.mlp.gate_proj": "colwise",
-    "layers.*.mlp.up_proj": "colwise",
-    "layers.*.mlp.down_proj": "rowwise",
-}
+from collogue.errors import ArgumentError, CollogueError
+from collogue.group import Group, as_group
+from collogue.pytorch.boundaries import Boundaries, Untouched, check_use
+from collogue.pytorch.cut import Checkpoint, Cut
+from collogue.pytorch.decoder import Decoder, LinearPlan, plan
+from collogue.pytorch.generation import generate
+from collogue.pytorch.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear
 
 
 def parallelize(
@@ -45,123 +35,179 @@ def parallelize(
 
     Args:
         model: ``AutoModelForCausalLM`` of type Llama, Mistral, Qwen2, Qwen3, SmolLM (Llama), SmolLM3, Gemma, Gemma 2 or
-            Gemma 3 (text), or its base model; the same weights on every rank. Changed in place, for inference: no gradients.
-        group: the tensor-parallel process group. The plan is transformers' own (``base_model_tp_plan``) where there is one.
+            Gemma 3 (text), its base model, or either with peft's LoRA; the same weights on every rank. Changed in place, for
+            inference: no gradients.
+        group: the tensor-parallel process group. It divides the heads; key-value heads it divides, or is a multiple of (then
+            neighboring ranks hold the same ones).
         max_tokens: most tokens (batch times sequence) of one forward pass.
         device: where this rank's part goes; default as for :class:`collogue.Communicator`.
         timeout: of the communicator, in seconds.
         fuse: ``False`` leaves norms and additions as they are and ends row-parallel layers in a functional all-reduce: a baseline,
             or something for :data:`collogue.compile`. Needs a ``torch.distributed`` group.
     Returns:
-        ``model``; its communicator is ``model.comm``, which stays open as long as the model is used.
+        ``model``; its communicator is ``model.comm``, which stays open as long as the model is used. ``state_dict()`` and
+        ``save_pretrained`` raise: :func:`collogue.full_state_dict` gives the whole. ``load_state_dict`` takes a whole checkpoint and
+        cuts it, without communication. ``generate`` returns on every rank what rank 0 chooses.
     Order and rounding:
         Sums and norms follow docs/contract.md, so logits differ from the unsharded model's by roundings, and are the same
         on every rank.
-    Synchronisation:
+    Synchronization:
         Collective; so is every forward pass afterwards.
     Raises:
-        ArgumentError: a model of another type, or a plan with other styles. ShapeError: heads or features that do not divide.
+        ArgumentError: a model of another type; layers that are wrapped (but for LoRA), quantized, patched or hooked; models that
+        differ between ranks. ShapeError: features that do not divide. After either, ``model`` is as it was, on every rank. Forward
+        passes raise ArgumentError where modules inside a layer were replaced, patched or hooked since, and for ``output_attentions``.
     """
-    base = getattr(model, model.base_model_prefix, model)
-    kind, config = str(base.config.model_type), base.config
-    if kind not in TWO_NORMS + FOUR_NORMS:
-        raise ArgumentError(
-            f"models of type {kind!r} are not known to parallelize",
-            hint=f"use one of {', '.join(TWO_NORMS + FOUR_NORMS)}, or collogue.compile on a model that is tensor-parallel already",
-        )
-    comm = Communicator(group, max_tokens=max_tokens, hidden_size=config.hidden_size, dtype=base.dtype, device=device, timeout=timeout)
-    if config.num_key_value_heads % comm.world_size or config.num_attention_heads % comm.world_size:
-        comm.close()
-        raise ArgumentError(
-            f"{config.num_attention_heads} heads and {config.num_key_value_heads} key-value heads do not divide among "
-            f"{comm.world_size} ranks",
-            hint="use a world size that divides both",
-        )
-    _cut(base, getattr(config, "base_model_tp_plan", None) or PLAN, comm, fuse)
-    if model is not base and isinstance(getattr(model, "lm_head", None), nn.Linear) and config.vocab_size % comm.world_size == 0:
-        model.lm_head = ColumnParallelLinear.of(model.lm_head, comm, gather=True)
-    if fuse:
-        _fuse(base, comm, FOUR_NORMS if kind in FOUR_NORMS else TWO_NORMS)
-    model.comm = comm
-    return model.to(comm.device).requires_grad_(False).eval()
+    known = as_group(group, device)
+    decoder = _agree(model, known, fuse)
+    config, dtype = decoder.base.config, decoder.base.dtype
+    comm = Communicator(group, max_tokens=max_tokens, hidden_size=config.hidden_size, dtype=dtype, device=device, timeout=timeout)
+    try:
+        with _undone_by_errors(model) as undo:
+            _apply(decoder, comm, fuse, undo)
+            model.comm = comm
+            return model.to(comm.device).requires_grad_(False).eval()
+    except BaseException:
+        comm.close(collective=False)
+        raise
 
 
-def _cut(base: nn.Module, plan: dict[str, str], comm: Communicator, fuse: bool) -> None:
-    """Replace every linear layer that the plan names by this rank's part."""
-    for name, module in list(base.named_modules()):
-        style = next((style for pattern, style in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
-        if style is None or style.startswith("replicated") or not isinstance(module, nn.Linear):
-            continue
-        if style == "colwise":
-            part: nn.Module = ColumnParallelLinear.of(module, comm)
-        elif style == "rowwise":
-            part = _Row(RowParallelLinear.of(module, comm), fuse)
-        else:
-            raise ArgumentError(f"the model's plan cuts {name} by {style!r}", hint="colwise and rowwise are supported")
-        base.set_submodule(name, part)
+def _agree(model: Any, group: Group, fuse: bool) -> Decoder:
+    """The plan for ``model``. An error of one rank is raised on all, before anything is changed. Collective."""
+    decoder, problem = None, None
+    try:
+        decoder = plan(model, group.size, fuse=fuse)
+    except CollogueError as error:
+        problem = error
+    every = group.all_gather_object((problem and (problem.message, problem.hint), decoder and decoder.summary))
+    if problem is not None:
+        raise problem
+    assert decoder is not None
+    for rank, (theirs, summary) in enumerate(every):
+        if theirs is not None:
+            raise ArgumentError(f"rank {rank}: {theirs[0]}", hint=theirs[1])
+        if summary != every[0][1]:
+            raise ArgumentError(f"ranks 0 and {rank} have different models", hint="load the same model on every rank")
+    return decoder
 
 
-class _Row(nn.Module):
-    """A row-parallel layer inside a model's own code: it returns its partial, which the layer's boundary finishes, or the plain sum."""
+class _Undo:
+    """What was where before it was changed."""
 
-    def __init__(self, linear: RowParallelLinear, fuse: bool) -> None:
-        super().__init__()
-        self.linear, self.fuse = linear, fuse
+    def __init__(self) -> None:
+        self.steps: list[tuple[Any, str, Any]] = []
+        self.hooks: list[Any] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        partial = self.linear.partial(x)
-        if self.fuse:
-            return partial
-        from torch.distributed._functional_collectives import all_reduce
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """``owner.name = value``, a module or an instance's own attribute."""
+        self.steps.append((owner, name, owner._modules.get(name, vars(owner).get(name))))
+        setattr(owner, name, value)
 
-        group: Any = self.linear.comm.group_name
-        summed: Tensor = all_reduce(partial, "sum", group)
-        return summed
+    def run(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        for owner, name, before in reversed(self.steps):
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
 
 
-def _fuse(base: Any, comm: Communicator, form: tuple[str, ...]) -> None:
-    """Norms become ones that take handed-over results; every decoder layer gets a forward pass that hands over."""
-    layers, forward = list(base.layers), _two_norms if form is TWO_NORMS else _four_norms
+@contextmanager
+def _undone_by_errors(model: nn.Module) -> Iterator[_Undo]:
+    """Whatever goes wrong, memory or an interrupt, the caller holds the unsharded model again."""
+    undo, training = _Undo(), [module for module in model.modules() if module.training]
+    places = [(tensor, tensor.data, tensor.requires_grad) for tensor in (*model.parameters(), *model.buffers())]
+    try:
+        yield undo
+    except BaseException:
+        undo.run()
+        for tensor, data, requires_grad in places:
+            tensor.data = data
+            tensor.requires_grad_(requires_grad)
+        for module in training:
+            module.training = True
+        vars(model).pop("comm", None)
+        raise
+
+
+def _apply(decoder: Decoder, comm: Communicator, fuse: bool, undo: _Undo) -> None:
+    base, layers = decoder.base, list(decoder.base.layers)
+    for each in decoder.linears:
+        owner, _, name = each.name.rpartition(".")
+        _cut(each, base.get_submodule(owner), name, comm, fuse, undo)
     for layer in layers:
-        layer.input_layernorm = _fused_norm(layer.input_layernorm, comm)
-        layer.post_attention_layernorm = _fused_norm(layer.post_attention_layernorm, comm)
-        if form is FOUR_NORMS:
-            layer.post_feedforward_layernorm = _fused_norm(layer.post_feedforward_layernorm, comm)
-    base.norm = _fused_norm(base.norm, comm)
-    following = [layer.input_layernorm for layer in layers[1:]] + [base.norm]
-    for layer, norm in zip(layers, following, strict=True):
-        layer.forward = functools.partial(forward, layer, comm, norm)
+        undo.set(layer.self_attn, "num_key_value_groups", decoder.key_value_groups)
+    if decoder.head is not None:
+        _cut_head(decoder, decoder.head, comm, undo)
+    if fuse:
+        for name, (eps, offset) in decoder.norms.items():
+            owner, _, name = name.rpartition(".")
+            module = base.get_submodule(owner)
+            undo.set(module, name, FusedRMSNorm(getattr(module, name).weight, comm, eps, offset))
+        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+            next_norm = base.norm if following is None else following.input_layernorm
+            boundaries = Boundaries(layer, comm, following, next_norm)
+            undo.set(layer, "forward", boundaries.four_norms if decoder.four_norms else boundaries.two_norms)
+    untouched = [Untouched(layer, fused=fuse) for layer in layers]
+    undo.hooks.append(base.register_forward_pre_hook(lambda _, args, kwargs: check_use(untouched, base.config, kwargs), with_kwargs=True))
+    if callable(getattr(decoder.model, "generate", None)):
+        undo.set(decoder.model, "generate", functools.partial(generate, decoder.model, comm))
 
 
-def _two_norms(layer: Any, comm: Communicator, next_norm: FusedRMSNorm, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A layer whose branches are added to the stream as they are: the norm of each boundary is the one that reads the new stream."""
-    attention, _ = layer.self_attn(layer.input_layernorm(hidden_states), *args, **kwargs)
-    middle = finish(comm, attention, residual=hidden_states, norm=layer.post_attention_layernorm)
-    out = finish(comm, layer.mlp(middle.norm), residual=middle.residual, norm=next_norm, hand_over=True)
-    assert out.residual is not None
-    return out.residual
+def _cut(each: LinearPlan, owner: nn.Module, name: str, comm: Communicator, fuse: bool, undo: _Undo) -> None:
+    """Put this rank's part in the place of a linear layer, or of the layer and the factors inside peft's LoRA."""
+    linear: Any = each.linear
+    if not each.lora:
+        undo.set(owner, name, _part(linear, each, comm, summed=not fuse))
+        return
+    undo.set(linear, "base_layer", _part(linear.base_layer, each, comm, summed=False))
+    factors = linear.lora_B if each.column else linear.lora_A
+    for adapter, factor in list(factors.items()):
+        undo.set(factors, adapter, _part(factor, each, comm, summed=False))
+    if not (fuse or each.column):
+        undo.hooks.append(linear.register_forward_hook(lambda module, args, partial: _sum(partial, comm)))
 
 
-def _four_norms(layer: Any, comm: Communicator, next_norm: FusedRMSNorm, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A layer whose branches are normed before they are added: the sum and that norm are one call, the addition follows."""
-    attention, _ = layer.self_attn(layer.input_layernorm(hidden_states), *args, **kwargs)
-    first = finish(comm, attention, norm=layer.post_attention_layernorm).norm
-    assert first is not None
-    stream = hidden_states + first
-    mlp = layer.mlp(layer.pre_feedforward_layernorm(stream))
-    second = finish(comm, mlp, norm=layer.post_feedforward_layernorm).norm
-    assert second is not None
-    return stream + second
+def _part(linear: nn.Linear, each: LinearPlan, comm: Communicator, *, summed: bool) -> nn.Module:
+    rank, size, cut = comm.rank, comm.world_size, each.cut
+    weight, bias, cuts = cut.part(linear.weight, rank, size), None if linear.bias is None else linear.bias.detach(), {"weight": cut}
+    if each.column and bias is not None:
+        bias, cuts["bias"] = cut.part(bias, rank, size), cut
+    part = ColumnParallelLinear(weight, bias, comm) if each.column else _Row(weight, bias, comm, summed)
+    return _with_checkpoint(part, comm, cuts)
 
 
-def _fused_norm(module: Any, comm: Communicator) -> FusedRMSNorm:
-    """``module`` as a :class:`FusedRMSNorm`. What it computes is tried on a row, which also tells the offset of its weight."""
-    weight: Tensor = module.weight.detach()
-    eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
-    probe = torch.linspace(-2.0, 3.0, len(weight), device=weight.device).to(weight.dtype)[None]
-    found = module(probe).float()
-    for offset in (0.0, 1.0):
-        expected = reference.rms_norm(probe, RMSNorm(weight, eps, offset)).float()
-        if torch.allclose(found, expected, rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-5):
-            return FusedRMSNorm(weight, comm, eps, offset)
-    raise ArgumentError(f"{type(module).__name__} is not an RMSNorm that Collogue knows", hint="use collogue.compile instead")
+def _cut_head(decoder: Decoder, cut: Cut, comm: Communicator, undo: _Undo) -> None:
+    head, embedding = decoder.model.lm_head, decoder.model.get_input_embeddings()
+    bias = None if head.bias is None else cut.part(head.bias, comm.rank, comm.world_size)
+    part = ColumnParallelLinear(cut.part(head.weight, comm.rank, comm.world_size), bias, comm, gather=True)
+    tied = (embedding, "weight") if getattr(embedding, "weight", None) is head.weight else None
+    cuts = {"weight": cut} | ({} if bias is None else {"bias": cut})
+    undo.set(decoder.model, "lm_head", _with_checkpoint(part, comm, cuts, tied))
+
+
+def _with_checkpoint(part: nn.Module, comm: Communicator, cuts: dict[str, Cut], same_as: tuple[nn.Module, str] | None = None) -> nn.Module:
+    if comm.world_size > 1:
+        vars(part)["checkpoint"] = Checkpoint(part, comm, cuts, same_as)
+    return part
+
+
+class _Row(RowParallelLinear):
+    """A row-parallel layer inside a model's own code: it returns its partial, which something behind it sums, or the plain sum."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, comm: Communicator, summed: bool) -> None:
+        super().__init__(weight, bias, comm)
+        self.summed = summed
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        partial = self.partial(x)
+        return _sum(partial, self.comm) if self.summed else partial
+
+
+def _sum(partial: Tensor, comm: Communicator) -> Tensor:
+    from torch.distributed._functional_collectives import all_reduce
+
+    group: Any = comm.group_name
+    summed: Tensor = all_reduce(partial, "sum", group)
+    return summed

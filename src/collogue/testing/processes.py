@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +66,22 @@ def run_processes(
             for rank in range(world_size)
         ]
         try:
-            for process in ranks:
-                process.start()
+            start_ranks(ranks)
             _listen(ranks, inbox, results, stages, silence, limit, mortal, heard)
             _end(ranks, patience=5.0)
         finally:
             _end(ranks, patience=0.0)
     return [results[rank] for rank in range(world_size)]
+
+
+def start_ranks(processes: Sequence[BaseProcess]) -> None:
+    """Start them without Ctrl-C: a terminal sends it to every process, and the one that started them ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _listen(

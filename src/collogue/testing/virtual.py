@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from collogue.group import SymmetricBuffer, check_gpus
+from collogue.group import SymmetricBuffer, check_gpus, compare
 from collogue.testing import environment
 
 T = TypeVar("T")
@@ -59,6 +59,9 @@ class VirtualGroup:
 
     def barrier(self) -> None:
         self._meeting.exchange(self.rank, None)
+
+    def agree(self, what: str) -> None:
+        compare(self._meeting.exchange(self.rank, what))
 
     def settle(self) -> None:
         """Wait for this rank's stream, then for every rank: afterwards nothing of this world runs on any GPU."""
@@ -117,6 +120,10 @@ def run_virtual(world_size: int, fn: Callable[[VirtualGroup], T], *, device: str
     results: list[Any] = [None] * world_size
     errors: list[tuple[int, BaseException]] = []
 
+    def release() -> None:
+        for each in (meeting, *subgroups.values()):
+            each.barrier.abort()
+
     def work(rank: int) -> None:
         try:
             where = kind
@@ -133,15 +140,19 @@ def run_virtual(world_size: int, fn: Callable[[VirtualGroup], T], *, device: str
                 results[rank] = fn(group)
         except BaseException as error:  # handed to the caller below
             errors.append((rank, error))
-            meeting.barrier.abort()
-            for other in subgroups.values():
-                other.barrier.abort()
+            release()
 
     threads = [threading.Thread(target=work, args=(rank,), name=f"rank{rank}", daemon=True) for rank in range(world_size)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:  # an interrupt: a rank that were left in PyTorch would abort the process when the interpreter ends
+        release()
+        for thread in threads:
+            thread.join(timeout)
+        raise
     if errors:
         first = next((e for _, e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0][1])
         raise first

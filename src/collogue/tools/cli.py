@@ -1,18 +1,21 @@
 """The command line: ``collogue demo | check | bench | tune | explain | doctor | resources | ablate | accuracy | calibrate | reliability``.
 
-Data goes to stdout, progress and logs go to stderr. Exit codes: 0 all is well; 1 a check failed; 2 wrong usage; 3 this machine
-cannot do it. torch is imported by the commands that need it, so ``--help`` answers at once.
+Data goes to stdout, progress and logs go to stderr. Exit codes are in :mod:`collogue.tools.terminal`. torch is imported by the commands
+that need it, so ``--version``, ``--help`` and wrong usage answer at once.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from collogue.tools.commands.ablate import ablate
 from collogue.tools.commands.accuracy import accuracy, calibrate
@@ -22,6 +25,7 @@ from collogue.tools.commands.options import (
     FAILED,
     IMPOSSIBLE,
     OK,
+    OPERATION_NAMES,
     PICTURES,
     Commit,
     Devices,
@@ -37,6 +41,7 @@ from collogue.tools.commands.options import (
     check_word,
     console,
     exit_codes,
+    format_words,
     lists,
     progress,
     words,
@@ -45,14 +50,43 @@ from collogue.tools.commands.options import (
 from collogue.tools.commands.plans import explain, tune
 from collogue.tools.commands.reliability import reliability
 from collogue.tools.commands.resources import resources
+from collogue.tools.packages import SMOLLM2, require
+from collogue.tools.terminal import report_error
 
 if TYPE_CHECKING:
     from collogue.tools.check import Case, Emulated, Report
     from collogue.tools.doctor import Examination
 
+#: Of every error of usage. Which click it comes from, typer's own or the package, depends on typer's version.
+_ClickException: Any = typer.BadParameter.__mro__[2]
+
+
+class _Commands(TyperGroup):
+    """The commands, with one look for every error: ``error:``, then ``hint:``."""
+
+    def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
+        """Run the command of ``args`` and end the process with its exit code."""
+        code = OK
+        try:
+            with self.make_context("collogue", list(sys.argv[1:] if args is None else args)) as context:
+                self.invoke(context)
+        except typer.Exit as ended:
+            code = ended.exit_code
+        except _ClickException as error:
+            code = error.exit_code
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()
+            else:
+                message = re.sub(r"^(Invalid value for|Missing \w+) '([^']+)'", r"\1 \2", error.format_message())
+                where = error.ctx.command_path if getattr(error, "ctx", None) else "collogue"
+                report_error(message[:1].lower() + message[1:].rstrip("."), f"run `{where} --help`")
+        sys.exit(code)
+
+
 app = typer.Typer(
     name="collogue",
-    help="Collectives that finish the layer: all-reduce + residual + RMSNorm + quantisation in one call.",
+    cls=_Commands,
+    help="All-reduce + residual + RMSNorm + quantization in one GPU kernel, for tensor-parallel LLM inference.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
@@ -77,7 +111,7 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and end.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")] = False,
 ) -> None: ...
 
 
@@ -94,10 +128,12 @@ def demo(
     """Run a real language model tensor-parallel and compare the formats."""
     check_target(json)
     check_target(plot, "--plot", PICTURES)
-    chosen: dict[str, Any] = {"formats": tuple(words(format))} if format else {}
+    check_word("--device", device, "auto", "cpu", "cuda")
+    chosen: dict[str, Any] = {"formats": tuple(format_words(format))} if format else {}
     if sharded:
         chosen["sharded"] = True
-    with exit_codes(extra="demo", needs="matplotlib" if plot else None):
+    with exit_codes():
+        require(*SMOLLM2, *(["matplotlib"] if plot else []))
         from collogue.tools.demo.main import run
 
         result = run(device, world_size, tokens, json=json, plot=plot, **chosen)
@@ -138,6 +174,8 @@ def check(
     devices, given = _devices(device), lists(world_size, tokens, hidden_size, dtype, format)
     if operation:
         given["operation"] = words(operation)
+        for word in given["operation"]:
+            check_word("--operation", word, *OPERATION_NAMES)
     check_word("--sweep", sweep, "default", "full")
     if sweep == "full" and (given or "cpu" in devices):
         raise typer.BadParameter("the full sweep is for --device cuda and takes no lists", param_hint="--sweep")
@@ -271,12 +309,3 @@ def _escape(text: str) -> str:
 for command in (explain, tune, resources, ablate, accuracy, calibrate, reliability):
     app.command(epilog=EXIT_CODES)(command)
 app.add_typer(bench_app, name="bench")
-
-
-def main() -> None:
-    """The console script."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

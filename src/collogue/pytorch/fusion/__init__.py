@@ -9,42 +9,20 @@ group's name.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from collogue import registry
 from collogue.errors import ArgumentError
 from collogue.pytorch.fusion.report import Fused, Missed, Report
-from collogue.pytorch.fusion.rewrite import fuse
-from collogue.pytorch.fusion.sharding import shard_streams
+
+if TYPE_CHECKING:
+    from collogue.pytorch.fusion.inductor import FusionPass
 
 __all__ = ["Compile", "Fused", "FusionPass", "Missed", "Report", "compile"]
 
 _OPTION = "post_grad_custom_pre_pass"
-
-
-class FusionPass(CustomGraphPass):
-    """The pass by itself, for those who call ``torch.compile`` their own way: ``options={"post_grad_custom_pre_pass": FusionPass()}``."""
-
-    def __init__(self, report: Report | None = None, *, sharded: bool = False) -> None:
-        self.report, self.sharded = Report() if report is None else report, sharded
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        fuse(graph, self.report)
-        if self.sharded:
-            shard_streams(graph, self.report)
-
-    def uuid(self) -> str:
-        """What the rewriting depends on: its sources and the open communicators."""
-        digest = hashlib.sha256(repr((self.sharded, registry.fingerprint())).encode())
-        for file in sorted(Path(__file__).parent.glob("*.py")):
-            digest.update(file.read_bytes())
-        return digest.hexdigest()
 
 
 class Compile:
@@ -89,14 +67,18 @@ class Compile:
                 f"backend={backend!r} with mode={mode!r}, options={options!r}",
                 hint="use backend='inductor', or backend='eager' without mode and options",
             )
+        from collogue.pytorch.fusion.inductor import Both, FusionPass
+
         chosen = {**(torch._inductor.list_mode_options(mode, dynamic) if mode else {}), **(options or {})}
         own = FusionPass(self._report, sharded=sharded)
-        chosen[_OPTION] = own if _OPTION not in chosen else _Both(own, chosen[_OPTION])
+        chosen[_OPTION] = own if _OPTION not in chosen else Both(own, chosen[_OPTION])
         return torch.compile(model, options=chosen, fullgraph=fullgraph, dynamic=dynamic)
 
     def _eager(self, sharded: bool) -> Callable[..., Any]:
         from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
         from torch._dynamo.backends.common import aot_autograd
+
+        from collogue.pytorch.fusion.inductor import FusionPass
 
         def compiler(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
             FusionPass(self._report, sharded=sharded)(module.graph)
@@ -114,20 +96,12 @@ class Compile:
         return self._report
 
 
-class _Both(CustomGraphPass):
-    """One pass after the other."""
-
-    def __init__(self, first: FusionPass, second: Any) -> None:
-        self._passes = (first, second)
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        for each in self._passes:
-            each(graph)
-
-    def uuid(self) -> Any:
-        """``None``, which switches the cache off, where the second pass has no uuid."""
-        second = self._passes[1].uuid() if isinstance(self._passes[1], CustomGraphPass) else None
-        return None if second is None else (self._passes[0].uuid(), second)
-
-
 compile = Compile()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FusionPass":
+        from collogue.pytorch.fusion.inductor import FusionPass
+
+        return FusionPass
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -283,5 +283,5 @@ def chosen(names: Sequence[str] | None) -> list[Switch]:
     known = {switch.name: switch for switch in SWITCHES}
     for name in names or ():
         if name not in known:
-            raise FormatError(f"there is no switch {name!r}", hint=f"choose from {', '.join(known)}")
+            raise FormatError(f"unknown switch {name!r}", hint=f"choose from {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(("base", *names))] if names is not None else list(SWITCHES)

@@ -63,7 +63,7 @@ def run(
     worlds = list(world_size or [min(8, gpus)])
     for world in worlds:
         if not 2 <= world <= gpus:
-            raise PlatformError(f"{world} ranks on {gpus} GPUs", hint="timings need a GPU for each of two or more ranks")
+            raise PlatformError(f"{gpus} GPUs found; {max(2, world)} required, one for each rank", hint="use a machine with more GPUs")
     if any(lists.values()):
         rounds = {n: chosen_rounds(n, **lists) for n in worlds}  # type: ignore[arg-type]
     else:

@@ -76,9 +76,7 @@ def run(
     gpus = torch.cuda.device_count() if device == "cuda" else 8
     worlds = list(world_size or [n for n in (2, 4, 8) if n <= gpus])
     if not worlds or max(worlds) > gpus:
-        raise PlatformError(
-            f"{max(worlds, default=2)} ranks on {gpus} GPUs", hint="the benchmark needs a GPU for each of two or more ranks"
-        )
+        raise PlatformError(f"{gpus} GPUs found; {max(worlds, default=2)} required, one for each rank", hint="use a machine with more GPUs")
     data: dict[str, Any] = {"passed": False, **circumstances(commit), "layers": layers, "replays": replays, "scales": scales, "rows": []}
     for world in worlds:
 

@@ -106,7 +106,7 @@ def _world(asked: int | None, device: str) -> int:
     gpus = torch.cuda.device_count() if device == "cuda" else 8
     world = asked or next((n for n in (8, 4, 2) if n <= gpus), 2)
     if world > gpus:
-        raise PlatformError(f"{world} ranks on {gpus} GPUs", hint="the benchmark needs a GPU for each of two or more ranks")
+        raise PlatformError(f"{gpus} GPUs found; {max(2, world)} required, one for each rank", hint="use a machine with more GPUs")
     return world
 
 

@@ -15,6 +15,7 @@ from collogue.tools.commands.options import (
     check_target,
     console,
     exit_codes,
+    format_words,
     many,
     numbers,
     progress,
@@ -22,6 +23,7 @@ from collogue.tools.commands.options import (
     write_json,
 )
 from collogue.tools.commands.resources import Architectures
+from collogue.tools.packages import require_compiler
 
 Switches = Annotated[Many, many("--switch", "Which ones; default: all. `collogue ablate --list` names them.")]
 
@@ -34,7 +36,7 @@ def ablate(
     timing: Annotated[bool | None, typer.Option(help="Measure on this machine's GPUs; default: if there are two or more.")] = None,
     facts: Annotated[bool, typer.Option(help="Registers, code and bits, which need no GPU.")] = True,
     count: Annotated[bool, typer.Option(help="Count instructions (needs nvdisasm).")] = True,
-    list_: Annotated[bool, typer.Option("--list", help="Name the switches and end.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Name the switches and exit.")] = False,
     commit: Commit = None,
     json: Json = None,
 ) -> None:
@@ -54,6 +56,8 @@ def ablate(
             for one in switches:
                 console(None).print(f"{one.name}: {one.what}", highlight=False, markup=False, soft_wrap=True)
             return
+        if facts:
+            require_compiler(count=count)
         environment.set_defaults()
         import torch
 
@@ -67,9 +71,9 @@ def ablate(
         if not measured and not facts and timing is not None:
             raise typer.BadParameter("without times there is nothing left to say", param_hint="--no-facts")
         if (timing or not facts) and gpus < 2:
-            raise PlatformError(f"{gpus} GPUs", hint="timings need a GPU for each of two or more ranks; --no-timing gives the rest")
+            raise PlatformError(f"{gpus} GPUs found; timings need at least 2", hint="--no-timing gives the rest")
         world = min(8, gpus) if gpus >= 2 else 2
-        cases = main.cases(world, numbers("--tokens", tokens, low=1) or main.TOKENS, words(format) or main.FORMATS)
+        cases = main.cases(world, numbers("--tokens", tokens, low=1) or main.TOKENS, format_words(format) or main.FORMATS)
         with progress(None, "ablate") as start:
             found = main.run(
                 switches,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from collogue.tools.commands.options import (
+    DTYPE_NAMES,
     Commit,
     Formats,
     Json,
@@ -15,10 +16,11 @@ from collogue.tools.commands.options import (
     check_word,
     console,
     exit_codes,
+    format_words,
     progress,
-    words,
     write_json,
 )
+from collogue.tools.packages import SMOLLM2, require
 
 if TYPE_CHECKING:
     import torch
@@ -50,12 +52,15 @@ def accuracy(
     """
     check_target(json)
     check_word("--device", device, "cpu", "cuda")
-    with exit_codes(extra="demo"):
+    check_word("--dtype", dtype, *DTYPE_NAMES)
+    asked = format_words(format)
+    with exit_codes():
+        _check_model(model)
         from collogue.tools.accuracy import main
         from collogue.tools.demo.formats import FORMATS
         from collogue.tools.record import circumstances
 
-        chosen, value_dtype = words(format) or list(FORMATS), _dtype(dtype)
+        chosen, value_dtype = asked or list(FORMATS), _dtype(dtype)
         subject = _model(model, tokens, layers, hidden_size)
         static = [name for name in main.STATIC if name in chosen]
         with progress(main.passes(chosen, static), "accuracy") as start:
@@ -77,29 +82,38 @@ def calibrate(
     hidden_size: Width = 1536,
     device: Device = "cpu",
 ) -> None:
-    """Collect the largest magnitude of every quantised activation over a text, and write static scales, named as checkpoints name them.
+    """Collect the amax of every quantized activation over a text, and write static scales under the names that checkpoints use.
 
-    The file says whether a scale is a divisor or a multiplier. For a model of your own: `collogue.tools.accuracy.calibrate.Calibration`.
+    The file says whether a scale is a divisor or a multiplier. For a model of your own: `collogue.Calibration`.
     """
     check_target(output, "OUTPUT", (".json", ".safetensors"))
     check_word("--device", device, "cpu", "cuda")
-    with exit_codes(extra="demo"):
-        from collogue.tools.accuracy import calibrate as calibration
+    check_word("--dtype", dtype, *DTYPE_NAMES)
+    with exit_codes():
+        _check_model(model)
+        from collogue.contract import calibration
+        from collogue.tools.accuracy.calibrate import calibrate as collect
 
-        calibration.convention_of(format, convention)  # wrong names are told before the model is read
+        calibration.convention_of(format, convention)  # wrong names are reported before the model is read
         value_dtype = _dtype(dtype)
         subject = _model(model, 8, layers, hidden_size, calibration=tokens)
-        found = calibration.calibrate(subject, world_size=world_size, dtype=value_dtype, device=device)
+        found = collect(subject, world_size=world_size, dtype=value_dtype, device=device)
         data = calibration.document(found, format, convention, model=subject.name, tokens=len(subject.calibration), dtype=dtype)
         calibration.write(data, output)
         what = f"{len(data['scales'])} scales ({data['suffix']}, a {data['direction']})"
         console(None).print(f"{what} of {subject.name} in {output}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _check_model(name: str) -> None:
+    """Wrong names and missing packages are reported before torch is imported."""
+    check_word("--model", name, "smollm2", "random")
+    if name == "smollm2":
+        require(*SMOLLM2)
+
+
 def _model(name: str, tokens: int, layers: int, hidden_size: int, calibration: int | None = None) -> Model:
     from collogue.tools.accuracy.models import random_model, random_shape, smollm2
 
-    check_word("--model", name, "smollm2", "random")
     extra: dict[str, Any] = {"tokens": tokens, "calibration": min(tokens, 512) if calibration is None else calibration}
     if name == "smollm2":
         return smollm2(**extra)
@@ -111,6 +125,5 @@ def _model(name: str, tokens: int, layers: int, hidden_size: int, calibration: i
 def _dtype(name: str) -> torch.dtype:
     import torch
 
-    check_word("--dtype", name, "bfloat16", "float16", "float32")
     found: torch.dtype = getattr(torch, name)
     return found

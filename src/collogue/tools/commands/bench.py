@@ -29,11 +29,13 @@ from collogue.tools.commands.options import (
     many,
     words,
 )
+from collogue.tools.packages import require
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
 _SUITES = "latency, bandwidth, epilogues, hidden, world, eager, multiprocessors; default: latency, hidden, bandwidth."
 Suites = Annotated[Many, many("--suite", _SUITES)]
-_Existing = typer.Argument(exists=True, dir_okay=False, readable=True)
+_Results = typer.Argument(metavar="RESULTS", exists=True, dir_okay=False, readable=True)
+_Later = typer.Argument(metavar="LATER", exists=True, dir_okay=False, readable=True)
 
 
 @app.callback(epilog=EXIT_CODES)
@@ -64,7 +66,7 @@ def bench(
         given["suites"] = words(suite)
     fixed = {"commit": commit, "cta_threads": cta_threads}
     given |= {name: value for name, value in fixed.items() if value is not None}
-    with exit_codes(extra="bench"):
+    with exit_codes():
         from collogue.tools.bench.latency import run
 
         passed = run(**given, chains=chains, json=json)
@@ -91,7 +93,8 @@ def model(
     check_target(json)
     check_target(plot, "--plot", PICTURES)
     given: dict[str, Any] = lists(world_size, tokens, None, None, None)
-    with exit_codes(extra="bench", needs="matplotlib" if plot else None):
+    with exit_codes():
+        require(*(["matplotlib"] if plot else []))
         from collogue.tools.bench.model import run
 
         picture = None if plot is None else str(plot)
@@ -123,7 +126,7 @@ def serving(
     """
     check_target(json)
     check_word("--device", device, "cpu", "cuda")
-    with exit_codes(extra="bench"):
+    with exit_codes():
         from collogue.tools.bench.schedule import Workload
         from collogue.tools.bench.serving import WAYS, run
 
@@ -135,8 +138,8 @@ def serving(
 
 @app.command(epilog=EXIT_CODES)
 def report(
-    results: Annotated[Path, _Existing],
-    later: Annotated[Path | None, _Existing] = None,
+    results: Annotated[Path, _Results],
+    later: Annotated[Path | None, _Later] = None,
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Make one static HTML page, with plots and tables, from a file of `collogue bench --json`; of two files, also what changed.
@@ -169,5 +172,5 @@ def _results(file: Path, *, alone: bool) -> dict[str, Any]:
         if (alone and data.get("benchmark") == "serving") or (cases is not None and all("section" in case for case in cases)):
             return data
     raise typer.BadParameter(
-        f"{file.name} is no file of `collogue bench --json`, nor, alone, of `collogue bench serving --json`", param_hint="RESULTS"
+        f"{file.name} is not a result of `collogue bench --json` nor, alone, of `collogue bench serving --json`", param_hint="RESULTS"
     )

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json as json_module
+import os
+import re
+import stat
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-OK, FAILED, USAGE, IMPOSSIBLE = 0, 1, 2, 3
+from collogue.tools.terminal import EXIT_CODES, FAILED, IMPOSSIBLE, OK, UNWRITABLE, USAGE, report_error
+
+__all__ = ["EXIT_CODES", "FAILED", "IMPOSSIBLE", "OK", "USAGE"]  # for the commands, beside what is defined here
+
 #: What a plot may be saved as.
 PICTURES = (".png", ".svg", ".pdf")
-EXIT_CODES = "Exit codes: 0 all is well; 1 a check failed; 2 wrong usage; 3 this machine cannot do it."
 #: Of progress, where stderr is no terminal.
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -44,6 +49,11 @@ Formats = Annotated[Many, many("--format", FORMAT_NAMES)]
 Operations = Annotated[Many, many("--operation", "all_reduce, sharded, reduce_scatter, all_gather, finish.")]
 
 
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
+OPERATION_NAMES = ("all_reduce", "sharded", "reduce_scatter", "all_gather", "finish")
+_FORMAT_NAME = re.compile("none|nvfp4|mxfp4|mxfp8|fp8_static|fp8_per_token|fp8_group[0-9]*")
+
+
 def words(values: Many) -> list[str]:
     """Repeated and comma-separated values as one list."""
     return [word.strip() for value in values or [] for word in value.split(",") if word.strip()]
@@ -54,8 +64,9 @@ def numbers(flag: str, values: Many, *, low: int, high: int | None = None, step:
     found = []
     for word in words(values):
         if not word.isdigit() or int(word) < low or (high is not None and int(word) > high) or int(word) % step:
-            bounds = f"from {low}" + (f" to {high}" if high is not None else "") + (f", a multiple of {step}" if step > 1 else "")
-            raise typer.BadParameter(f"{word!r} is not a number {bounds}", param_hint=flag)
+            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+            multiple = f", a multiple of {step}" if step > 1 else ""
+            raise typer.BadParameter(f"{word!r} is not a number {bounds}{multiple}", param_hint=flag)
         found.append(int(word))
     return found
 
@@ -66,40 +77,57 @@ def check_word(flag: str, word: str, *known: str) -> None:
         raise typer.BadParameter(f"{word!r} is none of {', '.join(known)}", param_hint=flag)
 
 
+def format_words(values: Many) -> list[str]:
+    """The words of ``--format``. One that names no format is wrong usage at once; options are checked where torch is imported."""
+    found = words(values)
+    for word in found:
+        if not _FORMAT_NAME.fullmatch(word.partition("/")[0]):
+            raise typer.BadParameter(f"unknown format {word!r}; expected {FORMAT_NAMES}", param_hint="--format")
+    return found
+
+
+def dtype_words(values: Many) -> list[str]:
+    """The words of ``--dtype``; an unknown one is wrong usage."""
+    for word in words(values):
+        check_word("--dtype", word, *DTYPE_NAMES)
+    return words(values)
+
+
 def lists(world_size: Many, tokens: Many, hidden_size: Many, dtype: Many, format: Many) -> dict[str, list[Any]]:
     """The lists that were given, checked, by the name of :func:`collogue.tools.check.sweep`'s arguments."""
     given: dict[str, list[Any]] = {
         "world_size": numbers("--world-size", world_size, low=1, high=8),
         "tokens": numbers("--tokens", tokens, low=0),
         "hidden_size": numbers("--hidden-size", hidden_size, low=8, step=8),
-        "dtype": words(dtype),
-        "format": words(format),
+        "dtype": dtype_words(dtype),
+        "format": format_words(format),
     }
     return {name: values for name, values in given.items() if values}
 
 
 @contextmanager
-def exit_codes(extra: str | None = None, needs: str | None = None) -> Iterator[None]:
-    """Turn Collogue's errors, and packages of ``extra`` that are not installed, into a message on stderr and an exit code.
-
-    ``needs``: a package without which the work need not begin.
-    """
+def exit_codes() -> Iterator[None]:
+    """Turn Collogue's errors, missing packages and files that cannot be written into a message on stderr and an exit code."""
     from collogue.errors import ArgumentError, CollogueError, PlatformError
+    from collogue.tools.packages import how_to_install, package_of
 
     try:
-        if needs is not None:
-            import_module(needs)
         yield
     except ModuleNotFoundError as error:
-        if extra is None:
+        package = package_of(error.name or "")
+        if package == "collogue":
             raise
-        hint = f"hint: in Collogue's checkout: pip install '.[{extra}]'"
-        typer.echo(f"error: this needs {error.name}, which is not installed\n{hint}", err=True)
+        report_error(f"not installed: {package}", how_to_install(package))
         raise typer.Exit(IMPOSSIBLE) from error
     except CollogueError as error:
-        typer.echo(f"error: {error}", err=True)
+        report_error(str(error))
         code = USAGE if isinstance(error, ArgumentError) else IMPOSSIBLE if isinstance(error, PlatformError) else FAILED
         raise typer.Exit(code) from error
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        report_error(f"cannot write {error.filename or 'the results'}: {error.strerror}")
+        raise typer.Exit(USAGE) from error
 
 
 @contextmanager
@@ -111,6 +139,8 @@ def progress(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
     if not sys.stderr.isatty():
         yield _lines(total, what)
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total, now="")
@@ -141,9 +171,9 @@ def _lines(total: int | None, what: str) -> Callable[[str], None]:
 
 
 def check_target(target: str | Path | None, flag: str = "--json", endings: Sequence[str] = ()) -> None:
-    """A file to write must be in a directory that is there, be none itself, and have one of ``endings`` if any are given.
+    """A file to write must be in a directory that is there, be none itself, can be written, and have one of ``endings`` if any are given.
 
-    Without endings ``-`` is stdout. Asked before the work is done.
+    Without endings ``-`` is stdout. Asked before the work is done. What the file holds is not changed.
     """
     if target is None or (str(target) == "-" and not endings):
         return
@@ -155,8 +185,29 @@ def check_target(target: str | Path | None, flag: str = "--json", endings: Seque
     elif endings and path.suffix not in endings:
         problem = f"{path} does not end in {' or '.join(endings)}"
     else:
-        return
+        try:
+            _try_to_write(path)
+        except OSError as error:
+            problem = f"{path} cannot be written: {error.strerror}"
+        else:
+            return
     raise typer.BadParameter(problem, param_hint=flag)
+
+
+def _try_to_write(path: Path) -> None:
+    """Raise what writing ``path`` would raise. A device gets a line end, which JSON and HTML may begin with; a terminal gets nothing."""
+    kind = path.stat().st_mode if path.exists() else 0
+    if not kind:
+        with tempfile.TemporaryFile(dir=path.resolve().parent) as file:
+            file.write(b"\n")
+    elif stat.S_ISREG(kind):
+        path.open("ab").close()
+    elif not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    elif stat.S_ISCHR(kind):
+        with path.open("wb") as file:
+            if not file.isatty():
+                file.write(b"\n")
 
 
 def write_json(data: dict[str, Any], target: str | None) -> None:

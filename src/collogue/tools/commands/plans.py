@@ -7,17 +7,21 @@ from typing import Annotated
 import typer
 
 from collogue.tools.commands.options import (
+    DTYPE_NAMES,
     FAILED,
     FORMAT_NAMES,
     OK,
+    OPERATION_NAMES,
     Commit,
     DTypes,
     HiddenSizes,
     Json,
     Tokens,
     check_target,
+    check_word,
     console,
     exit_codes,
+    format_words,
     lists,
     progress,
     write_json,
@@ -72,6 +76,13 @@ def explain(
     Without --architecture: on this machine.
     """
     check_target(json)
+    for flag, word, known in (
+        ("--dtype", dtype, DTYPE_NAMES),
+        ("--operation", operation, OPERATION_NAMES),
+        ("--device", device, ("auto", "cpu", "cuda")),
+    ):
+        check_word(flag, word, *known)
+    format_words([format])
     with exit_codes():
         from collogue.planning import explain as plans
 

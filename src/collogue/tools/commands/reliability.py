@@ -58,7 +58,7 @@ def reliability(
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         world = world_size or min(8, gpus)
         if not 2 <= world <= gpus:
-            raise PlatformError(f"{world} ranks on {gpus} GPUs", hint="this takes a GPU for each of two or more ranks")
+            raise PlatformError(f"{gpus} GPUs found; {max(2, world)} required, one for each rank", hint="use a machine with more GPUs")
         from collogue.tools.reliability import main
         from collogue.tools.reliability.parts import Counts
 

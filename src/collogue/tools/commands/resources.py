@@ -28,6 +28,7 @@ from collogue.tools.commands.options import (
     words,
     write_text,
 )
+from collogue.tools.packages import require_compiler
 
 if TYPE_CHECKING:
     from collogue.tools.resources.compare import Comparison
@@ -58,6 +59,8 @@ def resources(
     check_target(json)
     given = lists(world_size, None, hidden_size, dtype, format)
     with exit_codes():
+        check_architectures(words(architecture))
+        require_compiler(count=count)
         from collogue.tools.record import circumstances
         from collogue.tools.resources import compare
         from collogue.tools.resources.measure import chosen, measure, measure_revision

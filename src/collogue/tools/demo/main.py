@@ -26,6 +26,7 @@ import torch
 
 from collogue.contract.quant import parse
 from collogue.errors import ArgumentError, PlatformError
+from collogue.testing.processes import start_ranks
 from collogue.tools.demo import text
 from collogue.tools.demo.formats import FORMATS
 from collogue.tools.demo.result import Result
@@ -155,9 +156,8 @@ def measure(result: Result, task: Task, weights: Weights, unsharded: Unsharded, 
             context.Process(target=_rank, args=(rank, result.world_size, result.device, name, task, reports), daemon=True)
             for rank in range(result.world_size)
         ]
-        for process in ranks:
-            process.start()
         try:
+            start_ranks(ranks)
             for kind, value in _listen(ranks, reports):
                 if kind == "row":
                     result.rows.append(value)
@@ -172,8 +172,9 @@ def measure(result: Result, task: Task, weights: Weights, unsharded: Unsharded, 
                     result.error = value
         finally:
             for process in ranks:
-                process.terminate()
-                process.join()
+                if process.pid is not None:
+                    process.terminate()
+                    process.join()
     result.rows += [Row(name, error=result.error or "the ranks ended early") for name in task.formats[len(result.rows) :]]
     return generated
 

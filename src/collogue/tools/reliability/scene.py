@@ -11,6 +11,7 @@ import torch.distributed as dist
 from collogue.communicator import Communicator
 from collogue.contract.spec import Output
 from collogue.errors import CollogueError
+from collogue.group import as_group
 from collogue.testing.compare import compare
 from collogue.tools.check.case import Case
 from collogue.tools.check.rank import Answers, Given
@@ -87,7 +88,7 @@ class Scene:
     def settle(self) -> None:
         """This rank's GPU has done everything, and so have all others."""
         self.synchronize()
-        self.comm._group.barrier()
+        as_group(self.group, self.device).barrier()  # not by what the communicator has of it: that may have failed
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

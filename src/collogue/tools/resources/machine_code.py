@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
-import shutil
 import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-from collogue.errors import CompileError, PlatformError
+from collogue.errors import CompileError
 from collogue.gpu.jit import sections
+from collogue.tools import packages
 
 #: The instructions that are counted, by what they are. Static counts: how often one stands in the code, not how often it runs.
 #: A division in line is one MUFU.RCP and its corrections; a subroutine for operands near the ends of the range holds one more.
@@ -42,15 +41,12 @@ def code_bytes(cubin: bytes) -> int:
 
 @functools.cache
 def nvdisasm() -> Path:
-    """NVIDIA's disassembler, on the path or in the package ``nvidia-cuda-nvdisasm``. Raises :class:`PlatformError`."""
-    found = shutil.which("nvdisasm")
-    if found:
-        return Path(found)
-    spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations or [] if spec else []:
-        for file in sorted(Path(folder).glob("*/bin/nvdisasm*")):
-            return file
-    raise PlatformError("nvdisasm is not here, so instructions cannot be counted", hint="pip install nvidia-cuda-nvdisasm")
+    """NVIDIA's disassembler. Raises :class:`PlatformError`."""
+    found = packages.nvdisasm()
+    if found is None:
+        packages.require(missing=["nvidia-cuda-nvdisasm"])
+    assert found is not None
+    return found
 
 
 def count_instructions(cubin: bytes) -> dict[str, int]:

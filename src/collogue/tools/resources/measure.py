@@ -72,9 +72,12 @@ def measure(choices: Sequence[Choice], *, disassemble: bool = True, done: Callab
 
     rows = []
     with ThreadPoolExecutor(jit.cores()) as pool:
-        for row in pool.map(work, choices):
-            rows.append(row)
-            done(key(row["choice"]))
+        try:
+            for row in pool.map(work, choices):
+                rows.append(row)
+                done(key(row["choice"]))
+        finally:
+            pool.shutdown(cancel_futures=True)
     return rows
 
 

@@ -57,7 +57,7 @@ def run(
     machine = Machine.here()
     world = world_size or min(8, machine.gpus)
     if not 2 <= world <= machine.gpus:
-        raise PlatformError(f"{world} ranks on {machine.gpus} GPUs", hint="timings need a GPU for each of two or more ranks")
+        raise PlatformError(f"{machine.gpus} GPUs found; {max(2, world)} required, one for each rank", hint="use a machine with more GPUs")
     every = trials(machine, world, hidden_size=hidden_size, dtype=dtype, tokens=tokens)
     ranks = run_processes(world, tune_rank, every, device="cuda", silence=SILENCE, heard=lambda rank, stage: None if rank else heard(stage))
     entries = list(make_entries(ranks[0], machine, world))

@@ -1,0 +1,128 @@
+"""Calibration: the amax of activations over some text, and static scales from it under the names that checkpoints use.
+
+A checkpoint's scale is either the number that values are divided by before they are encoded (**divisor**) or the number they are
+multiplied by (**multiplier**); its name does not tell which. :data:`CONVENTIONS` says it for each kind of checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from collogue.contract.number import is_scale
+from collogue.contract.quant import E2M1_MAX, E4M3_MAX, GLOBAL_SCALE_BITS
+from collogue.errors import FormatError, ScaleError
+
+Direction = Literal["divisor", "multiplier"]
+#: Largest value that the codes (and for NVFP4 the block scales) of a format reach: ``divisor = amax / LARGEST``.
+LARGEST = {"fp8_static": E4M3_MAX, "nvfp4": E4M3_MAX * E2M1_MAX}
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How one kind of checkpoint stores the static scale of an activation, by format: tensor's name behind the module, and direction."""
+
+    what: str
+    formats: dict[str, tuple[str, Direction]]
+
+
+CONVENTIONS: dict[str, Convention] = {
+    "collogue": Convention(
+        "the arguments of collogue.FP8Static and collogue.NVFP4",
+        {"fp8_static": ("scale", "divisor"), "nvfp4": ("global_scale", "multiplier")},
+    ),
+    "modelopt": Convention(
+        "TensorRT Model Optimizer's checkpoints", {"fp8_static": ("input_scale", "divisor"), "nvfp4": ("input_scale", "divisor")}
+    ),
+    "compressed-tensors": Convention(
+        "llm-compressor's checkpoints",
+        {"fp8_static": ("input_scale", "divisor"), "nvfp4": ("input_global_scale", "multiplier")},
+    ),
+    "torchao": Convention("torchao's NVFP4Tensor", {"nvfp4": ("per_tensor_scale", "divisor")}),
+}
+
+
+@dataclass
+class Calibration:
+    """The amax of every activation seen, by name, and static scales from it.
+
+    ``amax = max(|x|)`` over all that was observed; ``divisor = amax / 448`` for FP8Static and ``amax / (448 * 6)`` for NVFP4;
+    ``multiplier = 1 / divisor``. ``FP8Static(scale)`` takes a divisor, ``NVFP4(global_scale)`` a multiplier: what the convention
+    ``"collogue"``, the default, gives.
+
+    >>> seen = collogue.Calibration()
+    >>> seen.observe("model.layers.0.mlp.gate_proj", x)  # for each batch of a calibration text
+    >>> scale = seen.scales("fp8_static")["model.layers.0.mlp.gate_proj.scale"]
+
+    Args:
+        amax: what is known already, by name.
+    """
+
+    amax: dict[str, float] = field(default_factory=dict)
+
+    def observe(self, name: str, tensor: torch.Tensor) -> None:
+        """Take ``tensor`` (any shape and dtype) into account. NaN is ignored, as amax ignores it everywhere. Synchronizes: reads it."""
+        largest = float(tensor.float().abs().nan_to_num(nan=0.0, posinf=torch.inf).amax()) if tensor.numel() else 0.0
+        self.amax[name] = max(self.amax.get(name, 0.0), largest)
+
+    def scales(self, format: str, convention: str = "collogue") -> dict[str, float]:
+        """``name.SUFFIX`` -> scale of every tensor: the quotient of the class's formula in float64, rounded once to float32.
+
+        Args:
+            format: ``"fp8_static"`` or ``"nvfp4"``.
+            convention: whose names, and divisors or multipliers: ``"collogue"``, ``"modelopt"``, ``"compressed-tensors"``, ``"torchao"``.
+        Raises:
+            FormatError: unknown convention, or it has no such format.
+            ScaleError: a tensor was all zeros or infinite, or so small or large that the scale or its inverse is 0 or infinite in float32.
+        """
+        suffix, direction = convention_of(format, convention)
+        found = {}
+        hint = "calibrate with text that this part of the model sees"
+        for name, amax in self.amax.items():
+            if not 0.0 < amax < torch.inf:
+                raise ScaleError(f"{name} has amax {amax}", hint=hint)
+            divisor, multiplier = amax / LARGEST[format], LARGEST[format] / amax
+            if not (is_scale(divisor) and is_scale(multiplier, GLOBAL_SCALE_BITS if format == "nvfp4" else 128)):
+                raise ScaleError(f"{name} has amax {amax:g}, whose scale or its inverse is 0 or infinite in float32", hint=hint)
+            scale = divisor if direction == "divisor" else multiplier
+            found[f"{name}.{suffix}"] = float(torch.tensor(scale, dtype=torch.float32))
+        return found
+
+
+def convention_of(format: str, convention: str) -> tuple[str, Direction]:
+    """Suffix and direction. Raises :class:`FormatError` where there is none."""
+    if convention not in CONVENTIONS:
+        raise FormatError(f"unknown convention {convention!r}", hint=f"choose from {', '.join(CONVENTIONS)}")
+    known = CONVENTIONS[convention].formats
+    if format not in known:
+        raise FormatError(f"the convention {convention} has no static scale for {format}", hint=f"it has {', '.join(known)}")
+    return known[format]
+
+
+def document(calibration: Calibration, format: str, convention: str, **about: Any) -> dict[str, Any]:
+    """Scales with what is needed to read them right."""
+    suffix, direction = convention_of(format, convention)
+    return {
+        **about,
+        "format": format,
+        "convention": convention,
+        "suffix": suffix,
+        "direction": direction,
+        "divisor": f"amax / {LARGEST[format]:g}",
+        "scales": calibration.scales(format, convention),
+    }
+
+
+def write(data: dict[str, Any], path: Path) -> None:
+    """To ``.safetensors`` (one float32 number a name, the rest as metadata) or, with any other ending, as JSON."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        tensors = {name: torch.tensor(value, dtype=torch.float32) for name, value in data["scales"].items()}
+        save_file(tensors, str(path), metadata={name: str(value) for name, value in data.items() if name != "scales"})
+    else:
+        path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,141 @@
+"""How a weight is cut among ranks, and what checkpoints do with a model that is: whole names and whole tensors, in and out."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from collogue.communicator import Communicator
+from collogue.errors import ArgumentError, ShapeError
+
+
+@dataclass(frozen=True)
+class Section:
+    """``size`` features in ``parts`` equal parts. With fewer parts than ranks, neighboring ranks hold the same part."""
+
+    size: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A tensor of the sections' sizes along ``dim``, one after the other. Each rank has its part of every section."""
+
+    dim: int
+    sections: tuple[Section, ...]
+
+    @classmethod
+    def even(cls, size: int, dim: int, world_size: int, what: str) -> Cut:
+        """One section, a part for each rank. Raises :class:`ShapeError` where it does not divide."""
+        if size % world_size:
+            raise ShapeError(f"{what}: {size} features do not divide among {world_size} ranks", hint="use a world size that divides it")
+        return cls(dim, (Section(size, world_size),))
+
+    @property
+    def size(self) -> int:
+        """Of the whole tensor along ``dim``."""
+        return sum(section.size for section in self.sections)
+
+    def part(self, whole: Tensor, rank: int, world_size: int) -> Tensor:
+        """What ``rank`` holds of ``whole``, in contiguous memory of its own."""
+        pieces, start = [], 0
+        for section in self.sections:
+            step = section.size // section.parts
+            pieces.append(whole.detach().narrow(self.dim, start + rank * section.parts // world_size * step, step))
+            start += section.size
+        return torch.cat(pieces, self.dim) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
+
+    def whole(self, parts: list[Tensor]) -> Tensor:
+        """The tensor from every rank's part."""
+        pieces, start = [], 0
+        for section in self.sections:
+            step, copies = section.size // section.parts, len(parts) // section.parts
+            pieces += [part.narrow(self.dim, start, step) for part in parts[::copies]]
+            start += step
+        return torch.cat(pieces, self.dim)
+
+
+_gathering = threading.local()
+
+
+class Checkpoint:
+    """What a cut module does with state dictionaries. ``cuts``: of its parameters, by name.
+
+    ``same_as``: the parameter of another module that was the same tensor before the cut (tied embeddings).
+    """
+
+    def __init__(self, module: nn.Module, comm: Communicator, cuts: dict[str, Cut], same_as: tuple[nn.Module, str] | None = None) -> None:
+        self.comm, self.cuts, self.same_as = comm, cuts, same_as
+        module.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_pre_hook(self._load)  # type: ignore[no-untyped-call]
+
+    def _load(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Cut what a whole checkpoint holds for this module. ``rest`` ends with PyTorch's list of error messages."""
+        for name, cut in self.cuts.items():
+            given = state.get(prefix + name)
+            if not isinstance(given, Tensor):
+                continue
+            own = getattr(module, name)
+            expected = [*own.shape]
+            expected[cut.dim] = cut.size
+            if list(given.shape) != expected:
+                rest[-1].append(
+                    f"size mismatch for {prefix}{name}: {list(given.shape)} in the checkpoint, {expected} in the unsharded model"
+                )
+                del state[prefix + name]
+                continue
+            state[prefix + name] = cut.part(given, self.comm.rank, self.comm.world_size).to(own.device)
+
+    def gather(self, name: str, own: Tensor) -> Tensor:
+        """The whole parameter, on the CPU. Collective."""
+        every = own.new_empty(self.comm.world_size, *own.shape)
+        self.comm._group.all_gather(every, own.contiguous())
+        return self.cuts[name].whole(list(every.cpu().unbind(0)))
+
+
+def _refuse(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    if not getattr(_gathering, "now", False):
+        raise ArgumentError(
+            "state_dict() of a parallel model: each rank holds a part of the weights",
+            hint="call collogue.full_state_dict(model) on every rank, and pass what it returns, e.g. save_pretrained(path, state_dict=)",
+        )
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dictionary of the unsharded model, from one that :func:`collogue.parallelize` has cut.
+
+    Args:
+        model: what ``parallelize`` returned, or a part of it.
+    Returns:
+        The names and shapes of the model before it was cut, on every rank, tensors on the CPU. What was never cut shares the model's
+        memory where that is on the CPU. ``model.save_pretrained(path, state_dict=...)`` and ``load_state_dict`` of an unsharded model,
+        or of one at another world size, take it.
+    Synchronization:
+        Collective: every rank calls it, also where only one saves.
+    Raises:
+        ArgumentError: ``model`` is not a module. CollectiveError.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"expected a module, got {type(model).__name__}", hint="pass the model that parallelize returned")
+    _gathering.now = True
+    try:
+        state: dict[str, Tensor] = model.state_dict()
+    finally:
+        _gathering.now = False
+    names = {module: name for name, module in model.named_modules()}
+    for module, prefix in names.items():
+        checkpoint = getattr(module, "checkpoint", None)
+        if not isinstance(checkpoint, Checkpoint):
+            continue
+        for name in checkpoint.cuts:
+            key = f"{prefix}.{name}" if prefix else name
+            if checkpoint.same_as is not None and checkpoint.same_as[0] in names:
+                owner, other = checkpoint.same_as
+                state[key] = state[f"{names[owner]}.{other}"].cpu()
+            else:
+                state[key] = checkpoint.gather(name, state[key])
+    return type(state)((key, tensor.cpu() if isinstance(tensor, Tensor) else tensor) for key, tensor in state.items())
