@@ -75,9 +75,11 @@ def in_prepare(comm: collogue.Communicator) -> Told:
 def interrupted(comm: collogue.Communicator) -> Told:
     """Rank 1 waits for rank 2, which is late, when somebody presses Ctrl-C."""
     if comm.rank == 1:
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # processes of tests block it
+        threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     if comm.rank == 2:
-        time.sleep(0.8)
+        time.sleep(1.2)
     return told(comm)
 
 

@@ -402,6 +402,74 @@ def test_scales_along_columns_are_not_per_token(group: Any) -> None:
     assert only_fused().quant == "none"
 
 
+def _times(n: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (n.float() * scale.reciprocal()).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale.reshape(1)
+
+
+def _over(n: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (n.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale.reshape(1)
+
+
+#: Scales of one element that are computed from the norm, or from the sum.
+DYNAMIC: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "amax": lambda n, y: n.abs().amax() / 448,
+    "amax in float32": lambda n, y: n.float().abs().amax() / 448.0,
+    "max": lambda n, y: n.abs().max().float() / 448.0,
+    "torch.max": lambda n, y: torch.max(torch.abs(n)).to(torch.float32) / 448.0,
+    "kept dimensions": lambda n, y: n.abs().amax((0, 1, 2), True).float() / 448.0,
+    "flat": lambda n, y: n.flatten().abs().max(0).values.float() / 448.0,
+    "rows first": lambda n, y: n.abs().amax(-1).amax().float() / 448.0,
+    "both ends": lambda n, y: torch.maximum(n.amax(), -n.amin()).float() / 448.0,
+    "aminmax": lambda n, y: torch.maximum(n.aminmax().max, n.aminmax().min.neg()).float() / 448.0,
+    "norm": lambda n, y: torch.linalg.vector_norm(n.float(), torch.inf) / 448.0,
+    "bounded": lambda n, y: (n.abs().amax().float() / 448.0).clamp(min=1e-12),
+    "multiplied": lambda n, y: n.abs().amax().float() * (1.0 / 448.0),
+    "of the stream": lambda n, y: y.abs().amax().float() / 448.0,
+    "of all ranks": lambda n, y: collectives.all_reduce(n.abs().amax().float(), "max", dist.group.WORLD) / 448.0,
+    "power of two": lambda n, y: torch.exp2(torch.ceil(torch.log2(n.abs().amax().float() / 448.0))),
+    "first row": lambda n, y: n[0, 0].abs().amax().float() / 448.0,
+}
+
+
+@pytest.mark.usefixtures("comm")
+@pytest.mark.parametrize("lead", [(2, 3), (1, 1)])
+@pytest.mark.parametrize("quantize", [_times, _over])
+@pytest.mark.parametrize("kind", DYNAMIC)
+def test_one_scale_from_the_whole_norm_stays_behind_it(kind: str, quantize: Callable[..., Any], lead: tuple[int, ...]) -> None:
+    given = tensors(lead=lead)
+
+    def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
+        y = functional(x) + r
+        n = operator_norm(y, w)
+        return y, quantize(n, DYNAMIC[kind](n, y))
+
+    y, n = contract(given)
+    assert same_bits(compiled(model, *given), tree_leaves((y, quantize(n, DYNAMIC[kind](n, y)))))
+    report = collogue.compile.report()
+    assert [fused.quant for fused in report.fused] == ["none"], str(report)
+    assert [missed.reason for missed in report.missed] == ["it reduces by max, not by sum"] * (kind == "of all ranks")
+    assert any("the FP8 scale is computed from the sum" in remark for remark in report.remarks) or kind == "amax", report.remarks
+
+
+@pytest.mark.usefixtures("comm")
+@pytest.mark.parametrize("steps", [3, 40])
+def test_a_scale_that_is_computed_late_from_inputs(steps: int) -> None:
+    """It may be moved in front of the call; where that is a long way, it is the quantization that stays."""
+    given, scale = tensors(), torch.tensor(0.125)
+
+    def late(s: torch.Tensor) -> torch.Tensor:
+        for step in range(steps):
+            s = torch.sin(s) + 0.25 if step % 2 else torch.cos(s)
+        return s
+
+    def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, s: torch.Tensor) -> Any:
+        return static(operator_norm(functional(x) + r, w), late(s))
+
+    expected = contract(given, quant=FP8Static(late(scale)))[1]
+    assert same_bits(compiled(model, *given, scale), [expected])
+    assert only_fused().quant == ("fp8_static" if steps == 3 else "none")
+
+
 def in_float(x: torch.Tensor) -> torch.Tensor:
     return functional(x).float()
 

@@ -211,7 +211,7 @@ def test_fits_is_exact_for_widths_that_no_kernel_takes(monkeypatch: pytest.Monke
                 assert make_kernels(facts, request(3, width), make_plan(facts, request(3, width)))
             with pytest.raises(FormatError, match=f"the largest is {most}"):
                 launch_shape(facts, 3, most + 8, None)
-        monkeypatch.setattr(collogue.communicator, "agree", lambda *a, architecture=architecture: topology(architecture=architecture))
+        monkeypatch.setattr(collogue.communicator, "agree", lambda *a, architecture=architecture, **k: topology(architecture=architecture))
 
         def rank(group: VirtualGroup, most: int = most) -> None:
             Communicator(group, max_tokens=4, hidden_size=most)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from collogue import kernels
 from collogue.errors import CollectiveError, CollectiveTimeout, CorruptedWorkspace, MismatchedCall, PlatformError
 from collogue.gpu.device import Reader
 from collogue.gpu.failure import MISMATCH, STAGES, TIMEOUT, FailureRecord, Record, finder_of, noted, stopped, with_stages
@@ -22,14 +23,17 @@ from collogue.group import Group
 from collogue.planning.extent import CONTROL_BYTES, workspace_extent
 from collogue.planning.topology import Topology
 
-#: A word that has not arrived, by bytes of a value (kernels/values.cuh).
-SENTINELS = {2: 0x80008000, 4: 0x80000000}
-#: Bytes of ``collogue::Control`` that are used, and where the marks, the notes and the journal lie; between them, canaries.
-CONTROL_WORDS = 20
-MARKS_OFFSET, MARKS, MAX_RANKS = 256, 4, 8
-NOTES_OFFSET = MARKS_OFFSET + MARKS * MAX_RANKS * 8
-NOTES_END = NOTES_OFFSET + MAX_RANKS * 8
-JOURNAL_OFFSET, JOURNAL = 2048, 64
+#: A word that has not arrived, by bytes of a value.
+SENTINELS = {
+    kernels.constant_of("values.cuh", of, "kBytes"): kernels.constant_of("values.cuh", of, "kSentinel") for of in ("BFloat16", "Float32")
+}
+_PROTOCOL, MAX_RANKS = kernels.constants("protocol.cuh"), kernels.constants("params.cuh")["kMaxWorld"]
+#: Bytes of the control words, and where the marks, the notes and the journal lie; between them, canaries.
+CONTROL_WORDS = kernels.size_of("protocol.cuh", "Control")
+MARKS_OFFSET, MARKS = _PROTOCOL["kMarksOffset"], _PROTOCOL["kMarks"]
+NOTES_OFFSET = _PROTOCOL["kNotesOffset"]
+NOTES_END = NOTES_OFFSET + MAX_RANKS * kernels.size_of("protocol.cuh", "Note")
+JOURNAL_OFFSET, JOURNAL = _PROTOCOL["kJournalOffset"], _PROTOCOL["kJournal"]
 _CANARY = b"\xc0\x11\x09\xbe"
 #: Seconds in which a kernel that has claimed the failure record fills it.
 _FILLED = 0.01
