@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 #: What the README's reader has.
 GIVEN = """
 from types import SimpleNamespace
@@ -34,6 +34,26 @@ def call(comm: collogue.Communicator, x: torch.Tensor) -> None:
     collogue.nonsense
     comm.all_reduce(x, quant=collogue.FP8Static(1.0)).norm.shape
 """
+#: An output is a tensor where there is one.
+REVEALED = """
+from torch import Tensor
+from typing_extensions import assert_type
+import collogue
+from collogue import Communicator, FP8PerToken, FP8Static, NVFP4, Output, RMSNorm
+
+def f(comm: Communicator, x: Tensor, norm: RMSNorm, flag: bool) -> None:
+    assert_type(comm.all_reduce(x).reduced, Tensor)
+    assert_type(comm.all_reduce(x).residual, None)
+    assert_type(comm.all_reduce(x, residual=x).residual, Tensor)
+    assert_type(comm.all_reduce(x, norm=norm).norm, Tensor)
+    assert_type(comm.all_reduce(x, residual=x if flag else None, norm=norm, sharded=True).residual, Tensor)
+    assert_type(comm.all_reduce(x, norm=norm, quant=NVFP4(1.0)), Output[None, Tensor, None, Tensor, Tensor])
+    assert_type(comm.all_reduce(x, norm=norm, quant=FP8Static(1.0), keep_norm=True), Output[None, Tensor, Tensor, Tensor, None])
+    assert_type(comm.reduce_scatter(x, quant=FP8PerToken()), Output[Tensor, None, None, Tensor, Tensor])
+    assert_type(comm.finish(x, norm=norm, quant=FP8PerToken()).scales, Tensor)
+    assert_type(comm.all_reduce(x, norm=norm if flag else None).norm, Tensor | None)
+    assert_type(collogue.Output(residual=x).norm, Tensor | None)
+"""
 CHECKERS = {
     "mypy": ["-m", "mypy", "--strict", "--no-error-summary", "--hide-error-context"],
     "pyright": ["-m", "pyright", "--pythonpath", sys.executable],
@@ -47,8 +67,9 @@ def complaints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     if importlib.util.find_spec(checker) is None:
         pytest.skip(f"{checker} is not installed")
     folder = tmp_path_factory.mktemp("types")
-    files = [_readme(folder), folder / "wrong.py"]
-    files[1].write_text(WRONG)
+    files = [_readme(folder), folder / "revealed.py", folder / "wrong.py"]
+    files[1].write_text(REVEALED)
+    files[2].write_text(WRONG)
     for example in sorted((ROOT / "examples").glob("*.py")):
         files.append(folder / example.name)
         files[-1].write_text(example.read_text())
@@ -69,7 +90,7 @@ def _readme(folder: Path) -> Path:
 
 
 @pytest.mark.timeout(300)
-def test_readme_and_examples(complaints: list[str]) -> None:
+def test_readme_examples_and_outputs(complaints: list[str]) -> None:
     assert [line for line in complaints if "wrong.py" not in line] == []
 
 

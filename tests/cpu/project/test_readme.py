@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from collogue.testing.processes import run_processes
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+README = Path(__file__).resolve().parents[3] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 #: What a block is about: a name in it.

@@ -15,7 +15,7 @@ import pytest
 
 import collogue
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = Path(collogue.__file__).parent
 
 

@@ -40,7 +40,7 @@ from collogue.planning.plan import (
 from collogue.planning.topology import Overrides, Topology
 from collogue.testing import VirtualGroup, run_virtual
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WORLDS = range(2, 9)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HIDDEN_SIZES = (8, 16, 24, 40, 72, 136, 576, 2048, 2880, 4096, 7168, 12800, 16384, 32768)

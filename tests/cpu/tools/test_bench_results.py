@@ -18,7 +18,7 @@ from collogue.tools.bench.cases import FEW, HIDDEN_SIZE, NCCL
 from collogue.tools.bench.floors import EXCHANGE
 from collogue.tools.bench.rank import summary
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
