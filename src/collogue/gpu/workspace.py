@@ -229,9 +229,11 @@ class Workspace:
         return f"{waited}{own}; rank {late} {f'made {theirs}' if theirs else 'made no such call'}"
 
     def _elsewhere(self, found: Record) -> tuple[type[CollectiveError], str]:
-        """Whether the late rank has been in a call of another communicator meanwhile: one that the waiting rank has not made, or in which it
-        has waited for the waiting rank. On one stream that is an order of calls that differs between ranks; on several streams the rank
-        may only be late there."""
+        """Whether the late rank has been in a call of another communicator meanwhile.
+
+        One that the waiting rank has not made, or in which it has waited for the waiting rank. On one stream that is an order of calls
+        that differs between ranks; on several streams the rank may only be late there.
+        """
         rank, late = found["rank"], found["late_rank"]
         if late < self.topology.world_size:
             for other in list(_OPEN):
