@@ -133,6 +133,7 @@ def test_ranks_that_share_gpus_settle_around_every_call() -> None:
     assert sorted(met) == [0] * 4 + [1] * 4 + [2] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
