@@ -30,9 +30,8 @@ test-fast: setup
 test-gpu: setup
 	$(BIN)/python -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
 
-# With the extra dev the tests also run mypy and pyright on README's blocks and the examples.
-check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cpu -n 2 $(PYTEST_ARGS)
+# With the extra dev, which lint installs, the tests also run mypy and pyright on README's blocks and the examples.
+check: lint test
 
 lint:
 	EXTRAS=test,demo-tools,dev scripts/setup.sh

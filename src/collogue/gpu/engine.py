@@ -56,12 +56,12 @@ class _Ready:
 class KernelEngine:
     """Runs checked calls on this rank's GPU. See :meth:`collogue.Communicator.all_reduce`."""
 
-    def __init__(self, group: Group, topology: Topology, timeout: float) -> None:
+    def __init__(self, group: Group, topology: Topology, timeout: float, name: str = "?") -> None:
         self.group = group
         self.topology = topology
         self.timeout = timeout
         self.index = group.device.index
-        self.workspace = Workspace(group, topology, timeout) if topology.world_size > 1 else None
+        self.workspace = Workspace(group, topology, timeout, name) if topology.world_size > 1 else None
         self._kernels: dict[Variant, Any] = {}
         self._ready: dict[Signature, _Ready] = {}
         self._bound: dict[object, Bound] = {}
@@ -172,6 +172,8 @@ class KernelEngine:
         self._order.leave(stream)
         if self.stream != self._order.stream:
             self.stream = self._order.stream
+            if self.workspace is not None:
+                self.workspace.stream = stream
             self._look_at_others()
 
     def _look_at_others(self) -> None:
