@@ -186,7 +186,8 @@ def test_ranks_that_ask_for_different_communicators(options: dict[str, Any]) -> 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Four GPUs that reach each other on one host. A test changes the facts of a rank; a rank's GPU has its number."""
-    facts = [{"asked": "", "host": "alpha", "architecture": "sm_90a", "multiprocessors": 132, "gpu": f"GPU-{r}"} for r in range(4)]
+    same = {"asked": "", "host": "alpha", "architecture": "sm_90a", "multiprocessors": 132, "fitting": None}
+    facts = [{**same, "gpu": f"GPU-{r}"} for r in range(4)]
     made = SimpleNamespace(facts=facts, refused=set())
     monkeypatch.setattr(topology, "_facts", lambda group, *_: facts[group.rank])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

@@ -16,6 +16,8 @@ import collogue.flashinfer
 from collogue.engines import sglang, vllm
 from collogue.testing.processes import run_processes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def flashinfer_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:

@@ -121,6 +121,7 @@ def test_every_pattern_gives_the_contract(pattern: int, quant: Quant | None, mor
     run_virtual(world, rank)
 
 
+@pytest.mark.slow
 @by_pattern
 def test_traced_calls_write_the_callers_memory(pattern: int, quant: Quant | None, more: dict[str, Any]) -> None:
     """Compiled or under a dispatch mode, into memory of its own and over the inputs."""

@@ -15,6 +15,8 @@ from collogue.planning import residency
 from collogue.planning.plan import make_plan
 from collogue.planning.topology import topology_of
 
+pytestmark = pytest.mark.slow
+
 SMS, GPCS = 132, (16, 16, 16, 16, 16, 18, 18, 16)
 
 

@@ -100,6 +100,7 @@ def test_a_closed_communicator_is_no_failure() -> None:
     run_virtual(1, rank)
 
 
+@pytest.mark.slow
 def test_the_end_of_the_process_waits_for_a_look() -> None:
     """A daemon thread inside CUDA's driver must not outlive the interpreter."""
     text = """

@@ -118,6 +118,7 @@ def test_quotients_nearest_to_midpoints_beside_boundaries(scale_exponent: int) -
     assert wrong_without, "the correction has nothing to correct here: these inputs show nothing"
 
 
+@pytest.mark.slow
 def test_below_the_range_the_correction_underflows() -> None:
     """Why the range begins where it does: from 2**-92 on the residue is exact."""
     assert SMALLEST >= 2.0**-92
@@ -127,6 +128,7 @@ def test_below_the_range_the_correction_underflows() -> None:
     assert (codes(corrected(n, s)) != codes(n / s)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
 def test_inputs_beside_every_boundary(dtype: torch.dtype) -> None:
     """Scales of every exponent, among them the ends of the range; the values of ``dtype`` around boundary * scale."""

@@ -13,6 +13,8 @@ from emulated import PRESENT, PROTOCOL, TOKENS, TURNED, TWO_WARPS, Build, turnin
 from collogue.contract.quant import NVFP4, FP8Group
 from collogue.testing.emulator import Case, Edit, Library, compile_cases, emulate
 
+pytestmark = pytest.mark.slow
+
 _GATHER, _ONE, _TWO, _SHARDED, _ALL_GATHER = (f"{name}.cuh" for name in ("gather", "one_shot", "two_shot", "sharded", "all_gather"))
 #: Small cases: one warp to a row, and two CTAs to a row.
 _SMALL = {

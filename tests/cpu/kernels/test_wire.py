@@ -108,6 +108,7 @@ def scale_words(dtype: torch.dtype) -> set[int]:
 dtypes = pytest.mark.parametrize("dtype", INTEGER, ids=str)
 
 
+@pytest.mark.slow
 @dtypes
 def test_no_value_is_a_negative_zero(dtype: torch.dtype) -> None:
     bits = 8 * dtype.itemsize
@@ -116,6 +117,7 @@ def test_no_value_is_a_negative_zero(dtype: torch.dtype) -> None:
     assert 1 << (bits - 1) not in values(dtype)
 
 
+@pytest.mark.slow
 @dtypes
 def test_no_word_of_codes_is_the_sentinel(dtype: torch.dtype) -> None:
     assert e2m1_nibbles(dtype) == set(range(16)) - {8}

@@ -17,6 +17,8 @@ from collogue.errors import CollectiveTimeout
 from collogue.link import Link
 from collogue.testing.processes import run_processes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:

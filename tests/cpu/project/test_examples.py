@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from collogue.testing.processes import run_processes
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "examples").glob("*.py"))
 #: What rank 0 prints, in part.
 PRINTED = {

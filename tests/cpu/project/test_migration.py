@@ -14,6 +14,8 @@ from gpu.migration import DTYPES, FORMS, HIDDEN, TOKENS, TOKENS_VIRTUAL, WITH_NO
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.tools.check.kernels import request_of
 
+pytestmark = pytest.mark.slow
+
 SMALL = calls((1, 3, 8, 17), (64, 128, 192))
 
 

@@ -25,6 +25,7 @@ def run_python(*arguments: str, timeout: float = 120) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_import_is_quick_and_touches_no_gpu() -> None:
     """With every public name."""
     code = """
@@ -42,6 +43,7 @@ assert not heavy - before, heavy
     assert min(float(run_python("-c", code)) for _ in range(3)) < 0.3
 
 
+@pytest.mark.slow
 def test_the_library_does_without_its_tools() -> None:
     """Every module outside `collogue.tools` can be imported where neither the tools nor their packages are there."""
     code = """
@@ -57,10 +59,12 @@ print(len(names))
     assert int(run_python("-c", code)) > 50
 
 
+@pytest.mark.slow
 def test_import_alone_imports_nothing() -> None:
     run_python("-c", "import sys, collogue; assert 'torch' not in sys.modules; collogue.__version__; assert 'torch' not in sys.modules")
 
 
+@pytest.mark.slow
 def test_every_public_name_is_listed_and_no_other() -> None:
     code = """
 import collogue, types
@@ -90,6 +94,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     ["import torch, collogue", "import collogue, torch; collogue.Communicator", "import collogue, torch; from collogue import nn"],

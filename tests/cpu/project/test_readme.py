@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from collogue.testing.processes import run_processes
 
+pytestmark = pytest.mark.slow
+
 README = Path(__file__).resolve().parents[3] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

@@ -17,6 +17,8 @@ import collogue
 from collogue import FP8PerToken, FP8Static, Quant, RMSNorm
 from collogue.errors import ArgumentError
 
+pytestmark = pytest.mark.slow
+
 T, H, EPS = 6, 64, 1e-5
 
 

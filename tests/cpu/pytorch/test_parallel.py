@@ -21,6 +21,8 @@ from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.processes import run_processes
 from collogue.tools.demo.weights import read_model
 
+pytestmark = pytest.mark.slow
+
 #: Largest difference of a float32 logit (they reach 42) that sums in another order may cost over 30 layers.
 LOGITS_BOUND = 1e-3
 

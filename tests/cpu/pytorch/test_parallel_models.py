@@ -463,6 +463,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_processes(2, state_rank, str(tmp_path_factory.mktemp("saved")), PEFT_FOLDER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["sampled", "beams", "own generators", "whole", "saved", "refused", "loaded", "unfused", "compiled"])
 def test_in_processes(told: list[dict[str, Any]], what: str) -> None:
     for rank in told:

@@ -15,6 +15,8 @@ from collogue.gpu.failure import MISMATCH, TIMEOUT
 from collogue.testing.emulator import Ask, Case, Edit, Library, emulate
 from collogue.testing.inputs import KINDS
 
+pytestmark = pytest.mark.slow
+
 MANY_TOKENS = (5, 1, 2, 4, 1, 3)  # fewer than ranks, and more
 CASES = {
     "one-shot": Case(4, 24, 32),

@@ -49,6 +49,7 @@ def both(
     return [d.first for d in compare(by_reference(*arguments), by_scalar(*arguments)).values() if d.count]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_equals_scalar(kind: str, dtype: torch.dtype) -> None:

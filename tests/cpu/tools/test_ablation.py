@@ -29,6 +29,8 @@ from collogue.tools.check.kernels import request_of
 from collogue.tools.cli import app
 from collogue.tools.commands.options import IMPOSSIBLE, OK, USAGE
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {switch.name: switch for switch in SWITCHES}
 CASE = Case(1, 7168, format="nvfp4/128x4", keep_norm=False)
 

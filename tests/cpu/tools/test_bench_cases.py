@@ -117,7 +117,7 @@ _LIMITED = [("all_reduce", "none"), ("sharded", "nvfp4"), ("sharded", "fp8_per_t
 
 
 def test_a_suite_that_is_not_there() -> None:
-    with pytest.raises(FormatError, match="no suite 'speed'"):
+    with pytest.raises(FormatError, match="unknown suite 'speed'"):
         suite("speed", 2)
 
 

@@ -18,6 +18,8 @@ from collogue.tools.bench import model
 from collogue.tools.bench.stack import ACTIVATIONS, SHAPES, rank_shape
 from collogue.tools.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("scales", ACTIVATIONS)
 def test_dry_run(scales: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,7 @@ class FakeBaselines:
         return Counter()
 
 
+@pytest.mark.slow
 def test_a_rank_on_the_cpu_with_floors_and_graphs_of_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole of one rank's part, but for what needs a GPU: rows, errors, plans, host time, compile time."""
     for name, value in {"Floors": FakeFloors, "Baselines": FakeBaselines, "Chain": lambda call, stream: Recorded(call)}.items():
@@ -259,6 +260,7 @@ def test_chains_and_eager_rounds_have_rows_of_their_own(monkeypatch: pytest.Monk
     assert (rows["none"]["us"], rows["none"]["host_us"]) == (2.0, 0.5)
 
 
+@pytest.mark.slow
 def test_rounds_have_communicators_of_their_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their rows say what was fixed, others stay as they were."""
     for name, value in {"Floors": FakeFloors, "Baselines": FakeBaselines, "Chain": lambda call, stream: Recorded(call)}.items():

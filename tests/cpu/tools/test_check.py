@@ -52,6 +52,7 @@ def run_faulty(case: Case, spoil: Callable[[Output], Output], faulty_rank: int =
     return merge(run_virtual(case.world_size, rank))[0]
 
 
+@pytest.mark.slow
 def test_default_sweep_on_cpu_passes() -> None:
     started = []
     results = run_cases("cpu", default_sweep("cpu"), started=started.append)
@@ -322,12 +323,14 @@ def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return faults_of_ranks
 
 
+@pytest.mark.slow
 def test_processes_return_by_rank(faults: Any) -> None:
     heard: list[tuple[int, str]] = []
     assert run_processes(2, faults.good, 10, heard=lambda *word: heard.append(word)) == [0, 10]
     assert {(0, "working"), (1, "working")} <= set(heard)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "told"),
     [("silent", "no rank has said a word for 10 s"), ("dying", "rank 1 ended with exit code 7"), ("raising", "is wrong")],
@@ -341,6 +344,7 @@ def test_a_lost_rank_ends_all_and_every_stage_is_told(faults: Any, fault: str, t
         assert "rank 1: waiting for ever" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_cases_in_processes_equal_those_in_threads() -> None:
     cases = sweep(tokens=[3], hidden_size=[64], dtype=["bfloat16"], format=["nvfp4/8x4", "none"])
     heard: list[str] = []

@@ -14,6 +14,8 @@ from collogue.tools.check import PROGRAMS, Emulated, Report, emulated, run_progr
 from collogue.tools.check.emulated import Program, run_program
 from collogue.tools.cli import app
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:

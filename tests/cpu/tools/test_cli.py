@@ -293,6 +293,7 @@ def test_a_plot_without_its_package_fails_before_the_work(
     assert calls == []
 
 
+@pytest.mark.slow
 def test_as_a_program() -> None:
     command = [sys.executable, "-m", "collogue", "check", "--device", "cpu", *SMALL, "--format", "fp8_per_token", "--json", "-"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -23,6 +23,8 @@ from collogue.tools.demo.model import Cache, ShardedLlama  # noqa: E402
 from collogue.tools.demo.sequence import SequenceParallelLlama  # noqa: E402
 from collogue.tools.demo.weights import ModelShape, Weights, attach, read_model, share  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 WORLD = 3
 #: Sums in another order than transformers': a few units in the last place of logits below 4.
 BOUND = 2e-5

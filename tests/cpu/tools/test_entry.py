@@ -18,6 +18,8 @@ import pytest
 from collogue.tools import terminal
 from collogue.tools.terminal import CLOSED_PIPE, IMPOSSIBLE, INTERRUPTED, OK, USAGE
 
+pytestmark = pytest.mark.slow
+
 COLLOGUE = [sys.executable, "-m", "collogue"]
 
 

@@ -26,6 +26,8 @@ from collogue.tools.commands.resources import _print_columns
 from collogue.tools.resources import compare, machine_code, measure, worker
 from collogue.tools.resources.occupancy import LIMITS, occupancy, resident_ctas
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 RECORD = ROOT / "benchmarks" / "results" / "resources.json"
 SMALL: Choice = {

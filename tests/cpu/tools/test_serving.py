@@ -24,6 +24,8 @@ from collogue.tools.bench.stack import SHAPES, activation_scale, attention, make
 from collogue.tools.bench.variants import COLLOGUE
 from collogue.tools.cli import app
 
+pytestmark = pytest.mark.slow
+
 SMALL = Workload(prompts=7, prompt_tokens=5, new_tokens=4, concurrency=3, prefill_tokens=12)
 workloads = st.builds(
     Workload, st.integers(1, 40), st.integers(1, 5), st.integers(1, 9), st.integers(1, 12), prefill_tokens=st.integers(5, 30)
