@@ -21,6 +21,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "collogue"
 ORDER = (
     "errors",
     "cache",
+    "kernels",
     "contract",
     "link",
     "group",

@@ -51,7 +51,7 @@ NORMS = ((False, False, False), (True, False, False), (True, True, False), (True
 def token_counts(topology: Topology) -> list[int]:
     """Numbers of tokens that between them give every kernel there is: a plan asks of T which algorithm, and whether a CTA does several
     rows. Up to a number it does not, and beyond it does."""
-    most = one_shot_tokens(topology, topology.hidden_size)
+    most = one_shot_tokens(topology, topology.hidden_size) if topology.world_size > 1 else 0
     return sorted({1, 256, 512, max(most, 1), min(most + 1, MOST_TOKENS), MOST_TOKENS})
 
 

@@ -1,4 +1,4 @@
-"""What processes of a gloo group do to each other: late, dead, interrupted, forked, in another order. Used by test_link.py."""
+"""What processes of a gloo group do to each other: late, dead, interrupted, forked, in another order. Used by test_sockets.py."""
 
 from __future__ import annotations
 

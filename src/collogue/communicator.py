@@ -85,10 +85,14 @@ class Communicator(Operations):
         with making(self._group):
             self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table, concurrent=concurrent)
             check_width(self.topology, hidden_size)
-            self._engine = make_engine(self._group, self.topology, timeout)
+            self.group_name = self._group.name
+            self.name = registry.register(self, self.group_name)
+            try:
+                self._engine = make_engine(self._group, self.topology, timeout, self.name)
+            except BaseException:
+                registry.forget(self.name)
+                raise
         self._quick = self._engine.quick  # type: ignore[method-assign]
-        self.group_name = self._group.name
-        self.name = registry.register(self, self.group_name)
 
     def _run(self, call: Call, out: Output | None = None) -> Output:
         return run(self._open(), self._capacity, call, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, TypedDict, Unpack, overload
 
+import torch
 from torch import Tensor
 
 from collogue import ops
@@ -373,10 +374,11 @@ class Operations:
         return self._call(Call(y, None, norm, quant, keep_norm, "finish"), out)
 
     def _call(self, call: Call, out: Output | None) -> Output:
-        if is_traced():
-            return ops.call(self.name, call, out)
-        done = self._quick(call, out)
-        return done if done is not None else self._run(call, out)
+        if not torch.compiler.is_compiling():
+            done = self._quick(call, out)
+            if done is not None:
+                return done
+        return ops.call(self.name, call, out) if is_traced() else self._run(call, out)
 
     @staticmethod
     def _quick(call: Call, out: Output | None) -> Output | None:

@@ -18,7 +18,7 @@ from collogue.contract.formats import scale_storage
 from collogue.contract.spec import Output
 from collogue.errors import ClosedError, NotPrepared
 from collogue.gpu import jit
-from collogue.gpu.bound import Bound, bind, key_of
+from collogue.gpu.bound import Bound, bind, key_of, unbound
 from collogue.gpu.exclusive import Exclusive
 from collogue.gpu.failure import FailureRecord
 from collogue.gpu.journal import Journal
@@ -56,15 +56,16 @@ class _Ready:
 class KernelEngine:
     """Runs checked calls on this rank's GPU. See :meth:`collogue.Communicator.all_reduce`."""
 
-    def __init__(self, group: Group, topology: Topology, timeout: float) -> None:
+    def __init__(self, group: Group, topology: Topology, timeout: float, name: str = "?") -> None:
         self.group = group
         self.topology = topology
         self.timeout = timeout
         self.index = group.device.index
-        self.workspace = Workspace(group, topology, timeout) if topology.world_size > 1 else None
+        self.workspace = Workspace(group, topology, timeout, name) if topology.world_size > 1 else None
         self._kernels: dict[Variant, Any] = {}
         self._ready: dict[Signature, _Ready] = {}
         self._bound: dict[object, Bound] = {}
+        self._latest: Bound = unbound  # most calls are like the one before
         self.in_use = Exclusive()
         self._order = StreamOrder(self.index)
         self.stream: int | None = None  # of the last call, where a call on it need not wait for anything
@@ -131,12 +132,16 @@ class KernelEngine:
 
     def quick(self, call: Call, out: Output | None) -> Output | None:
         """The same for a call like one before in which nothing is unusual; ``None``, with nothing done, where anything is."""
+        done = self._latest(call, out)
+        if done is not None:
+            return done
         try:
-            bound = self._bound[key_of(call, out)]
-        except KeyError:
-            return None
+            bound = self._bound.get(key_of(call, out))
         except (AttributeError, TypeError):  # arguments that are not what they should be
             return None
+        if bound is None or bound is self._latest:
+            return None
+        self._latest = bound
         return bound(call, out)
 
     def run(self, call: Call, out: Output | None) -> Output:
@@ -153,7 +158,7 @@ class KernelEngine:
             if ready.main is not None and call.shard is None and not self._debug and self.stream is not None:
                 bound = bind(self, call, given, ready.main, ready.launch if ready.more else ready.main)
                 if bound is not None:
-                    keep(self._bound, key_of(call, given), bound)
+                    self._latest = keep(self._bound, key_of(call, given), bound)
             return out
 
     def _launch(self, ready: _Ready, call: Call, out: Output) -> None:
@@ -167,6 +172,8 @@ class KernelEngine:
         self._order.leave(stream)
         if self.stream != self._order.stream:
             self.stream = self._order.stream
+            if self.workspace is not None:
+                self.workspace.stream = stream
             self._look_at_others()
 
     def _look_at_others(self) -> None:
@@ -238,6 +245,7 @@ class KernelEngine:
                 self.group.barrier()
             self._ready.clear()
             self._bound.clear()
+            self._latest = unbound
             self._kernels.clear()
             _captured.discard(self)
             _OPEN.discard(self)

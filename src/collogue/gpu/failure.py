@@ -7,21 +7,30 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
+from collogue import kernels
 from collogue.gpu.header import Entry
 
-#: ``collogue::Fault``.
-TIMEOUT, MISMATCH = 1, 2
+_FAULTS, _STAGES = kernels.enumerators("protocol.cuh", "Fault"), kernels.enumerators("protocol.cuh", "Stage")
+#: What a kernel has found.
+TIMEOUT, MISMATCH = _FAULTS["kTimeout"], _FAULTS["kMismatch"]
+_WAITED_FOR = {
+    "kStagePartials": "the partial sums",
+    "kStageRows": "the reduced rows",
+    "kStageStart": "the start",
+    "kStagePrevious": "the call before",
+    "kStageShard": "the rows",
+}
 #: What a wait was for, by ``collogue::Stage``.
-STAGES = ("the partial sums", "the reduced rows", "the start", "the call before", "the rows")
+STAGES = tuple(_WAITED_FOR[name] for name in sorted(_STAGES, key=_STAGES.__getitem__))
 
 #: The fields of a :class:`FailureRecord` by name.
 Record: TypeAlias = dict[str, int]
 
 
 class FailureRecord(ctypes.Structure):
-    """Mirrors ``collogue::Failure``. ``fault``: 0 nothing, 1 a wait took too long, 2 calls do not match; ``rank`` found it."""
+    """``collogue::Failure``. ``fault``: 0 nothing, 1 a wait took too long, 2 calls do not match; ``rank`` found it."""
 
-    _fields_ = [(name, ctypes.c_uint32) for name in ("fault", "rank", "late_rank", "call", "token", "stage")]
+    _fields_ = kernels.fields("protocol.cuh", "Failure")
 
 
 def finder_of(stop: int, world: int) -> int | None:

@@ -10,12 +10,13 @@ from typing import get_args
 
 import torch
 
+from collogue import kernels
 from collogue.calls.request import Request
 from collogue.contract.spec import Operation
 from collogue.planning.variant import FORMATS, LAYOUTS, QuantVariant
 
 #: Of one call in a journal (``collogue::Entry``).
-ENTRY_BYTES = 32
+ENTRY_BYTES = kernels.size_of("protocol.cuh", "Entry")
 _OPERATIONS = get_args(Operation)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LAYOUTS = tuple(LAYOUTS)

@@ -22,11 +22,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from collogue import kernels
 from collogue.cache import cache_directory, write_whole
 from collogue.errors import CompileError, PlatformError
 from collogue.planning.variant import Variant
 
-KERNELS = Path(__file__).parent.parent / "kernels"
 _IMPORTING = threading.Lock()
 #: By GPU: a kernel that waits there to be loaded must not keep others from being loaded elsewhere.
 _LOADING: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
@@ -88,18 +88,18 @@ def compile_source(
     name: str,
     *,
     verbose: bool = False,
-    kernels: Path | None = None,
+    folder: Path | None = None,
     changes: Mapping[str, bool] | None = None,
 ) -> tuple[bytes, str]:
     """Compile one translation unit; returns the cubin and the compiler's log (the resource report with ``verbose``).
 
-    ``kernels`` and ``changes``: other sources and other options than the contract's, for comparison.
+    ``folder`` of sources and ``changes``: other sources and other options than the contract's, for comparison.
     """
     nvrtc_version()  # where there is no NVRTC, this says so
     core = _cuda_core()
     log = io.StringIO()
     try:
-        chosen = options(name, architecture, verbose=verbose, kernels=kernels, changes=changes)
+        chosen = options(name, architecture, verbose=verbose, folder=folder, changes=changes)
         code = core.Program(source, "c++", chosen).compile("cubin", logs=log)
     except Exception as error:
         raise CompileError(
@@ -110,13 +110,13 @@ def compile_source(
 
 
 def options(
-    name: str, architecture: str, *, verbose: bool = False, kernels: Path | None = None, changes: Mapping[str, bool] | None = None
+    name: str, architecture: str, *, verbose: bool = False, folder: Path | None = None, changes: Mapping[str, bool] | None = None
 ) -> Any:
-    """The ``cuda.core.ProgramOptions`` that every kernel is compiled with, but for ``kernels`` and ``changes``."""
+    """The ``cuda.core.ProgramOptions`` that every kernel is compiled with, but for ``folder`` and ``changes``."""
     chosen: dict[str, Any] = {**_OPTIONS, **(changes or {})}
     if verbose:  # NVRTC has a cache of its own (CUDA 12.9), and what comes from it may have no report
         chosen |= {"ptxas_options": ["-v"], "no_cache": True}
-    return _cuda_core().ProgramOptions(name=name, arch=architecture, include_path=str(kernels or KERNELS), **chosen)
+    return _cuda_core().ProgramOptions(name=name, arch=architecture, include_path=str(folder or kernels.ROOT), **chosen)
 
 
 @dataclass(frozen=True)
@@ -209,16 +209,11 @@ def nvrtc_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def kernel_sources() -> dict[str, str]:
-    """Every kernel source, by its path as others include it."""
-    return {path.relative_to(KERNELS).as_posix(): path.read_text(encoding="utf-8") for path in sorted(KERNELS.rglob("*.cuh"))}
-
-
 @functools.cache
 def sources_hash() -> str:
     """Of every kernel source."""
     digest = hashlib.sha256()
-    for name, text in kernel_sources().items():
+    for name, text in kernels.sources().items():
         digest.update(name.encode() + b"\0" + text.encode() + b"\0")
     return digest.hexdigest()
 

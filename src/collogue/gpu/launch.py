@@ -8,42 +8,17 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
+from collogue import kernels
 from collogue.contract.quant import Quant
 from collogue.errors import PlatformError
 from collogue.gpu.device import use_device
 from collogue.planning.plan import LaunchShape
 
-MAX_WORLD = 8
-
 
 class Params(ctypes.Structure):
-    """Mirrors ``collogue::Params`` (kernels/params.cuh)."""
+    """``collogue::Params`` (kernels/params.cuh)."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("partial", "residual", "weight", "stream", "norm", "codes", "scales", "scale")),
-        *((name, ctypes.c_void_p) for name in ("shard_values", "shard_codes", "shard_scales")),
-        ("workspace", ctypes.c_void_p * MAX_WORLD),
-        ("failure", ctypes.c_void_p),
-        *(
-            (name, ctypes.c_uint32)
-            for name in (
-                "timeout",
-                "relay_timeout",
-                "tokens",
-                "hidden",
-                "rank",
-                "one_shot_bytes",
-                "data_offset",
-                "generation_bytes",
-                "slot_bytes",
-                "gather_bytes",
-            )
-        ),
-        *((name, ctypes.c_uint32) for name in ("first", "count", "block", "width", "wire_bytes", "scale_rows")),
-        *((name, ctypes.c_uint32) for name in ("column_stride", "shard_column_stride")),
-        *((name, ctypes.c_float) for name in ("eps", "weight_offset", "scale_value", "smallest")),
-        ("header", ctypes.c_uint32 * 2),
-    ]
+    _fields_ = kernels.fields("params.cuh", "Params")
 
 
 def timeouts(seconds: float) -> tuple[int, int]:

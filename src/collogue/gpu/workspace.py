@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import struct
 import time
+import weakref
 from dataclasses import dataclass, replace
 
 import torch
 
+from collogue import kernels
 from collogue.errors import CollectiveError, CollectiveTimeout, CorruptedWorkspace, MismatchedCall, PlatformError
 from collogue.gpu.device import Reader
 from collogue.gpu.failure import MISMATCH, STAGES, TIMEOUT, FailureRecord, Record, finder_of, noted, stopped, with_stages
@@ -22,14 +24,17 @@ from collogue.group import Group
 from collogue.planning.extent import CONTROL_BYTES, workspace_extent
 from collogue.planning.topology import Topology
 
-#: A word that has not arrived, by bytes of a value (kernels/values.cuh).
-SENTINELS = {2: 0x80008000, 4: 0x80000000}
-#: Bytes of ``collogue::Control`` that are used, and where the marks, the notes and the journal lie; between them, canaries.
-CONTROL_WORDS = 20
-MARKS_OFFSET, MARKS, MAX_RANKS = 256, 4, 8
-NOTES_OFFSET = MARKS_OFFSET + MARKS * MAX_RANKS * 8
-NOTES_END = NOTES_OFFSET + MAX_RANKS * 8
-JOURNAL_OFFSET, JOURNAL = 2048, 64
+#: A word that has not arrived, by bytes of a value.
+SENTINELS = {
+    kernels.constant_of("values.cuh", of, "kBytes"): kernels.constant_of("values.cuh", of, "kSentinel") for of in ("BFloat16", "Float32")
+}
+_PROTOCOL, MAX_RANKS = kernels.constants("protocol.cuh"), kernels.constants("params.cuh")["kMaxWorld"]
+#: Bytes of the control words, and where the marks, the notes and the journal lie; between them, canaries.
+CONTROL_WORDS = kernels.size_of("protocol.cuh", "Control")
+MARKS_OFFSET, MARKS = _PROTOCOL["kMarksOffset"], _PROTOCOL["kMarks"]
+NOTES_OFFSET = _PROTOCOL["kNotesOffset"]
+NOTES_END = NOTES_OFFSET + MAX_RANKS * kernels.size_of("protocol.cuh", "Note")
+JOURNAL_OFFSET, JOURNAL = _PROTOCOL["kJournalOffset"], _PROTOCOL["kJournal"]
 _CANARY = b"\xc0\x11\x09\xbe"
 #: Seconds in which a kernel that has claimed the failure record fills it.
 _FILLED = 0.01
@@ -86,13 +91,15 @@ def clean_control() -> bytearray:
     return page
 
 
-@dataclass
+@dataclass(eq=False)
 class Workspace:
     """Collective to make: every rank allocates, maps every rank's buffer, fills its slots with sentinels."""
 
     group: Group
     topology: Topology
     timeout: float
+    name: str = "?"  #: of the communicator
+    stream: int | None = None  #: of its last call
 
     def __post_init__(self) -> None:
         self.extent = workspace_extent(self.topology)
@@ -105,6 +112,7 @@ class Workspace:
         self._reader = Reader(self.group.device.index, CONTROL_BYTES)
         self._saved: str | None = None
         self.reset()
+        _OPEN.add(self)
 
     @property
     def nbytes(self) -> int:
@@ -124,6 +132,7 @@ class Workspace:
 
     def close(self) -> None:
         """Nothing can be read any more. The memory goes with the object."""
+        _OPEN.discard(self)
         self._reader.close()
 
     @property
@@ -201,7 +210,8 @@ class Workspace:
             then = f"; then {self._timeout(journal, found)}" if found is not None and fault == TIMEOUT else ""
             return MismatchedCall, _mismatch(journal, finder, differing) + then
         if found is not None and fault == TIMEOUT:
-            return CollectiveTimeout, self._timeout(journal, found)
+            kind, elsewhere = self._elsewhere(found)
+            return kind, self._timeout(journal, found) + elsewhere
         if found is not None:
             return CorruptedWorkspace, f"rank {rank}'s stop word has been written over: no kernel writes what it holds"
         return CorruptedWorkspace, f"rank {rank}'s control words have been written over"
@@ -218,9 +228,27 @@ class Workspace:
         theirs = journal.made(late, call)
         return f"{waited}{own}; rank {late} {f'made {theirs}' if theirs else 'made no such call'}"
 
+    def _elsewhere(self, found: Record) -> tuple[type[CollectiveError], str]:
+        """Whether the late rank is in a call of another communicator that the waiting rank has not made. On one stream that is an order
+        of calls that differs between ranks; on several streams the rank may only be late there."""
+        rank, late = found["rank"], found["late_rank"]
+        if late < self.topology.world_size:
+            for other in list(_OPEN):
+                if other is self or (other.group.name, other.group.rank) != (self.group.name, self.group.rank):
+                    continue
+                theirs, mine = (page and Control.of(page).calls for page in map(other._control_page, (late, rank)))
+                if theirs and mine is not None and theirs > (mine or 0):
+                    text = f"; rank {late} is in call {theirs - 1} of communicator {other.name!r}, which rank {rank} has not made"
+                    same = self.stream is not None and self.stream == other.stream
+                    return (MismatchedCall if same else CollectiveTimeout), text
+        return CollectiveTimeout, ""
+
+    def _control_page(self, rank: int) -> bytes:
+        return self._read(self.buffer.pointers[rank], JOURNAL_OFFSET)
+
     def control(self) -> Control | None:
         """The control words as they are now; ``None`` where they cannot be read. Kernels may be running."""
-        page = self._read(self.buffer.pointers[self.group.rank], JOURNAL_OFFSET)
+        page = self._control_page(self.group.rank)
         return Control.of(page) if page else None
 
     def journal(self) -> Journal:
@@ -245,3 +273,7 @@ class Workspace:
 def _mismatch(journal: Journal, finder: int, call: int) -> str:
     sides = "; ".join(f"rank {rank} made {text}" for rank in journal.calls if (text := journal.made(rank, call)))
     return f"the ranks' calls number {call} differ, rank {finder} found: {sides}"
+
+
+#: Workspaces that can be read.
+_OPEN: weakref.WeakSet[Workspace] = weakref.WeakSet()

@@ -6,18 +6,20 @@ from dataclasses import dataclass
 
 import torch
 
+from collogue import kernels
 from collogue.contract.quant import Quant
 from collogue.planning.topology import Topology
 from collogue.planning.variant import QuantVariant
 
-#: Generations of memory that peers write (kernels/protocol.cuh): of one-shot, of the other kernels.
-ONE_SHOT_GENERATIONS, GENERATIONS = 4, 2
+_PROTOCOL = kernels.constants("protocol.cuh")
+#: Generations of memory that peers write: of one-shot, of the other kernels.
+ONE_SHOT_GENERATIONS, GENERATIONS = _PROTOCOL["kOneShotGenerations"], _PROTOCOL["kGenerations"]
 #: Bytes of one generation, unless a single row needs more; calls that need more are not one-shot, or are done in several launches.
 ONE_SHOT_BYTES, GENERATION_BYTES = 8 << 20, 128 << 20
 #: What a workspace may have beyond three times the largest message.
 WORKSPACE_BYTES = 64 << 20
 #: Control words, marks and the journal at the start of every workspace.
-CONTROL_BYTES = 4096
+CONTROL_BYTES = _PROTOCOL["kDataOffset"]
 #: More CTAs than any launch has.
 MAX_CTAS = 4096
 #: Every part of a workspace is a multiple of so many bytes.

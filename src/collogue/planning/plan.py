@@ -260,15 +260,18 @@ def launch_shape(
 
 
 def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str) -> int:
-    """Clusters that are sure to be on the GPU together, so that ranks cannot wait for rows that have not started."""
-    ctas = topology.multiprocessors * ctas_per_multiprocessor(topology, shape, algorithm)
+    """Clusters that are expected to be on the GPU together: more would cost time (docs/design.md)."""
+    ctas = ctas_per_multiprocessor(topology, shape, algorithm)
+    if topology.fitting is not None:
+        clusters = topology.fitting[ctas - 1][shape.cluster - 1]
+    else:
+        # Clusters do not fill a GPC, which costs about a tenth.
+        clusters = topology.multiprocessors * ctas * (9 if shape.cluster > 1 else 10) // 10 // shape.cluster
     if topology.ranks_per_gpu > 1:
-        ctas //= 2 * topology.ranks_per_gpu  # this kernel and, where it starts early, the next of every rank are resident together
+        clusters //= 2 * topology.ranks_per_gpu  # this kernel and, where it starts early, the next of every rank are resident together
     if algorithm != "local":
-        ctas //= topology.concurrent  # the kernels of every communicator that may wait at a time are resident together
-    if shape.cluster > 1:
-        ctas = ctas * 9 // 10  # a tenth is lost where clusters do not fill a GPC
-    return max(1, min(ctas, MAX_CTAS) // shape.cluster)
+        clusters //= topology.concurrent  # the kernels of every communicator that may wait at a time are resident together
+    return max(1, min(clusters, MAX_CTAS // shape.cluster))
 
 
 def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1) -> int:

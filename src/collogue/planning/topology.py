@@ -14,6 +14,7 @@ from collogue.calls.capacity import Capacity
 from collogue.contract.number import check_seconds, is_whole
 from collogue.errors import ArgumentError, PlatformError
 from collogue.group import Group
+from collogue.planning.residency import Fitting, agreed, fitting
 from collogue.planning.table import Table, TableArgument, check_alike, find, name_of
 
 #: Seconds: kernels count a little more than it (:func:`collogue.gpu.launch.timeouts`) in 32 bits, with an hour to spare.
@@ -52,7 +53,7 @@ class Topology:
 
     ``concurrent``: communicators whose calls may run on a GPU at a time, on streams of their own: each takes its part of the GPU, and
     launches its next kernel only when the one before waits for nobody any more. Else they may wait for each other for ever
-    (docs/design.md).
+    (docs/design.md). ``fitting``: clusters that fit on every rank's GPU, where all drivers say it.
     """
 
     world_size: int
@@ -65,6 +66,7 @@ class Topology:
     overrides: Overrides = Overrides()
     table: Table | None = None
     concurrent: int = 1
+    fitting: Fitting | None = None
 
     @property
     def has_clusters(self) -> bool:
@@ -127,6 +129,7 @@ def agree(
         overrides=overrides,
         table=found,
         concurrent=concurrent,
+        fitting=agreed([theirs["fitting"] for theirs in every]),
     )
 
 
@@ -141,6 +144,7 @@ def topology_of(
     overrides: Overrides = Overrides(),
     table: Table | None = None,
     concurrent: int = 1,
+    fitting: Fitting | None = None,
 ) -> Topology:
     """The topology of a world whose facts are known, with what of ``table`` is for it. ``device``: the GPU's name, if it matters."""
     if table is not None and not table.unused:
@@ -166,6 +170,7 @@ def topology_of(
         overrides,
         table,
         concurrent,
+        fitting,
     )
 
 
@@ -189,6 +194,7 @@ def _facts(group: Group, capacity: Capacity, timeout: float, overrides: Override
         facts["device"] = properties.name
         facts["multiprocessors"] = properties.multi_processor_count
         facts["gpu"] = str(properties.uuid)
+        facts["fitting"] = fitting(group.device) if properties.major >= 9 else None
     return facts
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from collogue import kernels
 from collogue.calls.request import Request
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Wanted
-from collogue.gpu.jit import kernel_sources
 from collogue.planning import plan
 from collogue.planning.topology import Topology
 from collogue.planning.variant import Variant
@@ -144,7 +144,7 @@ class Library:
 
 def compile_cases(cases: Sequence[Case], directory: Path, edits: tuple[Edit, ...] = ()) -> Library:
     """Compile ``cases`` in ``directory``, unless the same sources have been. ``edits`` are made in a copy of them."""
-    sources = kernel_sources()
+    sources = kernels.sources()
     machine = _compile_machine(sources, directory)
     names = ", ".join((*(f"kernel{i}" for i in range(len(cases))), *OTHERS))
     units = [_unit(case.variant, i) for i, case in enumerate(cases)]

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import torch
 
+from collogue import kernels
 from collogue.calls.call import Call
 from collogue.calls.request import Signature
 from collogue.contract import reference
@@ -29,7 +30,7 @@ MODES = ("fair", "late", "ahead", "slow_ctas", "absent")
 #: Makes a rank's partial from the one that the kind of inputs has given it.
 Terms: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 _POISON = 0xEE
-_LEFT_UNIT = 512  # what one-shot leaves to be cleaned is a multiple of this
+_LEFT_UNIT = kernels.constants("protocol.cuh")["kLeftUnit"]  # what one-shot leaves to be cleaned is a multiple of this
 _NEVER = (1 << 32) - 1
 _UNBOUNDED = 1 << 30
 

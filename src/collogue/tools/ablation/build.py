@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+from collogue import kernels
 from collogue.gpu import jit
 from collogue.planning import plan
 from collogue.planning.plan import make_kernels, make_plan
@@ -28,7 +29,7 @@ PORTABLE_CLUSTER = plan.MAX_CLUSTER
 def edit_sources(folder: Path, edits: Sequence[Edit]) -> None:
     """The kernels in ``folder``, edited. Raises :class:`ValueError` for a text that does not stand exactly once in its file."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in edited(jit.kernel_sources(), edits).items():
+    for name, text in edited(kernels.sources(), edits).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -63,7 +64,7 @@ class Builder:
                 self.architecture,
                 variant.name,
                 verbose=True,
-                kernels=self.sources(switch.edits),
+                folder=self.sources(switch.edits),
                 changes=switch.options,
             )
         return self._made[key]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from collogue import kernels
 from collogue.cache import cache_directory
 from collogue.errors import CompileError, PlatformError
 from collogue.gpu import jit
@@ -131,11 +132,11 @@ def test_the_key_holds_sources_options_version_and_architecture(monkeypatch: pyt
         patch.setitem(jit._OPTIONS, "fma", True)
         keys.append(jit._key("source", "sm_90a"))
     try:
-        for name, text in jit.kernel_sources().items():
+        for name, text in kernels.sources().items():
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(text)
         with monkeypatch.context() as patch:
-            patch.setattr(jit, "KERNELS", tmp_path)
+            patch.setattr(kernels, "ROOT", tmp_path)
             jit.sources_hash.cache_clear()
             assert jit._key("source", "sm_90a") == keys[0]  # where the sources lie does not matter
             for name in ("row.cuh", "formats/nvfp4.cuh"):
@@ -151,7 +152,7 @@ def test_the_key_holds_sources_options_version_and_architecture(monkeypatch: pyt
 
 def test_kernels_include_no_header_but_their_own() -> None:
     """No other header is part of the key."""
-    sources = jit.kernel_sources()
+    sources = kernels.sources()
     for name, text in sources.items():
         for line in text.splitlines():
             if line.lstrip().startswith("#include"):
@@ -218,7 +219,7 @@ def test_threads_may_compile_together() -> None:
         "[t.start() for t in threads]; [t.join() for t in threads]\n"
         "assert not failed, failed\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(jit.KERNELS.parents[1])], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code, str(kernels.ROOT.parents[1])], check=True, timeout=120)
 
 
 # Where

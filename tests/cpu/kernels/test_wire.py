@@ -8,10 +8,9 @@ import re
 import pytest
 import torch
 
-from collogue import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, RMSNorm, reference
+from collogue import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, RMSNorm, kernels, reference
 from collogue.contract.spec import Output
 from collogue.formats import pack_nibbles, read_scales, unpack_nibbles
-from collogue.gpu import jit
 from collogue.gpu.workspace import SENTINELS
 
 INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -127,7 +126,7 @@ def test_no_word_of_codes_is_the_sentinel(dtype: torch.dtype) -> None:
 
 @dtypes
 def test_no_word_of_turned_e8m0_bytes_is_the_sentinel(dtype: torch.dtype) -> None:
-    (turn,) = re.findall(r"kTurned = (0x\w+)u;", (jit.KERNELS / "formats" / "mx.cuh").read_text())
+    (turn,) = re.findall(r"kTurned = (0x\w+)u;", (kernels.ROOT / "formats" / "mx.cuh").read_text())
     sentinel = SENTINELS[dtype.itemsize]
     assert pieces({sentinel}, 8) <= e8m0_bytes(dtype)  # as they are, some word would be
     assert not pieces({sentinel ^ int(turn, 16)}, 8) <= e8m0_bytes(dtype)

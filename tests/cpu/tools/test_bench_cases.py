@@ -104,9 +104,10 @@ def test_the_epilogue_suite_has_every_part_once() -> None:
     assert any(not c.norm and c.format != "none" for c in cases)
 
 
-def test_the_suite_multiprocessors_has_a_section_for_each_limit() -> None:
+def test_the_suite_sms_has_a_section_for_each_limit() -> None:
     """Floors are taken from the round with the same section and shape."""
-    rounds = suite("multiprocessors", 2)
+    rounds = suite("sms", 2)
+    assert suite("multiprocessors", 2) == rounds  # its former name
     assert [r.overrides.max_sms for r in rounds if r.shape.tokens == 256] == [8, 16, 32, 64, None]
     assert len({(r.section, r.shape.tokens) for r in rounds}) == len(rounds) == 15
     assert all([(c.operation, c.family) for c in r.cases] == _LIMITED for r in rounds)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import re
 from typing import Any
 
 import pytest
 
+from collogue import kernels
 from collogue.errors import CompileError, PlatformError
 from collogue.gpu import failure, jit, workspace
 from collogue.gpu.engine import _launch_more
 from collogue.gpu.failure import FailureRecord
 from collogue.gpu.header import ENTRY_BYTES
-from collogue.gpu.launch import MAX_WORLD, Params
+from collogue.gpu.launch import Params
 from collogue.gpu.workspace import CONTROL_BYTES, SENTINELS
+from collogue.group import MAX_WORLD_SIZE
 from collogue.planning.extent import GENERATIONS, ONE_SHOT_GENERATIONS
 
 
@@ -32,45 +33,45 @@ def check(*conditions: str) -> None:
     jit.compile_source(source, "sm_90a", "nothing")
 
 
-mirrored = pytest.mark.parametrize(("name", "structure"), [("Params", Params), ("Failure", FailureRecord)])
+structures = pytest.mark.parametrize(("name", "structure"), [("Params", Params), ("Failure", FailureRecord)])
 
 
-@mirrored
-def test_members_have_the_same_order(name: str, structure: type[ctypes.Structure]) -> None:
-    header = "".join(jit.kernel_sources().values())
-    body = re.search(rf"struct {name} {{(.*?)\n}};", header, re.DOTALL)
-    assert body is not None
-    members = re.findall(r"(\w+)(?:\[\w+\])?(?=[,;])", re.sub(r"//.*", "", body[1]))
-    assert members == [field for field, *_ in structure._fields_]
-
-
-@mirrored
+@structures
 def test_members_have_the_same_size(name: str, structure: type[ctypes.Structure]) -> None:
     check(*sizes(name, structure))
 
 
-@mirrored
+@structures
 def test_another_size_is_seen(name: str, structure: type[ctypes.Structure]) -> None:
     for condition in sizes(name, structure):
         with pytest.raises(CompileError, match="static assertion failed"):
             check(condition.replace("==", "!="))
 
 
-def test_constants_are_mirrored() -> None:
+def test_what_python_reads_is_what_the_compiler_reads() -> None:
     check(
-        f"kMaxWorld == {MAX_WORLD}",
-        f"kGenerations == {GENERATIONS}",
+        f"kMaxWorld == {workspace.MAX_RANKS} && kMaxWorld == {MAX_WORLD_SIZE}",
+        f"kGenerations == {GENERATIONS} && kOneShotGenerations == {ONE_SHOT_GENERATIONS}",
         f"kDataOffset == {CONTROL_BYTES}",
         "sizeof(Control) <= kMarksOffset && kMarksOffset + kMarks * kMaxWorld * sizeof(Mark) <= kNotesOffset",
         f"kJournalOffset + kJournal * sizeof(Entry) <= {CONTROL_BYTES}",
         f"kJournalOffset == {workspace.JOURNAL_OFFSET} && kJournal == {workspace.JOURNAL} && sizeof(Entry) == {ENTRY_BYTES}",
-        f"kMarksOffset == {workspace.MARKS_OFFSET} && kMarks == {workspace.MARKS} && kMaxWorld == {workspace.MAX_RANKS}",
-        f"sizeof(Control) - 4 == {workspace.CONTROL_WORDS} && kOneShotGenerations == {ONE_SHOT_GENERATIONS}",
+        f"kMarksOffset == {workspace.MARKS_OFFSET} && kMarks == {workspace.MARKS}",
+        f"sizeof(Control) - 4 == {workspace.CONTROL_WORDS}",
         f"kNotesOffset == {workspace.NOTES_OFFSET} && kNotesOffset + kMaxWorld * sizeof(Note) == {workspace.NOTES_END}",
         f"kTimeout == {failure.TIMEOUT} && kMismatch == {failure.MISMATCH}",
+        *(f"{name} == {value}" for name, value in kernels.enumerators("protocol.cuh", "Stage").items()),
+        *(f"{name} == {value}u" for name, value in kernels.constants("protocol.cuh").items()),
         f"BFloat16::kSentinel == {SENTINELS[2]}u && Float16::kSentinel == {SENTINELS[2]}u",
         f"Float32::kSentinel == {SENTINELS[4]}u",
     )
+    assert kernels.constants("protocol.cuh")["kFoundHere"] == 0x10000
+    assert len(failure.STAGES) == len(kernels.enumerators("protocol.cuh", "Stage"))
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(LookupError, match=r"protocol\.cuh has no struct Nothing"):
+        kernels.fields("protocol.cuh", "Nothing")
 
 
 # Several launches

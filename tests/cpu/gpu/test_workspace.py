@@ -33,7 +33,7 @@ class Fake(Workspace):
     """A workspace whose pages lie in host memory, by rank."""
 
     def __init__(self, rank: int, world: int) -> None:
-        self.group: Any = SimpleNamespace(rank=rank, size=world)
+        self.group: Any = SimpleNamespace(rank=rank, size=world, name="g")
         self.topology = Topology(world, 8, 64, torch.bfloat16, "sm_90a", 132, 1)
         self.timeout = 1.5
         self.pages = [clean_control() for _ in range(world)]
@@ -244,6 +244,27 @@ def test_a_timeout_names_who_when_and_what(journals: Path) -> None:
 
 
 # Calls before the one that waits
+
+
+@pytest.mark.parametrize(("stream", "kind"), [(7, MismatchedCall), (8, CollectiveTimeout)], ids=["one stream", "two streams"])
+def test_a_timeout_says_where_the_late_rank_is(monkeypatch: pytest.MonkeyPatch, stream: int, kind: type[Exception]) -> None:
+    """Two communicators that one rank calls in another order: each rank waits in another one."""
+    first, second, third = (Fake(0, 2) for _ in range(3))
+    for fake, name in ((first, "g/first"), (second, "g/second"), (third, "h/third")):
+        fake.name, fake.stream = name, 7
+    second.stream = stream
+    third.group.name = "h"
+    monkeypatch.setattr("collogue.gpu.workspace._OPEN", {first, second, third})
+    for rank, calls in ((0, 3), (1, 4)):
+        second.pages[rank][4:8] = struct.pack("<I", calls)
+        third.pages[rank][4:8] = struct.pack("<I", 9 * rank)
+    first.fail(fault=TIMEOUT, rank=0, late_rank=1, call=5, token=2, stage=0)
+    with pytest.raises(kind, match="rank 1 is in call 3 of communicator 'g/second', which rank 0 has not made"):
+        first.check()
+    second.pages[0][4:8] = struct.pack("<I", 4)
+    with pytest.raises(CollectiveTimeout) as raised:
+        first.check()
+    assert "of communicator" not in str(raised.value)
 
 
 def test_a_timeout_after_calls_that_differ_is_a_mismatch() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from collogue import kernels
 from collogue.errors import FormatError, PlatformError
 from collogue.gpu import engine as cuda
 from collogue.gpu import jit
@@ -35,7 +36,7 @@ CASE = Case(1, 7168, format="nvfp4/128x4", keep_norm=False)
 @pytest.mark.parametrize("switch", SWITCHES, ids=lambda s: s.name)
 def test_every_edit_finds_its_text(switch: Switch, tmp_path: Path) -> None:
     edit_sources(tmp_path, switch.edits)
-    changed = {name for name, text in jit.kernel_sources().items() if (tmp_path / name).read_text() != text}
+    changed = {name for name, text in kernels.sources().items() if (tmp_path / name).read_text() != text}
     assert changed == {edit.file for edit in switch.edits}
 
 

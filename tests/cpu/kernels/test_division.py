@@ -12,15 +12,14 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from collogue import reference
+from collogue import kernels, reference
 from collogue.contract.spec import VALUE_DTYPES
 from collogue.formats import e4m3_encode, round_value
-from collogue.gpu.jit import KERNELS
 
 Array: TypeAlias = npt.NDArray[Any]
 
 F32 = np.float32
-SOURCE = (KERNELS / "encode.cuh").read_text(encoding="utf-8")
+SOURCE = (kernels.ROOT / "encode.cuh").read_text(encoding="utf-8")
 _RANGE = re.search(r"if \(s >= (\S+)f && s <= (\S+)f\)", SOURCE)
 assert _RANGE is not None
 #: Scales that the kernels divide by with a reciprocal.

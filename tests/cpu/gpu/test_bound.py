@@ -133,10 +133,38 @@ def test_a_tensor_in_the_place_of_a_number_takes_the_long_way() -> None:
 
 def test_the_residual_may_be_updated_in_place() -> None:
     bench = Bench()
+    in_place = bench.bind(Output(residual=bench.first.residual, norm=torch.zeros(T, H, dtype=BF16)))
     for _ in range(2):
         call = bench.call()
         out = Output(residual=call.residual, norm=torch.zeros(T, H, dtype=BF16))
-        assert bench.bound(call, out) is out
+        assert bench.bound(call, out) is None
+        assert bench.idle()
+        assert in_place(call, out) is out
+        assert bench.launched.pop() == bench.expected(call, out)
+        out.residual = torch.zeros(T, H, dtype=BF16)
+        assert in_place(call, out) is None
+
+
+def test_calls_of_another_kind_take_the_long_way() -> None:
+    bench = Bench(quant=NVFP4(3.0))
+    right = bench.call(quant=NVFP4(3.0))
+    assert bench.bound(right, None) is not None
+    bench.launched.clear()
+    for changes in (
+        {"operation": "sharded"},
+        {"keep_norm": True},
+        {"residual": None},
+        {"norm": None},
+        {"norm": RMSNorm(torch.ones(H), prefetch=False)},
+        {"quant": None},
+        {"quant": NVFP4(3.0, "8x4")},
+        {"quant": FP8PerToken()},
+        {"quant": "fp8"},
+    ):
+        assert bench.fresh(dataclasses.replace(right, **changes), None) is None, changes  # type: ignore[arg-type]
+    assert bench.fresh(right, bench.first.signature.empty()) is None
+    assert bench.into(right, None) is None
+    assert bench.idle()
 
 
 def strided() -> torch.Tensor:

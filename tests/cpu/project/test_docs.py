@@ -13,7 +13,7 @@ import pytest
 from collogue import errors
 from collogue.tools.bench.figure import figure
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 RESULTS = ROOT / "benchmarks" / "results"
 #: Where a file that a document names without a link may lie.

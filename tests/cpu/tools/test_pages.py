@@ -9,7 +9,7 @@ import pytest
 
 from collogue.tools import pages
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DOCUMENTS = [d for d in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]) if "<!-- table " in d.read_text(encoding="utf-8")]
 
 PAGE = "a\n<!-- table resources: r.json -->\nold\n<!-- end of table -->\nb\n"

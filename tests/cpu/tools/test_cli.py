@@ -232,8 +232,8 @@ def test_bench_passes_its_lists_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("bench", "--suite", "latency,hidden", "--world-size", "2", "--no-chains").exit_code == OK
     assert calls == [((), {"world_size": [2], "suites": ["latency", "hidden"], "chains": False, "json": None})]
     calls = fake(monkeypatch, "collogue.tools.bench.latency", True)
-    assert call("bench", "--suite", "multiprocessors", "--cta-threads", "512").exit_code == OK
-    assert calls == [((), {"suites": ["multiprocessors"], "cta_threads": 512, "chains": True, "json": None})]
+    assert call("bench", "--suite", "sms", "--cta-threads", "512").exit_code == OK
+    assert calls == [((), {"suites": ["sms"], "cta_threads": 512, "chains": True, "json": None})]
     assert call("bench", "--suite", "latency", "--tokens", "1").exit_code == USAGE
     fake(monkeypatch, "collogue.tools.bench.latency", PlatformError("there is no GPU", hint="get one"))
     assert call("bench").exit_code == IMPOSSIBLE

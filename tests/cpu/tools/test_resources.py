@@ -26,7 +26,7 @@ from collogue.tools.commands.resources import _print_columns
 from collogue.tools.resources import compare, machine_code, measure, worker
 from collogue.tools.resources.occupancy import LIMITS, occupancy, resident_ctas
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RECORD = ROOT / "benchmarks" / "results" / "resources.json"
 SMALL: Choice = {
     "format": "none",

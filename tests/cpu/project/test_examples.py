@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from collogue.testing.processes import run_processes
 
-EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.py"))
+EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "examples").glob("*.py"))
 #: What rank 0 prints, in part.
 PRINTED = {
     "cuda_graph_decode": "5 steps, 1.0",

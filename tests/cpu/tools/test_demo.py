@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 from pathlib import Path
@@ -176,12 +177,45 @@ def test_three_processes_end_to_end(model: Any, task: worker.Task, weights: Weig
     assert [row["format"] for row in saved["rows"]] == list(task.formats)
     for row in saved["rows"]:
         assert row["error"] is None
-        assert row["bytes_one_token"] > 0
-        assert row["bytes_all_tokens"] > row["bytes_one_token"]
-        assert row["us_one_token"] > 0
+        assert row["bytes_replicated"] > 0
+        assert row["bytes_sharded"] > 0
+        assert row["us_one_token"] is None  # no GPU
         assert row["difference"] == row["perplexity"] - saved["unsharded_perplexity"]
     table.save_plot(result, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("on_gpus", [False, True])
+def test_the_table_fits_80_columns(on_gpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the longest names and numbers: none is cut, and no line is longer."""
+    times = (12_345.6, 123_456.7) if on_gpus else (None, None)
+    names = ("none", "fp8_per_token", "mxfp8/ceil")
+    rows = [worker.Row(name, 1254.7421, 234.5678, 1_234_145_728, 3_145_728, *times) for name in names]
+    result = main.Result("cpu", 8, 123_456, "bfloat16", {}, 12.7421, "prompt", rows=[*rows, worker.Row("fp8_group96", error="no")])
+    written = io.StringIO()
+    monkeypatch.setattr("sys.stdout", written)
+    table.show(result)
+    text = written.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for said in (*names, "1254.7421", "+1242.0000", "1,234.146", "3.146", *(("12,346", "123,457") if on_gpus else ())):
+        assert said in text, said
+    rows[0].format = "fp8_group128/ue8m0/column"
+    written.truncate(0)
+    written.seek(0)
+    table.show(result)
+    assert "…" not in written.getvalue()
+    assert max(map(len, written.getvalue().splitlines())) <= 80
+
+
+def test_the_demo_says_first_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def ends(*args: Any) -> None:
+        raise PlatformError("stop", hint="-")
+
+    monkeypatch.setattr(main, "read_model", ends)
+    with pytest.raises(PlatformError, match="stop"):
+        main.run("cpu")
+    assert capsys.readouterr().err.splitlines()[0] == "SmolLM2-135M on 3 ranks in 7 formats: two to three minutes on two cores"
 
 
 def test_the_worker_measures_the_sharded_residual(model: Any, task: worker.Task, weights: Weights) -> None:
@@ -193,7 +227,8 @@ def test_the_worker_measures_the_sharded_residual(model: Any, task: worker.Task,
     replicated, sharded_ = found[0]["row"], found[1]["row"]
     assert sharded_.error is None
     assert sharded_.perplexity == replicated.perplexity
-    assert 0 < sharded_.bytes_all_tokens != replicated.bytes_all_tokens
+    assert (sharded_.bytes_replicated, sharded_.bytes_sharded) == (replicated.bytes_replicated, replicated.bytes_sharded)
+    assert 0 < sharded_.bytes_sharded < sharded_.bytes_replicated
 
 
 def test_ranks_that_end_early_leave_an_error_in_every_row(model: Any, task: worker.Task, weights: Weights) -> None:

@@ -19,7 +19,7 @@ from collogue.tools.bench.plot import Point, line_chart
 from collogue.tools.cli import app
 from collogue.tools.commands.options import OK, USAGE
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def points(*values: tuple[float, float]) -> list[Point]:

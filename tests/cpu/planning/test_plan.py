@@ -40,7 +40,7 @@ from collogue.planning.plan import (
 from collogue.planning.topology import Overrides, Topology
 from collogue.testing import VirtualGroup, run_virtual
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WORLDS = range(2, 9)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HIDDEN_SIZES = (8, 16, 24, 40, 72, 136, 576, 2048, 2880, 4096, 7168, 12800, 16384, 32768)
@@ -211,7 +211,7 @@ def test_fits_is_exact_for_widths_that_no_kernel_takes(monkeypatch: pytest.Monke
                 assert make_kernels(facts, request(3, width), make_plan(facts, request(3, width)))
             with pytest.raises(FormatError, match=f"the largest is {most}"):
                 launch_shape(facts, 3, most + 8, None)
-        monkeypatch.setattr(collogue.communicator, "agree", lambda *a, architecture=architecture: topology(architecture=architecture))
+        monkeypatch.setattr(collogue.communicator, "agree", lambda *a, architecture=architecture, **k: topology(architecture=architecture))
 
         def rank(group: VirtualGroup, most: int = most) -> None:
             Communicator(group, max_tokens=4, hidden_size=most)

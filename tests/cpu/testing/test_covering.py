@@ -21,7 +21,7 @@ from collogue.tools.resources.compare import violations
 from collogue.tools.resources.measure import chosen, describe
 from collogue.tools.resources.worker import compile_choice
 
-RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "resources.json"
+RECORD = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "resources.json"
 E2M1_INSTRUCTION = "cvt.rn.satfinite.e2m1x2.f32"
 
 

@@ -31,7 +31,7 @@ from collogue.tools.reliability.delays import DELAYS
 from collogue.tools.reliability.jobs import Outcome, run_jobs
 from collogue.tools.reliability.parts import Counts, Part, make_parts
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 OPTIONS = main.Options(Counts(0, 0, 0, 0, 0, 0), device="cpu", hidden_size=64, rows=7)
 

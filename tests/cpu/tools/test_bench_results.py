@@ -14,11 +14,11 @@ from bench_fakes import fake_rank, made
 
 from collogue.errors import PlatformError
 from collogue.tools.bench import latency, readme, report
-from collogue.tools.bench.cases import FEW, HIDDEN_SIZE, NCCL, TOKENS
+from collogue.tools.bench.cases import FEW, HIDDEN_SIZE, NCCL
 from collogue.tools.bench.floors import EXCHANGE
 from collogue.tools.bench.rank import summary
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -123,14 +123,13 @@ def test_the_table_of_the_readme() -> None:
     lines = report.latency_table(data).splitlines()
     assert lines[0].startswith(f"2 x GPU X, H = {HIDDEN_SIZE}, bfloat16")
     assert (
-        lines[3] == "| tokens | Collogue, norm | Collogue, NVFP4 | Collogue, FP8 static "
-        "| NCCL or symm. mem., then a compiled norm | NCCL all-reduce alone | floor of the norm |"
+        lines[4] == "| tokens | Collogue, norm | Collogue, NVFP4 | Collogue, FP8 static "
+        "| NCCL or symm. mem., then a compiled norm | NCCL all-reduce alone | lower bound (norm) |"
     )
-    assert lines[5] == "| 1 | 1.15 | 1.16 | 1.17 | - | 1.12 | 3.11 |"
-    assert lines[6] == "| 2 | 1.25 | 1.26 | 1.27 | - | - | 3.21 |"
-    assert lines[13] == "| 512 | 52.25 | 52.26 | 52.27 | - | 52.22 | 54.21 |"
-    assert lines[11].startswith("| 64 | 123 |")
-    assert len(lines) == 5 + len(TOKENS) + len(report.LARGE)
+    assert lines[6] == "| 1 | 1.15 | 1.16 | 1.17 | - | 1.12 | 3.11 |"
+    assert lines[12] == "| 512 | 52.25 | 52.26 | 52.27 | - | 52.22 | 54.21 |"
+    assert lines[10].startswith("| 64 | 123 |")
+    assert len(lines) == 6 + len(report.DECODE) + len(report.LARGE)
     with pytest.raises(ValueError, match="decode"):
         report.latency_table({"cases": [], "machine": {}})
 

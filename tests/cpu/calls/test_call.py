@@ -1,4 +1,4 @@
-"""Wrong calls: the error class and its hint, nothing launched, and the communicator still works. Groups are in test_bad_group.py."""
+"""Wrong calls: the error class and its hint, nothing launched, and the communicator still works. Groups are in test_group.py."""
 
 from __future__ import annotations
 
