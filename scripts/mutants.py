@@ -36,7 +36,9 @@ def mutants(report: Path) -> list[dict[str, Any]]:
 
 def main(arguments: list[str]) -> int:
     """Run, collect, write."""
-    parser = argparse.ArgumentParser(description="Run the mutated twins of tests/cpu/kernels/test_mutants.py; keep how many seeds each needed.")
+    parser = argparse.ArgumentParser(
+        description="Run the mutated twins of tests/cpu/kernels/test_mutants.py; keep how many seeds each needed."
+    )
     parser.add_argument("out", type=Path, nargs="?", default=OUT)
     out: Path = parser.parse_args(arguments).out
     with tempfile.TemporaryDirectory() as folder:
