@@ -156,6 +156,8 @@ def scenes_rank(group: dist.ProcessGroup, tell: Any) -> dict[str, Any]:
     found["shared"] = _shared(comm)
     dist.barrier()
     comm.reset()
+    tell("watched")
+    found["watched"] = _watched(comm)
     tell("fork")
     found["fork"] = _fork(comm)
     check_works(comm)
@@ -219,6 +221,15 @@ def _shared(comm: collogue.Communicator) -> list[str]:
     found = [told(comm, call)[0] for call in (None, comm.reset, lambda: comm.prepare(4))]
     waiting.join()
     return found
+
+
+def _watched(comm: collogue.Communicator) -> list[str]:
+    """A watch looks all the time, and is in nobody's way."""
+    seen: list[str] = []
+    with comm.watch(lambda error: seen.append(str(error)), interval=1e-5):
+        for step in range(50):
+            check_works(comm, tokens=1 + step % 7, seed=step)
+    return seen
 
 
 def _fork(comm: collogue.Communicator) -> list[str]:

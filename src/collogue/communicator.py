@@ -92,7 +92,6 @@ class Communicator(Operations):
             except BaseException:
                 registry.forget(self.name)
                 raise
-        self._quick = self._engine.quick  # type: ignore[method-assign]
 
     def _run(self, call: Call, out: Output | None = None) -> Output:
         return run(self._open(), self._capacity, call, out)
@@ -254,7 +253,6 @@ class Communicator(Operations):
         """
         self._refuse_capture("close")
         engine, self._engine = self._engine, None
-        self.__dict__.pop("_quick", None)
         if engine is not None:
             registry.forget(self.name)
             engine.close(collective)

@@ -59,8 +59,11 @@ def unbound(call: Call, out: Output | None) -> Output | None:
     """What stands in the place of a bound call where there is none yet."""
 
 
-def bind(engine: KernelEngine, call: Call, out: Output | None, launcher: Launcher, launch: Callable[[int], None]) -> Bound | None:
-    """Calls like ``call`` with ``out``, which have been checked. ``launch(stream)`` launches what ``launcher`` and its parameters say.
+def bind(
+    engine: KernelEngine, call: Call, out: Output | None, launcher: Launcher, launch: Callable[[int], None], *, more: bool = False
+) -> Bound | None:
+    """Calls like ``call`` with ``out``, which have been checked. ``launch(stream)`` launches what ``launcher`` and its parameters say;
+    ``more``: it launches several kernels.
 
     ``None`` where this PyTorch has no such guard.
     """
@@ -91,6 +94,8 @@ def bind(engine: KernelEngine, call: Call, out: Output | None, launcher: Launche
     allocators = [(OUTPUTS.index(name), _ADDRESSES.index(_FIELDS[name]), _allocator(forms[name], call.signature.device)) for name in named]
     group_word = params.header[1]
     fault, late_rank = engine.failure_words
+    alone, one_gpu = engine.workspace is None, torch.cuda.device_count() < 2
+    launch_now = launcher.launch if not more else None
     acquire, release = engine.in_use.acquire_now, engine.in_use.release
     capturing, current_device = torch._C._cuda_isCurrentStreamCapturing, torch._C._cuda_getDevice
     current_stream, address_of = torch._C._cuda_getCurrentRawStream, torch.Tensor.data_ptr
@@ -140,7 +145,11 @@ def bind(engine: KernelEngine, call: Call, out: Output | None, launcher: Launche
                     return None
         elif out is not None or not fits(*tensors):
             return None
-        if fault.value or late_rank.value or forward_ad._current_level >= 0 or capturing() or current_device() != index:
+        if forward_ad._current_level >= 0 or not (alone or (fault.value == 0 and late_rank.value == 0)):
+            return None
+        # The default stream cannot be captured.
+        stream = current_stream(index)
+        if stream != engine.stream or (stream and capturing()) or not (one_gpu or current_device() == index):
             return None
         addresses = tuple(map(address_of, tensors))
         row = known.get(addresses) or packed(addresses)
@@ -153,9 +162,6 @@ def bind(engine: KernelEngine, call: Call, out: Output | None, launcher: Launche
         if not acquire():
             return None
         try:
-            stream = current_stream(index)
-            if stream != engine.stream:
-                return None
             words[:] = row
             if not has_out:
                 values: list[Any] = [None] * len(OUTPUTS)
@@ -173,7 +179,10 @@ def bind(engine: KernelEngine, call: Call, out: Output | None, launcher: Launche
                     smallest = quant.smallest  # type: ignore[union-attr]
                     params.smallest = smallest
                     params.header[1] = header.bounded(group_word, smallest)
-            launch(stream)
+            if launch_now is None or stream != launcher.stream:
+                launch(stream)
+            elif launch_now()[0]:
+                launch(stream)  # again, in a way that says what is wrong
             return out
         finally:
             release()

@@ -65,7 +65,7 @@ class KernelEngine:
         self._kernels: dict[Variant, Any] = {}
         self._ready: dict[Signature, _Ready] = {}
         self._bound: dict[object, Bound] = {}
-        self._latest: Bound = unbound  # most calls are like the one before
+        self.latest: Bound = unbound  # most calls are like the one before: to be tried before `quick`
         self.in_use = Exclusive()
         self._order = StreamOrder(self.index)
         self.stream: int | None = None  # of the last call, where a call on it need not wait for anything
@@ -132,16 +132,13 @@ class KernelEngine:
 
     def quick(self, call: Call, out: Output | None) -> Output | None:
         """The same for a call like one before in which nothing is unusual; ``None``, with nothing done, where anything is."""
-        done = self._latest(call, out)
-        if done is not None:
-            return done
         try:
             bound = self._bound.get(key_of(call, out))
         except (AttributeError, TypeError):  # arguments that are not what they should be
             return None
-        if bound is None or bound is self._latest:
+        if bound is None or bound is self.latest:
             return None
-        self._latest = bound
+        self.latest = bound
         return bound(call, out)
 
     def run(self, call: Call, out: Output | None) -> Output:
@@ -156,9 +153,9 @@ class KernelEngine:
             else:
                 self._launch(ready, call, out)
             if ready.main is not None and call.shard is None and not self._debug and self.stream is not None:
-                bound = bind(self, call, given, ready.main, ready.launch if ready.more else ready.main)
+                bound = bind(self, call, given, ready.main, ready.launch, more=bool(ready.more))
                 if bound is not None:
-                    self._latest = keep(self._bound, key_of(call, given), bound)
+                    self.latest = keep(self._bound, key_of(call, given), bound)
             return out
 
     def _launch(self, ready: _Ready, call: Call, out: Output) -> None:
@@ -245,7 +242,7 @@ class KernelEngine:
                 self.group.barrier()
             self._ready.clear()
             self._bound.clear()
-            self._latest = unbound
+            self.latest = unbound
             self._kernels.clear()
             _captured.discard(self)
             _OPEN.discard(self)

@@ -229,16 +229,24 @@ class Workspace:
         return f"{waited}{own}; rank {late} {f'made {theirs}' if theirs else 'made no such call'}"
 
     def _elsewhere(self, found: Record) -> tuple[type[CollectiveError], str]:
-        """Whether the late rank is in a call of another communicator that the waiting rank has not made. On one stream that is an order
-        of calls that differs between ranks; on several streams the rank may only be late there."""
+        """Whether the late rank has been in a call of another communicator meanwhile.
+
+        One that the waiting rank has not made, or in which it has waited for the waiting rank. On one stream that is an order of calls
+        that differs between ranks; on several streams the rank may only be late there.
+        """
         rank, late = found["rank"], found["late_rank"]
         if late < self.topology.world_size:
             for other in list(_OPEN):
                 if other is self or (other.group.name, other.group.rank) != (self.group.name, self.group.rank):
                     continue
                 theirs, mine = (page and Control.of(page).calls for page in map(other._control_page, (late, rank)))
-                if theirs and mine is not None and theirs > (mine or 0):
+                text = ""
+                if theirs and theirs > (mine or 0):
                     text = f"; rank {late} is in call {theirs - 1} of communicator {other.name!r}, which rank {rank} has not made"
+                told = other._told(other.control())
+                if told and (told["fault"], told["rank"], told["late_rank"]) == (TIMEOUT, late, rank):
+                    text = f"; rank {late} waited for rank {rank} in call {told['call']} of communicator {other.name!r}"
+                if text:
                     same = self.stream is not None and self.stream == other.stream
                     return (MismatchedCall if same else CollectiveTimeout), text
         return CollectiveTimeout, ""

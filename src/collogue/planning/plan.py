@@ -232,7 +232,7 @@ def launch_shape(
         threads = 64 if hidden_size <= 2048 else 128
         wide = cta_threads or topology.overrides.cta_threads or (MAX_THREADS if limit else 0)
         if wide:
-            wide = min(wide, resident_threads(topology, algorithm))
+            wide = min(wide, widest_cta(topology, algorithm))
             threads = round_up(-(-vectors_in_row // -(-vectors_in_row // wide)), 32)
         elif vectors_in_row <= 64:
             threads = round_up(vectors_in_row, 32)
@@ -275,10 +275,7 @@ def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str) -
 
 
 def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1) -> int:
-    """Threads that a multiprocessor can hold, by the registers that each needs: a thread holds a vector of every rank.
-
-    No CTA has more of them either.
-    """
+    """Threads that a multiprocessor can hold, by the registers that each needs: a thread holds a vector of every rank."""
     world, narrow, streams = topology.world_size, topology.dtype.itemsize == 2, algorithm not in ("one_shot", "local")
     if vectors > 1 or (streams and world > 4 and not narrow):
         return 256
@@ -289,6 +286,12 @@ def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1) ->
     if not narrow and streams and world >= 4:
         return 384
     return 512 if world <= 6 else 384
+
+
+def widest_cta(topology: Topology, algorithm: str) -> int:
+    """Threads of the widest CTA in which nothing spills: alone on a multiprocessor, and no compiler could give its threads more."""
+    threads = resident_threads(topology, algorithm)
+    return min(threads, 384) if topology.world_size > 4 and algorithm not in ("one_shot", "local") else threads
 
 
 def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: str) -> int:

@@ -40,11 +40,11 @@ class Bench:
 
     def __init__(self, operation: Operation = "all_reduce", *, rank: int = 1, **given: Any) -> None:
         self.capacity = Capacity(8, H, BF16, CPU, 2, rank)
-        self.launcher: Any = SimpleNamespace(params=Params(), quant=None)
+        self.launcher: Any = SimpleNamespace(params=Params(), quant=None, stream=-1, launch=lambda: (self._launch(7),))
         self.launched: list[bytes] = []
         self.words = (ctypes.c_uint64 * 2)()
         words = ctypes.c_uint64.from_buffer(self.words, 0), ctypes.c_uint32.from_buffer(self.words, 8)
-        self.engine: Any = SimpleNamespace(index=-1, in_use=Exclusive(), stream=7, failure_words=words)
+        self.engine: Any = SimpleNamespace(index=-1, workspace=object(), in_use=Exclusive(), stream=7, failure_words=words)
         self.first = check_call(self.capacity, self.call(operation, **given))
         self.fresh = self.bind(None)
         self.into = self.bind(self.first.signature.empty())
@@ -89,6 +89,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     state = {"capturing": False, "stream": 7, "device": -1}
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: state["capturing"], raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: state["stream"], raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: state["device"], raising=False)
     monkeypatch.setattr(torch._C._dynamo.guards, "_empty_strided_cuda", torch._C._dynamo.guards._empty_strided_cpu, raising=False)
     return state
@@ -109,6 +110,20 @@ def test_parameters_are_those_of_the_long_way(operation: Operation, quant: Quant
         assert bench.launched.pop() == bench.expected(call, out)
     with bench.engine.in_use:
         pass
+
+
+def test_the_launch_of_the_last_stream_is_taken_as_it_is() -> None:
+    bench, call = Bench(), None
+    bench.launcher.stream = 7
+    call = bench.call()
+    out = bench.bound(call, None)
+    assert out is not None
+    assert bench.launched.pop() == bench.expected(call, out)
+    bench.launcher.launch = lambda: (1,)
+    assert bench.into(bench.call(), bench.first.signature.empty()) is not None  # bound before
+    failing = bench.bind(None)
+    assert failing(bench.call(), None) is not None
+    assert bench.launched  # again, by the launch that says what is wrong
 
 
 @pytest.mark.parametrize("scales", [(3.0, 5.0, 3.0), (torch.tensor(2.0), torch.tensor(4.0))], ids=["numbers", "tensors"])

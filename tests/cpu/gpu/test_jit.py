@@ -17,9 +17,14 @@ import torch
 
 from collogue import kernels
 from collogue.cache import cache_directory
+from collogue.calls.request import Request
+from collogue.contract.quant import parse
+from collogue.contract.spec import Wanted
 from collogue.errors import CompileError, PlatformError
 from collogue.gpu import jit
 from collogue.planning.architecture import architecture_of
+from collogue.planning.plan import make_kernels, make_plan
+from collogue.planning.topology import Overrides, Topology
 from collogue.planning.variant import Variant
 from collogue.testing.covering import variant_of
 
@@ -289,4 +294,15 @@ def test_two_kernels_that_once_spilled(choice: dict[str, Any]) -> None:
     """With the launch bounds that the plan asks for."""
     variant = variant_of({**ONE_SHOT, **choice})
     code, _ = jit.compile_source(variant.source(), "sm_90a", variant.name)
+    assert jit.local_bytes(code) == 0
+
+
+def test_a_wide_cta_for_few_multiprocessors_does_not_spill() -> None:
+    """Where launch bounds cannot give more registers the plan takes narrower CTAs. With 448 threads this one spilled 64 bytes."""
+    quant = parse("mxfp4/ceil/128x4")
+    topology = Topology(6, 4096, 7168, torch.bfloat16, "sm_90a", 132, 1, Overrides(max_sms=16))
+    wanted = Wanted.of(has_residual=True, has_norm=True, quant=quant, keep_norm=False, operation="sharded")
+    request = Request(1, 7168, torch.bfloat16, True, True, False, quant, wanted, "sharded")
+    (kernel,) = make_kernels(topology, request, make_plan(topology, request))
+    code, _ = jit.compile_variant(kernel.variant, "sm_90a")
     assert jit.local_bytes(code) == 0

@@ -265,6 +265,10 @@ def test_a_timeout_says_where_the_late_rank_is(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(CollectiveTimeout) as raised:
         first.check()
     assert "of communicator" not in str(raised.value)
+    second.stop(0, TIMEOUT << 8 | 2)
+    second.note(1, call=3, late_rank=0)
+    with pytest.raises(kind, match="rank 1 waited for rank 0 in call 3 of communicator 'g/second'"):
+        first.check()
 
 
 def test_a_timeout_after_calls_that_differ_is_a_mismatch() -> None:

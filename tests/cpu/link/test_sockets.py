@@ -80,6 +80,7 @@ def test_every_scene_is_looked_at() -> None:
 def test_threads(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert rank["threads"] == [[], []]
+        assert rank["watched"] == []
     assert found[0]["shared"] == ["ConcurrentUseError"] * 3
 
 

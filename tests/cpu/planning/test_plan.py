@@ -403,3 +403,20 @@ def test_every_cluster_has_a_row_in_every_launch() -> None:
 def test_only_wide_ctas_that_loop_have_a_row_between_sum_and_finish(algorithm: Any, threads: int, clusters: int, ahead: int) -> None:
     shape = LaunchShape(threads, 1, -(-896 // threads), clusters)
     assert make_variant(topology(), request(64), shape, algorithm).ahead == ahead
+
+
+@pytest.mark.parametrize(
+    ("world", "algorithm", "dtype", "widest"),
+    [
+        (2, "two_shot", torch.bfloat16, 896),  # a whole row
+        (2, "one_shot", torch.float32, 448),
+        (4, "one_shot", torch.bfloat16, 448),
+        (4, "sharded", torch.float32, 320),
+        (6, "sharded", torch.bfloat16, 320),
+        (8, "two_shot", torch.float32, 224),
+    ],
+)
+def test_no_cta_is_wider_than_registers_allow(world: int, algorithm: str, dtype: torch.dtype, widest: int) -> None:
+    """A thread holds a vector of every rank; alone on a multiprocessor a CTA of 896 threads has 72 registers for each."""
+    facts = Topology(world, 4096, 7168, dtype, "sm_90a", 132, 1, Overrides(cta_threads=1024))
+    assert launch_shape(facts, 4096, 7168, None, algorithm).threads == widest

@@ -16,7 +16,7 @@ import collogue
 from collogue import FP8PerToken, reference
 from collogue.errors import ArgumentError, ShapeError
 from collogue.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear, finish
-from collogue.pytorch.decoder import FOUR_NORMS, TWO_NORMS
+from collogue.pytorch.decoder import FORMS
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.processes import run_processes
 from collogue.tools.demo.weights import read_model
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 LOGITS_BOUND = 1e-3
 
 
-@pytest.mark.parametrize("kind", [*TWO_NORMS, *FOUR_NORMS])
+@pytest.mark.parametrize("kind", FORMS)
 def test_a_parallel_model_says_the_same(kind: str) -> None:
     model = small_model(kind, attention_bias=True)
     tokens = torch.randint(1, 128, (2, 4))

@@ -362,7 +362,7 @@ def test_hooks_on_all_modules_are_found() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "glm4", "granite"])
 def test_hooks_that_see_whole_tensors(kind: str, mode: Any) -> None:
     """On layers, the first norm and the last: they see, and may change, what they would in the unsharded model."""
     names = ("model.layers.0", "model.layers.1", "model.layers.1.input_layernorm", "model.norm", "lm_head")
@@ -417,7 +417,7 @@ def test_what_transformers_records() -> None:
 # Heads
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3", "phi3", "glm4", "olmo2"])
 @pytest.mark.parametrize(("heads", "keys", "world_size"), [(4, 1, 2), (4, 2, 4), (4, 1, 4), (8, 2, 4), (6, 3, 6), (6, 2, 6), (8, 4, 2)])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_key_value_heads(kind: str, heads: int, keys: int, world_size: int, attention: str) -> None:
@@ -426,6 +426,65 @@ def test_key_value_heads(kind: str, heads: int, keys: int, world_size: int, atte
     sizes = {"num_attention_heads": heads, "num_key_value_heads": keys, "attention_bias": True, "attn_implementation": attention}
     sizes["hidden_size"] = 16 * heads
     check_right(small_model(kind, **sizes), world_size)
+
+
+GRANITE = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.07, "logits_scaling": 8.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_granite(bias: bool, dtype: torch.dtype) -> None:
+    """Its factors: that of the residual is taken by the row-parallel layers, whose weights stay what they are."""
+    model = small_model("granite", attention_bias=bias, mlp_bias=bias, **GRANITE).to(dtype)
+    if dtype == torch.float32:
+        check_right(model)
+        check_right(model, 4)
+    else:
+        exact = small_model("granite", attention_bias=bias, mlp_bias=bias, **GRANITE)(TOKENS).logits
+        far = (model(TOKENS).logits.float() - exact).abs().max()
+        assert (parallel_logits(model).float() - exact).abs().max() <= 1.5 * far
+
+    def rank(group: VirtualGroup) -> dict[str, torch.Tensor]:
+        return collogue.full_state_dict(collogue.parallelize(own(model), group, max_tokens=8))
+
+    for state in run_virtual(2, rank):
+        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["phi3", "glm4", "olmo2", "granite"])
+def test_checkpoints_of_other_forms(kind: str) -> None:
+    """Products of several parts are cut part by part, and put together again."""
+    model = small_model(kind, num_key_value_heads=2)
+    expected = model.state_dict()
+
+    def rank(group: VirtualGroup) -> dict[str, torch.Tensor]:
+        mine = collogue.parallelize(copy.deepcopy(model), group, max_tokens=8)
+        state = collogue.full_state_dict(mine)
+        logits = mine(TOKENS).logits
+        for parameter in mine.parameters():
+            parameter.data = torch.zeros_like(parameter)
+        mine.load_state_dict(expected, assign=group.rank == 1)
+        assert torch.equal(mine(TOKENS).logits, logits)
+        return state
+
+    for world_size in (2, 4):
+        for state in run_virtual(world_size, rank):
+            assert list(state) == list(expected)
+            assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+@with_peft
+@pytest.mark.parametrize("kind", ["phi3", "glm4", "olmo2", "granite"])
+def test_lora_of_other_forms(kind: str) -> None:
+    check_right(with_lora(small_model(kind, **GRANITE if kind == "granite" else {})))
+
+
+def test_products_of_several_parts_that_do_not_divide() -> None:
+    check_refused(small_model("phi3", intermediate_size=191), "382 features do not divide among 2 ranks", error=ShapeError)
+    model = small_model("phi3")
+    model.model.layers[1].self_attn.qkv_proj = nn.Linear(64, 130, bias=False)
+    with pytest.raises(ShapeError, match="130 features do not divide"):
+        parallel_logits(model)
 
 
 def test_heads_that_do_not_divide() -> None:

@@ -16,14 +16,15 @@ from collogue.contract.quant import parse
 from collogue.gpu import jit
 from collogue.planning.architecture import ARCHITECTURES
 from collogue.planning.variant import Variant
-from collogue.testing.covering import FACTORS, FORMATS, all_pairs, covering_set, pairs_of, variant_of
+from collogue.testing.covering import FACTORS, FORMATS, all_pairs, covering_set, from_json, pairs_of, variant_of
 from collogue.tools.resources.compare import violations
 from collogue.tools.resources.measure import chosen, describe
 from collogue.tools.resources.worker import compile_choice
 
 pytestmark = pytest.mark.slow
 
-RECORD = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "resources.json"
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+SPILLS, RECORD = RESULTS / "spills.json", RESULTS / "resources.json"
 E2M1_INSTRUCTION = "cvt.rn.satfinite.e2m1x2.f32"
 
 
@@ -78,6 +79,25 @@ def test_covering_set_compiles_within_its_limits(record_property: Callable[[str,
     same_compiler = record["versions"]["nvrtc"] == ".".join(map(str, jit.nvrtc_version()))
     broken = violations(rows, record["kernels"] if same_compiler else None)
     assert not broken, f"{len(broken)} limits are broken; if that is meant: collogue resources --json {RECORD}\n" + "\n".join(broken)
+
+
+#: Of the kernels with few registers to spare, so many are compiled here, spread over all of them.
+MOST_TIGHT = 300
+
+
+@pytest.mark.timeout(600)
+def test_kernels_with_few_registers_to_spare_do_not_spill(record_property: Callable[[str, object], None]) -> None:
+    """Those that `scripts/spills.py` has found, and those that it has seen spill with the launch bounds of the plan."""
+    record = json.loads(SPILLS.read_text(encoding="utf-8"))
+    tight = [from_json(row) for row in record["tight"]]
+    spilled = [from_json(row["variant"]) for row in record["spilled"]]
+    variants = [*spilled, *tight[:: -(-len(tight) // MOST_TIGHT) or 1]]
+    architecture = record["architecture"]
+    with ThreadPoolExecutor(jit.cores()) as pool:
+        codes = list(pool.map(lambda variant: jit.compile_variant(variant, architecture)[0], variants))
+    broken = [variant for variant, code in zip(variants, codes, strict=True) if jit.local_bytes(code)]
+    record_property("told", f"few registers to spare: {len(variants)} of {len(tight) + len(spilled)} kernels compiled again")
+    assert not broken, f"{len(broken)} kernels spill: {broken[0]}"
 
 
 @pytest.mark.parametrize("label", ["nvfp4/128x4", "mxfp4/ceil/linear", "mxfp8/ceil/128x4"])
