@@ -1,7 +1,8 @@
-# make demo      the main job: a real model, tensor-parallel, every format
-# make test      CPU tests
-# make test-gpu  GPU tests, on whatever GPUs there are
-# make check     lint + test
+# make demo       a real model, tensor-parallel on three ranks, in every format: two to three minutes on two cores
+# make test-fast  the CPU tests that compile nothing, emulate nothing and start no processes: under a minute
+# make test       all CPU tests
+# make test-gpu   GPU tests, on whatever GPUs there are
+# make check      lint, types and all CPU tests
 #
 # PYTHON=python3.12 chooses the Python; its torch is used if it has one. The rest is in scripts/setup.sh.
 
@@ -14,7 +15,7 @@ export PYTHON CONSTRAINTS
 # Only the plugins that pyproject.toml names.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: demo test test-gpu check lint setup clean
+.PHONY: demo test test-fast test-gpu check lint setup clean
 
 demo: setup
 	@mkdir -p build
@@ -23,9 +24,13 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cpu -n 2 $(PYTEST_ARGS)
 
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cpu -n 2 -m "not slow" $(PYTEST_ARGS)
+
 test-gpu: setup
 	$(BIN)/python -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
 
+# With the extra dev, which lint installs, the tests also run mypy and pyright on README's blocks and the examples.
 check: lint test
 
 lint:

@@ -31,7 +31,7 @@ for part in "${parts[@]}"; do
     check) collogue check check --device cuda --sweep full ;;
     latency) collogue latency bench "${worlds[@]}" ;;
     suites) collogue suites bench --suite eager,epilogues,world ;;
-    multiprocessors) collogue multiprocessors bench --suite multiprocessors --no-chains ;;
+    multiprocessors) collogue multiprocessors bench --suite sms --no-chains ;;
     reliability) collogue reliability reliability ;;
     tune) collogue tune tune "${worlds[@]}" ;;
     model) collogue model bench model "${worlds[@]}" ;;

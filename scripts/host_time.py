@@ -1,8 +1,9 @@
 """Host time of eager calls, of one source tree against another: ``scripts/host_time.py OUT.json NAME=PATH NAME=PATH ...``.
 
 Each ``PATH`` is a checkout; the first is the base of the ratios. One GPU, a world of one, bfloat16, H = 7168, 8 tokens. Every round times
-each tree in a process of its own, in turn, so that the machine's noise meets all alike. A time is the median over rounds of the median
-over blocks of 200 calls, in microseconds a call, by the wall clock; the GPU keeps up, as a call's kernel takes less than its launch.
+each tree in a process of its own, in turn, so that the machine's noise meets all alike. A time is the median over rounds of the lower
+quartile over blocks of 200 calls (what else runs on the machine only adds), in microseconds a call, by the wall clock. The GPU keeps up:
+a call's kernel takes less than its launch. Every round is kept.
 
 Rows: the epilogue; fresh outputs, ``out=``, and the operator ``torch.ops.collogue.all_reduce`` under ``torch.no_grad``.
 """
@@ -17,6 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from collogue.tools.record import circumstances
+
 CHILD = r"""
 import json, statistics, sys, time
 import torch, torch.distributed as dist
@@ -30,7 +33,7 @@ for _ in range(4):
     x, r = (torch.randn(T, H, device="cuda").bfloat16() for _ in range(2))
     sets.append((x, r, collogue.RMSNorm(torch.randn(H, device="cuda").bfloat16())))
 
-def median(call):
+def quartile(call):
     for i in range(1000):
         call(*sets[i % 4])
     torch.cuda.synchronize()
@@ -41,22 +44,22 @@ def median(call):
             call(*sets[i % 4])
         blocks.append((time.perf_counter_ns() - start) / 200e3)
         torch.cuda.synchronize()
-    return statistics.median(blocks)
+    return statistics.quantiles(blocks, n=4)[0]
 
 found = {}
 for label, quant in (("norm", None), ("norm + fp8_per_token", collogue.FP8PerToken()), ("norm + nvfp4", collogue.NVFP4(37.5))):
     with torch.no_grad():
         x, r, norm = sets[0]
         out = comm.all_reduce(x, residual=r, norm=norm, quant=quant)
-        found[label + "/fresh"] = median(lambda x, r, n: comm.all_reduce(x, residual=r, norm=n, quant=quant))
-        found[label + "/out="] = median(lambda x, r, n: comm.all_reduce(x, residual=r, norm=n, quant=quant, out=out))
+        found[label + "/fresh"] = quartile(lambda x, r, n: comm.all_reduce(x, residual=r, norm=n, quant=quant))
+        found[label + "/out="] = quartile(lambda x, r, n: comm.all_reduce(x, residual=r, norm=n, quant=quant, out=out))
         op = torch.ops.collogue.all_reduce.default
         name, scale = ("none" if quant is None else quant.label), getattr(quant, "global_scale", 1.0)
         smallest = getattr(quant, "smallest", 0.0)
-        found[label + "/operator"] = median(lambda x, r, n: op(x, r, n.weight, n.eps, 0.0, name, None, scale, smallest, False, comm.name))
+        found[label + "/operator"] = quartile(lambda x, r, n: op(x, r, n.weight, n.eps, 0.0, name, None, scale, smallest, False, comm.name))
 with torch.no_grad():
     y = torch.empty_like(x)
-    found["torch.add, out="] = median(lambda x, r, n: torch.add(x, r, out=y))
+    found["torch.add, out="] = quartile(lambda x, r, n: torch.add(x, r, out=y))
 comm.check()
 print("RESULT" + json.dumps(found))
 """
@@ -91,7 +94,7 @@ def main() -> int:
     import torch
 
     device = torch.cuda.get_device_name(0)
-    data = {"device": device, "torch": torch.__version__, "rounds": given.rounds, "us": times, "ratio": ratios}
+    data = {"device": device, "torch": torch.__version__, "us": times, "ratio": ratios, "rounds": rounds, **circumstances()}
     given.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     for row in times[base]:
         shares = "".join(f"  {name} {times[name][row]:6.2f} ({ratios[name][row]:.2f})" for name in others)

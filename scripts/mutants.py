@@ -1,4 +1,4 @@
-"""Runs the mutated twins of tests/cpu/test_mutants.py and keeps how many seeds each needed: `scripts/mutants.py [OUT.json]`.
+"""Runs the mutated twins of tests/cpu/kernels/test_mutants.py and keeps how many seeds each needed: `scripts/mutants.py [OUT.json]`.
 
 Without a name the results go to benchmarks/results/emulator-mutants.json. Exits with 1 if a twin was not caught.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from collogue.tools.record import circumstances
 
 ROOT = Path(__file__).resolve().parent.parent
-TEST = ROOT / "tests" / "cpu" / "test_mutants.py"
+TEST = ROOT / "tests" / "cpu" / "kernels" / "test_mutants.py"
 OUT = ROOT / "benchmarks" / "results" / "emulator-mutants.json"
 _TOLD = re.compile(r"emulator: (?P<mutant>.*?): caught by seed (?P<seeds>\d+) of (?P<most>\d+): (?P<seen>.*)", re.DOTALL)
 
@@ -36,7 +36,9 @@ def mutants(report: Path) -> list[dict[str, Any]]:
 
 def main(arguments: list[str]) -> int:
     """Run, collect, write."""
-    parser = argparse.ArgumentParser(description="Run the mutated twins of tests/cpu/test_mutants.py; keep how many seeds each needed.")
+    parser = argparse.ArgumentParser(
+        description="Run the mutated twins of tests/cpu/kernels/test_mutants.py; keep how many seeds each needed."
+    )
     parser.add_argument("out", type=Path, nargs="?", default=OUT)
     out: Path = parser.parse_args(arguments).out
     with tempfile.TemporaryDirectory() as folder:

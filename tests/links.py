@@ -1,4 +1,4 @@
-"""What processes of a gloo group do to each other: late, dead, interrupted, forked, in another order. Used by test_link.py."""
+"""What processes of a gloo group do to each other: late, dead, interrupted, forked, in another order. Used by test_sockets.py."""
 
 from __future__ import annotations
 
@@ -75,9 +75,11 @@ def in_prepare(comm: collogue.Communicator) -> Told:
 def interrupted(comm: collogue.Communicator) -> Told:
     """Rank 1 waits for rank 2, which is late, when somebody presses Ctrl-C."""
     if comm.rank == 1:
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # processes of tests block it
+        threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     if comm.rank == 2:
-        time.sleep(0.8)
+        time.sleep(1.2)
     return told(comm)
 
 
@@ -154,6 +156,8 @@ def scenes_rank(group: dist.ProcessGroup, tell: Any) -> dict[str, Any]:
     found["shared"] = _shared(comm)
     dist.barrier()
     comm.reset()
+    tell("watched")
+    found["watched"] = _watched(comm)
     tell("fork")
     found["fork"] = _fork(comm)
     check_works(comm)
@@ -217,6 +221,15 @@ def _shared(comm: collogue.Communicator) -> list[str]:
     found = [told(comm, call)[0] for call in (None, comm.reset, lambda: comm.prepare(4))]
     waiting.join()
     return found
+
+
+def _watched(comm: collogue.Communicator) -> list[str]:
+    """A watch looks all the time, and is in nobody's way."""
+    seen: list[str] = []
+    with comm.watch(lambda error: seen.append(str(error)), interval=1e-5):
+        for step in range(50):
+            check_works(comm, tokens=1 + step % 7, seed=step)
+    return seen
 
 
 def _fork(comm: collogue.Communicator) -> list[str]:

@@ -27,6 +27,10 @@ SMALL = {
 }
 
 
+#: Types whose layers have other parts than Llama's.
+OTHER_FORMS = ("gemma2", "phi3", "glm4", "olmo2", "granite")
+
+
 def small_model(kind: str, **changed: Any) -> Any:
     """A tiny decoder with random weights, the same at every call."""
     torch.manual_seed(0)
@@ -137,8 +141,11 @@ def state_rank(group: dist.ProcessGroup, tell: Any, folder: str, peft_folder: st
     told["unfused"] = _unfused(group, tokens, peft_folder)
     tell("compiled")
     with torch.no_grad():
-        step = torch.compile(model, backend="eager", fullgraph=True)
-        told["compiled"] = torch.equal(step(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
+        told["compiled"] = True
+        for kind in ("llama", *OTHER_FORMS):
+            model = collogue.parallelize(small_model(kind), group, max_tokens=16)
+            step = torch.compile(model, backend="eager", fullgraph=True)
+            told["compiled"] &= torch.equal(step(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
     return told
 
 
@@ -193,6 +200,10 @@ def _unfused(group: dist.ProcessGroup, tokens: torch.Tensor, peft_folder: str | 
     right = all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*seen, strict=True))
     model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, a, out: None)
     right &= "mlp.down_proj of a decoder layer has a forward hook" in _error(lambda: model(tokens))
+    for kind in OTHER_FORMS:
+        options = {"residual_multiplier": 0.22} if kind == "granite" else {}
+        model, whole = collogue.parallelize(small_model(kind, **options), group, max_tokens=16, fuse=False), small_model(kind, **options)
+        right &= torch.allclose(model(tokens).logits, whole(tokens).logits, rtol=1e-5, atol=1e-5)
     if peft_folder is None:
         return right
     sys.path.insert(0, peft_folder)

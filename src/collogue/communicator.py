@@ -85,10 +85,13 @@ class Communicator(Operations):
         with making(self._group):
             self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table, concurrent=concurrent)
             check_width(self.topology, hidden_size)
-            self._engine = make_engine(self._group, self.topology, timeout)
-        self._quick = self._engine.quick  # type: ignore[method-assign]
-        self.group_name = self._group.name
-        self.name = registry.register(self, self.group_name)
+            self.group_name = self._group.name
+            self.name = registry.register(self, self.group_name)
+            try:
+                self._engine = make_engine(self._group, self.topology, timeout, self.name)
+            except BaseException:
+                registry.forget(self.name)
+                raise
 
     def _run(self, call: Call, out: Output | None = None) -> Output:
         return run(self._open(), self._capacity, call, out)
@@ -250,7 +253,6 @@ class Communicator(Operations):
         """
         self._refuse_capture("close")
         engine, self._engine = self._engine, None
-        self.__dict__.pop("_quick", None)
         if engine is not None:
             registry.forget(self.name)
             engine.close(collective)

@@ -18,6 +18,7 @@ from collogue.planning.topology import Topology
 class Engine(Protocol):
     """Runs checked calls."""
 
+    def latest(self, call: Call, out: Output | None) -> Output | None: ...
     def quick(self, call: Call, out: Output | None) -> Output | None: ...
     def run(self, call: Call, out: Output | None) -> Output: ...
     def prepare(self, signatures: Iterable[Signature]) -> None: ...
@@ -27,15 +28,15 @@ class Engine(Protocol):
     def journal(self) -> Journal: ...
 
 
-def make_engine(group: Group, topology: Topology, timeout: float) -> Engine:
-    """The engine for the group's device. Collective."""
+def make_engine(group: Group, topology: Topology, timeout: float, name: str) -> Engine:
+    """The engine for the group's device. ``name``: the communicator's, for errors. Collective."""
     if group.device.type == "cpu":
         from collogue.cpu import ReferenceEngine
 
         return ReferenceEngine(group, timeout)
     from collogue.gpu.engine import KernelEngine
 
-    return KernelEngine(group, topology, timeout)
+    return KernelEngine(group, topology, timeout, name)
 
 
 def run(engine: Engine, capacity: Capacity, call: Call, out: Output | None = None) -> Output:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias, TypedDict, Unpack, overload
 
+import torch
 from torch import Tensor
 
 from collogue import ops
@@ -12,8 +13,10 @@ from collogue.calls.capacity import Capacity
 from collogue.calls.gather import check_gather
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 from collogue.contract.spec import Output, RMSNorm
+from collogue.engine import Engine
 from collogue.ops import is_traced
 
+_is_compiling = torch.compiler.is_compiling
 #: Formats whose calls return scales.
 Scaled: TypeAlias = NVFP4 | MXFP4 | MXFP8 | FP8PerToken | FP8Group
 
@@ -31,6 +34,7 @@ class Operations:
 
     name: str
     _capacity: Capacity
+    _engine: Engine | None
 
     @overload
     def all_reduce(
@@ -373,14 +377,15 @@ class Operations:
         return self._call(Call(y, None, norm, quant, keep_norm, "finish"), out)
 
     def _call(self, call: Call, out: Output | None) -> Output:
-        if is_traced():
-            return ops.call(self.name, call, out)
-        done = self._quick(call, out)
-        return done if done is not None else self._run(call, out)
-
-    @staticmethod
-    def _quick(call: Call, out: Output | None) -> Output | None:
-        """A call like one before in which nothing is unusual; ``None``, with nothing done, where anything is."""
+        if not _is_compiling():
+            engine = self._engine
+            if engine is not None:
+                done = engine.latest(call, out)
+                if done is None:
+                    done = engine.quick(call, out)
+                if done is not None:
+                    return done
+        return ops.call(self.name, call, out) if is_traced() else self._run(call, out)
 
     def _open(self) -> object:
         """Raise :class:`ClosedError` where the communicator is closed."""

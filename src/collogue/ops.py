@@ -118,7 +118,8 @@ def _run(
         format = FP8Static(scale)
     norm = None if weight is None else RMSNorm(weight, eps, weight_offset)
     owner = registry.find(comm)
-    done = owner._quick(Call(partial, residual, norm, format, keep_norm, operation), None)
+    call, engine = Call(partial, residual, norm, format, keep_norm, operation), owner._engine
+    done = None if engine is None else engine.latest(call, None) or engine.quick(call, None)
     if done is not None:
         return _tensors(done)
     parts = _parts(operation, partial.contiguous(), residual, format, owner.max_tokens)

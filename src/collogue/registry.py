@@ -10,6 +10,7 @@ import torch
 from collogue.calls.call import Call
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Output
+from collogue.engine import Engine
 from collogue.errors import ClosedError
 
 
@@ -23,10 +24,10 @@ class Communicator(Protocol):
     dtype: torch.dtype
     max_tokens: int
     hidden_size: int
+    _engine: Engine | None
 
     def fits(self, tokens: int, hidden_size: int | None = None) -> bool: ...
     def owned_rows(self, tokens: int, rank: int | None = None) -> range: ...
-    def _quick(self, call: Call, out: Output | None) -> Output | None: ...
     def _run(self, call: Call, out: Output | None = None) -> Output: ...
     def all_gather(self, shard: Output, tokens: int, *, quant: Quant | None = None, out: Output | None = None) -> Output: ...
 

@@ -22,6 +22,13 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return lambda *cases, edits=(): compile_cases(cases, directory, edits)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What compiles for the emulator, or NVIDIA's headers for the host, is slow; other tests carry the mark themselves."""
+    for item in items:
+        if {"build", "oracle"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What tests recorded with ``record_property("told", ..)``: from every worker, passed or not."""
     for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):

@@ -340,6 +340,7 @@ def test_mismatched_calls_raise_on_every_rank_with_both_sides(what: str) -> None
 # Real processes
 
 
+@pytest.mark.slow
 def test_three_processes_over_gloo() -> None:
     results = run_processes(3, gloo_rank)
     assert [r["mismatch"] for r in results] == [results[0]["mismatch"]] * 3

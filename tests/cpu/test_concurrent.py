@@ -17,6 +17,8 @@ from collogue.planning.topology import MOST_CONCURRENT, Topology, agree, topolog
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.emulator import Case, Edit, Library, emulate
 
+pytestmark = pytest.mark.slow
+
 KERNELS = ("one_shot", "two_shot", "sharded", "reduce_scatter", "all_gather")
 #: Of a grid that takes nine tenths of a GPU, as plans make it. Owners have rows for every cluster too.
 CTAS, ROWS, TOKENS = 10, 9, 18

@@ -45,6 +45,7 @@ def fail(name: str) -> None:
     raise getattr(errors, name)("x is y", hint="do z")
 
 
+@pytest.mark.slow
 def test_errors_out_of_processes() -> None:
     context = get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:

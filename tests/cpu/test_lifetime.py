@@ -122,6 +122,7 @@ def test_kernels_are_not_prepared_nor_workspaces_reset_during_a_call() -> None:
 # ---- graphs
 
 
+@pytest.mark.slow
 def test_a_captured_communicator_lives_until_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     capturing = [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])

@@ -66,6 +66,7 @@ def operands(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", ["all_reduce", "sharded", "reduce_scatter", "finish"])
 @pytest.mark.parametrize("label", ["none", "static tensor", "column"])
 def test_opcheck(comm: collogue.Communicator, operation: str, label: str) -> None:
@@ -102,6 +103,7 @@ def test_fakes_have_the_form_of_the_outputs(quant: Quant | None) -> None:
     run_virtual(3, rank)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_calls_are_traced_without_a_break(comm: collogue.Communicator, backend: str) -> None:
     """Formats and norms may be made inside what is compiled."""
@@ -169,6 +171,7 @@ def poisoned(out: Output) -> Output:
 HOW = pytest.mark.parametrize("how", ["mode", "aot_eager", "inductor"])
 
 
+@pytest.mark.slow
 @HOW
 @pytest.mark.parametrize("quant", [None, FP8Static(0.5), NVFP4(400.0, "8x4"), FP8Group(32, layout="column")], ids=describe)
 def test_traced_calls_write_out(comm: collogue.Communicator, quant: Quant | None, how: str) -> None:
@@ -191,6 +194,7 @@ def test_traced_calls_write_out(comm: collogue.Communicator, quant: Quant | None
     assert torch.equal(read, expected.residual + expected.norm)
 
 
+@pytest.mark.slow
 @HOW
 def test_the_other_traced_calls_write_out(comm: collogue.Communicator, how: str) -> None:
     given, quant = arguments(0), FP8PerToken()
@@ -215,6 +219,7 @@ def test_the_other_traced_calls_write_out(comm: collogue.Communicator, how: str)
         assert not differing(compare(out, right))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["mode", "aot_eager in parts", "inductor in parts"])
 @pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
 def test_padding_of_scales_is_written_outside_of_graphs(comm: collogue.Communicator, scale_format: Any, how: str) -> None:
@@ -257,6 +262,7 @@ def outputs(given: dict[str, Any], **changed: torch.Tensor) -> Output:
     return Output(**({"residual": given["residual"], "norm": torch.empty_like(given["partial"])} | changed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["mode", "eager in parts"])
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed_outputs_are_refused_when_traced(comm: collogue.Communicator, case: str, how: str) -> None:

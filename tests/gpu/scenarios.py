@@ -424,6 +424,30 @@ def mismatched_calls(world: World) -> None:
     world.same("after the reset", out, p.expected)
     world.settle()
     comm.close()
+    _another_order(world, p)
+
+
+def _another_order(world: World, p: Prepared) -> None:
+    """Two communicators of one stream; the last rank calls them in another order than the others."""
+    first, second = (communicator(world, [p.case], timeout=2.0) for _ in range(2))
+    for comm in (first, second):
+        p.prepare(comm)
+    world.settle()
+    order = (second, first) if world.rank == world.size - 1 else (first, second)
+    for comm in order:
+        p.call(comm, p.out)
+    world.settle()
+    text = world.raises(e.MismatchedCall, order[0].check, "another order")
+    world.require(repr(order[1].name) in text, f"the other communicator is not named: {text}")
+    world.settle()
+    for comm in (first, second):
+        comm.reset()
+    p.call(first, p.out)
+    world.settle()
+    world.same("after the reset", p.out, p.expected)
+    world.settle()
+    for comm in (first, second):
+        comm.close()
 
 
 def bad_input(world: World) -> None:

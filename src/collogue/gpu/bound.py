@@ -55,14 +55,24 @@ def key_of(call: Call, out: Output | None) -> tuple[Any, ...]:
     )
 
 
-def bind(engine: KernelEngine, call: Call, out: Output | None, launcher: Launcher, launch: Callable[[int], None]) -> Bound | None:
-    """Calls like ``call`` with ``out``, which have been checked. ``launch(stream)`` launches what ``launcher`` and its parameters say.
+def unbound(call: Call, out: Output | None) -> Output | None:
+    """What stands in the place of a bound call where there is none yet."""
+
+
+def bind(
+    engine: KernelEngine, call: Call, out: Output | None, launcher: Launcher, launch: Callable[[int], None], *, more: bool = False
+) -> Bound | None:
+    """Calls like ``call`` with ``out``, which have been checked. ``launch(stream)`` launches what ``launcher`` and its parameters say;
+    ``more``: it launches several kernels.
 
     ``None`` where this PyTorch has no such guard.
     """
     forms, index, quant = call.signature.forms, engine.index, call.quant
     named = [name for name in OUTPUTS if name in forms]
     absent = [name for name in OUTPUTS if name not in forms]
+    operation, keep_norm, kind, label = call.operation, call.keep_norm, type(quant), None if quant is None else quant.label
+    prefetch = None if call.norm is None else call.norm.prefetch
+    in_place = out is not None and out.residual is not None and out.residual is call.residual
     has_residual, has_norm, has_out = call.residual is not None, call.norm is not None, out is not None
     has_scale = quant is not None and quant.given_scale is not None
     has_scale_tensor = has_scale and isinstance(quant.given_scale, torch.Tensor)  # type: ignore[union-attr]
@@ -71,8 +81,9 @@ def bind(engine: KernelEngine, call: Call, out: Output | None, launcher: Launche
     fields = [name.split(".")[-1].removeprefix("given_") for name in reads] + [_FIELDS[name] for name in named] * has_out
     inputs, outputs, others = _together(reads), _together(named), _together(absent)
     nothing = (None,) * len(absent)
-    fits, outs_fit = _guard(inputs(call)), _guard(outputs(out) if has_out else ())
-    if fits is None or outs_fit is None:
+    looked_at = _together([name for name in named if not (in_place and name == "residual")])
+    fits = _guard((*inputs(call), *(looked_at(out) if has_out else ())))
+    if fits is None:
         return None
     params = launcher.params
     words = memoryview((ctypes.c_ubyte * ctypes.sizeof(params)).from_buffer(params)).cast("B")[: 8 * len(_ADDRESSES)]
@@ -83,6 +94,8 @@ def bind(engine: KernelEngine, call: Call, out: Output | None, launcher: Launche
     allocators = [(OUTPUTS.index(name), _ADDRESSES.index(_FIELDS[name]), _allocator(forms[name], call.signature.device)) for name in named]
     group_word = params.header[1]
     fault, late_rank = engine.failure_words
+    alone, one_gpu = engine.workspace is None, torch.cuda.device_count() < 2
+    launch_now = launcher.launch if not more else None
     acquire, release = engine.in_use.acquire_now, engine.in_use.release
     capturing, current_device = torch._C._cuda_isCurrentStreamCapturing, torch._C._cuda_getDevice
     current_stream, address_of = torch._C._cuda_getCurrentRawStream, torch.Tensor.data_ptr
@@ -106,21 +119,37 @@ def bind(engine: KernelEngine, call: Call, out: Output | None, launcher: Launche
 
     def bound(call: Call, out: Output | None) -> Output | None:
         norm, quant = call.norm, call.quant
-        if has_norm and norm.__class__ is not RMSNorm:
+        if call.operation != operation or call.keep_norm is not keep_norm or (call.residual is not None) is not has_residual:
             return None
-        if not has_scale_tensor and has_scale and isinstance(quant.given_scale, torch.Tensor):  # type: ignore[union-attr]
+        if has_norm:
+            if norm.__class__ is not RMSNorm or norm.prefetch is not prefetch:
+                return None
+        elif norm is not None:
             return None
+        if quant is not launcher.quant:
+            if quant.__class__ is not kind or (quant is not None and quant.label != label):
+                return None
+            if has_scale and isinstance(quant.given_scale, torch.Tensor) is not has_scale_tensor:  # type: ignore[union-attr]
+                return None
         tensors = inputs(call)
-        if not fits(*tensors):
-            return None
         if has_out:
             if out.__class__ is not Output or others(out) != nothing:
                 return None
-            given = outputs(out)
-            if not outs_fit(*given):
-                return None
-            tensors += given
-        if fault.value or late_rank.value or forward_ad._current_level >= 0 or capturing() or current_device() != index:
+            if in_place:
+                if out.residual is not call.residual or not fits(*tensors, *looked_at(out)):
+                    return None
+                tensors += outputs(out)
+            else:
+                tensors += outputs(out)
+                if not fits(*tensors):
+                    return None
+        elif out is not None or not fits(*tensors):
+            return None
+        if forward_ad._current_level >= 0 or not (alone or (fault.value == 0 and late_rank.value == 0)):
+            return None
+        # The default stream cannot be captured.
+        stream = current_stream(index)
+        if stream != engine.stream or (stream and capturing()) or not (one_gpu or current_device() == index):
             return None
         addresses = tuple(map(address_of, tensors))
         row = known.get(addresses) or packed(addresses)
@@ -133,9 +162,6 @@ def bind(engine: KernelEngine, call: Call, out: Output | None, launcher: Launche
         if not acquire():
             return None
         try:
-            stream = current_stream(index)
-            if stream != engine.stream:
-                return None
             words[:] = row
             if not has_out:
                 values: list[Any] = [None] * len(OUTPUTS)
@@ -153,7 +179,10 @@ def bind(engine: KernelEngine, call: Call, out: Output | None, launcher: Launche
                     smallest = quant.smallest  # type: ignore[union-attr]
                     params.smallest = smallest
                     params.header[1] = header.bounded(group_word, smallest)
-            launch(stream)
+            if launch_now is None or stream != launcher.stream:
+                launch(stream)
+            elif launch_now()[0]:
+                launch(stream)  # again, in a way that says what is wrong
             return out
         finally:
             release()

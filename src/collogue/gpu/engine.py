@@ -18,7 +18,7 @@ from collogue.contract.formats import scale_storage
 from collogue.contract.spec import Output
 from collogue.errors import ClosedError, NotPrepared
 from collogue.gpu import jit
-from collogue.gpu.bound import Bound, bind, key_of
+from collogue.gpu.bound import Bound, bind, key_of, unbound
 from collogue.gpu.exclusive import Exclusive
 from collogue.gpu.failure import FailureRecord
 from collogue.gpu.journal import Journal
@@ -56,15 +56,16 @@ class _Ready:
 class KernelEngine:
     """Runs checked calls on this rank's GPU. See :meth:`collogue.Communicator.all_reduce`."""
 
-    def __init__(self, group: Group, topology: Topology, timeout: float) -> None:
+    def __init__(self, group: Group, topology: Topology, timeout: float, name: str = "?") -> None:
         self.group = group
         self.topology = topology
         self.timeout = timeout
         self.index = group.device.index
-        self.workspace = Workspace(group, topology, timeout) if topology.world_size > 1 else None
+        self.workspace = Workspace(group, topology, timeout, name) if topology.world_size > 1 else None
         self._kernels: dict[Variant, Any] = {}
         self._ready: dict[Signature, _Ready] = {}
         self._bound: dict[object, Bound] = {}
+        self.latest: Bound = unbound  # most calls are like the one before: to be tried before `quick`
         self.in_use = Exclusive()
         self._order = StreamOrder(self.index)
         self.stream: int | None = None  # of the last call, where a call on it need not wait for anything
@@ -132,11 +133,12 @@ class KernelEngine:
     def quick(self, call: Call, out: Output | None) -> Output | None:
         """The same for a call like one before in which nothing is unusual; ``None``, with nothing done, where anything is."""
         try:
-            bound = self._bound[key_of(call, out)]
-        except KeyError:
-            return None
+            bound = self._bound.get(key_of(call, out))
         except (AttributeError, TypeError):  # arguments that are not what they should be
             return None
+        if bound is None or bound is self.latest:
+            return None
+        self.latest = bound
         return bound(call, out)
 
     def run(self, call: Call, out: Output | None) -> Output:
@@ -151,9 +153,9 @@ class KernelEngine:
             else:
                 self._launch(ready, call, out)
             if ready.main is not None and call.shard is None and not self._debug and self.stream is not None:
-                bound = bind(self, call, given, ready.main, ready.launch if ready.more else ready.main)
+                bound = bind(self, call, given, ready.main, ready.launch, more=bool(ready.more))
                 if bound is not None:
-                    keep(self._bound, key_of(call, given), bound)
+                    self.latest = keep(self._bound, key_of(call, given), bound)
             return out
 
     def _launch(self, ready: _Ready, call: Call, out: Output) -> None:
@@ -167,6 +169,8 @@ class KernelEngine:
         self._order.leave(stream)
         if self.stream != self._order.stream:
             self.stream = self._order.stream
+            if self.workspace is not None:
+                self.workspace.stream = stream
             self._look_at_others()
 
     def _look_at_others(self) -> None:
@@ -238,6 +242,7 @@ class KernelEngine:
                 self.group.barrier()
             self._ready.clear()
             self._bound.clear()
+            self.latest = unbound
             self._kernels.clear()
             _captured.discard(self)
             _OPEN.discard(self)

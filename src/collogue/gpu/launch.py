@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -54,16 +55,19 @@ class Launcher:
         config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1
         config.attrs, config.numAttrs = attributes, len(attributes)
         self._config = config
-        self._stream = -1
+        #: The stream of the last launch.
+        self.stream = -1
+        #: Launches on it, and returns the driver's error in a tuple.
+        self.launch = functools.partial(driver.cuLaunchKernelEx, config, self._function, self._address, 0)
         #: The format whose numbers the parameters hold, where a bound call has put them there.
         self.quant: Quant | None = None
 
     def __call__(self, stream: int) -> None:
         """Launch with the current parameters on a raw stream of the current device."""
-        if stream != self._stream:
+        if stream != self.stream:
             self._config.hStream = driver.CUstream(stream)
-            self._stream = stream
-        (error,) = driver.cuLaunchKernelEx(self._config, self._function, self._address, 0)
+            self.stream = stream
+        (error,) = self.launch()
         if error:
             self._launch_again(error)
 
@@ -71,7 +75,7 @@ class Launcher:
         """In a thread that has used no GPU before, now that it has a context. Raises :class:`PlatformError` where that was not it."""
         if error == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
             use_device(torch.cuda.current_device())
-            (error,) = driver.cuLaunchKernelEx(self._config, self._function, self._address, 0)
+            (error,) = self.launch()
         if error:
             raise PlatformError(
                 f"a kernel could not be launched: {error!r}", hint="run with CUDA_LAUNCH_BLOCKING=1 to find the failing call"

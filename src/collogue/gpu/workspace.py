@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import time
+import weakref
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,13 +91,15 @@ def clean_control() -> bytearray:
     return page
 
 
-@dataclass
+@dataclass(eq=False)
 class Workspace:
     """Collective to make: every rank allocates, maps every rank's buffer, fills its slots with sentinels."""
 
     group: Group
     topology: Topology
     timeout: float
+    name: str = "?"  #: of the communicator
+    stream: int | None = None  #: of its last call
 
     def __post_init__(self) -> None:
         self.extent = workspace_extent(self.topology)
@@ -109,6 +112,7 @@ class Workspace:
         self._reader = Reader(self.group.device.index, CONTROL_BYTES)
         self._saved: str | None = None
         self.reset()
+        _OPEN.add(self)
 
     @property
     def nbytes(self) -> int:
@@ -128,6 +132,7 @@ class Workspace:
 
     def close(self) -> None:
         """Nothing can be read any more. The memory goes with the object."""
+        _OPEN.discard(self)
         self._reader.close()
 
     @property
@@ -205,7 +210,8 @@ class Workspace:
             then = f"; then {self._timeout(journal, found)}" if found is not None and fault == TIMEOUT else ""
             return MismatchedCall, _mismatch(journal, finder, differing) + then
         if found is not None and fault == TIMEOUT:
-            return CollectiveTimeout, self._timeout(journal, found)
+            kind, elsewhere = self._elsewhere(found)
+            return kind, self._timeout(journal, found) + elsewhere
         if found is not None:
             return CorruptedWorkspace, f"rank {rank}'s stop word has been written over: no kernel writes what it holds"
         return CorruptedWorkspace, f"rank {rank}'s control words have been written over"
@@ -222,9 +228,35 @@ class Workspace:
         theirs = journal.made(late, call)
         return f"{waited}{own}; rank {late} {f'made {theirs}' if theirs else 'made no such call'}"
 
+    def _elsewhere(self, found: Record) -> tuple[type[CollectiveError], str]:
+        """Whether the late rank has been in a call of another communicator meanwhile.
+
+        One that the waiting rank has not made, or in which it has waited for the waiting rank. On one stream that is an order of calls
+        that differs between ranks; on several streams the rank may only be late there.
+        """
+        rank, late = found["rank"], found["late_rank"]
+        if late < self.topology.world_size:
+            for other in list(_OPEN):
+                if other is self or (other.group.name, other.group.rank) != (self.group.name, self.group.rank):
+                    continue
+                theirs, mine = (page and Control.of(page).calls for page in map(other._control_page, (late, rank)))
+                text = ""
+                if theirs and theirs > (mine or 0):
+                    text = f"; rank {late} is in call {theirs - 1} of communicator {other.name!r}, which rank {rank} has not made"
+                told = other._told(other.control())
+                if told and (told["fault"], told["rank"], told["late_rank"]) == (TIMEOUT, late, rank):
+                    text = f"; rank {late} waited for rank {rank} in call {told['call']} of communicator {other.name!r}"
+                if text:
+                    same = self.stream is not None and self.stream == other.stream
+                    return (MismatchedCall if same else CollectiveTimeout), text
+        return CollectiveTimeout, ""
+
+    def _control_page(self, rank: int) -> bytes:
+        return self._read(self.buffer.pointers[rank], JOURNAL_OFFSET)
+
     def control(self) -> Control | None:
         """The control words as they are now; ``None`` where they cannot be read. Kernels may be running."""
-        page = self._read(self.buffer.pointers[self.group.rank], JOURNAL_OFFSET)
+        page = self._control_page(self.group.rank)
         return Control.of(page) if page else None
 
     def journal(self) -> Journal:
@@ -249,3 +281,7 @@ class Workspace:
 def _mismatch(journal: Journal, finder: int, call: int) -> str:
     sides = "; ".join(f"rank {rank} made {text}" for rank in journal.calls if (text := journal.made(rank, call)))
     return f"the ranks' calls number {call} differ, rank {finder} found: {sides}"
+
+
+#: Workspaces that can be read.
+_OPEN: weakref.WeakSet[Workspace] = weakref.WeakSet()

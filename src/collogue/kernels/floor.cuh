@@ -1,6 +1,7 @@
 // Floors: what no call can go under on this machine. Timed by collogue/tools/bench/floors.py; no other kernel uses them.
 #pragma once
 #include "params.cuh"
+#include "ptx.cuh"
 
 namespace collogue {
 

@@ -45,7 +45,8 @@ class Link:
     def __init__(self, group: str, name: str, rank: int, size: int, gather: Callable[[Any], list[Any]], timeout: float) -> None:
         self.group, self.name, self.rank, self.size, self.timeout = group, name, rank, size, timeout
         self.failure: CollectiveError | None = None
-        self._process, self._in_use, self._thread = os.getpid(), threading.Lock(), threading.get_ident()
+        self._process, self._thread = os.getpid(), threading.get_ident()
+        self._in_use, self._checking = threading.Lock(), threading.Lock()
         self._sockets = Sockets(rank, size, gather)
         self._peers = self._sockets.peers
         self._cut_off = set[int]()  # ranks that have a part of a frame
@@ -76,8 +77,9 @@ class Link:
 
     def abandon(self, why: str) -> None:
         """Tell the others that this rank has left in the middle of a call."""
-        if self.failure is None and os.getpid() == self._process:
-            self._fail(CollectiveError(f"rank {self.rank} {why}", hint=_RESET))
+        with self._alone():
+            if self.failure is None:
+                self._fail(CollectiveError(f"rank {self.rank} {why}", hint=_RESET))
 
     def _announce(self, what: str, nbytes: int) -> dict[int, int]:
         """Say what this rank is about to do, and hear it of all others. Returns how many bytes each will send."""
@@ -198,11 +200,12 @@ class Link:
     def check(self) -> None:
         """Raise what has broken the link, here or on another rank. Waits for nobody. A rank that has closed is not a fault."""
         self._check_process()
-        if self._in_use.acquire(blocking=False):
-            try:
-                self._look(STOP)
-            finally:
-                self._in_use.release()
+        with self._checking:
+            if self._in_use.acquire(blocking=False):
+                try:
+                    self._look(STOP)
+                finally:
+                    self._in_use.release()
         if self.failure is not None:
             raise copy.copy(self.failure)
 
@@ -228,20 +231,32 @@ class Link:
     def close(self) -> None:
         """Give the sockets back. Ranks that still call hear of it."""
         _LINKS.discard(self)
-        if os.getpid() == self._process and self.failure is None:
-            self._fail(CollectiveError(f"rank {self.rank} has closed the communicator", hint="close it on every rank"), CLOSED)
+        if os.getpid() == self._process:  # a forked child has copies: it says nothing, and waits for no thread that it does not have
+            alone = self._take()
+            if self.failure is None:
+                self._fail(CollectiveError(f"rank {self.rank} has closed the communicator", hint="close it on every rank"), CLOSED)
+            if alone:
+                self._in_use.release()
         self._peers.clear()
         self._sockets.close()
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         self._check_process()
-        if not self._in_use.acquire(blocking=False):
+        if not self._take():
             raise ConcurrentUseError("another thread is using this communicator", hint="make one for each thread, or use a lock")
         try:
             yield
         finally:
             self._in_use.release()
+
+    def _take(self) -> bool:
+        """Have the link for this thread, at once, or after a :meth:`check` of another thread."""
+        while not self._in_use.acquire(blocking=False):
+            if not self._checking.locked():
+                return self._in_use.acquire(blocking=False)
+            time.sleep(1e-4)
+        return True
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:

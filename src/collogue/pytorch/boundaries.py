@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from collogue.communicator import Communicator
 from collogue.errors import ArgumentError
-from collogue.pytorch.nn import FusedRMSNorm, changes_what_runs, finish, own_ways
+from collogue.pytorch.cut import Cut
+from collogue.pytorch.decoder import Form
+from collogue.pytorch.nn import FusedRMSNorm, changes_what_runs, finish, gather_columns, own_ways
 
 
 class Untouched:
     """The modules inside a decoder layer that must stay as they are: between them run parts of sums, or parts of features.
 
-    Hooks there would see, and act on, what the unsharded model does not have.
+    Hooks there would see, and act on, what the unsharded model does not have. ``free``: the names of those that get whole tensors.
     """
 
-    def __init__(self, layer: nn.Module, *, fused: bool) -> None:
-        outside = ("input_layernorm", "pre_feedforward_layernorm")  # called as modules, with whole tensors
-        free = outside if fused else tuple(layer._modules)
+    def __init__(self, layer: nn.Module, free: Iterable[str]) -> None:
         self._places = [place for place in _places(layer, "") if place[1] not in free]
 
     def check(self) -> None:
@@ -68,8 +68,11 @@ def _reject(problem: str) -> None:
 class Boundaries:
     """What a decoder layer's forward pass needs. ``following``: the next layer, if there is one; ``next_norm``: its norm, or the last."""
 
-    def __init__(self, layer: Any, comm: Communicator, following: Any, next_norm: FusedRMSNorm) -> None:
+    def __init__(self, layer: Any, form: Form, comm: Communicator, following: Any, next_norm: FusedRMSNorm) -> None:
         self.layer, self.comm, self.following, self.next_norm = layer, comm, following, next_norm
+        norms: list[Any] = [form.attention_in, form.attention_out, form.mlp_in, form.mlp_out]
+        self.attention_in, self.attention_out, self.mlp_in, self.mlp_out = (name and getattr(layer, name) for name in norms)
+        self.forward = self.of_streams if self.attention_out is None else self.of_branches
 
     def _hands_over(self, stream: Tensor) -> bool:
         """Whether nobody can change the stream between here and the norm without being noticed: not every tensor counts its changes."""
@@ -77,24 +80,37 @@ class Boundaries:
             return True
         return not (self.layer._forward_hooks or (self.following is not None and self.following._forward_pre_hooks))
 
-    def two_norms(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def of_streams(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """A layer whose branches are added to the stream as they are: the norm of each boundary is the one that reads the new stream."""
-        layer = self.layer
-        attention, _ = layer.self_attn(layer.input_layernorm(hidden_states), *args, **kwargs)
-        middle = finish(self.comm, attention, residual=hidden_states, norm=layer.post_attention_layernorm)
-        mlp = layer.mlp(middle.norm)
+        attention, *_ = self.layer.self_attn(self.attention_in(hidden_states), *args, **kwargs)
+        middle = finish(self.comm, attention, residual=hidden_states, norm=self.mlp_in)
+        mlp = self.layer.mlp(middle.norm)
         out = finish(self.comm, mlp, residual=middle.residual, norm=self.next_norm, hand_over=self._hands_over(mlp))
         assert out.residual is not None
         return out.residual
 
-    def four_norms(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def of_branches(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """A layer whose branches are normed before they are added: the sum and that norm are one call, the addition follows."""
-        layer = self.layer
-        attention, _ = layer.self_attn(layer.input_layernorm(hidden_states), *args, **kwargs)
-        first = finish(self.comm, attention, norm=layer.post_attention_layernorm).norm
+        given = hidden_states if self.attention_in is None else self.attention_in(hidden_states)
+        attention, *_ = self.layer.self_attn(given, *args, **kwargs)
+        first = finish(self.comm, attention, norm=self.attention_out).norm
         assert first is not None
         stream = hidden_states + first
-        mlp = layer.mlp(layer.pre_feedforward_layernorm(stream))
-        second = finish(self.comm, mlp, norm=layer.post_feedforward_layernorm).norm
+        mlp = self.layer.mlp(stream if self.mlp_in is None else self.mlp_in(stream))
+        second = finish(self.comm, mlp, norm=self.mlp_out).norm
         assert second is not None
         return stream + second
+
+
+class WholeNorm:
+    """A norm over the features of all heads, of which each rank has its own: gathered, normed whole, and cut again."""
+
+    def __init__(self, norm: nn.Module, comm: Communicator, cut: Cut) -> None:
+        (section,) = cut.sections
+        self.norm, self.comm, self.parts, self.width = norm, comm, section.parts, section.size // section.parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        world_size = self.comm.world_size
+        every = gather_columns(x, self.comm).view(*x.shape[:-1], world_size, self.width)[..., :: world_size // self.parts, :]
+        whole: Tensor = type(self.norm).forward(self.norm, every.flatten(-2))
+        return whole.narrow(-1, self.comm.rank * self.parts // world_size * self.width, self.width)

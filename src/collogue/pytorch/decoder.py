@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,22 +14,63 @@ from collogue.errors import ArgumentError, ShapeError
 from collogue.pytorch.cut import Cut, Section
 from collogue.pytorch.nn import check_linear, own_ways
 
-#: ``model_type`` of the decoders whose layers have one of the two forms below. Other models may share names and yet differ
-#: (a factor on the residual, attention beside the MLP), so nothing is guessed.
-TWO_NORMS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
-FOUR_NORMS = ("gemma2", "gemma3_text")
 
-#: The linear layers of a decoder layer, each with what its cut dimension counts, one word for each section.
-COLUMNS = {
-    "self_attn.q_proj": ("heads",),
-    "self_attn.k_proj": ("key-value heads",),
-    "self_attn.v_proj": ("key-value heads",),
-    "mlp.gate_proj": ("features",),
-    "mlp.up_proj": ("features",),
+@dataclass(frozen=True)
+class Form:
+    """A kind of decoder layer: the names of its parts. Norms are named by what they stand before or behind; ``None``: there is none.
+
+    ``columns`` and ``rows``: the linear layers, each with what its cut dimension counts, a word for each section.
+    ``whole_norms``: of attention, over the features of all heads, by the linear layer in front of each.
+    """
+
+    attention_in: str | None = "input_layernorm"
+    attention_out: str | None = None
+    mlp_in: str | None = "post_attention_layernorm"
+    mlp_out: str | None = None
+    columns: dict[str, tuple[str, ...]] = field(
+        default_factory=lambda: {
+            "self_attn.q_proj": ("heads",),
+            "self_attn.k_proj": ("key-value heads",),
+            "self_attn.v_proj": ("key-value heads",),
+            "mlp.gate_proj": ("features",),
+            "mlp.up_proj": ("features",),
+        }
+    )
+    rows: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"self_attn.o_proj": ("heads",), "mlp.down_proj": ("features",)})
+    whole_norms: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """The norms that fused calls take: behind branches, or else of the stream behind them."""
+        names = (self.attention_out, self.mlp_out) if self.attention_out else (self.attention_in, self.mlp_in)
+        return tuple(name for name in names if name is not None)
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The norms that are called as modules, with whole tensors."""
+        names = (self.attention_in, self.mlp_in if self.attention_out else None)
+        return tuple(name for name in names if name is not None)
+
+
+_LLAMA = Form()
+_GEMMA_2 = Form(attention_out="post_attention_layernorm", mlp_in="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm")
+_GATE_UP = {"mlp.gate_up_proj": ("features", "features")}
+_SEPARATE = {name: counted for name, counted in _LLAMA.columns.items() if name.startswith("self_attn")}
+
+#: By ``model_type``. Other models may share names and yet differ (attention beside the MLP, say), so nothing is guessed.
+FORMS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "granite"), _LLAMA),
+    "phi3": Form(columns={"self_attn.qkv_proj": ("heads", "key-value heads", "key-value heads"), **_GATE_UP}),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA_2),
+    "glm4": Form(attention_out="post_self_attn_layernorm", mlp_out="post_mlp_layernorm", columns=_SEPARATE | _GATE_UP),
+    "olmo2": Form(
+        attention_in=None,
+        attention_out="post_attention_layernorm",
+        mlp_in=None,
+        mlp_out="post_feedforward_layernorm",
+        whole_norms={"q_norm": "q_proj", "k_norm": "k_proj"},
+    ),
 }
-ROWS = {"self_attn.o_proj": ("heads",), "mlp.down_proj": ("features",)}
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-_MORE_NORMS = ("post_feedforward_layernorm",)
 
 
 @dataclass(frozen=True)
@@ -51,15 +92,16 @@ class LinearPlan:
 class Decoder:
     """A model that can be cut. ``model`` holds ``base`` and maybe an ``lm_head``.
 
-    ``norms``: eps and weight offset by name in ``base``.
+    ``norms``: eps and weight offset by name in ``base``. ``heads`` and ``key_value_heads``: of one rank.
     """
 
     model: Any
     base: Any
-    four_norms: bool
+    form: Form
     linears: tuple[LinearPlan, ...]
     norms: dict[str, tuple[float, float]]
-    key_value_groups: int
+    heads: int
+    key_value_heads: int
     head: Cut | None
 
     @property
@@ -77,7 +119,7 @@ def plan(model: Any, world_size: int, *, fuse: bool) -> Decoder:
         ShapeError: features that do not divide.
     """
     whole, base = _find(model)
-    kind, config = str(base.config.model_type), base.config
+    form, config = FORMS[base.config.model_type], base.config
     if getattr(whole, "_tp_size", None) is not None:
         raise ArgumentError("transformers has made the model tensor-parallel", hint="load it without tp_plan=, or use collogue.compile")
     queries, keys = int(config.num_attention_heads), int(config.num_key_value_heads)
@@ -90,14 +132,18 @@ def plan(model: Any, world_size: int, *, fuse: bool) -> Decoder:
     norms: dict[str, tuple[float, float]] = {}
     for index, layer in enumerate(base.layers):
         _check_code(base, layer, f"layers.{index}", fuse)
-        for name, counted in (COLUMNS | ROWS).items():
-            linears.append(_linear(base, f"layers.{index}.{name}", name in COLUMNS, counted, keys, world_size))
-        for name in (_NORMS + _MORE_NORMS if kind in FOUR_NORMS else _NORMS) if fuse else ():
+        for name, counted in (form.columns | form.rows).items():
+            parts = [min(keys, world_size) if each == "key-value heads" else world_size for each in counted]
+            shares = {"heads": queries, "key-value heads": keys, "features": 1}
+            of_all = sum(shares[each] for each in counted)
+            sections = [(shares[each], of_all, part) for each, part in zip(counted, parts, strict=True)]
+            linears.append(_linear(base, f"layers.{index}.{name}", name in form.columns, sections, world_size))
+        for name in form.fused if fuse else ():
             norms[f"layers.{index}.{name}"] = _norm(getattr(layer, name), f"layers.{index}.{name}")
     if fuse:
         norms["norm"] = _norm(base.norm, "norm")
-    groups = queries // world_size // max(1, keys // world_size)
-    return Decoder(whole, base, kind in FOUR_NORMS, tuple(linears), norms, groups, _head(whole, base, world_size))
+    heads = queries // world_size, max(1, keys // world_size)
+    return Decoder(whole, base, form, tuple(linears), norms, *heads, _head(whole, base, world_size))
 
 
 def _find(model: Any) -> tuple[Any, Any]:
@@ -115,10 +161,10 @@ def _find(model: Any) -> tuple[Any, Any]:
             f"expected a transformers decoder, got {type(model).__module__}.{type(model).__qualname__}",
             hint="pass AutoModelForCausalLM.from_pretrained(..); for other models use collogue.nn or collogue.compile",
         )
-    if kind not in TWO_NORMS + FOUR_NORMS:
+    if kind not in FORMS:
         raise ArgumentError(
             f"models of type {kind!r} are not known to parallelize",
-            hint=f"use one of {', '.join(TWO_NORMS + FOUR_NORMS)}, or collogue.compile on a model that is tensor-parallel already",
+            hint=f"use one of {', '.join(FORMS)}, or collogue.compile on a model that is tensor-parallel already",
         )
     if not isinstance(getattr(base, "layers", None), nn.ModuleList) or not isinstance(getattr(base, "norm", None), nn.Module):
         raise ArgumentError(f"{type(base).__qualname__} of type {kind!r} has no layers and norm", hint="pass a transformers model")
@@ -144,7 +190,8 @@ def _check_code(base: Any, layer: nn.Module, name: str, fuse: bool) -> None:
             raise ArgumentError(f"{inner} {problem}", hint=hint + "; hooks on a decoder layer are fine")
 
 
-def _linear(base: nn.Module, name: str, column: bool, counted: tuple[str, ...], keys: int, world_size: int) -> LinearPlan:
+def _linear(base: nn.Module, name: str, column: bool, sections: list[tuple[int, int, int]], world_size: int) -> LinearPlan:
+    """``sections``: of each its share, of how much, and its parts."""
     try:
         linear = base.get_submodule(name)
     except AttributeError:
@@ -154,13 +201,13 @@ def _linear(base: nn.Module, name: str, column: bool, counted: tuple[str, ...], 
         _check_lora(linear, name)
     plain: Any = getattr(linear, "base_layer", linear) if lora else linear
     check_linear(plain, name)
-    size = plain.weight.shape[0 if column else 1]
-    if len(counted) != 1:
-        raise AssertionError(counted)
-    parts = min(keys, world_size) if counted[0] == "key-value heads" else world_size
-    if size % parts:
+    dim = 0 if column else 1
+    size = plain.weight.shape[dim]
+    sizes = [size * share // of_all for share, of_all, _ in sections]
+    if sum(sizes) != size or any(part_size % parts for part_size, (_, _, parts) in zip(sizes, sections, strict=True)):
         raise ShapeError(f"{name}: {size} features do not divide among {world_size} ranks", hint="use a world size that divides it")
-    return LinearPlan(name, linear, column, Cut(0 if column else 1, (Section(size, parts),)))
+    cut = tuple(Section(part_size, parts) for part_size, (_, _, parts) in zip(sizes, sections, strict=True))
+    return LinearPlan(name, linear, column, Cut(dim, cut))
 
 
 def _check_lora(linear: Any, name: str) -> None:

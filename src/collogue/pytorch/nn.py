@@ -30,7 +30,8 @@ def changes_what_runs(*hooks: Mapping[int, Any]) -> bool:
 
 def own_ways(module: nn.Module) -> str:
     """What calling ``module`` does beside its class's forward, in words; empty where that is nothing."""
-    if "forward" in vars(module):
+    forward = vars(module).get("forward")
+    if forward is not None and not str(getattr(forward, "__module__", "")).startswith("collogue."):
         return "has a forward of its own"
     return "has a forward hook" if changes_what_runs(module._forward_hooks, module._forward_pre_hooks) else ""
 

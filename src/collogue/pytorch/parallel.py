@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from collogue.communicator import Communicator
 from collogue.errors import ArgumentError, CollogueError
 from collogue.group import Group, as_group
-from collogue.pytorch.boundaries import Boundaries, Untouched, check_use
+from collogue.pytorch.boundaries import Boundaries, Untouched, WholeNorm, check_use
 from collogue.pytorch.cut import Checkpoint, Cut
 from collogue.pytorch.decoder import Decoder, LinearPlan, plan
 from collogue.pytorch.generation import generate
@@ -34,9 +35,9 @@ def parallelize(
     ``y = sum of partials + residual; n = norm(y)``, where ``norm`` is the layer's next one, that of the next layer, or the last.
 
     Args:
-        model: ``AutoModelForCausalLM`` of type Llama, Mistral, Qwen2, Qwen3, SmolLM (Llama), SmolLM3, Gemma, Gemma 2 or
-            Gemma 3 (text), its base model, or either with peft's LoRA; the same weights on every rank. Changed in place, for
-            inference: no gradients.
+        model: ``AutoModelForCausalLM`` of type Llama, Mistral, Qwen2, Qwen3, SmolLM (Llama), SmolLM3, Granite, Phi-3, Gemma, Gemma 2,
+            Gemma 3 (text), GLM-4 or OLMo 2, its base model, or either with peft's LoRA; the same weights on every rank.
+            Changed in place, for inference: no gradients.
         group: the tensor-parallel process group. It divides the heads; key-value heads it divides, or is a multiple of (then
             neighboring ranks hold the same ones).
         max_tokens: most tokens (batch times sequence) of one forward pass.
@@ -132,12 +133,14 @@ def _undone_by_errors(model: nn.Module) -> Iterator[_Undo]:
 
 
 def _apply(decoder: Decoder, comm: Communicator, fuse: bool, undo: _Undo) -> None:
-    base, layers = decoder.base, list(decoder.base.layers)
+    base, form, layers = decoder.base, decoder.form, list(decoder.base.layers)
+    for layer in layers:
+        _fewer_heads(layer.self_attn, decoder, comm, undo)
     for each in decoder.linears:
         owner, _, name = each.name.rpartition(".")
-        _cut(each, base.get_submodule(owner), name, comm, fuse, undo)
-    for layer in layers:
-        undo.set(layer.self_attn, "num_key_value_groups", decoder.key_value_groups)
+        # Granite's factor on branches: the layer's own forward pass has it, the fused one leaves it to the matrix product.
+        factor = float(getattr(base.config, "residual_multiplier", 1.0)) if fuse and not each.column else 1.0
+        _cut(each, base.get_submodule(owner), name, comm, factor, fuse, undo)
     if decoder.head is not None:
         _cut_head(decoder, decoder.head, comm, undo)
     if fuse:
@@ -146,35 +149,48 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, undo: _Undo) -> Non
             module = base.get_submodule(owner)
             undo.set(module, name, FusedRMSNorm(getattr(module, name).weight, comm, eps, offset))
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
-            next_norm = base.norm if following is None else following.input_layernorm
-            boundaries = Boundaries(layer, comm, following, next_norm)
-            undo.set(layer, "forward", boundaries.four_norms if decoder.four_norms else boundaries.two_norms)
-    untouched = [Untouched(layer, fused=fuse) for layer in layers]
+            next_norm = base.norm if following is None or form.attention_in is None else getattr(following, form.attention_in)
+            undo.set(layer, "forward", Boundaries(layer, form, comm, following, next_norm).forward)
+    untouched = [Untouched(layer, form.called if fuse else layer._modules) for layer in layers]
     undo.hooks.append(base.register_forward_pre_hook(lambda _, args, kwargs: check_use(untouched, base.config, kwargs), with_kwargs=True))
     if callable(getattr(decoder.model, "generate", None)):
         undo.set(decoder.model, "generate", functools.partial(generate, decoder.model, comm))
 
 
-def _cut(each: LinearPlan, owner: nn.Module, name: str, comm: Communicator, fuse: bool, undo: _Undo) -> None:
+def _fewer_heads(attention: Any, decoder: Decoder, comm: Communicator, undo: _Undo) -> None:
+    """What transformers' attention reads of the number of heads is that of this rank."""
+    undo.set(attention, "num_key_value_groups", decoder.heads // decoder.key_value_heads)
+    if hasattr(attention, "num_key_value_heads"):  # where q, k and v are one product, its parts are counted by these
+        undo.set(attention, "num_key_value_heads", decoder.key_value_heads)
+        local = copy.copy(attention.config)
+        local.num_attention_heads = decoder.heads
+        undo.set(attention, "config", local)
+    cuts = {each.linear: each.cut for each in decoder.linears}
+    for name, of in decoder.form.whole_norms.items() if comm.world_size > 1 else ():
+        norm = getattr(attention, name)
+        undo.set(norm, "forward", WholeNorm(norm, comm, cuts[getattr(attention, of)]).forward)
+
+
+def _cut(each: LinearPlan, owner: nn.Module, name: str, comm: Communicator, factor: float, fuse: bool, undo: _Undo) -> None:
     """Put this rank's part in the place of a linear layer, or of the layer and the factors inside peft's LoRA."""
     linear: Any = each.linear
     if not each.lora:
-        undo.set(owner, name, _part(linear, each, comm, summed=not fuse))
+        undo.set(owner, name, _part(linear, each, comm, factor, summed=not fuse))
         return
-    undo.set(linear, "base_layer", _part(linear.base_layer, each, comm, summed=False))
+    undo.set(linear, "base_layer", _part(linear.base_layer, each, comm, factor, summed=False))
     factors = linear.lora_B if each.column else linear.lora_A
-    for adapter, factor in list(factors.items()):
-        undo.set(factors, adapter, _part(factor, each, comm, summed=False))
+    for adapter, low_rank in list(factors.items()):
+        undo.set(factors, adapter, _part(low_rank, each, comm, factor, summed=False))
     if not (fuse or each.column):
         undo.hooks.append(linear.register_forward_hook(lambda module, args, partial: _sum(partial, comm)))
 
 
-def _part(linear: nn.Linear, each: LinearPlan, comm: Communicator, *, summed: bool) -> nn.Module:
+def _part(linear: nn.Linear, each: LinearPlan, comm: Communicator, factor: float, *, summed: bool) -> nn.Module:
     rank, size, cut = comm.rank, comm.world_size, each.cut
     weight, bias, cuts = cut.part(linear.weight, rank, size), None if linear.bias is None else linear.bias.detach(), {"weight": cut}
     if each.column and bias is not None:
         bias, cuts["bias"] = cut.part(bias, rank, size), cut
-    part = ColumnParallelLinear(weight, bias, comm) if each.column else _Row(weight, bias, comm, summed)
+    part = ColumnParallelLinear(weight, bias, comm) if each.column else _Row(weight, bias, comm, factor, summed)
     return _with_checkpoint(part, comm, cuts)
 
 
@@ -194,11 +210,21 @@ def _with_checkpoint(part: nn.Module, comm: Communicator, cuts: dict[str, Cut], 
 
 
 class _Row(RowParallelLinear):
-    """A row-parallel layer inside a model's own code: it returns its partial, which something behind it sums, or the plain sum."""
+    """A row-parallel layer inside a model's own code: it returns its partial, which something behind it sums, or the plain sum.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, comm: Communicator, summed: bool) -> None:
+    ``factor``: of the partial, taken where the product is still in float32.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, comm: Communicator, factor: float, summed: bool) -> None:
         super().__init__(weight, bias, comm)
-        self.summed = summed
+        self.factor, self.summed = factor, summed
+
+    def partial(self, x: Tensor) -> Tensor:
+        if self.factor == 1.0:
+            return super().partial(x)
+        rows, bias = x.reshape(-1, x.shape[-1]), self.bias if self.comm.rank == 0 else None
+        given, beta = (x.new_zeros(()), 0.0) if bias is None else (bias, self.factor)
+        return torch.addmm(given, rows, self.weight.t(), beta=beta, alpha=self.factor).view(*x.shape[:-1], -1)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         partial = self.partial(x)

@@ -1,8 +1,8 @@
 """Tables in documents, made from committed results: ``python -m collogue.tools.pages [--check] PAGE.md ...``.
 
 A table stands between ``<!-- table NAME: RESULTS.json [RESULTS.json ...] -->`` and ``<!-- end of table -->``; paths are relative to the
-page, ``NAME`` is one of :data:`TABLES`; the lists of several files are joined. Where the results do not exist yet, it says so. (The
-table at the top of README.md has its own: :mod:`collogue.tools.bench.readme`.)
+page, ``NAME`` is one of :data:`TABLES` or, for a sentence, of :data:`TEXTS`; the lists of several files are joined. Where the results do
+not exist yet, it says so. (The table of latencies in README.md has its own: :mod:`collogue.tools.bench.readme`.)
 """
 
 from __future__ import annotations
@@ -114,6 +114,10 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
 }
 
 
+#: What is not a table but a text.
+TEXTS: dict[str, Callable[[Data], str]] = {"headline": tables.headline}
+
+
 def _joined(sources: Sequence[Path]) -> Data:
     """What the files hold; lists of the same name one behind the other."""
     data: Data = {}
@@ -127,12 +131,14 @@ def filled(page: str, folder: Path) -> str:
     """``page``, which lies in ``folder``, with every table made anew. Raises :class:`ValueError` for a table that there is not."""
 
     def made(match: re.Match[str]) -> str:
-        if match["name"] not in TABLES:
-            raise ValueError(f"there is no table {match['name']!r}; there are {', '.join(TABLES)}")
+        if match["name"] not in {**TABLES, **TEXTS}:
+            raise ValueError(f"there is no table {match['name']!r}; there are {', '.join({**TABLES, **TEXTS})}")
         sources = [folder / name for name in match["source"].split()]
         if not all(source.exists() for source in sources):
             return match["head"] + NOT_YET + match["end"]
         data = _joined(sources)
+        if match["name"] in TEXTS:
+            return match["head"] + TEXTS[match["name"]](data) + match["end"]
         return match["head"] + "\n".join(tables.lines(TABLES[match["name"]](data))) + "\n" + match["end"]
 
     return _BLOCK.sub(made, page)

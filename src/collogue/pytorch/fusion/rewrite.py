@@ -112,18 +112,26 @@ def _stream(wait: Node) -> tuple[Node, Node | None]:
 
 
 def _rewrite(graph: Graph, found: Boundary, report: Report) -> None:
+    place = _Place(graph, found.stream if found.residual is not None else found.wait)
+    divisor = found.quant.divisor if found.quant is not None else None
+    if isinstance(divisor, Node) and not place.can_have(divisor):
+        reason = "the FP8 scale is computed from the sum, or too far from its place"
+        if not found.norm.results:
+            raise NotFused(f"{reason}, and the norm is not rounded to the sum's dtype")
+        report.remarks.append(f"{_where(found.reduce)}: quantisation not fused: {reason}")
+        found = replace(found, quant=None)
     partial, quant, norm = found.reduce.args[0], found.quant, found.norm
     rows = value(partial)
     assert rows is not None
     assert isinstance(partial, Node)
-    before = found.stream if found.residual is not None else found.wait
     shapes = found.residual if found.residual is not None else partial
-    place = _Place(graph, before)
+    if not place.can_have(norm.weight):
+        raise NotFused("the norm's weight is computed from the sum, or too far from its place")
     weight = place.have(norm.weight)
     divisor = quant.divisor if quant is not None else None
     if isinstance(divisor, Node):
         place.have(divisor)
-    with graph.inserting_before(before):
+    with graph.inserting_before(place.before):
         width = rows.shape[-1]
         scale = call_operator(graph, aten.reciprocal.default, divisor) if quant is not None and quant.inverted else divisor
         label = "none" if quant is None else "fp8_per_token" if quant.scales is not None else "fp8_static"
@@ -174,14 +182,18 @@ class _Place:
                 break
             self.earlier.add(node)
 
-    def have(self, node: Node, limit: int = 8) -> Node:
-        """``node``, moved up with what it is made of where it stands later; constants and inputs can be, results of the sum cannot."""
+    def can_have(self, node: Node, limit: int = 8) -> bool:
+        """Whether ``node`` stands earlier or can be moved up with what it is made of. Inputs can be, results of the sum cannot."""
+        if node in self.earlier or node.op == "get_attr":
+            return True
+        movable = node.op == "call_function" and not node.is_impure() and node is not self.before and limit > 0
+        return movable and all(self.can_have(needed, limit - 1) for needed in node.all_input_nodes)
+
+    def have(self, node: Node) -> Node:
+        """``node``, moved up with what it is made of, where it :meth:`can_have` it."""
         if node not in self.earlier:
-            movable = node.op == "call_function" and not node.is_impure() and node is not self.before
-            if node.op != "get_attr" and not (movable and limit):
-                raise NotFused("the norm's weight or the scale is computed from the sum")
             for needed in node.all_input_nodes:
-                self.have(needed, limit - 1)
+                self.have(needed)
             self.before.prepend(node)
             self.earlier.add(node)
         return node

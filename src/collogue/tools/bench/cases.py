@@ -39,8 +39,10 @@ DECODE_CHAINS = (NCCL + COMPILED, ONE_SHOT + COMPILED, VLLM + COMPILED, FLASHINF
 LARGE_CHAINS = (NCCL + COMPILED, TWO_SHOT + COMPILED, FLASHINFER)
 #: Tokens at which the chains are timed: every shape is compiled for itself, which takes seconds.
 CHAIN_TOKENS = (1, 8, 64, 512, 4096)
-SUITES = ("latency", "bandwidth", "epilogues", "hidden", "world", "eager", "multiprocessors")
-#: How many multiprocessors the calls of the suite of that name may use.
+SUITES = ("latency", "bandwidth", "epilogues", "hidden", "world", "eager", "sms")
+#: Names of suites until 0.2.
+_FORMER = {"multiprocessors": "sms"}
+#: How many SMs the calls of the suite of that name may use.
 LIMITS = (8, 16, 32, 64, None)
 #: The suites of a run that names none: what README and docs/speed.md show.
 DEFAULT_SUITES = ("latency", "hidden", "bandwidth")
@@ -95,8 +97,9 @@ def has_chain(case: Case) -> bool:
 
 def suite(name: str, world_size: int) -> list[Round]:
     """The rounds of a suite of :data:`SUITES` on one world. Raises :class:`FormatError` for another name."""
+    name = _FORMER.get(name, name)
     if name not in SUITES:
-        raise FormatError(f"there is no suite {name!r}", hint=f"choose from {', '.join(SUITES)}")
+        raise FormatError(f"unknown suite {name!r}", hint=f"choose from {', '.join(SUITES)}")
     makers = {
         "latency": _latency,
         "bandwidth": _bandwidth,
@@ -104,7 +107,7 @@ def suite(name: str, world_size: int) -> list[Round]:
         "hidden": _hidden,
         "world": _world,
         "eager": _eager,
-        "multiprocessors": _multiprocessors,
+        "sms": _few_sms,
     }
     return makers[name](world_size)
 
@@ -167,8 +170,8 @@ def _eager(world_size: int) -> list[Round]:
     ]
 
 
-def _multiprocessors(world_size: int) -> list[Round]:
-    """Large calls that leave multiprocessors to others. A section for each limit: floors belong to their own round."""
+def _few_sms(world_size: int) -> list[Round]:
+    """Large calls that leave SMs to others. A section for each limit: floors belong to their own round."""
     rounds = []
     for t, limit in product((256, 2048, 8192), LIMITS):
         cases = (_case(world_size, t, HIDDEN_SIZE, "none"), *(_sharded(world_size, t, HIDDEN_SIZE, f) for f in ("nvfp4", "fp8_per_token")))

@@ -60,9 +60,10 @@ COLUMNS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("Collogue, FP8 static", {"what": "collogue", "format": "fp8_static", "norm": True, "keep_norm": False, "operation": None}, "us"),
     ("NCCL or symm. mem., then a compiled norm", {"what": _CHAINS, "format": "none"}, "us"),
     ("NCCL all-reduce alone", {"what": NCCL}, "us"),
-    ("floor of the norm", _NORM, "floor_us"),
+    ("lower bound (norm)", _NORM, "floor_us"),
 )
-#: Large calls that the table has as well.
+#: Decode sizes that the table has, and large calls. The figure has all.
+DECODE = (1, 4, 8, 16, 64, 128)
 LARGE = (512, 4096, 16384)
 
 
@@ -74,20 +75,37 @@ def latency_table(data: dict[str, Any]) -> str:
     first = decode[0]
     world, gpu = first["world_size"], data["machine"]["gpus"][0]
     lines = [
-        f"{world} x {gpu}, H = {first['hidden_size']}, {first['dtype']}: microseconds per call of all-reduce + residual + RMSNorm",
-        "(+ quantisation), back to back in a CUDA graph. The floor: a word exchanged with every peer, and the bytes at the wire's rate.",
+        f"{world} x {gpu}, H = {first['hidden_size']}, {first['dtype']}: µs per call of all-reduce + residual + RMSNorm",
+        "(+ quantization), back to back in a CUDA graph. Lower bound: latency of exchanging one word with each peer + bytes sent /",
+        "measured NVLink bandwidth.",
         "",
         _line(["tokens", *(heading for heading, _, _ in COLUMNS)]),
         "|" + "---|" * (1 + len(COLUMNS)),
     ]
     large = [row for row in find(data, section="large") if row["tokens"] in LARGE]
-    for section, tokens in sorted({(row["section"], row["tokens"]) for row in (*decode, *large)}):
+    small = [row for row in decode if row["tokens"] in DECODE]
+    for section, tokens in sorted({(row["section"], row["tokens"]) for row in (*small, *large)}):
         cells = []
         for _, fields, key in COLUMNS:
             rows = [row for row in find(data, section=section, world_size=world, tokens=tokens, **fields) if row[key] is not None]
             cells.append(number(min(rows, key=lambda row: float(row[key]), default=None), key))
         lines.append(_line([str(tokens), *cells]))
     return "\n".join(lines) + "\n"
+
+
+def chain_ratios(data: dict[str, Any]) -> dict[int, float]:
+    """By number of tokens: the fastest all-reduce with a compiled norm behind it, over Collogue's call with the norm."""
+
+    def least(tokens: int, fields: dict[str, Any]) -> float | None:
+        rows = find(data, section=("decode", "large"), tokens=tokens, **fields)
+        return min((float(row["us"]) for row in rows if row["us"] is not None), default=None)
+
+    ratios = {}
+    for tokens in sorted({row["tokens"] for row in find(data, section=("decode", "large"))}):
+        own, others = least(tokens, _NORM), least(tokens, {"what": _CHAINS, "format": "none"})
+        if own is not None and others is not None:
+            ratios[tokens] = others / own
+    return ratios
 
 
 def number(row: Row | None, key: str = "us") -> str:

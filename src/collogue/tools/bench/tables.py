@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from collogue.tools.bench import report
 from collogue.tools.bench.floors import EMPTY, EXCHANGE
 from collogue.tools.bench.names import call_name
 from collogue.tools.bench.variants import ALL, COLLOGUE
@@ -58,6 +59,22 @@ def speedups(data: Data) -> Iterator[Sequence[str]]:
     yield ["model, ranks", *(f"T = {tokens}" for tokens in counts)]
     for (name, world), sizes in _by_model(data).items():
         yield [f"{name}, {world}", *(" / ".join(_gains(_best(sizes[t]))) if t in sizes else "" for t in counts)]
+
+
+def headline(data: Data) -> str:
+    """One sentence of ratios, of `collogue bench` (cases) and `collogue bench model` (rows) together."""
+    chains = report.chain_ratios(data)
+    least, most = min(chains), max(chains)
+    best = [row for sizes in _by_model(data).values() for ways in sizes.values() if (row := _best(ways)) is not None]
+    nccl, symm_mem = (sorted(float(row[key]) for row in best if row.get(key)) for key in ("speedup_nccl", "speedup_symm_mem"))
+    world, gpu = data["cases"][0]["world_size"], data["machine"]["gpus"][0]
+    return (
+        f"On {world} x {gpu}, all-reduce + residual + RMSNorm is **{chains[least]:.1f}x as fast at {least} token and "
+        f"{chains[most]:.1f}x at {most} tokens** as the faster\nof NCCL and PyTorch symmetric memory with a compiled norm behind it; "
+        f"layer stacks of published models run **{nccl[0]:.2f}x to {nccl[-1]:.2f}x**\nas fast as "
+        f"with NCCL and `torch.compile`, {symm_mem[0]:.2f}x to {symm_mem[-1]:.2f}x as "
+        "fast as with symmetric memory and `torch.compile`.\n"
+    )
 
 
 def serving(data: Data) -> Iterator[Sequence[str]]:

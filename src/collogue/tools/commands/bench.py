@@ -32,7 +32,7 @@ from collogue.tools.commands.options import (
 from collogue.tools.packages import require
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
-_SUITES = "latency, bandwidth, epilogues, hidden, world, eager, multiprocessors; default: latency, hidden, bandwidth."
+_SUITES = "latency, bandwidth, epilogues, hidden, world, eager, sms; default: latency, hidden, bandwidth."
 Suites = Annotated[Many, many("--suite", _SUITES)]
 _Results = typer.Argument(metavar="RESULTS", exists=True, dir_okay=False, readable=True)
 _Later = typer.Argument(metavar="LATER", exists=True, dir_okay=False, readable=True)

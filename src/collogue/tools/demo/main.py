@@ -73,6 +73,7 @@ def run(
     for name in formats:
         parse(name)
     device = choose_device(device, world_size)
+    print(f"SmolLM2-135M on {world_size} ranks in {len(formats)} formats: {_duration(device)}", file=sys.stderr)
     with table.progress(steps=len(formats) + 3) as advance:
         advance("reading SmolLM2-135M")
         model, tokenizer = read_model()
@@ -221,6 +222,11 @@ def _rank(rank: int, world_size: int, device: str, folder: str, task: Task, repo
         reports.close()
         reports.join_thread()
         raise SystemExit(1) from error
+
+
+def _duration(device: str) -> str:
+    """What to expect, before it starts."""
+    return "about a minute" if device == "cuda" else "two to three minutes on two cores"
 
 
 def _cores() -> int:

@@ -18,6 +18,9 @@ from rich.text import Text
 from collogue.tools.demo.result import Result
 from collogue.tools.demo.worker import Row
 
+#: Columns of the text where it goes to no terminal, and the most that the table takes.
+WIDTH = 80
+
 
 @contextmanager
 def progress(steps: int) -> Iterator[Callable[[str], None]]:
@@ -38,20 +41,25 @@ def progress(steps: int) -> Iterator[Callable[[str], None]]:
 
 def show(result: Result, *, quiet: bool = False) -> None:
     """Print the text, the table and what it means. ``quiet`` prints to stderr, where stdout is for JSON."""
-    # A file or a pipe gets the whole table, whatever the width of the terminal that is not there.
     stream = sys.stderr if quiet else sys.stdout
-    console = Console(file=stream, highlight=False, width=None if stream.isatty() else 120)
+    console = Console(file=stream, highlight=False, width=None if stream.isatty() else WIDTH)
     same = {True: "the same as", False: "not the same as", None: "not compared with"}[result.same_text]
     console.print(Text.assemble("\n", (result.prompt, "bold"), result.generated))
     console.print(f"({same} the unsharded model's greedy text)\n")
+    how = f"{result.device}, {result.dtype}" + (", sharded residual" if result.sharded else "")
+    console.print(f"SmolLM2-135M on {result.world_size} ranks ({how}), {result.tokens:,} tokens")
+    console.print(f"Perplexity of the unsharded, unquantized model: {result.unsharded_perplexity:.4f}")
     console.print(as_table(result))
+    console.print("MB sent: by each rank in one fused call of all tokens, by the plan of GPUs;\nresidual on every rank, or sharded.")
+    if _timed(result):
+        console.print("µs: of one fused call, host included.")
     for row in result.rows:
         if row.error is not None:
             console.print(Text.assemble((f"{row.format}: ", "red"), row.error))
     if result.logits_difference is not None:
         console.print(
-            f"Logits of the row none: largest difference to the unsharded model {result.logits_difference:.1e}"
-            f" (accepted: {result.logits_bound:.0e})."
+            f"Logits without quantization: at most {result.logits_difference:.1e} from the unsharded model's\n"
+            f"(accepted: {result.logits_bound:.0e})."
         )
     if result.error:
         console.print(Text.assemble(("error: ", "red"), result.error))
@@ -59,40 +67,30 @@ def show(result: Result, *, quiet: bool = False) -> None:
 
 
 def as_table(result: Result) -> Table:
-    """One line a format: its result, or that there was an error."""
-    how = f"{result.device}, {result.dtype}" + (", sharded residual" if result.sharded else "")
-    table = Table(
-        title=f"SmolLM2-135M on {result.world_size} ranks ({how}), perplexity on {result.tokens:,} tokens; "
-        f"unsharded {result.unsharded_perplexity:.4f}",
-        caption="Bytes: what one rank sends in one fused call, by the plan. Time: of one fused call, measured here, "
-        + ("host included." if result.device == "cuda" else "of the CPU reference: says nothing about GPUs."),
-    )
-    table.add_column("format")
-    for name in (
-        "perplexity",
-        "difference",
-        "std.\nerror",
-        "bytes,\n1 token",
-        f"bytes,\n{result.tokens:,} tokens",
-        "us,\n1 token",
-        "us, all\ntokens",
-    ):
-        table.add_column(name, justify="right")
+    """One line a format: its result, or that there was an error. At most :data:`WIDTH` columns, with no name or number cut."""
+    table = Table(box=None, header_style="bold", padding=(0, 1 if _timed(result) else 2, 0, 0))
+    table.add_column("format", overflow="fold")  # a long name goes on two lines
+    times = ("µs,\n1 token", "µs,\nall") if _timed(result) else ()
+    for name in ("\nperplexity", "\ndifference", "std.\nerror", "MB sent,\nreplicated", "\nsharded", *times):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in result.rows:
         if row.error is not None:
             table.add_row(row.format, "error", style="red")
             continue
+        measured = [_number(us, "{:,.0f}") for us in (row.us_one_token, row.us_all_tokens)] if times else []
         table.add_row(
             row.format,
             _number(row.perplexity, "{:.4f}"),
             _number(difference(row, result), "{:+.4f}"),
             _number(row.standard_error, "{:.4f}"),
-            _number(row.bytes_one_token, "{:,}"),
-            _number(row.bytes_all_tokens, "{:,}"),
-            _number(row.us_one_token, "{:,.0f}"),
-            _number(row.us_all_tokens, "{:,.0f}"),
+            *(_number(None if sent is None else sent / 1e6, "{:,.3f}") for sent in (row.bytes_replicated, row.bytes_sharded)),
+            *measured,
         )
     return table
+
+
+def _timed(result: Result) -> bool:
+    return any(row.us_all_tokens is not None for row in result.rows)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -124,41 +122,45 @@ def save_json(result: Result, path: str | Path) -> None:
 
 
 def save_plot(result: Result, path: Path) -> None:
-    """Draw what each format costs: perplexity on the left, time of a fused call on the right."""
+    """Draw what each format costs and saves: perplexity on the left, what a rank sends on the right."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     names = [row.format for row in result.rows]
-    places = range(len(names))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.45 * len(names) + 1.9), sharey=True, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.5 * len(names) + 1.9), sharey=True, layout="constrained")
     costs = [difference(row, result) or 0.0 for row in result.rows]
-    times = [(row.us_all_tokens or 0.0) / 1000 for row in result.rows]
     spread = [row.standard_error or 0.0 for row in result.rows]
-    panels = ((left, costs, spread, "{:+.3f}", "#3b6ea5"), (right, times, None, "{:.1f}", "#8a8a8a"))
-    for axis, values, errors, form, colour in panels:
-        axis.barh(places, values, xerr=errors, color=colour, ecolor="#999999", height=0.65)
+    left.barh(range(len(names)), costs, xerr=spread, color="#3b6ea5", ecolor="#999999", height=0.65)
+    for place, row in enumerate(result.rows):
+        label = "error" if row.error else f"{costs[place]:+.3f}"
+        _annotate(left, label, max(costs[place], 0.0) + spread[place], place)
+    halves = (
+        ("replicated residual", [row.bytes_replicated for row in result.rows], "#8a8a8a", -0.18),
+        ("sharded residual", [row.bytes_sharded for row in result.rows], "#3b6ea5", 0.18),
+    )
+    for name, counts, color, offset in halves:
+        values = [(count or 0) / 1e6 for count in counts]
+        right.barh([place + offset for place in range(len(names))], values, color=color, height=0.34, label=name)
         for place, row in enumerate(result.rows):
-            label = "error" if row.error else form.format(values[place])
-            axis.annotate(
-                label,
-                (max(values[place], 0.0) + (errors[place] if errors else 0.0), place),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-            )
+            _annotate(right, "error" if row.error else f"{values[place]:.2f}", values[place], place + offset)
+    for axis in (left, right):
         axis.margins(x=0.18)
-        if min(values, default=0.0) >= 0.0:
-            axis.set_xlim(left=0.0)
         axis.spines[["top", "right"]].set_visible(False)
-    left.set_yticks(places, names)
+    if min(costs, default=0.0) >= 0.0:
+        left.set_xlim(left=0.0)
+    left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     left.axvline(0.0, color="black", linewidth=0.8)
-    left.set_xlabel(f"perplexity above the unsharded model's {result.unsharded_perplexity:.2f}, with standard error")
-    right.set_xlabel(f"ms a fused call of {result.tokens:,} tokens ({result.device})")
+    left.set_xlabel(f"perplexity above the unsharded {result.unsharded_perplexity:.2f}, with standard error")
+    right.set_xlabel(f"MB sent by a rank in one fused call of {result.tokens:,} tokens")
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=2, frameon=False, fontsize=9)
     figure.suptitle(f"SmolLM2-135M, tensor-parallel on {result.world_size} ranks: what the fused call's output format costs", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _annotate(axis: Any, label: str, x: float, y: float) -> None:
+    axis.annotate(label, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)

@@ -1,0 +1,353 @@
+"""Bound calls: what the long way would do, or nothing at all. No GPU: tensors on the CPU, and a launch that copies the parameters."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from collogue import MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Output, Quant, RMSNorm
+from collogue.calls.call import Call, check_call
+from collogue.calls.capacity import Capacity
+from collogue.calls.outputs import check_out
+from collogue.contract.spec import Operation
+from collogue.errors import ArgumentError
+from collogue.gpu import bound
+from collogue.gpu.exclusive import Exclusive
+from collogue.gpu.launch import Params
+from collogue.gpu.parameters import fill_call
+
+T, H, BF16 = 6, 256, torch.bfloat16
+CPU = torch.device("cpu")
+QUANTS = [
+    None,
+    NVFP4(3.0),
+    NVFP4(torch.tensor(2.0)),
+    MXFP8("ceil", "8x4"),
+    FP8Static(0.5),
+    FP8PerToken(2.0**-9),
+    FP8Group(32, "ue8m0", "column"),
+]
+
+
+class Bench:
+    """One signature bound, a launch that keeps the parameters, and what the long way would fill in."""
+
+    def __init__(self, operation: Operation = "all_reduce", *, rank: int = 1, **given: Any) -> None:
+        self.capacity = Capacity(8, H, BF16, CPU, 2, rank)
+        self.launcher: Any = SimpleNamespace(params=Params(), quant=None, stream=-1, launch=lambda: (self._launch(7),))
+        self.launched: list[bytes] = []
+        self.words = (ctypes.c_uint64 * 2)()
+        words = ctypes.c_uint64.from_buffer(self.words, 0), ctypes.c_uint32.from_buffer(self.words, 8)
+        self.engine: Any = SimpleNamespace(index=-1, workspace=object(), in_use=Exclusive(), stream=7, failure_words=words)
+        self.first = check_call(self.capacity, self.call(operation, **given))
+        self.fresh = self.bind(None)
+        self.into = self.bind(self.first.signature.empty())
+
+    def bind(self, out: Output | None) -> bound.Bound:
+        made = bound.bind(self.engine, self.first, out, self.launcher, self._launch)
+        assert made is not None
+        return made
+
+    def bound(self, call: Call, out: Output | None) -> Output | None:
+        """The bound call that the key of such a call finds."""
+        return (self.fresh if out is None else self.into)(call, out)
+
+    def call(self, operation: Operation = "all_reduce", **changes: Any) -> Call:
+        """A call with fresh tensors."""
+        given: dict[str, Any] = {
+            "partial": torch.zeros(T, H, dtype=BF16),
+            "residual": None if operation == "finish" else torch.zeros(T if operation == "all_reduce" else T // 2, H, dtype=BF16),
+            "norm": RMSNorm(torch.ones(H), eps=1e-5, weight_offset=1.0),
+        }
+        return Call(**{**given, **changes}, operation=operation)
+
+    def _launch(self, stream: int) -> None:
+        assert stream == 7
+        self.launched.append(bytes(self.launcher.params))
+
+    def expected(self, call: Call, out: Output) -> bytes:
+        """The parameters of the long way."""
+        params = Params()
+        fill_call(params, check_call(self.capacity, call), out)
+        return bytes(params)
+
+    def idle(self) -> bool:
+        """Whether nothing was launched and the communicator is free."""
+        with self.engine.in_use:
+            return not self.launched
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A machine whose current device is the CPU, whose current stream is 7."""
+    state = {"capturing": False, "stream": 7, "device": -1}
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: state["capturing"], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: state["stream"], raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: state["device"], raising=False)
+    monkeypatch.setattr(torch._C._dynamo.guards, "_empty_strided_cuda", torch._C._dynamo.guards._empty_strided_cpu, raising=False)
+    return state
+
+
+@pytest.mark.parametrize("quant", QUANTS, ids=lambda q: "none" if q is None else q.label)
+@pytest.mark.parametrize("operation", ["all_reduce", "sharded", "reduce_scatter", "finish"])
+def test_parameters_are_those_of_the_long_way(operation: Operation, quant: Quant | None) -> None:
+    keep_norm = quant is not None
+    bench = Bench(operation, quant=quant, keep_norm=keep_norm)
+    for turn in range(3):
+        call = bench.call(operation, quant=quant, keep_norm=keep_norm)
+        given = bench.first.signature.empty() if turn else None
+        out = bench.bound(call, given)
+        assert out is not None
+        assert given is None or out is given
+        check_out(check_call(bench.capacity, call), out)
+        assert bench.launched.pop() == bench.expected(call, out)
+    with bench.engine.in_use:
+        pass
+
+
+def test_the_launch_of_the_last_stream_is_taken_as_it_is() -> None:
+    bench, call = Bench(), None
+    bench.launcher.stream = 7
+    call = bench.call()
+    out = bench.bound(call, None)
+    assert out is not None
+    assert bench.launched.pop() == bench.expected(call, out)
+    bench.launcher.launch = lambda: (1,)
+    assert bench.into(bench.call(), bench.first.signature.empty()) is not None  # bound before
+    failing = bench.bind(None)
+    assert failing(bench.call(), None) is not None
+    assert bench.launched  # again, by the launch that says what is wrong
+
+
+@pytest.mark.parametrize("scales", [(3.0, 5.0, 3.0), (torch.tensor(2.0), torch.tensor(4.0))], ids=["numbers", "tensors"])
+def test_scalars_may_change_between_calls(scales: tuple[Any, ...]) -> None:
+    bench = Bench(quant=NVFP4(scales[0]))
+    for scale in scales:
+        quant = NVFP4(scale)
+        call = bench.call(quant=quant, norm=RMSNorm(torch.ones(H), eps=quant.block * 1e-6))
+        out = bench.bound(call, None)
+        assert out is not None
+        got, expected = Params.from_buffer_copy(bench.launched.pop()), Params.from_buffer_copy(bench.expected(call, out))
+        assert (got.scale, got.eps) == (expected.scale, expected.eps)
+        assert got.scale or got.scale_value == expected.scale_value
+
+
+def test_a_tensor_in_the_place_of_a_number_takes_the_long_way() -> None:
+    for first, then in ((3.0, torch.tensor(3.0)), (torch.tensor(3.0), 3.0)):
+        bench = Bench(quant=NVFP4(first))
+        assert bench.bound(bench.call(quant=NVFP4(then)), None) is None
+        assert bench.idle()
+
+
+def test_the_residual_may_be_updated_in_place() -> None:
+    bench = Bench()
+    in_place = bench.bind(Output(residual=bench.first.residual, norm=torch.zeros(T, H, dtype=BF16)))
+    for _ in range(2):
+        call = bench.call()
+        out = Output(residual=call.residual, norm=torch.zeros(T, H, dtype=BF16))
+        assert bench.bound(call, out) is None
+        assert bench.idle()
+        assert in_place(call, out) is out
+        assert bench.launched.pop() == bench.expected(call, out)
+        out.residual = torch.zeros(T, H, dtype=BF16)
+        assert in_place(call, out) is None
+
+
+def test_calls_of_another_kind_take_the_long_way() -> None:
+    bench = Bench(quant=NVFP4(3.0))
+    right = bench.call(quant=NVFP4(3.0))
+    assert bench.bound(right, None) is not None
+    bench.launched.clear()
+    for changes in (
+        {"operation": "sharded"},
+        {"keep_norm": True},
+        {"residual": None},
+        {"norm": None},
+        {"norm": RMSNorm(torch.ones(H), prefetch=False)},
+        {"quant": None},
+        {"quant": NVFP4(3.0, "8x4")},
+        {"quant": FP8PerToken()},
+        {"quant": "fp8"},
+    ):
+        assert bench.fresh(dataclasses.replace(right, **changes), None) is None, changes  # type: ignore[arg-type]
+    assert bench.fresh(right, bench.first.signature.empty()) is None
+    assert bench.into(right, None) is None
+    assert bench.idle()
+
+
+def strided() -> torch.Tensor:
+    return torch.zeros(T, 2 * H, dtype=BF16)[:, :H]
+
+
+def moved() -> torch.Tensor:
+    """Off by two bytes."""
+    return torch.zeros(T * H + 8, dtype=BF16)[1 : T * H + 1].view(T, H)
+
+
+def learned() -> torch.Tensor:
+    return torch.zeros(T, H, dtype=BF16, requires_grad=True)
+
+
+class Wrapper(torch.Tensor):
+    """A subclass whose values lie elsewhere, as DTensor's do."""
+
+    @staticmethod
+    def __new__(cls) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, (T, H), dtype=BF16)  # type: ignore[attr-defined,no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError
+
+
+WRONG: dict[str, dict[str, Callable[[], Any]]] = {
+    "dtype": {"partial": lambda: torch.zeros(T, H)},
+    "shape": {"partial": lambda: torch.zeros(T + 1, H, dtype=BF16)},
+    "meta": {"partial": lambda: torch.zeros(T, H, dtype=BF16, device="meta")},
+    "strides": {"partial": strided},
+    "alignment": {"partial": moved},
+    "a lazy negation": {"partial": lambda: torch._neg_view(torch.ones(T, H, dtype=BF16))},
+    "a wrapper": {"partial": Wrapper},
+    "residual: a wrapper": {"residual": Wrapper},
+    "no tensor": {"partial": lambda: [1.0]},
+    "grad": {"partial": learned},
+    "residual: dtype": {"residual": lambda: torch.zeros(T, H)},
+    "residual: rows": {"residual": lambda: torch.zeros(T - 1, H, dtype=BF16)},
+    "residual: strides": {"residual": strided},
+    "residual: alignment": {"residual": moved},
+    "residual: grad": {"residual": learned},
+    "another norm": {"norm": lambda: torch.nn.RMSNorm(H)},
+    "weight: dtype": {"norm": lambda: RMSNorm(torch.ones(H, dtype=torch.float16))},
+    "weight: a lazy negation": {"norm": lambda: RMSNorm(torch._neg_view(torch.ones(H)))},
+    "weight: length": {"norm": lambda: RMSNorm(torch.ones(H + 8))},
+    "weight: strides": {"norm": lambda: RMSNorm(torch.ones(2 * H)[::2])},
+    "weight: alignment": {"norm": lambda: RMSNorm(torch.ones(H + 1)[1:])},
+    "weight: device": {"norm": lambda: RMSNorm(torch.ones(H, device="meta"))},
+    "weight: grad": {"norm": lambda: RMSNorm(torch.ones(H, requires_grad=True))},
+    "scale: device": {"quant": lambda: NVFP4(torch.ones(1, device="meta"))},
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_takes_the_long_way(case: str) -> None:
+    bench = Bench(quant=NVFP4(3.0))
+    changes = {name: make() for name, make in WRONG[case].items()}
+    call = bench.call(**{"quant": NVFP4(3.0), **changes})
+    assert bench.bound(call, None) is None
+    assert bench.idle()
+    with pytest.raises(ArgumentError):
+        check_call(bench.capacity, call)
+
+
+def outputs(bench: Bench, **changes: Any) -> Output:
+    return dataclasses.replace(bench.first.signature.empty(), **changes)
+
+
+WRONG_OUT: dict[str, Callable[[Bench, Call], dict[str, Any]]] = {
+    "missing": lambda bench, call: {"norm": None},
+    "too many": lambda bench, call: {"reduced": torch.zeros(T, H, dtype=BF16)},
+    "dtype": lambda bench, call: {"norm": torch.zeros(T, H)},
+    "shape": lambda bench, call: {"norm": torch.zeros(T + 1, H, dtype=BF16)},
+    "strides": lambda bench, call: {"norm": strided()},
+    "alignment": lambda bench, call: {"norm": moved()},
+    "scales without padding": lambda bench, call: {"scales": torch.zeros(128 * 16, dtype=torch.uint8)[:1]},
+    "another's memory": lambda bench, call: {"norm": call.partial},
+    "the residual's memory": lambda bench, call: {"norm": call.residual},
+    "the weight's memory": lambda bench, call: {"norm": call.norm.weight.new_zeros(0)},
+    "two outputs": lambda bench, call: (lambda x: {"norm": x, "residual": x})(torch.zeros(T, H, dtype=BF16)),
+    "a part of the residual": lambda bench, call: {"residual": torch.zeros(T + 1, H, dtype=BF16)[:T]},
+}
+
+
+@pytest.mark.parametrize("case", [c for c in WRONG_OUT if c != "a part of the residual"])
+def test_wrong_outputs_take_the_long_way(case: str) -> None:
+    bench = Bench(quant=NVFP4(3.0), keep_norm=True)
+    call = bench.call(quant=NVFP4(3.0), keep_norm=True)
+    out = outputs(bench, **WRONG_OUT[case](bench, call))
+    for _ in range(2):
+        assert bench.bound(call, out) is None
+    assert bench.idle()
+    with pytest.raises(ArgumentError):
+        check_out(check_call(bench.capacity, call), out)
+
+
+def test_an_overlap_with_the_residual_is_seen_where_it_is_not_in_place() -> None:
+    bench, memory = Bench(), torch.zeros(T + 1, H, dtype=BF16)
+    call = bench.call(residual=memory[:T])
+    assert bench.bound(call, Output(residual=memory[1:], norm=torch.zeros(T, H, dtype=BF16))) is None
+    assert bench.idle()
+
+
+def test_outputs_that_overlap_only_later_are_seen() -> None:
+    """The places of one call say nothing of the next."""
+    bench, out = Bench(), None
+    out = bench.first.signature.empty()
+    assert bench.bound(bench.call(), out) is out
+    bench.launched.clear()
+    assert bench.bound(bench.call(partial=out.norm), out) is None
+    out.norm = out.residual
+    assert bench.bound(bench.call(), out) is None
+    assert bench.idle()
+
+
+@pytest.mark.parametrize(("name", "value"), [("capturing", True), ("stream", 8), ("device", 0)])
+def test_unusual_circumstances_take_the_long_way(machine: dict[str, Any], name: str, value: Any) -> None:
+    bench = Bench()
+    machine[name] = value
+    assert bench.bound(bench.call(), None) is None
+    assert bench.idle()
+
+
+@pytest.mark.parametrize("word", [0, 1])
+def test_a_failure_takes_the_long_way(word: int) -> None:
+    bench = Bench()
+    bench.words[word] = 1
+    assert bench.bound(bench.call(), None) is None
+    assert bench.idle()
+
+
+def test_another_thread_takes_the_long_way() -> None:
+    bench = Bench()
+    with bench.engine.in_use:
+        assert bench.bound(bench.call(), None) is None
+    assert bench.idle()
+
+
+def test_transforms_take_the_long_way() -> None:
+    bench, seen = Bench(), []
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        seen.append(bench.bound(bench.call(partial=x), None))
+        return x
+
+    torch.func.vmap(f)(torch.zeros(2, T, H, dtype=BF16))
+    assert seen == [None]
+    assert bench.idle()
+
+
+def test_an_inference_tensor_outside_of_inference_mode_takes_the_long_way() -> None:
+    bench = Bench()
+    with torch.inference_mode():
+        out = bench.first.signature.empty()
+    assert bench.bound(bench.call(), out) is None
+    assert bench.idle()
+
+
+def test_a_launch_that_fails_leaves_the_communicator_free() -> None:
+    bench = Bench()
+
+    def fail(stream: int) -> None:
+        raise RuntimeError("no")
+
+    broken = bound.bind(bench.engine, bench.first, None, bench.launcher, fail)
+    assert broken is not None
+    with pytest.raises(RuntimeError):
+        broken(bench.call(), None)
+    assert bench.idle()
