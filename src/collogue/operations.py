@@ -160,8 +160,9 @@ class Operations:
         Synchronisation:
             Collective: every rank calls with the same arguments in the same order. Runs on the current stream, may be
             captured in a CUDA graph after :meth:`prepare`. ``T = 0`` returns empty tensors and communicates nothing.
-            Weights and scale tensors are read before the preceding kernel has finished if that kernel launches its
-            dependents early (PDL): do not write them there.
+            A norm's weight may be read before the preceding kernel has finished (PDL): it must have been written by a kernel
+            that a kernel between it and this call has waited for, or be given as ``RMSNorm(weight, prefetch=False)``. All other
+            inputs, scale tensors too, may be written by the preceding kernel.
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
