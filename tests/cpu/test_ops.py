@@ -276,6 +276,7 @@ def test_malformed_outputs_are_refused_when_traced(comm: collogue.Communicator, 
 # ---- gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("name", ["partial", "residual", "RMSNorm.weight"])
 def test_what_requires_grad_is_refused_when_compiled(comm: collogue.Communicator, name: str, backend: str) -> None:

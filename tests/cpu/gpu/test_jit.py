@@ -28,6 +28,8 @@ from collogue.planning.topology import Overrides, Topology
 from collogue.planning.variant import Variant
 from collogue.testing.covering import variant_of
 
+pytestmark = pytest.mark.slow
+
 ELF = b"\x7fELF"
 #: A one-shot kernel of one row, with a residual and a norm.
 ONE_SHOT: dict[str, Any] = {"format": "none", "world": 2, "hidden_size": 7168, "dtype": torch.bfloat16, "kernel": "one_shot", "norm": True}
@@ -209,7 +211,6 @@ def test_two_processes_compile_a_kernel_once(cache: Path, variant: Variant) -> N
     assert sizes == [len(next(cache.glob("*.cubin")).read_bytes())] * 2
 
 
-@pytest.mark.slow
 def test_threads_may_compile_together() -> None:
     """The first use of the compiler in a process, from four threads: virtual ranks do that."""
     code = (
@@ -272,7 +273,6 @@ def test_the_name_of_a_kernel_says_what_it_does(variant: Variant) -> None:
 # Registers
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_a_kernel_that_would_spill_gets_more_registers(architecture: str) -> None:
     """Launch bounds that ask for too many CTAs: the compiler is asked again, and only then."""

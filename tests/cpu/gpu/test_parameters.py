@@ -19,6 +19,8 @@ from collogue.gpu.workspace import CONTROL_BYTES, SENTINELS
 from collogue.group import MAX_WORLD_SIZE
 from collogue.planning.extent import GENERATIONS, ONE_SHOT_GENERATIONS
 
+pytestmark = pytest.mark.slow
+
 
 def sizes(name: str, structure: type[ctypes.Structure]) -> list[str]:
     """The sizes that C++ must see. NVRTC has no ``offsetof``: the same members in the same order and sizes have the same offsets."""

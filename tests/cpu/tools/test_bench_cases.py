@@ -63,6 +63,7 @@ def test_compile_time_is_taken_of_different_kernels() -> None:
     assert [c.format for c in latency.compiled_cases(default_rounds(2))] == ["none", "nvfp4/128x4", "fp8_static"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 8])
 def test_the_floors_compile(world_size: int) -> None:
     for architecture in ARCHITECTURES:

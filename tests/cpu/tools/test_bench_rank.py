@@ -165,6 +165,7 @@ def test_formats_without_a_compiled_epilogue_are_refused() -> None:
             epilogue.epilogue(Case(1, 128, format=label_).quant("cpu"), 1e-6)
 
 
+@pytest.mark.slow
 def test_the_epilogue_compiles() -> None:
     """By dynamo, in one graph; the code itself is made where the GPUs are."""
     case = Case(2, 64, format="nvfp4/128x4", keep_norm=False)

@@ -531,6 +531,7 @@ class Recorded:
         call_each_set(self)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [None, "two_shot"])
 def test_a_rank_on_the_cpu_with_graphs_of_paper(monkeypatch: pytest.MonkeyPatch, broken: str | None) -> None:
     """One rank's part, but for what needs a GPU: candidates share inputs, each is gated, errors refuse."""
