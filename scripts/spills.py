@@ -49,10 +49,10 @@ NORMS = ((False, False, False), (True, False, False), (True, True, False), (True
 
 
 def token_counts(topology: Topology) -> list[int]:
-    """Numbers of tokens that between them give every kernel there is: a plan asks of T which algorithm, and whether a CTA does several
-    rows. Up to a number it does not, and beyond it does."""
+    """Numbers of tokens that between them give every kernel of an all-reduce: a plan asks of T which algorithm, and whether a CTA does
+    several rows. Up to a number it does not, and beyond it does; with other operations one token and very many show both."""
     most = one_shot_tokens(topology, topology.hidden_size) if topology.world_size > 1 else 0
-    return sorted({1, 256, 512, max(most, 1), min(most + 1, MOST_TOKENS), MOST_TOKENS})
+    return sorted({1, 512, max(most, 1), min(most + 1, MOST_TOKENS), MOST_TOKENS})
 
 
 def requests(hidden_size: int, dtype: torch.dtype, quant: Quant | None) -> Iterator[Request]:
@@ -74,13 +74,14 @@ def variants(world: int) -> Iterator[Variant]:
     for hidden_size, dtype, asked in itertools.product(FACTORS["hidden_size"], VALUE_DTYPES, ("plan", "one_shot", "two_shot", "few SMs")):
         overrides = Overrides(**{"plan": {}, "few SMs": {"max_sms": 16}}.get(asked, {"algorithm": asked}))
         topology = Topology(world, MOST_TOKENS, hidden_size, dtype, ARCHITECTURE, MULTIPROCESSORS, 1, overrides)
+        counts = token_counts(topology)
         for quant in FORMATS.values():
             if quant is not None and quant.block and hidden_size % quant.block:
                 continue
             for request in requests(hidden_size, dtype, quant):
                 if asked in ("one_shot", "two_shot") and (world == 1 or request.operation != "all_reduce"):
                     continue
-                for tokens in token_counts(topology):
+                for tokens in counts if request.operation == "all_reduce" else (1, MOST_TOKENS):
                     made = replace(request, tokens=tokens)
                     for kernel in make_kernels(topology, made, make_plan(topology, made)):
                         yield kernel.variant
@@ -148,7 +149,7 @@ def summary(every: Sequence[Variant], raw: dict[str, dict[str, Any]]) -> dict[st
         }
         for name, rows in sorted(done.items())
     }
-    facts = {"architecture": ARCHITECTURE, "nvrtc": list(jit.nvrtc_version()), "kernels": len(every), "compiled": len(raw)}
+    facts = {"architecture": ARCHITECTURE, "nvrtc": list(jit.nvrtc_version()), "kernels": len(every), "compiled": sum(map(len, done.values()))}
     whole = sum(n["compiled"] == n["kernels"] for n in families.values())
     return {**facts, "families": len(total), "whole_families": whole, "spilled": spilled, "tight": tight, "by_family": families}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from collogue.calls.call import Call, check_call
@@ -18,7 +18,8 @@ from collogue.planning.topology import Topology
 class Engine(Protocol):
     """Runs checked calls."""
 
-    def latest(self, call: Call, out: Output | None) -> Output | None: ...
+    @property
+    def latest(self) -> Callable[..., Output | None]: ...
     def quick(self, call: Call, out: Output | None) -> Output | None: ...
     def run(self, call: Call, out: Output | None) -> Output: ...
     def prepare(self, signatures: Iterable[Signature]) -> None: ...

@@ -12,11 +12,11 @@ from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity
 from collogue.calls.gather import check_gather
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.contract.spec import Output, RMSNorm
+from collogue.contract.spec import Operation, Output, RMSNorm
 from collogue.engine import Engine
 from collogue.ops import is_traced
 
-_is_compiling = torch.compiler.is_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 #: Formats whose calls return scales.
 Scaled: TypeAlias = NVFP4 | MXFP4 | MXFP8 | FP8PerToken | FP8Group
 
@@ -160,12 +160,13 @@ class Operations:
         Synchronisation:
             Collective: every rank calls with the same arguments in the same order. Runs on the current stream, may be
             captured in a CUDA graph after :meth:`prepare`. ``T = 0`` returns empty tensors and communicates nothing.
-            Weights and scale tensors are read before the preceding kernel has finished if that kernel launches its
-            dependents early (PDL): do not write them there.
+            A norm's weight may be read before the preceding kernel has finished (PDL): it must have been written by a kernel
+            that a kernel between it and this call has waited for, or be given as ``RMSNorm(weight, prefetch=False)``. All other
+            inputs, scale tensors too, may be written by the preceding kernel.
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        return self._call(Call(partial, residual, norm, quant, keep_norm, "sharded" if sharded else "all_reduce"), out)
+        return self._call("sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm, out)
 
     @overload
     def reduce_scatter(
@@ -286,7 +287,7 @@ class Operations:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        return self._call(Call(partial, residual, norm, quant, keep_norm, "reduce_scatter"), out)
+        return self._call("reduce_scatter", partial, residual, norm, quant, keep_norm, out)
 
     def all_gather(self, shard: Output, tokens: int, *, quant: Quant | None = None, out: Output | None = None) -> Output:
         """Give every rank the rows of all ranks: the second half of ``all_reduce(sharded=True)``.
@@ -374,17 +375,28 @@ class Operations:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared.
         """
-        return self._call(Call(y, None, norm, quant, keep_norm, "finish"), out)
+        return self._call("finish", y, None, norm, quant, keep_norm, out)
 
-    def _call(self, call: Call, out: Output | None) -> Output:
-        if not _is_compiling():
-            engine = self._engine
-            if engine is not None:
-                done = engine.latest(call, out)
-                if done is None:
-                    done = engine.quick(call, out)
-                if done is not None:
-                    return done
+    def _call(
+        self,
+        operation: Operation,
+        partial: Tensor,
+        residual: Tensor | None,
+        norm: RMSNorm | None,
+        quant: Quant | None,
+        keep_norm: bool,
+        out: Output | None,
+    ) -> Output:
+        engine = None if _is_dynamo_compiling() else self._engine
+        if engine is not None:  # what most calls come to: its arguments are not put together first
+            done = engine.latest(operation, partial, residual, norm, quant, keep_norm, out)
+            if done is not None:
+                return done
+        call = Call(partial, residual, norm, quant, keep_norm, operation)
+        if engine is not None:
+            done = engine.quick(call, out)
+            if done is not None:
+                return done
         return ops.call(self.name, call, out) if is_traced() else self._run(call, out)
 
     def _open(self) -> object:

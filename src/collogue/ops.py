@@ -118,8 +118,13 @@ def _run(
         format = FP8Static(scale)
     norm = None if weight is None else RMSNorm(weight, eps, weight_offset)
     owner = registry.find(comm)
-    call, engine = Call(partial, residual, norm, format, keep_norm, operation), owner._engine
-    done = None if engine is None else engine.latest(call, None) or engine.quick(call, None)
+    engine = owner._engine
+    if engine is None:
+        done = None
+    else:
+        done = engine.latest(operation, partial, residual, norm, format, keep_norm, None)
+        if done is None:
+            done = engine.quick(Call(partial, residual, norm, format, keep_norm, operation), None)
     if done is not None:
         return _tensors(done)
     parts = _parts(operation, partial.contiguous(), residual, format, owner.max_tokens)

@@ -104,6 +104,7 @@ class NVFP4(Quant):
 
     Args:
         global_scale: ``g``, a **multiplier**: ``448 * 6 / amax`` of the tensor. Number or one-element float32 tensor.
+            A tensor is read with the inputs: the kernel just before may write it.
         layout: of the scales: ``"128x4"``, ``"8x4"`` or ``"linear"``.
         validate: also read a CUDA tensor's value (synchronises) and refuse one that is not positive and finite.
     """
@@ -173,6 +174,7 @@ class FP8Static(Quant):
 
     Args:
         scale: a **divisor**. Number or one-element float32 tensor. ``out.scales`` is ``None``: the caller has it.
+            A tensor is read with the inputs: the kernel just before may write it.
         validate: also read a CUDA tensor's value (synchronises) and refuse one that is not positive and finite.
     """
 

@@ -20,7 +20,8 @@ from torch.autograd import forward_ad
 
 from collogue.calls.call import ALIGNMENT, Call
 from collogue.calls.request import Form
-from collogue.contract.spec import OUTPUTS, Output, RMSNorm
+from collogue.contract.quant import Quant
+from collogue.contract.spec import OUTPUTS, Operation, Output, RMSNorm
 from collogue.gpu import header
 from collogue.gpu.launch import Launcher, Params
 
@@ -37,7 +38,8 @@ _FIELDS = {"reduced": "stream", "residual": "stream", "norm": "norm", "codes": "
 _ADDRESSES = [name for name, *_ in Params._fields_[:8]]
 assert all(getattr(Params, name).offset == 8 * place for place, name in enumerate(_ADDRESSES))
 
-Bound = Callable[[Call, "Output | None"], "Output | None"]
+#: Takes operation, partial, residual, norm, quant, keep_norm and out.
+Bound = Callable[..., "Output | None"]
 
 
 def key_of(call: Call, out: Output | None) -> tuple[Any, ...]:
@@ -55,7 +57,7 @@ def key_of(call: Call, out: Output | None) -> tuple[Any, ...]:
     )
 
 
-def unbound(call: Call, out: Output | None) -> Output | None:
+def unbound(*arguments: object) -> None:
     """What stands in the place of a bound call where there is none yet."""
 
 
@@ -77,12 +79,13 @@ def bind(
     has_scale = quant is not None and quant.given_scale is not None
     has_scale_tensor = has_scale and isinstance(quant.given_scale, torch.Tensor)  # type: ignore[union-attr]
     has_smallest = hasattr(quant, "smallest")
-    reads = ["partial"] + ["residual"] * has_residual + ["norm.weight"] * has_norm + ["quant.given_scale"] * has_scale_tensor
-    fields = [name.split(".")[-1].removeprefix("given_") for name in reads] + [_FIELDS[name] for name in named] * has_out
-    inputs, outputs, others = _together(reads), _together(named), _together(absent)
+    fields = ["partial"] + ["residual"] * has_residual + ["weight"] * has_norm + ["scale"] * has_scale_tensor
+    fields += [_FIELDS[name] for name in named] * has_out
+    outputs, others = _together(named), _together(absent)
     nothing = (None,) * len(absent)
     looked_at = _together([name for name in named if not (in_place and name == "residual")])
-    fits = _guard((*inputs(call), *(looked_at(out) if has_out else ())))
+    inputs = [tensor for name, tensor in call.inputs() if has_scale_tensor or name != "the scale"]
+    fits = _guard((*inputs, *(looked_at(out) if has_out else ())))
     if fits is None:
         return None
     params = launcher.params
@@ -117,13 +120,28 @@ def bind(
         known[addresses] = found = b"".join(address.to_bytes(8, sys.byteorder) for address in row)
         return found
 
-    def bound(call: Call, out: Output | None) -> Output | None:
-        norm, quant = call.norm, call.quant
-        if call.operation != operation or call.keep_norm is not keep_norm or (call.residual is not None) is not has_residual:
+    def bound(
+        asked: Operation,
+        partial: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: RMSNorm | None,
+        quant: Quant | None,
+        keeps: bool,
+        out: Output | None,
+    ) -> Output | None:
+        if asked != operation or keeps is not keep_norm:
+            return None
+        tensors: tuple[Any, ...]
+        if has_residual:
+            tensors = (partial, residual)
+        elif residual is None:
+            tensors = (partial,)
+        else:
             return None
         if has_norm:
             if norm.__class__ is not RMSNorm or norm.prefetch is not prefetch:
                 return None
+            tensors += (norm.weight,)
         elif norm is not None:
             return None
         if quant is not launcher.quant:
@@ -131,12 +149,13 @@ def bind(
                 return None
             if has_scale and isinstance(quant.given_scale, torch.Tensor) is not has_scale_tensor:  # type: ignore[union-attr]
                 return None
-        tensors = inputs(call)
+        if has_scale_tensor:
+            tensors += (quant.given_scale,)  # type: ignore[union-attr,operator]
         if has_out:
             if out.__class__ is not Output or others(out) != nothing:
                 return None
             if in_place:
-                if out.residual is not call.residual or not fits(*tensors, *looked_at(out)):
+                if out.residual is not residual or not fits(*tensors, *looked_at(out)):
                     return None
                 tensors += outputs(out)
             else:

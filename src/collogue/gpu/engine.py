@@ -139,7 +139,7 @@ class KernelEngine:
         if bound is None or bound is self.latest:
             return None
         self.latest = bound
-        return bound(call, out)
+        return bound(call.operation, call.partial, call.residual, call.norm, call.quant, call.keep_norm, out)
 
     def run(self, call: Call, out: Output | None) -> Output:
         with self.in_use:

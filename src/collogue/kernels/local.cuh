@@ -12,20 +12,34 @@ COLLOGUE_DEVICE void local(const Params& p) {
   Row<C> row(p, shared);
   typename C::template Source<C> source(row);
 
+  // All of a row is asked for before any of it is stored, and with kAhead before the row before it is finished: memory must not idle.
+  Packed<D::kParts> x[C::kVectors], residual[C::kResidual ? C::kVectors : 1];
+  const auto load = [&](u32 t) {
+    source.aim(t);
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++) x[i] = source.term(i);
+    if constexpr (C::kResidual) {
+#pragma unroll
+      for (int i = 0; i < C::kVectors; i++) residual[i] = row.load(p.residual + row.offset(t), i);
+    }
+  };
+
   wait_for_previous_kernel();
   row.ask();
+  if (C::kAhead && grid_row() < p.tokens) load(grid_row());
   for (u32 t = grid_row(), turn = 0; t < p.tokens; t += grid_rows(), turn++) {
     if (turn) row.next();
     row.aim(t);
-    source.aim(t);
+    if (!C::kAhead) load(t);
     Packed<D::kParts> y[C::kVectors];
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       float sum[8];
-      begin<D>(sum, source.term(i));
-      if constexpr (C::kResidual) add<D>(sum, row.load(p.residual + row.offset(t), i));
+      begin<D>(sum, x[i]);
+      if constexpr (C::kResidual) add<D>(sum, residual[i]);
       y[i] = row.store_stream(i, sum);
     }
+    if (C::kAhead && t + grid_rows() < p.tokens) load(t + grid_rows());
     if (turn == 0) {
       launch_next_kernel();
       const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();

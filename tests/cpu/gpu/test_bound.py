@@ -56,7 +56,11 @@ class Bench:
 
     def bound(self, call: Call, out: Output | None) -> Output | None:
         """The bound call that the key of such a call finds."""
-        return (self.fresh if out is None else self.into)(call, out)
+        return self.run(self.fresh if out is None else self.into, call, out)
+
+    @staticmethod
+    def run(made: bound.Bound, call: Call, out: Output | None) -> Output | None:
+        return made(call.operation, call.partial, call.residual, call.norm, call.quant, call.keep_norm, out)
 
     def call(self, operation: Operation = "all_reduce", **changes: Any) -> Call:
         """A call with fresh tensors."""
@@ -120,9 +124,9 @@ def test_the_launch_of_the_last_stream_is_taken_as_it_is() -> None:
     assert out is not None
     assert bench.launched.pop() == bench.expected(call, out)
     bench.launcher.launch = lambda: (1,)
-    assert bench.into(bench.call(), bench.first.signature.empty()) is not None  # bound before
+    assert bench.run(bench.into, bench.call(), bench.first.signature.empty()) is not None  # bound before
     failing = bench.bind(None)
-    assert failing(bench.call(), None) is not None
+    assert bench.run(failing, bench.call(), None) is not None
     assert bench.launched  # again, by the launch that says what is wrong
 
 
@@ -154,10 +158,10 @@ def test_the_residual_may_be_updated_in_place() -> None:
         out = Output(residual=call.residual, norm=torch.zeros(T, H, dtype=BF16))
         assert bench.bound(call, out) is None
         assert bench.idle()
-        assert in_place(call, out) is out
+        assert bench.run(in_place, call, out) is out
         assert bench.launched.pop() == bench.expected(call, out)
         out.residual = torch.zeros(T, H, dtype=BF16)
-        assert in_place(call, out) is None
+        assert bench.run(in_place, call, out) is None
 
 
 def test_calls_of_another_kind_take_the_long_way() -> None:
@@ -176,9 +180,9 @@ def test_calls_of_another_kind_take_the_long_way() -> None:
         {"quant": FP8PerToken()},
         {"quant": "fp8"},
     ):
-        assert bench.fresh(dataclasses.replace(right, **changes), None) is None, changes  # type: ignore[arg-type]
-    assert bench.fresh(right, bench.first.signature.empty()) is None
-    assert bench.into(right, None) is None
+        assert bench.run(bench.fresh, dataclasses.replace(right, **changes), None) is None, changes  # type: ignore[arg-type]
+    assert bench.run(bench.fresh, right, bench.first.signature.empty()) is None
+    assert bench.run(bench.into, right, None) is None
     assert bench.idle()
 
 
@@ -349,5 +353,5 @@ def test_a_launch_that_fails_leaves_the_communicator_free() -> None:
     broken = bound.bind(bench.engine, bench.first, None, bench.launcher, fail)
     assert broken is not None
     with pytest.raises(RuntimeError):
-        broken(bench.call(), None)
+        bench.run(broken, bench.call(), None)
     assert bench.idle()

@@ -289,6 +289,7 @@ def _written_late(
         quant = replace(quant, **{"global_scale" if hasattr(quant, "global_scale") else "scale": late(quant.given_scale)})
     launches += [(_Launch(0, 0, len(library.cases) + 1, rank, 0, 1, 1, 32), Params()) for _ in range(between)]
     for _, params in launches:
+        params.rank = rank % library.world
         for peer, workspace in enumerate(memory.workspaces):
             params.workspace[peer] = workspace.data_ptr()
     return replace(call, norm=norm, quant=quant), launches, ranges
