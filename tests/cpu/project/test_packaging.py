@@ -97,7 +97,7 @@ dist.destroy_process_group()
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
-    ["import torch, collogue", "import collogue, torch; collogue.Communicator", "import collogue, torch; from collogue import nn"],
+    ["import torch, collogue", "import collogue, torch; collogue.Communicator", "import collogue, torch; collogue.NVFP4"],
 )
 def test_a_saved_program_can_be_loaded(imports: str, tmp_path: Path) -> None:
     path = str(tmp_path / "model.pt2")
