@@ -1,4 +1,4 @@
-"""Kernel times with ranks of one process on one GPU, of one source tree against another: ``scripts/virtual_times.py OUT.json NAME=PATH ...``.
+"""Kernel times with ranks of one process on one GPU, one source tree against another: ``virtual_times.py OUT.json NAME=PATH ...``.
 
 Each ``PATH`` is a checkout; the first is the base of the ratios. Every round times each tree in a process of its own, in turn. A rank
 is a thread with a stream; its calls lie in CUDA graphs of 100 and of 20, which the ranks replay together. A time is the difference of
