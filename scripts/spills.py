@@ -149,12 +149,8 @@ def summary(every: Sequence[Variant], raw: dict[str, dict[str, Any]]) -> dict[st
         }
         for name, rows in sorted(done.items())
     }
-    facts = {
-        "architecture": ARCHITECTURE,
-        "nvrtc": list(jit.nvrtc_version()),
-        "kernels": len(every),
-        "compiled": sum(map(len, done.values())),
-    }
+    compiled = sum(map(len, done.values()))
+    facts = {"architecture": ARCHITECTURE, "nvrtc": list(jit.nvrtc_version()), "kernels": len(every), "compiled": compiled}
     whole = sum(n["compiled"] == n["kernels"] for n in families.values())
     return {**facts, "families": len(total), "whole_families": whole, "spilled": spilled, "tight": tight, "by_family": families}
 

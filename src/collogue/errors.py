@@ -29,8 +29,6 @@ Every error carries a ``hint``: one line that says what to do, shown as the last
 
 from __future__ import annotations
 
-from typing import Any
-
 
 class CollogueError(Exception):
     """Base of all errors. ``hint`` is one line: what to do about it."""
@@ -40,12 +38,12 @@ class CollogueError(Exception):
         self.message = message
         self.hint = hint
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """For pickle and copy: the same error with its hint and whatever else it carries, without calling ``__init__``."""
         return _again, (type(self), self.args), vars(self)
 
 
-def _again(kind: type[CollogueError], args: tuple[Any, ...]) -> CollogueError:
+def _again(kind: type[CollogueError], args: tuple[object, ...]) -> CollogueError:
     error = kind.__new__(kind, *args)
     error.args = args
     return error

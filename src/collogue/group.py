@@ -13,13 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 
 from collogue.errors import ArgumentError, CollectiveError, GroupError, MismatchedCall, PlatformError
-from collogue.link import Link
+
+if TYPE_CHECKING:
+    from collogue.link import Link
 
 MAX_WORLD_SIZE = 8
 
@@ -141,6 +143,8 @@ class TorchGroup:
     def connect(self, timeout: float) -> Link | None:
         """Have whatever this object exchanges on the CPU travel by a link of its own, with bounded waits. Collective."""
         if self.size > 1:
+            from collogue.link import Link
+
             _made[self.name] += 1
             name = f"communicator {_made[self.name]} of group {self.name!r}"
             self.link = Link(self.name, name, self.rank, self.size, self.all_gather_object, timeout)

@@ -137,8 +137,8 @@ struct Row : RowPlace<C> {
     u32 zero;    // get_ready()
   };
   static constexpr bool kBarrierAtStart = C::kNorm || G::kPerRow || Format::kFillsShared;
-  // The only vector of the weight is loaded before its turn.
-  static constexpr bool kWeightAhead = C::kNorm && C::kVectors == 1;
+  // The weight is loaded once, before its turn: one vector, or two of 16-bit values. More are loaded for each row.
+  static constexpr bool kWeightAhead = C::kNorm && C::kVectors * C::WeightD::kParts <= 2;
 
   using Place::p;
   Shared& shared;
@@ -146,8 +146,8 @@ struct Row : RowPlace<C> {
   Exchange<C, C::kNorm> squares;
   Exchange<C, G::kPerRow> amax;
   Quantizer<C> quant;
-  Packed<C::WeightD::kParts> packed_weight;  // of the only vector
-  float weight[8];                           // the same as numbers; with several vectors, of the current one
+  Packed<C::WeightD::kParts> packed_weight[kWeightAhead ? C::kVectors : 1];
+  float weight[8];  // as numbers: of the only vector, or of the current one
 
   // What needs nothing that a kernel may just have written: tables of given numbers, barriers, addresses, and the weights unless they
   // are to be read late.
@@ -160,7 +160,7 @@ struct Row : RowPlace<C> {
         quant{shared.quant, {}} {
     quant.format.template prepare<C>(p, shared.quant.format);
     if constexpr (kWeightAhead) {
-      if constexpr (!C::kLateWeight) packed_weight = load_weight(0);
+      if constexpr (!C::kLateWeight) load_weights();
       if (thread_index() == 0) shared.zero = 0;
     }
     if constexpr (kBarrierAtStart) {
@@ -172,7 +172,7 @@ struct Row : RowPlace<C> {
   }
   // With the inputs, behind wait_for_previous_kernel(): what a kernel may just have written.
   COLLOGUE_DEVICE void ask() {
-    if constexpr (kWeightAhead && C::kLateWeight) packed_weight = load_weight(0);
+    if constexpr (kWeightAhead && C::kLateWeight) load_weights();
     quant.format.ask(p);
   }
   // Before the first finish(), once, where there is time: after the sends.
@@ -182,13 +182,13 @@ struct Row : RowPlace<C> {
 #endif
     quant.format.template get_ready<C>(p, shared.quant.format);
     // The assembler would widen the weights, and wait for them, in front of the sends. It cannot know that this is a zero.
-    if constexpr (kWeightAhead) {
+    if constexpr (kWeightAhead && C::kVectors == 1) {
       const u32 nothing = load_shared_word(shared_address(&shared.zero));
 #pragma unroll
       for (int i = 0; i < C::WeightD::kParts; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) packed_weight.part[i].w[j] ^= nothing;
-      widen_weight(packed_weight);
+        for (int j = 0; j < 4; j++) packed_weight[0].part[i].w[j] ^= nothing;
+      widen_weight(packed_weight[0]);
     }
   }
 
@@ -234,7 +234,7 @@ struct Row : RowPlace<C> {
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       D::widen(row[i], y);
-      if constexpr (C::kVectors > 1) widen_weight(load_weight(i));
+      if constexpr (C::kVectors > 1) widen_weight(kWeightAhead ? packed_weight[kWeightAhead ? i : 0] : load_weight(i));
 #pragma unroll
       for (int j = 0; j < 8; j++) y[j] = (y[j] * rstd) * weight[j];
       row[i] = D::round(y);
@@ -243,6 +243,10 @@ struct Row : RowPlace<C> {
         wire.norm(i, row[i]);
       }
     }
+  }
+  COLLOGUE_DEVICE void load_weights() {
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++) packed_weight[i] = load_weight(i);
   }
   COLLOGUE_DEVICE auto load_weight(int i) const {
     using W = typename C::WeightD;

@@ -224,11 +224,16 @@ def launch_shape(
     With clusters a thread holds one vector and a row is spread over up to 8 CTAs: the fewest cycles between the first load and the
     last store, and at large sizes the most CTAs whose waits overlap. Where few multiprocessors may be used, a row takes as few
     CTAs as it can; ``cta_threads`` is the most threads that a CTA may then have. In one CTA (no clusters, or groups that only one
-    CTA can reduce) threads hold several vectors.
+    CTA can reduce) threads hold several vectors. Local calls of more rows than SMs are bound by memory: a CTA does a row, with two
+    (or four) vectors a thread, and asks for its next row before it finishes this one.
     """
     vectors_in_row = hidden_size // 8
     limit = topology.overrides.max_sms
-    if topology.has_clusters and not QuantVariant.of(quant).needs_one_cta:
+    streams = algorithm == "local" and tokens > topology.multiprocessors and hidden_size <= MAX_HIDDEN_SIZE_OF_A_CTA
+    if topology.has_clusters and not QuantVariant.of(quant).needs_one_cta and streams:
+        cluster, vectors = 1, 2 if vectors_in_row <= 2 * resident_threads(topology, algorithm, vectors=2) else 4
+        threads = round_up(-(-vectors_in_row // vectors), 32)
+    elif topology.has_clusters and not QuantVariant.of(quant).needs_one_cta:
         threads = 64 if hidden_size <= 2048 else 128
         wide = cta_threads or topology.overrides.cta_threads or (MAX_THREADS if limit else 0)
         if wide:
@@ -277,6 +282,8 @@ def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str) -
 def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1) -> int:
     """Threads that a multiprocessor can hold, by the registers that each needs: a thread holds a vector of every rank."""
     world, narrow, streams = topology.world_size, topology.dtype.itemsize == 2, algorithm not in ("one_shot", "local")
+    if algorithm == "local" and vectors in (2, 4) and topology.has_clusters:
+        return 896 if narrow else 448
     if vectors > 1 or (streams and world > 4 and not narrow):
         return 256
     if narrow and world <= 2:
@@ -339,9 +346,12 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         loop=loop,
         ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, algorithm),
         first_poll=FIRST_POLL_CYCLES if algorithm == "one_shot" else 0,
-        ahead=int(algorithm == "two_shot" and loop and shape.threads > MAX_THREADS_OF_ROWS_IN_TURN),
+        ahead=int(
+            loop
+            and (shape.vectors <= 2 if algorithm == "local" else algorithm == "two_shot" and shape.threads > MAX_THREADS_OF_ROWS_IN_TURN)
+        ),
         stream=request.wanted.reduced or request.wanted.residual,
         gather=request.operation == "sharded",
-        late_weight=request.late_weight and request.norm and shape.vectors == 1,  # several vectors are read in their turn
+        late_weight=request.late_weight and request.norm and shape.vectors <= 2,  # more are read in their turn
         launch_late=topology.concurrent > 1 and algorithm != "local",  # which waits for nobody
     )
