@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from collogue.flashinfer.workspace import ON_FAILURE
-
-#: Values of a switch that stand for "not switched on".
-OFF = ("", "0")
-
 
 @dataclass(frozen=True)
 class Hook:
@@ -43,6 +40,14 @@ class Hook:
 def problems(hooks: Iterable[Hook]) -> list[str]:
     """What of these hooks has moved."""
     return [text for text in (hook.problem() for hook in hooks) if text]
+
+
+def logger_of(module: str, maker: str, name: str) -> Any:
+    """An engine's own logger, whose lines are shown; a plain one where the engine has no such function."""
+    try:
+        return getattr(importlib.import_module(module), maker)(name)
+    except Exception:  # an engine that we do not know
+        return logging.getLogger(name)
 
 
 def guarded(install: Callable[[], str], logger: Any, switch: str) -> bool:
