@@ -60,7 +60,7 @@ def guarded(install: Callable[[], str], logger: Any, switch: str) -> bool:
     try:
         logger.info("%s", install())
     except Exception as error:  # the engine must run, whatever the reason
-        text = str(error).splitlines()[0] if str(error) else ""
-        logger.warning("%s=%s has no effect, the engine runs without Collogue: %s: %s", switch, os.environ.get(switch), type(error).__name__, text)
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("%s=%s has no effect, the engine runs without Collogue: %s", switch, os.environ.get(switch), text)
         return False
     return True
