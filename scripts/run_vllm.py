@@ -1,6 +1,6 @@
 """Run a real vLLM on CPU ranks, stock and with Collogue, and compare: tokens, log-probabilities, ranks, and the number of fused calls.
 
-`build/engines/bin/python scripts/run_vllm.py MODEL --world 2 --switch eager --fused-a-forward 61`
+`python scripts/run_vllm.py MODEL --world 2 --switch eager --fused-a-forward 61`, in the environment of scripts/setup_engines.sh
 
 vLLM is imported once; each rank is a fork that runs the engine in its own process (vLLM's external launcher), so that its calls can be
 counted. The plugin comes in by vLLM's own loader. Ends with 1 where something differs, and says what.
@@ -152,6 +152,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--fused-a-forward", type=int, required=True, help="fused calls that a forward pass must make")
     parser.add_argument("--compiled", action="store_true", help="compile as on a GPU, on a test platform")
+    parser.add_argument("--commit", default="", help="goes into the result")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     began = time.perf_counter()
@@ -169,6 +170,7 @@ def main() -> int:
     wrong = differences(stock, ours, asked.fused_a_forward)
     near = max(abs(a - b) for s, o in zip(stock[0]["logprobs"], ours[0]["logprobs"], strict=True) for a, b in zip(s, o, strict=True))
     result = {
+        "commit": asked.commit,
         "vllm": vllm.__version__,
         "case": f"{asked.model.name}, world {asked.world}, {asked.dtype}, {'compiled' if asked.compiled else 'eager'}, COLLOGUE_VLLM={asked.switch}",
         "text": ours[0]["text"],
