@@ -11,6 +11,7 @@ from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 
 from collogue.communicator import Communicator
+from collogue.contract.quant import E4M3_MAX, SMALLEST_SCALE, FP8PerToken, FP8Static
 from collogue.contract.spec import VALUE_DTYPES, RMSNorm
 from collogue.errors import CollogueError
 from collogue.flashinfer.workspace import TIMEOUT, WATCH_INTERVAL, failed
@@ -82,6 +83,45 @@ def all_reduce_norm(
     return [made.norm, made.residual]
 
 
+def all_reduce_norm_quant(
+    partial: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    group: str,
+    most: int,
+    quant: str,
+    scale: Tensor | None,
+    keep_norm: bool,
+) -> list[Tensor]:
+    """:func:`all_reduce_norm` and the quantization of the norm: ``[y, codes, scales (if per token), norm (if kept)]``.
+
+    ``quant`` is ``"fp8_static"`` with a ``scale`` (a divisor, one element), or ``"fp8_per_token"``, whose scales are float32 ``[T, 1]``.
+    """
+    comm = communicator(group, partial, most)
+    if comm is None or not comm.fits(*partial.shape):
+        counts["unfused"] += 1
+        norm, y = _apart(partial, residual, weight, eps, offset)
+        return [y, *_quantized(norm, scale), *([norm] if keep_norm else [])]
+    counts["fused"] += 1
+    counts[quant] += 1
+    rows = None if residual is None else residual.contiguous()
+    format = FP8PerToken() if scale is None else FP8Static(scale)
+    made = comm.all_reduce(
+        partial.contiguous(), residual=rows, norm=RMSNorm(weight.detach(), eps, offset), quant=format, keep_norm=keep_norm
+    )
+    return [each for each in (made.residual, made.codes, made.scales, made.norm) if each is not None]
+
+
+def _quantized(norm: Tensor, scale: Tensor | None) -> list[Tensor]:
+    wide = norm.float()
+    divisor = (wide.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=SMALLEST_SCALE) if scale is None else scale
+    scaled = wide / divisor if scale is None else wide * (1.0 / divisor)
+    codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return [codes, divisor] if scale is None else [codes]
+
+
 def _apart(partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float) -> list[Tensor]:
     # vLLM's all-reduce on the CPU writes into its input, which is the caller's.
     summed: Tensor = get_tp_group().all_reduce(partial if partial.is_cuda else partial.clone())
@@ -95,16 +135,28 @@ def _traced(partial: Tensor, *others: Any) -> list[Tensor]:
     return [partial.new_empty(partial.shape), partial.new_empty(partial.shape)]
 
 
+def _traced_quant(partial: Tensor, *others: Any) -> list[Tensor]:
+    scale, keep_norm = others[-2:]
+    rows = [partial.new_empty(partial.shape), partial.new_empty(partial.shape, dtype=torch.float8_e4m3fn)]
+    if scale is None:
+        rows.append(partial.new_empty((partial.shape[0], 1), dtype=torch.float32))
+    return [*rows, partial.new_empty(partial.shape)] if keep_norm else rows
+
+
 def servable(rows: Tensor, weight: Tensor) -> bool:
     """Whether a norm of these rows (fake ones too) can be part of the call."""
     return rows.ndim == 2 and rows.dtype in VALUE_DTYPES and weight.dtype in (rows.dtype, torch.float32) and int(rows.shape[1]) % 8 == 0
 
 
 _library: Any = torch.library.Library("collogue_vllm", "DEF")  # type: ignore[no-untyped-call]
+_ARGUMENTS = "Tensor partial, Tensor? residual, Tensor weight, float eps, float offset, str group, int most"
+_library.define(f"all_reduce_norm({_ARGUMENTS}) -> Tensor[]", tags=[torch.Tag.needs_contiguous_strides])
 _library.define(
-    "all_reduce_norm(Tensor partial, Tensor? residual, Tensor weight, float eps, float offset, str group, int most) -> Tensor[]",
+    f"all_reduce_norm_quant({_ARGUMENTS}, str quant, Tensor? scale, bool keep_norm) -> Tensor[]",
     tags=[torch.Tag.needs_contiguous_strides],
 )
 for _device in ("CPU", "CUDA"):
     _library.impl("all_reduce_norm", all_reduce_norm, _device)
+    _library.impl("all_reduce_norm_quant", all_reduce_norm_quant, _device)
 torch.library.register_fake("collogue_vllm::all_reduce_norm", _traced, lib=_library)
+torch.library.register_fake("collogue_vllm::all_reduce_norm_quant", _traced_quant, lib=_library)
