@@ -71,7 +71,7 @@ def _maker(theirs: Any) -> Any:
     def make(config: Any) -> Any:
         from collogue.engines.vllm.fused import logger, why_not
 
-        reason = why_not()
+        reason = why_not(config)
         if reason:
             logger.warning("compiled graphs are not served by Collogue: %s", reason)
             return theirs(config) if theirs is not None else _pass()(config, 0)

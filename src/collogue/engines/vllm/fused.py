@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm import envs
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 
@@ -22,20 +23,26 @@ logger = init_logger("vllm.collogue")
 #: How many calls this process has made: ``fused``, and ``unfused`` where a call of the operator could not be.
 counts: Counter[str] = Counter()
 
-_communicators: dict[tuple[str, torch.dtype], tuple[Communicator | None, Watch | None]] = {}
+_communicators: dict[tuple[str, torch.dtype, int], tuple[Communicator | None, Watch | None]] = {}
 
 
-def why_not() -> str:
-    """Why this process's tensor-parallel group is not served; empty where it is. Needs vLLM's groups."""
+def why_not(config: Any) -> str:
+    """Why an engine of this ``VllmConfig`` is not served; empty where it is. Needs vLLM's groups."""
     size = get_tp_group().world_size
     if size == 1:
         return "tensor-parallel size 1: there is nothing to reduce"
-    return "" if size <= 8 else f"tensor-parallel size {size}: Collogue serves 2 to 8"
+    if size > 8:
+        return f"tensor-parallel size {size}: Collogue serves 2 to 8"
+    if envs.VLLM_BATCH_INVARIANT:
+        return "VLLM_BATCH_INVARIANT is set"
+    if getattr(config.parallel_config, "enable_dbo", False):
+        return "dual-batch overlap runs layers on two streams at a time, a communicator works on one"
+    return ""
 
 
 def communicator(group: str, like: Tensor, most: int) -> Communicator | None:
     """The communicator of vLLM's tensor-parallel group for rows like these. Collective at the first call. ``None`` where there is none."""
-    key = (group, like.dtype)
+    key = (group, like.dtype, like.shape[-1])
     if key not in _communicators:
         _communicators[key] = _make(group, like, most)
     return _communicators[key][0]
@@ -43,7 +50,7 @@ def communicator(group: str, like: Tensor, most: int) -> Communicator | None:
 
 def _make(group: str, like: Tensor, most: int) -> tuple[Communicator | None, Watch | None]:
     coordinator = get_tp_group()
-    reason = f"{group} is not vLLM's tensor-parallel group" if coordinator.unique_name != group else why_not()
+    reason = f"{group} is not vLLM's tensor-parallel group" if coordinator.unique_name != group else ""
     if not reason:
         try:
             made = Communicator(
