@@ -11,6 +11,7 @@ from collogue import ops
 from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity
 from collogue.calls.gather import check_gather
+from collogue.contract.prologue import Prologue
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 from collogue.contract.spec import Operation, Output, RMSNorm
 from collogue.engine import Engine
@@ -38,32 +39,32 @@ class Operations:
 
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: None = None, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: None = None, **more: Unpack[_Sharded]
     ) -> Output[Tensor, None, None, None, None]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: FP8Static, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: FP8Static, **more: Unpack[_Sharded]
     ) -> Output[Tensor, None, None, Tensor, None]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: Scaled, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: Scaled, **more: Unpack[_Sharded]
     ) -> Output[Tensor, None, None, Tensor, Tensor]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: None = None, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: None = None, **more: Unpack[_Sharded]
     ) -> Output[None, Tensor, None, None, None]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: FP8Static, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: FP8Static, **more: Unpack[_Sharded]
     ) -> Output[None, Tensor, None, Tensor, None]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: Scaled, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: Scaled, **more: Unpack[_Sharded]
     ) -> Output[None, Tensor, None, Tensor, Tensor]: ...
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -74,7 +75,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -85,7 +86,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -96,7 +97,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -107,7 +108,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -118,7 +119,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm | None = None,
@@ -128,7 +129,7 @@ class Operations:
     ) -> Output: ...
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm | None = None,
@@ -142,7 +143,8 @@ class Operations:
         ``s = x_0 + x_1 + ..; y = round(s + residual); n = norm(y); codes, scales = quant(n)``
 
         Args:
-            partial: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. This rank's term; not modified.
+            partial: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. This rank's term; not modified. Or
+                :class:`collogue.ExpertCombine` or ``ExpertReduce``: the term is worked out in the same kernel.
             residual: ``[T, H]``, same dtype. The same values on every rank.
             norm: :class:`collogue.RMSNorm`. Without one, ``quant`` quantises ``y``.
             quant: :class:`collogue.NVFP4`, ``MXFP4``, ``MXFP8``, ``FP8Static``, ``FP8PerToken`` or ``FP8Group``.
@@ -170,32 +172,32 @@ class Operations:
 
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: None = None, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: None = None, **more: Unpack[_Given]
     ) -> Output[Tensor, None, None, None, None]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: FP8Static, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: FP8Static, **more: Unpack[_Given]
     ) -> Output[Tensor, None, None, Tensor, None]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: Scaled, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: Scaled, **more: Unpack[_Given]
     ) -> Output[Tensor, None, None, Tensor, Tensor]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: None = None, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: None = None, **more: Unpack[_Given]
     ) -> Output[None, Tensor, None, None, None]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: FP8Static, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: FP8Static, **more: Unpack[_Given]
     ) -> Output[None, Tensor, None, Tensor, None]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: Scaled, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: Scaled, **more: Unpack[_Given]
     ) -> Output[None, Tensor, None, Tensor, Tensor]: ...
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -206,7 +208,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -217,7 +219,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -228,7 +230,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -239,7 +241,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -250,7 +252,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm | None = None,
@@ -260,7 +262,7 @@ class Operations:
     ) -> Output: ...
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm | None = None,
@@ -380,7 +382,7 @@ class Operations:
     def _call(
         self,
         operation: Operation,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         residual: Tensor | None,
         norm: RMSNorm | None,
         quant: Quant | None,
