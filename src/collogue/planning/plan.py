@@ -19,7 +19,7 @@ from collogue.planning import cost
 from collogue.planning.extent import MAX_CTAS, Memory, memory_of, round_up, wire_bytes, workspace_extent
 from collogue.planning.table import Candidate, Entry
 from collogue.planning.topology import Topology
-from collogue.planning.variant import QuantVariant, Variant, block_class
+from collogue.planning.variant import QuantVariant, Variant, block_class, source_type
 
 Algorithm = Literal["reference", "local", "one_shot", "two_shot", "sharded", "all_gather"]
 
@@ -198,7 +198,7 @@ def _entry(topology: Topology, request: Request) -> Entry | None:
 def _measured(topology: Topology, request: Request, candidate: Candidate) -> float | None:
     """The time in the table, if this is the call that was measured: residual and norm, no quantisation."""
     entry = _entry(topology, request)
-    plain = request.residual and request.norm and not request.wide_weight and request.quant is None
+    plain = request.residual and request.norm and not request.wide_weight and request.quant is None and request.prologue is None
     return entry.us(candidate, request.tokens) if entry is not None and plain else None
 
 
@@ -354,4 +354,5 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         gather=request.operation == "sharded",
         late_weight=request.late_weight and request.norm and shape.vectors <= 2,  # more are read in their turn
         launch_late=topology.concurrent > 1 and algorithm != "local",  # which waits for nobody
+        source_type=source_type(request.prologue, request.dtype),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 
 _DTYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16", torch.float32: "Float32"}
@@ -110,6 +111,16 @@ class QuantVariant:
         return hidden_size // 8 * row.code_bytes + 4 * scales
 
 
+def source_type(prologue: PrologueForm | None, dtype: torch.dtype) -> str:
+    """Where this rank's terms come from, as kernels/source.cuh calls it."""
+    if prologue is None:
+        return "DirectSource<C>"
+    weights = {"none": "NoWeight", "value": _DTYPES[dtype], "float32": "Float32"}[prologue.weights]
+    if prologue.kind == "expert_reduce":
+        return f"ExpertReduceSource<C, {weights}>"
+    return f"ExpertCombineSource<C, {weights}, {_flag(prologue.shared)}>"
+
+
 @dataclass(frozen=True)
 class Variant:
     """One kernel: ``kernel`` names its file in ``kernels/``. ``stream``: y is stored; ``gather``: finished rows go to every rank."""
@@ -134,17 +145,18 @@ class Variant:
     gather: bool = False
     late_weight: bool = False
     launch_late: bool = False
-    source_type: str = "DirectSource"
+    source_type: str = "DirectSource<C>"
 
     @property
     def name(self) -> str:
         """Short and unique enough for a profiler's list."""
+        before = "experts_" * (self.source_type != "DirectSource<C>")
         parts = ["residual"] * self.residual + ["norm"] * self.norm
         if self.quant.row.kind is not None:
             parts.append("".join(filter(str.isalnum, self.quant.format)).lower())
         epilogue = "_".join(parts)
         kernel = "reduce_scatter" if self.kernel == "sharded" and not self.gather else self.kernel
-        return f"collogue_{kernel}_{self.world}_{epilogue or 'sum'}"
+        return f"collogue_{before}{kernel}_{self.world}_{epilogue or 'sum'}"
 
     def source(self) -> str:
         """The translation unit."""
@@ -178,7 +190,7 @@ class Variant:
             f"  using Format = collogue::{q.struct};\n"
             f"  using Layout = collogue::{LAYOUTS[q.layout][q.row.scale_bytes]};\n"
             "  template <class C>\n"
-            f"  using Source = collogue::{self.source_type}<C>;\n"
+            f"  using Source = collogue::{self.source_type};\n"
             f"{body}\n"
             "};\n"
             f"{q.row_as_asserted}"

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from collogue.calls.request import Request
+from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import parse
 from collogue.contract.spec import VALUE_DTYPES, Operation, Wanted
 from collogue.planning.architecture import ARCHITECTURES
@@ -56,6 +57,14 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "keep_norm": (False, True),
     "wide_weight": (False, True),
     "residual": (True, False),
+    "prologue": (
+        None,
+        PrologueForm("expert_combine", "float32", shared=True),
+        PrologueForm("expert_combine", "value"),
+        PrologueForm("expert_combine", "none", shared=True),
+        PrologueForm("expert_reduce", "float32", shared=True),
+        PrologueForm("expert_reduce", "value", shared=True),
+    ),
     # One row a cluster, and many.
     "tokens": (1, 4096),
 }
@@ -88,7 +97,7 @@ def possible(choice: Choice) -> bool:
     if kernel == "sharded":
         return choice.get("norm", True) or quant is not None or "format" not in choice
     # Moves what is finished: nothing is added or normalised.
-    return kernel != "all_gather" or not (choice.get("residual", False) or choice.get("norm", False))
+    return kernel != "all_gather" or not (choice.get("residual", False) or choice.get("norm", False) or choice.get("prologue"))
 
 
 def variant_of(choice: Choice) -> Variant:
@@ -101,7 +110,10 @@ def variant_of(choice: Choice) -> Variant:
     algorithm = "sharded" if choice["kernel"] == "reduce_scatter" else choice["kernel"]
     if algorithm == "all_gather":
         request = replace(request, wanted=replace(wanted, norm=quant is None, residual=False, reduced=False))
-    request = replace(request, operation=_OPERATIONS[choice["kernel"]])
+    prologue = choice["prologue"]
+    if prologue is not None and prologue.weights == "float32" and dtype is torch.float32:
+        prologue = replace(prologue, weights="value")
+    request = replace(request, operation=_OPERATIONS[choice["kernel"]], prologue=prologue)
     return make_variant(topology, request, launch_shape(topology, tokens, hidden_size, quant, algorithm), algorithm)
 
 
