@@ -213,7 +213,9 @@ class Communicator(Operations):
         ``tokens``, ``operation`` and ``prologue`` are as in :meth:`prepare`.
         """
         self._open()
-        return make_plan(self.topology, self._capacity.request(tokens, residual, norm or None, quant, keep_norm, hidden_size, operation, prologue))
+        return make_plan(
+            self.topology, self._capacity.request(tokens, residual, norm or None, quant, keep_norm, hidden_size, operation, prologue)
+        )
 
     def check(self) -> None:
         """Raise what was found in an earlier call; return if there is nothing. Waits for no kernel.

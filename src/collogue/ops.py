@@ -32,7 +32,7 @@ from collogue.errors import ArgumentError
 #: (its kind) ``partial`` is the experts' output, and ``shared_expert`` the token input of an ``expert_reduce``.
 ARGUMENTS = (
     "Tensor partial, Tensor? residual, Tensor? weight, float eps, float weight_offset, str quant, Tensor? scale, "
-    "float scale_value, float smallest, bool keep_norm, str comm, bool prefetch=True, str prologue='none', Tensor? index=None, "
+    "float scale_value, float smallest, bool keep_norm, str comm, bool prefetch=True, str prologue='none', Tensor? expert_index=None, "
     "Tensor? expert_weights=None, Tensor? shared_expert=None, float scaling=1.0"
 )
 _GATHERED = (
@@ -140,12 +140,12 @@ def _run(
     comm: str,
     prefetch: bool = True,
     prologue: str = "none",
-    index: Tensor | None = None,
+    expert_index: Tensor | None = None,
     expert_weights: Tensor | None = None,
     shared_expert: Tensor | None = None,
     scaling: float = 1.0,
 ) -> list[Tensor]:
-    given = _together(partial, prologue, index, expert_weights, shared_expert, scaling)
+    given = _together(partial, prologue, expert_index, expert_weights, shared_expert, scaling)
     format = _format(quant, scale_value, smallest)
     if scale is not None and isinstance(format, NVFP4):
         format = NVFP4(scale, format.layout)
@@ -227,7 +227,7 @@ class _Arguments(NamedTuple):
     comm: str
     prefetch: bool = True
     prologue: str = "none"
-    index: Tensor | None = None
+    expert_index: Tensor | None = None
     expert_weights: Tensor | None = None
     shared_expert: Tensor | None = None
     scaling: float = 1.0
@@ -238,7 +238,7 @@ def _fake(operation: Operation, *given: Any, **named: Any) -> list[Tensor]:
     partial, comm, format = asked.partial, asked.comm, _format(asked.quant, 1.0, asked.smallest)
     has_residual, has_norm = asked.residual is not None, asked.weight is not None
     wanted = Wanted.of(has_residual=has_residual, has_norm=has_norm, quant=format, keep_norm=asked.keep_norm, operation=operation)
-    tokens, width = partial.shape[-2:] if asked.index is None else (asked.index.shape[0], partial.shape[1])
+    tokens, width = partial.shape[-2:] if asked.expert_index is None else (asked.expert_index.shape[0], partial.shape[1])
     owned = _owned(tokens, comm) if operation in ("sharded", "reduce_scatter") else tokens
     finished = owned if operation == "reduce_scatter" else tokens
     out = []

@@ -138,7 +138,9 @@ def test_bad_calls(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(LayoutError, match="index has strides"):
             comm.all_reduce(ExpertCombine(term.expert_output, term.index.t().contiguous().t(), None))
         with pytest.raises(LayoutError, match="expert_output has strides"):
-            comm.all_reduce(ExpertReduce(reduce.expert_output.transpose(0, 1).contiguous().transpose(0, 1), reduce.weights, reduce.token_input))
+            comm.all_reduce(
+                ExpertReduce(reduce.expert_output.transpose(0, 1).contiguous().transpose(0, 1), reduce.weights, reduce.token_input)
+            )
         with pytest.raises(CapacityError, match="ExpertCombine has shape"):
             comm.all_reduce(made(FORMS[0], 0, 9))
         with pytest.raises(GradError, match=r"ExpertCombine\.weights requires grad"):

@@ -23,8 +23,9 @@ ALIGNMENT = 16
 class Call:
     """The arguments of one call, as the user gave them. :func:`check_call` checks them and sets ``signature``.
 
-    ``partial``: this rank's term [T, H], or what it is worked out from; of ``finish``, y; of ``all_gather``, a tensor without memory (meta) that only says the shape and
-    dtype of gathered values. ``shard``: what is gathered. A new argument of a call is a field here and a field of :class:`Request`.
+    ``partial``: this rank's term [T, H], or what it is worked out from; of ``finish``, y; of ``all_gather``, a tensor without memory
+    (meta) that only says the shape and dtype of gathered values. ``shard``: what is gathered. A new argument of a call is a field here and
+    a field of :class:`Request`.
     """
 
     partial: torch.Tensor | Prologue
@@ -160,9 +161,7 @@ def check_indices(given: torch.Tensor | Prologue) -> None:
         )
 
 
-def _check_residual(
-    residual: torch.Tensor, name: str, shape: tuple[int, int], capacity: Capacity, operation: Operation
-) -> None:
+def _check_residual(residual: torch.Tensor, name: str, shape: tuple[int, int], capacity: Capacity, operation: Operation) -> None:
     tokens, hidden_size = shape
     if operation in ("sharded", "reduce_scatter"):
         rows = owned_rows(tokens, capacity.world_size, capacity.rank)

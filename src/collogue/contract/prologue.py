@@ -94,9 +94,13 @@ class ExpertCombine:
         if self.weights is not None:
             _check_weights("ExpertCombine.weights", self.weights, (tokens, slots), self.expert_output.dtype, "index")
         if self.shared_expert is not None:
-            _check_shared("ExpertCombine.shared_expert", self.shared_expert, (tokens, self.expert_output.shape[1]), self.expert_output.dtype)
+            _check_shared(
+                "ExpertCombine.shared_expert", self.shared_expert, (tokens, self.expert_output.shape[1]), self.expert_output.dtype
+            )
         if not is_number(self.scaling) or not math.isfinite(self.scaling):
-            raise ScaleError(f"ExpertCombine.scaling is {self.scaling!r}", hint="pass a finite Python number, such as a routed_scaling_factor")
+            raise ScaleError(
+                f"ExpertCombine.scaling is {self.scaling!r}", hint="pass a finite Python number, such as a routed_scaling_factor"
+            )
 
     @property
     def tokens(self) -> int:
@@ -229,7 +233,9 @@ def _check_weights(name: str, weights: torch.Tensor, shape: tuple[int, int], dty
     if not isinstance(weights, torch.Tensor) or tuple(weights.shape) != shape:
         raise ShapeError(f"{name} has shape {_shown(weights)}; expected {list(shape)}", hint=f"one weight for each entry of {like}")
     if weights.dtype not in (dtype, torch.float32):
-        raise DTypeError(f"{name} has dtype {weights.dtype}; expected {dtype} or torch.float32", hint=f"pass weights.to({dtype}) or weights.float()")
+        raise DTypeError(
+            f"{name} has dtype {weights.dtype}; expected {dtype} or torch.float32", hint=f"pass weights.to({dtype}) or weights.float()"
+        )
     if not weights.is_contiguous():
         raise LayoutError(f"{name} has strides {weights.stride()}, not contiguous", hint="pass weights.contiguous()")
 

@@ -73,7 +73,7 @@ def expert_combine(given: ExpertCombine) -> Tensor:
 
 
 def expert_reduce(given: ExpertReduce) -> Tensor:
-    """The term [T, H] of :class:`collogue.ExpertReduce`: ``a = +0; a = a + x[e, t] * w[e, t]`` where ``w`` is not 0, ``a + token_input``."""
+    """The term [T, H] of :class:`collogue.ExpertReduce`: ``a = +0; a = a + x[e, t] * w[e, t]`` where ``w != 0``, ``a + token_input``."""
     total = torch.zeros(given.tokens, given.hidden_size, dtype=torch.float32, device=given.expert_output.device)
     for rows, weights in zip(given.expert_output, given.weights, strict=True):
         used = (weights != 0).nonzero()[:, 0]

@@ -143,9 +143,7 @@ class FusedRMSNorm(nn.Module):
     takes the norm itself, with the contract's bits. PyTorch counts such changes, but not in inference mode or under ``torch.compile``.
     """
 
-    def __init__(
-        self, weight: Tensor, comm: Communicator, eps: float = 1e-6, weight_offset: float = 0.0, prefetch: bool = True
-    ) -> None:
+    def __init__(self, weight: Tensor, comm: Communicator, eps: float = 1e-6, weight_offset: float = 0.0, prefetch: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach(), False)
         self.comm, self.eps, self.weight_offset, self.prefetch = comm, eps, weight_offset, prefetch
@@ -201,7 +199,8 @@ def finish(
 ) -> Output:
     """:meth:`collogue.Communicator.all_reduce` for tensors with any number of leading dimensions, ``[.., H]``.
 
-    ``partial`` may be a prologue; the leading dimensions are then those of ``residual``. ``hand_over`` gives the result to ``norm``, a :class:`FusedRMSNorm`, for its next call.
+    ``partial`` may be a prologue; the leading dimensions are then those of ``residual``. ``hand_over`` gives the result to ``norm``,
+    a :class:`FusedRMSNorm`, for its next call.
     """
     taker = norm if hand_over and isinstance(norm, FusedRMSNorm) else None
     if taker is not None and quant is not None and not keep_norm:

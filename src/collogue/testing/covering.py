@@ -114,7 +114,8 @@ def variant_of(choice: Choice) -> Variant:
     if prologue is not None and prologue.weights == "float32" and dtype is torch.float32:
         prologue = replace(prologue, weights="value")
     request = replace(request, operation=_OPERATIONS[choice["kernel"]], prologue=prologue)
-    return make_variant(topology, request, launch_shape(topology, tokens, hidden_size, quant, algorithm), algorithm)
+    shape = launch_shape(topology, tokens, hidden_size, quant, algorithm, experts=prologue is not None)
+    return make_variant(topology, request, shape, algorithm)
 
 
 def pairs_of(choice: Choice) -> set[Pair]:

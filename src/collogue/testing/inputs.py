@@ -104,14 +104,16 @@ def make_prologue(
         empty |= (torch.arange(tokens, device=device) % 3 == 0)[:, None]
     index = torch.where(empty | (rank == 2), -1, index)
     if wild:
-        index = torch.where(_field(bits, 40, 4) == 0, torch.tensor([height, -7, 2**31 - 1, -(2**31)], device=device)[_field(bits, 44, 2)], index)
+        index = torch.where(
+            _field(bits, 40, 4) == 0, torch.tensor([height, -7, 2**31 - 1, -(2**31)], device=device)[_field(bits, 44, 2)], index
+        )
     index = index.int()
     rows = KINDS[kind](_random((height, hidden_size), value, seed, device), rank, dtype)
     named = torch.zeros(height, dtype=torch.bool, device=device)
     named[index[(index >= 0) & (index < height)].long()] = True
-    weights = None if form.weights == "none" else _normal(_random((tokens, count), value + 3, seed, device)).to(weight_dtype)
+    given = None if form.weights == "none" else _normal(_random((tokens, count), value + 3, seed, device)).to(weight_dtype)
     return ExpertCombine(
-        torch.where(named[:, None], rows, nan), index, weights, shared if form.shared else None, scaling=2.5 if count % 2 == 0 else 1.0
+        torch.where(named[:, None], rows, nan), index, given, shared if form.shared else None, scaling=2.5 if count % 2 == 0 else 1.0
     )
 
 

@@ -113,9 +113,7 @@ def sum_in_rank_order(partials: list[Array]) -> Array:
     return total
 
 
-def expert_combine(
-    rows: Array, index: Array, weights: Array | None, shared: Array | None, scaling: float, dtype: DType
-) -> Array:
+def expert_combine(rows: Array, index: Array, weights: Array | None, shared: Array | None, scaling: float, dtype: DType) -> Array:
     """A rank's term as raw bits [T, H], token by token and slot by slot.
 
     Args:

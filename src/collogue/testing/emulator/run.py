@@ -303,8 +303,20 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> t
         values = [terms(rank, partial) for rank, partial in enumerate(values)]
     partials: list[torch.Tensor | Prologue] = [*values]
     if case.prologue is not None:
-        shape = {"tokens": ask.tokens, "hidden_size": case.hidden_size, "dtype": case.dtype, "count": case.slots, "seed": seed}
-        partials = [make_prologue(case.prologue, kind, rank=rank, wild=True, **shape) for rank in range(case.world)]  # type: ignore[arg-type]
+        partials = [
+            make_prologue(
+                case.prologue,
+                kind,
+                rank=rank,
+                tokens=ask.tokens,
+                hidden_size=case.hidden_size,
+                dtype=case.dtype,
+                count=case.slots,
+                seed=seed,
+                wild=True,
+            )
+            for rank in range(case.world)
+        ]
     norm = RMSNorm(weight, eps=ask.eps, weight_offset=1.0, prefetch=case.prefetch) if case.norm else None
     epilogue = {"residual": residual, "norm": norm, "quant": case.quant, "keep_norm": case.keep_norm}
     rows = [owned_rows(ask.tokens, case.world, rank) for rank in range(case.world)]
