@@ -192,7 +192,7 @@ def test_ranks_that_differ() -> None:
 
 
 def test_a_late_weight_stays_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an operator, under torch.compile, of a module and of FlashInfer's call."""
+    """Of an operator, under torch.compile, and of a module."""
     seen: list[bool] = []
     run_virtual(1, lambda group: _late(group, monkeypatch, seen))
     assert seen == [False] * 3

@@ -112,13 +112,13 @@ class QuantVariant:
 
 
 def source_type(prologue: PrologueForm | None, dtype: torch.dtype) -> str:
-    """Where this rank's terms come from, as kernels/source.cuh calls it."""
+    """Where this rank's terms come from: a template of kernels/source.cuh, and its arguments behind the first."""
     if prologue is None:
-        return "DirectSource<C>"
+        return "DirectSource"
     weights = {"none": "NoWeight", "value": _DTYPES[dtype], "float32": "Float32"}[prologue.weights]
     if prologue.kind == "expert_reduce":
-        return f"ExpertReduceSource<C, {weights}>"
-    return f"ExpertCombineSource<C, {weights}, {_flag(prologue.shared)}>"
+        return f"ExpertReduceSource, {weights}"
+    return f"ExpertCombineSource, {weights}, {_flag(prologue.shared)}"
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,12 @@ class Variant:
     gather: bool = False
     late_weight: bool = False
     launch_late: bool = False
-    source_type: str = "DirectSource<C>"
+    source_type: str = "DirectSource"
 
     @property
     def name(self) -> str:
         """Short and unique enough for a profiler's list."""
-        before = "experts_" * (self.source_type != "DirectSource<C>")
+        before = "experts_" * (self.source_type != "DirectSource")
         parts = ["residual"] * self.residual + ["norm"] * self.norm
         if self.quant.row.kind is not None:
             parts.append("".join(filter(str.isalnum, self.quant.format)).lower())
@@ -161,6 +161,8 @@ class Variant:
     def source(self) -> str:
         """The translation unit."""
         q = self.quant
+        source, *more = self.source_type.split(", ")
+        arguments = ", ".join(["C", *more])
         constants = {
             "int kWorld": self.world,
             "bool kOneShot": _flag(self.kernel == "one_shot"),
@@ -190,7 +192,7 @@ class Variant:
             f"  using Format = collogue::{q.struct};\n"
             f"  using Layout = collogue::{LAYOUTS[q.layout][q.row.scale_bytes]};\n"
             "  template <class C>\n"
-            f"  using Source = collogue::{self.source_type};\n"
+            f"  using Source = collogue::{source}<{arguments}>;\n"
             f"{body}\n"
             "};\n"
             f"{q.row_as_asserted}"

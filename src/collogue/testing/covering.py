@@ -45,6 +45,16 @@ def _labels() -> Iterator[str]:
 #: The formats by label; ``None`` quantises nothing.
 FORMATS = {label: parse(label) for label in _labels()}
 
+#: What stands in the place of a partial, by label.
+PROLOGUES = {
+    "none": None,
+    "combine/float32/shared": PrologueForm("expert_combine", "float32", shared=True),
+    "combine/value": PrologueForm("expert_combine", "value"),
+    "combine/unweighted/shared": PrologueForm("expert_combine", "none", shared=True),
+    "reduce/float32": PrologueForm("expert_reduce", "float32", shared=True),
+    "reduce/value": PrologueForm("expert_reduce", "value", shared=True),
+}
+
 #: The factors and their levels. Hidden sizes stand for classes: below a block, one CTA, several, the largest cluster.
 FACTORS: dict[str, tuple[Any, ...]] = {
     "format": tuple(FORMATS),
@@ -57,14 +67,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "keep_norm": (False, True),
     "wide_weight": (False, True),
     "residual": (True, False),
-    "prologue": (
-        None,
-        PrologueForm("expert_combine", "float32", shared=True),
-        PrologueForm("expert_combine", "value"),
-        PrologueForm("expert_combine", "none", shared=True),
-        PrologueForm("expert_reduce", "float32", shared=True),
-        PrologueForm("expert_reduce", "value", shared=True),
-    ),
+    "prologue": tuple(PROLOGUES),
     # One row a cluster, and many.
     "tokens": (1, 4096),
 }
@@ -97,7 +100,8 @@ def possible(choice: Choice) -> bool:
     if kernel == "sharded":
         return choice.get("norm", True) or quant is not None or "format" not in choice
     # Moves what is finished: nothing is added or normalised.
-    return kernel != "all_gather" or not (choice.get("residual", False) or choice.get("norm", False) or choice.get("prologue"))
+    adds = choice.get("residual", False) or choice.get("norm", False) or choice.get("prologue", "none") != "none"
+    return kernel != "all_gather" or not adds
 
 
 def variant_of(choice: Choice) -> Variant:
@@ -110,7 +114,7 @@ def variant_of(choice: Choice) -> Variant:
     algorithm = "sharded" if choice["kernel"] == "reduce_scatter" else choice["kernel"]
     if algorithm == "all_gather":
         request = replace(request, wanted=replace(wanted, norm=quant is None, residual=False, reduced=False))
-    prologue = choice["prologue"]
+    prologue = PROLOGUES[choice.get("prologue", "none")]
     if prologue is not None and prologue.weights == "float32" and dtype is torch.float32:
         prologue = replace(prologue, weights="value")
     request = replace(request, operation=_OPERATIONS[choice["kernel"]], prologue=prologue)

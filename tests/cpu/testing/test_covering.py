@@ -44,6 +44,7 @@ def test_impossible_pairs_are_those_that_no_plan_makes() -> None:
     alone = {(("world", 1), ("kernel", kernel)) for kernel in FACTORS["kernel"] if kernel != "local"}
     together = {(("world", world), ("kernel", "local")) for world in range(2, 9)}
     moves = {(("kernel", "all_gather"), (name, True)) for name in ("norm", "keep_norm", "wide_weight", "residual")}
+    moves |= {(("kernel", "all_gather"), ("prologue", label)) for label in FACTORS["prologue"] if label != "none"}
     assert impossible == (
         blocks
         | alone
