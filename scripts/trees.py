@@ -6,9 +6,9 @@ machine's noise meets all alike; every round is kept in the file. Rows are micro
 ``host``: host time of eager calls and operators, a world of one, H = 7168, 8 tokens, ``torch.no_grad``: the fastest of blocks of 200 calls,
 as what else runs on the machine only adds. The GPU keeps up: a call's kernel takes less than its launch.
 
-``virtual``: kernels, with ranks that are threads of one process, a stream each. A rank's calls lie in CUDA graphs of 100 and of 20, which the
-ranks replay together; a time is the difference over 80, of the slowest rank, the median of 15. There is no NVLink in these times: they
-show instructions and latency, not a wire.
+``virtual``: kernels, with ranks that are threads of one process, a stream each. A rank's calls lie in CUDA graphs of 100 and of 20, which
+the ranks replay together; a time is the difference over 80, of the slowest rank, the median of 15. There is no NVLink in these times:
+they show instructions and latency, not a wire.
 
 ``local``: the kernel of a world of one, residual + norm + format, out=, CUDA graphs, over more bytes than the L2 cache holds; the last tree
 also times ``torch.compile``. ``bytes`` is the time of the bytes that must move at 4.3 TB/s, the rate of a large copy on an H200: each input
