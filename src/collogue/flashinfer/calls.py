@@ -66,8 +66,9 @@ def allreduce_fusion(
         moe_...: belong to patterns that are not served.
     Returns:
         Pattern 0 ``output``, pattern 1 ``norm_out``, the others ``quant_out``; but, as FlashInfer's ``"trtllm"`` backend does,
-        ``norm_out`` where the pattern has one, the caller gave it, and the workspace's backend is not ``"mnnvl"``.
-        Outputs that were not given are allocated. Outputs that the pattern does not have are left as they are.
+        ``norm_out`` wherever the caller gave it, unless the workspace's backend is ``"mnnvl"``.
+        Outputs that were not given are allocated. Outputs that the pattern does not have are left as they are, and are returned so:
+        ``norm_out`` of patterns 0, 2, 3, 8 and 10.
     Order and rounding:
         Collogue's: sums in float32, rounded once with the residual. FlashInfer rounds the sum before it adds the residual.
     Synchronisation:
@@ -96,8 +97,8 @@ def allreduce_fusion(
         prefetch=bool(launch_with_pdl),
     )
     name = "reduced" if not form.norm else "norm" if form.family == "none" else "codes"
-    if form.keep_norm and norm_out is not None and workspace.backend != "mnnvl":
-        name = "norm"
+    if norm_out is not None and workspace.backend != "mnnvl":
+        return norm_out
     given, result = buffers[ARGUMENTS[name]], getattr(made, name)
     assert isinstance(result, torch.Tensor)
     return given if given is not None else result

@@ -88,6 +88,8 @@ class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
         GroupError, PlatformError, ArgumentError.
     """
 
+    #: FlashInfer's ``"mnnvl"`` workspaces hold a multicast address here, and engines throw a workspace away that has none. Not an address.
+    mc_ptr = 1
     #: What FlashInfer keeps here has no counterpart. ``workspace_tensor`` names this workspace in ``trtllm_allreduce_fusion``.
     ipc_handles: list[list[int]]
     mem_handles: list[Any]

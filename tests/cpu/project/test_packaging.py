@@ -31,11 +31,11 @@ def test_import_is_quick_and_touches_no_gpu() -> None:
     code = """
 import time, sys, torch
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()  # whatever else the machine does
 import collogue
 for name in collogue.__all__:
     getattr(collogue, name)
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 assert not torch.cuda.is_initialized()
 heavy = {"cuda", "typer", "rich", "transformers", "matplotlib", "torch._inductor", "torch._dynamo", "collogue.tools"} & set(sys.modules)
 assert not heavy - before, heavy

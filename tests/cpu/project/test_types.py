@@ -54,7 +54,9 @@ def f(comm: Communicator, x: Tensor, norm: RMSNorm, flag: bool) -> None:
     assert_type(comm.reduce_scatter(x, quant=FP8PerToken()), Output[Tensor, None, None, Tensor, Tensor])
     assert_type(comm.finish(x, norm=norm, quant=FP8PerToken()).scales, Tensor)
     assert_type(comm.all_reduce(x, norm=norm if flag else None).norm, Tensor | None)
-    assert_type(collogue.Output(residual=x).norm, Tensor | None)
+
+def g(out: Output) -> None:
+    assert_type(out.norm, Tensor | None)
 """
 CHECKERS = {
     "mypy": ["-m", "mypy", "--strict", "--no-error-summary", "--hide-error-context"],

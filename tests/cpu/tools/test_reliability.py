@@ -372,7 +372,7 @@ def test_the_command_line() -> None:
     assert invoke(app, ["reliability", "--only", "soak,nothing"]).exit_code == USAGE
     if not torch.cuda.is_available():
         result = invoke(app, ["reliability"])
-        assert (result.exit_code, "a GPU for each" in result.stderr) == (IMPOSSIBLE, True)
+        assert (result.exit_code, "required, one for each rank" in result.stderr) == (IMPOSSIBLE, True)
     started: list[str] = []
     for text in ("cost", "soak: one-shot", "one-shot: 5 of 9 calls, 0 wrong words", "fault: a late rank", "faults: kernels"):
         main.once(started.append)(text)
