@@ -165,7 +165,12 @@ def main() -> int:
         "fused": ours[0]["counts"],
         "forwards": ours[0]["forwards"],
         "largest difference of a log-probability": near,
-        "seconds": {"import": round(imported, 1), "stock": stock[0]["seconds"], "Collogue": ours[0]["seconds"], "all": round(time.perf_counter() - began, 1)},
+        "seconds": {
+            "import": round(imported, 1),
+            "stock": stock[0]["seconds"],
+            "Collogue": ours[0]["seconds"],
+            "all": round(time.perf_counter() - began, 1),
+        },
         "wrong": wrong,
     }
     print(json.dumps(result, indent=1))

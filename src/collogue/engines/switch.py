@@ -56,6 +56,8 @@ def guarded(install: Callable[[], str], logger: Any, switch: str) -> bool:
         logger.info("%s", install())
     except Exception as error:  # the engine must run, whatever the reason
         text = str(error).splitlines()[0] if str(error) else ""
-        logger.warning("%s=%s has no effect, the engine runs without Collogue: %s: %s", switch, os.environ.get(switch), type(error).__name__, text)
+        logger.warning(
+            "%s=%s has no effect, the engine runs without Collogue: %s: %s", switch, os.environ.get(switch), type(error).__name__, text
+        )
         return False
     return True

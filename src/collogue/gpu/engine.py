@@ -157,8 +157,7 @@ class KernelEngine:
                     self._launch(ready, call, out)
             else:
                 self._launch(ready, call, out)
-            plain = call.shard is None and not isinstance(call.partial, PROLOGUES)
-            if ready.main is not None and plain and not self._debug and self.stream is not None:
+            if ready.main is not None and call.bindable and not self._debug and self.stream is not None:
                 bound = bind(self, call, given, ready.main, ready.launch, more=bool(ready.more))
                 if bound is not None:
                     self.latest = keep(self._bound, key_of(call, given), bound)

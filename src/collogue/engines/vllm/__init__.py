@@ -74,5 +74,3 @@ def _flashinfer() -> str:
         raise PlatformError("flashinfer-python is not installed", hint="install it, or set COLLOGUE_VLLM=auto, which needs none")
     flashinfer.install()
     return "Collogue serves the all-reduce calls of flashinfer.comm"
-
-

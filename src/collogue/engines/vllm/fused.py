@@ -57,7 +57,9 @@ def _make(group: str, like: Tensor, most: int) -> tuple[Communicator | None, Wat
     return None, None
 
 
-def all_reduce_norm(partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, group: str, most: int) -> list[Tensor]:
+def all_reduce_norm(
+    partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, group: str, most: int
+) -> list[Tensor]:
     """``y = round(sum over ranks of partial + residual)`` and its RMSNorm: ``[norm, y]``, each ``[T, H]``.
 
     Args:
