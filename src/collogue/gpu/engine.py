@@ -15,7 +15,6 @@ import torch
 from collogue.calls.call import Call, check_indices
 from collogue.calls.request import Request, Signature, keep
 from collogue.contract.formats import scale_storage
-from collogue.contract.prologue import PROLOGUES
 from collogue.contract.spec import Output
 from collogue.errors import ClosedError, NotPrepared
 from collogue.gpu import jit
@@ -133,7 +132,7 @@ class KernelEngine:
 
     def quick(self, call: Call, out: Output | None) -> Output | None:
         """The same for a call like one before in which nothing is unusual; ``None``, with nothing done, where anything is."""
-        if isinstance(call.partial, PROLOGUES):  # the long way, with all its checks
+        if not call.bindable:
             return None
         try:
             bound = self._bound.get(key_of(call, out))
