@@ -13,6 +13,7 @@ import torch
 from collogue import kernels
 from collogue.calls.request import Request
 from collogue.contract.spec import Operation
+from collogue.planning.algorithm import ALGORITHMS
 from collogue.planning.variant import FORMATS, LAYOUTS, QuantVariant
 
 #: Of one call in a journal (``collogue::Entry``).
@@ -20,7 +21,7 @@ ENTRY_BYTES = kernels.size_of("protocol.cuh", "Entry")
 _OPERATIONS = get_args(Operation)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LAYOUTS = tuple(LAYOUTS)
-_ALGORITHMS = ("local", "one_shot", "two_shot", "sharded", "all_gather")
+_ALGORITHMS = tuple(ALGORITHMS)
 
 
 #: What an all-gather moves at a time, a bit each, in front of which the options of every call lie.
