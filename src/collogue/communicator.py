@@ -13,6 +13,7 @@ from collogue import registry
 from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity, check_tokens
 from collogue.contract.number import is_whole
+from collogue.contract.prologue import Prologue, PrologueForm
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Output, RMSNorm, owned_rows
 from collogue.engine import Engine, make_engine, run
@@ -134,6 +135,7 @@ class Communicator(Operations):
         keep_norm: bool = False,
         hidden_size: int | None = None,
         operation: Operation = "all_reduce",
+        prologue: Prologue | PrologueForm | None = None,
     ) -> None:
         """Build and load the kernels that calls of these shapes need, on all ranks. Collective.
 
@@ -143,11 +145,12 @@ class Communicator(Operations):
             tokens: T, the rows of the whole on every rank, also where a rank returns only those it owns.
             operation: ``"all_reduce"``, ``"sharded"`` (:meth:`all_reduce` with ``sharded=True``), ``"reduce_scatter"``, ``"all_gather"`` or
                 ``"finish"``. For ``"all_gather"`` residual, norm and quant say what the shard holds (a residual or reduced; a norm; codes).
+            prologue: what stands in the place of the partial, or its :class:`collogue.PrologueForm`.
         """
         engine = self._open()
         self._refuse_capture("prepare")
         counts = list(tokens) if isinstance(tokens, Iterable) else [tokens]
-        requests = [self._capacity.request(t, residual, norm, quant, keep_norm, hidden_size, operation) for t in counts]
+        requests = [self._capacity.request(t, residual, norm, quant, keep_norm, hidden_size, operation, prologue) for t in counts]
         engine.prepare(map(self._capacity.signature, requests))
         self._group.barrier()
 
@@ -161,6 +164,7 @@ class Communicator(Operations):
         keep_norm: bool = False,
         hidden_size: int | None = None,
         operation: Operation = "all_reduce",
+        prologue: Prologue | PrologueForm | None = None,
     ) -> Output:
         """Outputs of such a call, uninitialised: allocated once, to be passed as ``out=`` to many calls.
 
@@ -170,6 +174,7 @@ class Communicator(Operations):
             tokens, operation: as in :meth:`prepare`.
             residual, norm, quant, keep_norm: as the call itself takes them; ``True`` stands for any residual or norm.
             hidden_size: H, default: the communicator's.
+            prologue: as in :meth:`prepare`.
         Returns:
             :class:`collogue.Output`, the tensors that the call would return. They are the caller's.
         Synchronisation:
@@ -180,7 +185,7 @@ class Communicator(Operations):
         self._open()
         there = isinstance(residual, torch.Tensor) or bool(residual)
         return self._capacity.signature(
-            self._capacity.request(tokens, there, norm or None, quant, keep_norm, hidden_size, operation)
+            self._capacity.request(tokens, there, norm or None, quant, keep_norm, hidden_size, operation, prologue)
         ).empty()
 
     def fits(self, tokens: int, hidden_size: int | None = None) -> bool:
@@ -201,14 +206,17 @@ class Communicator(Operations):
         keep_norm: bool = False,
         hidden_size: int | None = None,
         operation: Operation = "all_reduce",
+        prologue: Prologue | PrologueForm | None = None,
     ) -> Plan:
         """The frozen plan of such a call: algorithm, why, launch shape and launches, predicted, least and measured time, bytes sent and
         bytes of workspace. ``print`` shows it line by line.
 
-        ``tokens`` and ``operation`` are as in :meth:`prepare`.
+        ``tokens``, ``operation`` and ``prologue`` are as in :meth:`prepare`.
         """
         self._open()
-        return make_plan(self.topology, self._capacity.request(tokens, residual, norm or None, quant, keep_norm, hidden_size, operation))
+        return make_plan(
+            self.topology, self._capacity.request(tokens, residual, norm or None, quant, keep_norm, hidden_size, operation, prologue)
+        )
 
     def check(self) -> None:
         """Raise what was found in an earlier call; return if there is nothing. Waits for no kernel.

@@ -11,6 +11,7 @@ from collogue import ops
 from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity
 from collogue.calls.gather import check_gather
+from collogue.contract.prologue import Prologue
 from collogue.contract.quant import FP8Static, Quant, Scaled
 from collogue.contract.spec import Operation, Output, RMSNorm
 from collogue.engine import Engine
@@ -36,32 +37,32 @@ class Operations:
 
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: None = None, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: None = None, **more: Unpack[_Sharded]
     ) -> Output[Tensor, None, None, None, None]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: FP8Static, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: FP8Static, **more: Unpack[_Sharded]
     ) -> Output[Tensor, None, None, Tensor, None]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: Scaled, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: Scaled, **more: Unpack[_Sharded]
     ) -> Output[Tensor, None, None, Tensor, Tensor]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: None = None, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: None = None, **more: Unpack[_Sharded]
     ) -> Output[None, Tensor, None, None, None]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: FP8Static, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: FP8Static, **more: Unpack[_Sharded]
     ) -> Output[None, Tensor, None, Tensor, None]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: Scaled, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: Scaled, **more: Unpack[_Sharded]
     ) -> Output[None, Tensor, None, Tensor, Tensor]: ...
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -72,7 +73,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -83,7 +84,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -94,7 +95,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -105,7 +106,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -116,7 +117,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm | None = None,
@@ -126,7 +127,7 @@ class Operations:
     ) -> Output: ...
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm | None = None,
@@ -140,7 +141,8 @@ class Operations:
         ``s = x_0 + x_1 + ..; y = round(s + residual); n = norm(y); codes, scales = quant(n)``
 
         Args:
-            partial: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. This rank's term; not modified.
+            partial: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. This rank's term; not modified. Or
+                :class:`collogue.ExpertCombine` or ``ExpertReduce``: the term is worked out in the same kernel.
             residual: ``[T, H]``, same dtype. The same values on every rank.
             norm: :class:`collogue.RMSNorm`. Without one, ``quant`` quantises ``y``.
             quant: a format: :class:`collogue.NVFP4`, ``FP8PerToken``, ...: the subclasses of :class:`collogue.Quant`.
@@ -168,32 +170,32 @@ class Operations:
 
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: None = None, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: None = None, **more: Unpack[_Given]
     ) -> Output[Tensor, None, None, None, None]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: FP8Static, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: FP8Static, **more: Unpack[_Given]
     ) -> Output[Tensor, None, None, Tensor, None]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: Scaled, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: Scaled, **more: Unpack[_Given]
     ) -> Output[Tensor, None, None, Tensor, Tensor]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: None = None, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: None = None, **more: Unpack[_Given]
     ) -> Output[None, Tensor, None, None, None]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: FP8Static, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: FP8Static, **more: Unpack[_Given]
     ) -> Output[None, Tensor, None, Tensor, None]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: Scaled, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: Scaled, **more: Unpack[_Given]
     ) -> Output[None, Tensor, None, Tensor, Tensor]: ...
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -204,7 +206,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -215,7 +217,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -226,7 +228,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -237,7 +239,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -248,7 +250,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm | None = None,
@@ -258,7 +260,7 @@ class Operations:
     ) -> Output: ...
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm | None = None,
@@ -378,7 +380,7 @@ class Operations:
     def _call(
         self,
         operation: Operation,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         residual: Tensor | None,
         norm: RMSNorm | None,
         quant: Quant | None,

@@ -9,6 +9,7 @@ import torch
 
 from collogue.calls.request import Request, Signature, keep, make_request
 from collogue.contract.number import is_whole
+from collogue.contract.prologue import Prologue, PrologueForm, form_of
 from collogue.contract.quant import FAMILIES, Quant, parse
 from collogue.contract.spec import VALUE_DTYPES, Operation, RMSNorm, owned_rows
 from collogue.errors import ArgumentError, CapacityError, DTypeError, FormatError, ShapeError
@@ -51,6 +52,7 @@ class Capacity:
         keep_norm: bool,
         hidden_size: int | None,
         operation: Operation,
+        prologue: Prologue | PrologueForm | None = None,
     ) -> Request:
         """What is planned for such a call. Raises :class:`ArgumentError` (its subclasses) for calls that cannot be."""
         if operation not in get_args(Operation):
@@ -76,6 +78,7 @@ class Capacity:
             keep_norm=keep_norm,
             operation=operation,
             late_weight=isinstance(norm, RMSNorm) and not norm.prefetch,
+            prologue=form_of(prologue),
         )
 
     def signature(self, request: Request) -> Signature:

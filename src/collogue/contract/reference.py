@@ -34,6 +34,7 @@ from collogue.contract.formats import (
     scales_per_row,
     unpack_nibbles,
 )
+from collogue.contract.prologue import ExpertCombine, ExpertReduce, Prologue
 from collogue.contract.quant import E2M1_MAX, E4M3_MAX, MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
 from collogue.contract.spec import VALUE_DTYPES, Output, RMSNorm, Wanted, owned_rows
 from collogue.errors import DTypeError, FormatError, ShapeError
@@ -52,6 +53,43 @@ _LARGEST_FINITE = torch.finfo(torch.float32).max
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """A float32 tensor without dimensions. Division needs one: by a Python number, PyTorch may multiply by a reciprocal instead."""
     return torch.as_tensor(value, dtype=torch.float32, device=device).reshape(())
+
+
+def expert_combine(given: ExpertCombine) -> Tensor:
+    """The term [T, H] of :class:`collogue.ExpertCombine`: ``a = +0; a = a + x[index[t, k]] * w[t, k]``, ``a * scaling``, ``a + shared``."""
+    total = torch.zeros(given.tokens, given.hidden_size, dtype=torch.float32, device=given.expert_output.device)
+    for k in range(given.count):
+        rows = given.index[:, k].long()
+        named = ((rows >= 0) & (rows < len(given.expert_output))).nonzero()[:, 0]
+        term = given.expert_output[rows[named]].float()
+        if given.weights is not None:
+            term *= given.weights[named, k].float()[:, None]
+        total[named] += term
+    if given.scaling != 1:
+        total *= _scalar(given.scaling, total.device)
+    if given.shared_expert is not None:
+        total += given.shared_expert.float()
+    return round_value(total, given.expert_output.dtype)
+
+
+def expert_reduce(given: ExpertReduce) -> Tensor:
+    """The term [T, H] of :class:`collogue.ExpertReduce`: ``a = +0; a = a + x[e, t] * w[e, t]`` where ``w != 0``, ``a + token_input``."""
+    total = torch.zeros(given.tokens, given.hidden_size, dtype=torch.float32, device=given.expert_output.device)
+    for rows, weights in zip(given.expert_output, given.weights, strict=True):
+        used = (weights != 0).nonzero()[:, 0]
+        total[used] += rows[used].float() * weights[used].float()[:, None]
+    return round_value(total + given.token_input.float(), given.expert_output.dtype)
+
+
+def term_of(given: Tensor | Prologue) -> Tensor:
+    """A rank's term [T, H]: a partial as it is, a prologue worked out."""
+    if isinstance(given, ExpertCombine):
+        return expert_combine(given)
+    return expert_reduce(given) if isinstance(given, ExpertReduce) else given
+
+
+def _terms(given: Sequence[Tensor | Prologue]) -> list[Tensor]:
+    return [term_of(one) for one in given]
 
 
 def sum_partials(partials: Sequence[Tensor]) -> Tensor:
@@ -240,7 +278,7 @@ def _check_partials(partials: Sequence[Tensor], residual: Tensor | None, norm: R
 
 
 def all_reduce(
-    partials: Sequence[Tensor],
+    partials: Sequence[Tensor | Prologue],
     *,
     residual: Tensor | None = None,
     norm: RMSNorm | None = None,
@@ -250,7 +288,7 @@ def all_reduce(
     """What :meth:`collogue.Communicator.all_reduce` returns on every rank.
 
     Args:
-        partials: every rank's partial [T, H], in rank order, all of one dtype.
+        partials: every rank's partial [T, H], or prologue, in rank order, all of one dtype.
         residual: [T, H] in that dtype, or ``None``.
         norm, quant, keep_norm: as for the communicator.
     Order and rounding:
@@ -258,16 +296,17 @@ def all_reduce(
     Raises:
         ShapeError, DTypeError: tensors that do not fit together.
     """
-    _check_partials(partials, residual, norm)
+    terms = _terms(partials)
+    _check_partials(terms, residual, norm)
     wanted = Wanted.of(has_residual=residual is not None, has_norm=norm is not None, quant=quant, keep_norm=keep_norm)
-    total = sum_partials(partials)
+    total = sum_partials(terms)
     if residual is not None:
         total += residual.float()
-    return _finish(round_value(total, partials[0].dtype), norm, quant, wanted)
+    return _finish(round_value(total, terms[0].dtype), norm, quant, wanted)
 
 
 def sharded(
-    partials: Sequence[Tensor],
+    partials: Sequence[Tensor | Prologue],
     *,
     residual: Tensor | None = None,
     norm: RMSNorm | None = None,
@@ -278,19 +317,20 @@ def sharded(
 
     Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first.
     """
-    whole = all_reduce(partials, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm)
+    terms = _terms(partials)
+    whole = all_reduce(terms, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm)
     return [
         replace(
             whole,
             reduced=None if whole.reduced is None else whole.reduced[rows],
             residual=None if whole.residual is None else whole.residual[rows],
         )
-        for rows in _owned(len(partials[0]), len(partials))
+        for rows in _owned(len(terms[0]), len(terms))
     ]
 
 
 def reduce_scatter(
-    partials: Sequence[Tensor],
+    partials: Sequence[Tensor | Prologue],
     *,
     residual: Tensor | None = None,
     norm: RMSNorm | None = None,
@@ -301,16 +341,17 @@ def reduce_scatter(
 
     Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first.
     """
-    _check_partials(partials, residual, norm)
+    terms = _terms(partials)
+    _check_partials(terms, residual, norm)
     return [
         all_reduce(
-            [p[rows] for p in partials],
+            [p[rows] for p in terms],
             residual=None if residual is None else residual[rows],
             norm=norm,
             quant=quant,
             keep_norm=keep_norm,
         )
-        for rows in _owned(len(partials[0]), len(partials))
+        for rows in _owned(len(terms[0]), len(terms))
     ]
 
 

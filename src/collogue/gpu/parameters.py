@@ -6,6 +6,7 @@ import torch
 
 from collogue.calls.call import Call
 from collogue.calls.request import Request
+from collogue.contract.prologue import ExpertReduce, Prologue
 from collogue.contract.spec import Output, owned_rows
 from collogue.gpu import header
 from collogue.gpu.launch import Params
@@ -52,7 +53,7 @@ def fill_shard(params: Params, shard: Output, out: Output, name: str) -> None:
 def fill_call(params: Params, call: Call, out: Output) -> None:
     """Inputs, outputs and scalars of one call, other than an all-gather."""
     norm, quant = call.norm, call.quant
-    params.partial = call.partial.data_ptr()
+    _fill_term(params, call.partial)
     if call.residual is not None:
         params.residual = call.residual.data_ptr()
     stream = out.residual if out.residual is not None else out.reduced
@@ -76,6 +77,23 @@ def fill_call(params: Params, call: Call, out: Output) -> None:
     if (smallest := getattr(quant, "smallest", None)) is not None:
         params.smallest = smallest
         params.header[1] = header.bounded(params.header[1], smallest)
+
+
+def _fill_term(params: Params, term: torch.Tensor | Prologue) -> None:
+    """The partial, or what it is worked out from."""
+    if isinstance(term, torch.Tensor):
+        params.partial = term.data_ptr()
+        return
+    params.partial, params.experts = term.expert_output.data_ptr(), term.count
+    if term.weights is not None:
+        params.expert_weights = term.weights.data_ptr()
+    if isinstance(term, ExpertReduce):
+        params.shared_expert = term.token_input.data_ptr()
+        return
+    params.expert_index, params.expert_rows, params.scaling = term.index.data_ptr(), len(term.expert_output), term.scaling
+    if term.shared_expert is not None:
+        params.shared_expert = term.shared_expert.data_ptr()
+    params.header[0] = header.combining(params.header[0], term.count)
 
 
 def rows_of_scales(topology: Topology, request: Request, rank: int) -> int:

@@ -20,6 +20,9 @@ struct Params {
   const u8* shard_values;    // all_gather: the rows that this rank gives
   const u8* shard_codes;
   const u8* shard_scales;
+  const u32* expert_index;   // [T, K] rows of `partial`, the experts' output [P, H]; past its end: none
+  const u8* expert_weights;  // [T, K], or [E, T] where `partial` is [E, T, H]
+  const u8* shared_expert;   // [T, H] added to the experts' rows
   u8* workspace[kMaxWorld];  // every rank's symmetric buffer, mapped here
   Failure* failure;          // pinned host memory
   u32 timeout;               // of a wait, in units of 2^20 ns
@@ -39,6 +42,9 @@ struct Params {
   u32 scale_rows;            // of the scale tensor, whose padding this launch writes; 0: another launch does
   u32 column_stride;         // elements between columns of a column-major scale tensor
   u32 shard_column_stride;
+  u32 experts;               // K or E
+  u32 expert_rows;           // P
+  float scaling;             // of the sum of a token's experts
   float eps;
   float weight_offset;
   float scale_value;

@@ -70,9 +70,15 @@ class Boundaries:
 
     def __init__(self, layer: Any, form: Form, comm: Communicator, following: Any, next_norm: FusedRMSNorm) -> None:
         self.layer, self.comm, self.following, self.next_norm = layer, comm, following, next_norm
-        norms: list[Any] = [form.attention_in, form.attention_out, form.mlp_in, form.mlp_out]
-        self.attention_in, self.attention_out, self.mlp_in, self.mlp_out = (name and getattr(layer, name) for name in norms)
+        self._attention_in = form.attention_in
+        norms: list[Any] = [form.attention_out, form.mlp_in, form.mlp_out]
+        self.attention_out, self.mlp_in, self.mlp_out = (name and getattr(layer, name) for name in norms)
         self.forward = self.of_streams if self.attention_out is None else self.of_branches
+
+    @property
+    def attention_in(self) -> Any:
+        """The norm that the layer begins with, as it is now: it gets a whole stream, so another may take its place."""
+        return self._attention_in and getattr(self.layer, self._attention_in)
 
     def _hands_over(self, stream: Tensor) -> bool:
         """Whether nobody can change the stream between here and the norm without being noticed: not every tensor counts its changes."""

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from collogue.calls.request import Request
+from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import FAMILIES, parse, variants
 from collogue.contract.spec import VALUE_DTYPES, Operation, Wanted
 from collogue.planning.architecture import ARCHITECTURES
@@ -42,6 +43,16 @@ def _labels() -> Iterator[str]:
 #: The formats by label; ``None`` quantises nothing.
 FORMATS = {label: parse(label) for label in _labels()}
 
+#: What stands in the place of a partial, by label.
+PROLOGUES = {
+    "none": None,
+    "combine/float32/shared": PrologueForm("expert_combine", "float32", shared=True),
+    "combine/value": PrologueForm("expert_combine", "value"),
+    "combine/unweighted/shared": PrologueForm("expert_combine", "none", shared=True),
+    "reduce/float32": PrologueForm("expert_reduce", "float32", shared=True),
+    "reduce/value": PrologueForm("expert_reduce", "value", shared=True),
+}
+
 #: The factors and their levels. Hidden sizes stand for classes: below a block, one CTA, several, the largest cluster.
 FACTORS: dict[str, tuple[Any, ...]] = {
     "format": tuple(FORMATS),
@@ -54,6 +65,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "keep_norm": (False, True),
     "wide_weight": (False, True),
     "residual": (True, False),
+    "prologue": tuple(PROLOGUES),
     # One row a cluster, and many.
     "tokens": (1, 4096),
 }
@@ -86,7 +98,8 @@ def possible(choice: Choice) -> bool:
     if kernel == "sharded":
         return choice.get("norm", True) or quant is not None or "format" not in choice
     # Moves what is finished: nothing is added or normalised.
-    return kernel != "all_gather" or not (choice.get("residual", False) or choice.get("norm", False))
+    adds = choice.get("residual", False) or choice.get("norm", False) or choice.get("prologue", "none") != "none"
+    return kernel != "all_gather" or not adds
 
 
 def variant_of(choice: Choice) -> Variant:
@@ -99,8 +112,12 @@ def variant_of(choice: Choice) -> Variant:
     algorithm = "sharded" if choice["kernel"] == "reduce_scatter" else choice["kernel"]
     if algorithm == "all_gather":
         request = replace(request, wanted=replace(wanted, norm=quant is None, residual=False, reduced=False))
-    request = replace(request, operation=_OPERATIONS[choice["kernel"]])
-    return make_variant(topology, request, launch_shape(topology, tokens, hidden_size, quant, algorithm), algorithm)
+    prologue = PROLOGUES[choice.get("prologue", "none")]
+    if prologue is not None and prologue.weights == "float32" and dtype is torch.float32:
+        prologue = replace(prologue, weights="value")
+    request = replace(request, operation=_OPERATIONS[choice["kernel"]], prologue=prologue)
+    shape = launch_shape(topology, tokens, hidden_size, quant, algorithm, experts=prologue is not None)
+    return make_variant(topology, request, shape, algorithm)
 
 
 def pairs_of(choice: Choice) -> set[Pair]:

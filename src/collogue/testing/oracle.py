@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from collogue.contract import reference
+from collogue.contract.prologue import ExpertReduce, Prologue
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Output, RMSNorm
 from collogue.testing import scalar
@@ -53,6 +54,21 @@ def by_scalar(
         codes=codes,
         scales=None if result.scales is None else _scales(result.scales),
     )
+
+
+def scalar_term(given: Prologue) -> torch.Tensor:
+    """A rank's term by the scalar version, of CPU tensors."""
+    dtype = given.expert_output.dtype
+    name, rows = cast(scalar.DType, str(dtype).removeprefix("torch.")), _bits(given.expert_output)
+    if isinstance(given, ExpertReduce):
+        term = scalar.expert_reduce(rows, given.weights.float().numpy(), _bits(given.token_input), name)
+    else:
+        weights = None if given.weights is None else given.weights.float().numpy()
+        shared = None if given.shared_expert is None else _bits(given.shared_expert)
+        term = scalar.expert_combine(rows, given.index.numpy(), weights, shared, given.scaling, name)
+    values = _values(term, dtype)
+    assert values is not None
+    return values
 
 
 def by_rank(

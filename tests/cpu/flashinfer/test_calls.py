@@ -31,6 +31,7 @@ from collogue.errors import (
 )
 from collogue.flashinfer.workspace import workspace_of
 from collogue.formats import empty_scales, scale_storage
+from collogue.operations import Operations
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.inputs import make_inputs, make_partials
 
@@ -107,6 +108,25 @@ def check(out: dict[str, torch.Tensor], right: Output, pattern: int) -> None:
 
 
 # Results
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+def test_launch_with_pdl_says_when_the_weight_is_read(pdl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    all_reduce = Operations.all_reduce
+
+    def look(self: Operations, *given: Any, norm: RMSNorm, **named: Any) -> Output:
+        seen.append(norm.prefetch)
+        return all_reduce(self, *given, norm=norm, **named)
+
+    monkeypatch.setattr(Operations, "all_reduce", look)
+    run_virtual(
+        1,
+        lambda group: comm.allreduce_fusion(
+            workspace=make(group), pattern=P.kARResidualRMSNorm, launch_with_pdl=pdl, **inputs(group.rank), **buffers(None)
+        ),
+    )
+    assert seen == [pdl]
 
 
 @by_pattern
@@ -486,7 +506,7 @@ def test_a_rank_may_destroy_its_workspace_alone() -> None:
         ({"pattern": 6}, UnsupportedError, "MoE"),
         ({"pattern": 7}, UnsupportedError, "MoE"),
         ({"pattern": 12}, UnsupportedError, "MoE"),
-        ({"pattern": 13}, ArgumentError, "AllReduceFusionPattern"),
+        ({"pattern": 15}, ArgumentError, "AllReduceFusionPattern"),
         ({"residual_in": None}, ArgumentError, "residual_in"),
         ({"rms_gamma": None}, ArgumentError, "rms_gamma"),
         ({"scale_factor": None}, ScaleError, "divisor"),

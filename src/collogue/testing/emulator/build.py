@@ -14,6 +14,7 @@ import torch
 
 from collogue import kernels
 from collogue.calls.request import Request
+from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Wanted
 from collogue.planning import plan
@@ -42,6 +43,8 @@ class Case:
     ``kernel``: ``one_shot``, ``two_shot``, ``local``, or an operation: ``sharded``, ``reduce_scatter``, ``all_gather`` (of the norm, or
     of codes where ``quant`` is given).
 
+    ``prologue``: what stands in the place of partials, ``slots`` of each token, or experts.
+
     ``prefetch`` as of :class:`collogue.RMSNorm`, ``concurrent`` as of :class:`collogue.Communicator`.
 
     ``rows`` clusters of CTAs do all rows of a call in turns; ``None``: one cluster a row. Each thread holds ``vectors`` times 8 elements.
@@ -62,6 +65,8 @@ class Case:
     launches: int = 1
     prefetch: bool = True
     concurrent: int = 1
+    prologue: PrologueForm | None = None
+    slots: int = 3
 
     @property
     def cluster(self) -> int:
@@ -86,7 +91,8 @@ class Case:
         moves = self.kernel == "all_gather"
         residual, norm = self.residual and not moves, self.norm and not moves
         late = norm and not self.prefetch
-        return Request(tokens, self.hidden_size, self.dtype, residual, norm, False, self.quant, self.wanted, self.operation, late)
+        shape = tokens, self.hidden_size, self.dtype
+        return Request(*shape, residual, norm, False, self.quant, self.wanted, self.operation, late, self.prologue)
 
     def plan_of(self, tokens: int) -> plan.Plan:
         """Of one call: as many rows to a launch as in every other, of the call or of each owner."""

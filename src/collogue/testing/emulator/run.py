@@ -14,6 +14,7 @@ from collogue.calls.call import Call
 from collogue.calls.request import Signature
 from collogue.contract import reference
 from collogue.contract.formats import scale_storage
+from collogue.contract.prologue import Prologue
 from collogue.contract.spec import Output, RMSNorm, owned_rows
 from collogue.gpu.failure import FailureRecord
 from collogue.gpu.launch import Params, timeouts
@@ -23,7 +24,7 @@ from collogue.planning.algorithm import ALGORITHMS
 from collogue.planning.extent import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Extent
 from collogue.testing.compare import compare
 from collogue.testing.emulator.build import Case, Library
-from collogue.testing.inputs import make_inputs
+from collogue.testing.inputs import make_inputs, make_prologue
 
 #: What the adversary does, in the order of ``Mode`` in `machine.hpp`: treats all alike; holds a rank up; lets a rank run ahead;
 #: holds CTAs up; keeps a rank from launching one of its kernels until all others have ended.
@@ -299,9 +300,25 @@ def _written_late(
 
 def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> tuple[list[Call], list[Output]]:
     """What every rank calls, and what every rank must get."""
-    partials, residual, weight = _inputs(case, ask.tokens, kind, seed)
+    values, residual, weight = _inputs(case, ask.tokens, kind, seed)
     if terms is not None:
-        partials = [terms(rank, partial) for rank, partial in enumerate(partials)]
+        values = [terms(rank, partial) for rank, partial in enumerate(values)]
+    partials: list[torch.Tensor | Prologue] = [*values]
+    if case.prologue is not None:
+        partials = [
+            make_prologue(
+                case.prologue,
+                kind,
+                rank=rank,
+                tokens=ask.tokens,
+                hidden_size=case.hidden_size,
+                dtype=case.dtype,
+                count=case.slots,
+                seed=seed,
+                wild=True,
+            )
+            for rank in range(case.world)
+        ]
     norm = RMSNorm(weight, eps=ask.eps, weight_offset=1.0, prefetch=case.prefetch) if case.norm else None
     epilogue = {"residual": residual, "norm": norm, "quant": case.quant, "keep_norm": case.keep_norm}
     rows = [owned_rows(ask.tokens, case.world, rank) for rank in range(case.world)]
