@@ -133,7 +133,7 @@ class KernelEngine:
 
     def quick(self, call: Call, out: Output | None) -> Output | None:
         """The same for a call like one before in which nothing is unusual; ``None``, with nothing done, where anything is."""
-        if isinstance(call.partial, PROLOGUES):  # the long way, with all its checks
+        if call.branch_norm is not None or isinstance(call.partial, PROLOGUES):  # the long way, with all its checks
             return None
         try:
             bound = self._bound.get(key_of(call, out))
@@ -157,7 +157,7 @@ class KernelEngine:
                     self._launch(ready, call, out)
             else:
                 self._launch(ready, call, out)
-            plain = call.shard is None and not isinstance(call.partial, PROLOGUES)
+            plain = call.shard is None and call.branch_norm is None and not isinstance(call.partial, PROLOGUES)
             if ready.main is not None and plain and not self._debug and self.stream is not None:
                 bound = bind(self, call, given, ready.main, ready.launch, more=bool(ready.more))
                 if bound is not None:
