@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -22,6 +22,7 @@ from collogue.gpu.journal import Journal
 from collogue.gpu.watch import Watch, while_alive
 from collogue.group import as_group, making
 from collogue.operations import Operations
+from collogue.planning.algorithm import AllReduceBy
 from collogue.planning.plan import Plan, check_width, make_plan
 from collogue.planning.table import TableArgument
 from collogue.planning.topology import Overrides, Topology, agree
@@ -66,7 +67,7 @@ class Communicator(Operations):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
         timeout: float = 30.0,
-        algorithm: Literal["one_shot", "two_shot"] | None = None,
+        algorithm: AllReduceBy | None = None,
         max_sms: int | None = None,
         cta_threads: int | None = None,
         concurrent: int = 1,

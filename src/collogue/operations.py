@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -12,14 +12,12 @@ from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity
 from collogue.calls.gather import check_gather
 from collogue.contract.prologue import Prologue
-from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.quant import FP8Static, Quant, Scaled
 from collogue.contract.spec import Operation, Output, RMSNorm
 from collogue.engine import Engine
 from collogue.ops import is_traced
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-#: Formats whose calls return scales.
-Scaled: TypeAlias = NVFP4 | MXFP4 | MXFP8 | FP8PerToken | FP8Group
 
 
 class _Given(TypedDict, total=False):
@@ -149,7 +147,7 @@ class Operations:
                 :class:`collogue.ExpertCombine` or ``ExpertReduce``: the term is worked out in the same kernel.
             residual: ``[T, H]``, same dtype. The same values on every rank.
             norm: :class:`collogue.RMSNorm`. Without one, ``quant`` quantises ``y``.
-            quant: :class:`collogue.NVFP4`, ``MXFP4``, ``MXFP8``, ``FP8Static``, ``FP8PerToken`` or ``FP8Group``.
+            quant: a format: :class:`collogue.NVFP4`, ``FP8PerToken``, ...: the subclasses of :class:`collogue.Quant`.
             keep_norm: also return the norm beside its codes.
             sharded: every rank keeps only the rows of y that it owns (sequence parallelism): ``residual`` is ``[R, H]``, the rows
                 ``owned_rows(T)``, and so is the y returned. Norm, codes and scales have all T rows on every rank; at least one of

@@ -11,7 +11,6 @@ scales belong to one row each.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from collogue.calls.call import Call, check_no_grad
 from collogue.calls.outputs import write_traced
 from collogue.contract.formats import code_spec, empty_scales
 from collogue.contract.prologue import PROLOGUES, ExpertCombine, ExpertReduce, Prologue
-from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe, parse
+from collogue.contract.quant import NVFP4, FP8Static, Quant, describe, parse
 from collogue.contract.spec import OUTPUTS, Operation, Output, RMSNorm, Wanted
 from collogue.errors import ArgumentError
 
@@ -120,10 +119,7 @@ def _tensors(out: Output) -> list[Tensor]:
 
 @functools.lru_cache(maxsize=256)
 def _format(label: str, scale: float, smallest: float) -> Quant | None:
-    quant = parse(label, global_scale=scale, static_scale=scale)
-    if isinstance(quant, FP8PerToken | FP8Group):
-        return dataclasses.replace(quant, smallest=smallest)
-    return quant
+    return parse(label, global_scale=scale, static_scale=scale, smallest=smallest)
 
 
 # ---- what runs
@@ -188,7 +184,7 @@ def _parts(
     if tokens <= most:
         return [(partial, residual)]
     # Other operations share rows out among ranks, other formats lay the scales of several rows out together.
-    if operation not in ("all_reduce", "finish") or not isinstance(format, FP8Static | FP8PerToken | None):
+    if operation not in ("all_reduce", "finish") or hasattr(format, "layout"):
         return [(partial, residual)]
     starts = range(0, tokens, most)
     terms = [partial.rows(i, i + most) if isinstance(partial, PROLOGUES) else partial[i : i + most] for i in starts]
@@ -274,7 +270,7 @@ def _fake_codes(format: Quant | None, rows: int, width: int, device: torch.devic
         return []
     shape, dtype = code_spec(format, rows, width)
     codes = torch.empty(shape, dtype=dtype, device=device)
-    return [codes] if isinstance(format, FP8Static) else [codes, empty_scales(format, rows, width, device)]
+    return [codes] if format.scale_dtype is None else [codes, empty_scales(format, rows, width, device)]
 
 
 def _fake_gather(*given: Any, **named: Any) -> list[Tensor]:

@@ -56,6 +56,11 @@ class Call:
         """Which of the T rows this rank owns, where it gives or gets a shard."""
         return self.signature.rows
 
+    @property
+    def bindable(self) -> bool:
+        """Whether the next call like it may take the short way (``gpu/bound.py``), which knows the arguments of most calls only."""
+        return self.shard is None and self.branch_norm is None and not isinstance(self.partial, PROLOGUES)
+
     def wants(self) -> Wanted:
         """Which outputs the call has, of a call that has not been checked. Raises :class:`ArgumentError` where there would be none."""
         if self.shard is not None:

@@ -232,7 +232,7 @@ def dequantize(codes: Tensor, scales: Tensor | None, quant: Quant, *, hidden_siz
         raise ShapeError(f"{quant.name} has scales", hint="pass out.scales")
     stored = read_scales(scales, quant, tokens, hidden_size)
     if stored.dtype == torch.uint8:
-        stored = e4m3_decode(stored.contiguous()) if isinstance(quant, NVFP4) else e8m0_decode(stored)
+        stored = e4m3_decode(stored.contiguous()) if quant.scale_dtype == torch.float8_e4m3fn else e8m0_decode(stored)
     values = values.view(tokens, stored.shape[1], quant.block or hidden_size) * stored[..., None]
     if isinstance(quant, NVFP4):
         values /= _scalar(quant.global_scale, codes.device)

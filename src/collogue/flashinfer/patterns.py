@@ -12,7 +12,7 @@ from collogue.errors import ArgumentError, FormatError, ScaleError, UnsupportedE
 
 
 class AllReduceFusionPattern:
-    """Codes of the fusion patterns, as ``flashinfer.comm`` numbers them. 6, 7 and 12 (MoE) are not served."""
+    """Codes of the fusion patterns, as ``flashinfer.comm`` numbers them. 6, 7 and 12 (MoE), 13 and 14 (MXFP8) are not served."""
 
     kAllReduce = 0
     kARResidualRMSNorm = 1
@@ -27,6 +27,8 @@ class AllReduceFusionPattern:
     kARResidualRMSNormDynamicFP8Quant = 10
     kARResidualRMSNormOutDynamicFP8Quant = 11
     kMoEFinalizeARResidualRMSNormFP8Quant = 12
+    kARResidualRMSNormMXFP8Quant = 13
+    kARResidualRMSNormOutMXFP8Quant = 14
 
 
 class QuantizationSFLayout:
@@ -62,6 +64,7 @@ _FORMS = {
     11: Form(norm=True, family="fp8_per_token", keep_norm=True),
 }
 _MOE = (6, 7, 12)
+_MXFP8 = (13, 14)
 _LAYOUTS: dict[int, ScaleLayout] = {0: "128x4", 1: "8x4", 2: "linear"}
 #: Smallest scale of the packed group formats; FlashInfer's own bound, before it rounds up to a power of two.
 _SMALLEST_GROUP_SCALE = 1e-10
@@ -76,9 +79,14 @@ def refuse_moe(pattern: int) -> NoReturn:
 
 
 def form_of(pattern: int) -> Form:
-    """The form of a pattern code. Raises :class:`UnsupportedError` for the MoE patterns."""
+    """The form of a pattern code. Raises :class:`UnsupportedError` for the patterns that are not served."""
     if pattern in _MOE:
         refuse_moe(pattern)
+    if pattern in _MXFP8:
+        raise UnsupportedError(
+            f"pattern {pattern} quantizes to MXFP8, which is not served by FlashInfer's names",
+            hint="call with kARResidualRMSNorm and quantize after it, or use collogue.Communicator.all_reduce(quant=MXFP8(..))",
+        )
     if pattern not in _FORMS:
         raise ArgumentError(f"there is no pattern {pattern!r}", hint="use a constant of AllReduceFusionPattern")
     return _FORMS[pattern]

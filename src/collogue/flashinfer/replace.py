@@ -73,8 +73,11 @@ def _patch(names: dict[str, Any], undo: list[Callable[[], None]]) -> None:
 
 
 def _beside(ours: Any, theirs: Any) -> Any:
-    """``ours``; for workspaces and backends that are FlashInfer's own, ``theirs``."""
-    if isinstance(ours, type) or not callable(theirs):
+    """``ours``; for workspaces and backends that are FlashInfer's own, ``theirs``. A class keeps the constants that only theirs has."""
+    if isinstance(ours, type):
+        more = {name: value for name, value in _constants(theirs).items() if not hasattr(ours, name)}
+        return type(ours)(ours.__name__, (ours,), more) if more else ours
+    if not callable(theirs):
         return ours
 
     @functools.wraps(ours)
@@ -85,6 +88,12 @@ def _beside(ours: Any, theirs: Any) -> Any:
             return theirs(*args, **kwargs)
 
     return call
+
+
+def _constants(theirs: Any) -> dict[str, Any]:
+    """The numbers that a class names: codes of patterns, say."""
+    named = vars(theirs) if isinstance(theirs, type) else {}
+    return {name: value for name, value in named.items() if isinstance(value, int) and not name.startswith("_")}
 
 
 def _restore(module: ModuleType, name: str, value: Any) -> None:

@@ -250,12 +250,14 @@ def create_allreduce_fusion_workspace(
     dynamic_fp8: bool | None = None,
     write_norm_output: bool | None = None,
     config: Any | None = None,
+    use_fp32_lamport: bool | None = None,
 ) -> TRTLLMAllReduceFusionWorkspace:
     """Make a workspace on every rank of a group. See :class:`TRTLLMAllReduceFusionWorkspace`.
 
     Args:
         backend: ``"auto"``, ``"trtllm"`` or ``"mnnvl"``: one implementation serves all three.
         gpus_per_node, force_oneshot_support: accepted; they change nothing here.
+        use_fp32_lamport: the same; SGLang passes it for float32, FlashInfer itself has no such argument.
     Raises:
         UnsupportedError: ``backend="mnnvl-cutedsl"``, and the keyword-only arguments, which belong to it.
     """

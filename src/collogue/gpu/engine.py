@@ -15,7 +15,6 @@ import torch
 from collogue.calls.call import Call, check_indices
 from collogue.calls.request import Request, Signature, keep
 from collogue.contract.formats import scale_storage
-from collogue.contract.prologue import PROLOGUES
 from collogue.contract.spec import Output
 from collogue.errors import ClosedError, NotPrepared
 from collogue.gpu import jit
@@ -133,7 +132,7 @@ class KernelEngine:
 
     def quick(self, call: Call, out: Output | None) -> Output | None:
         """The same for a call like one before in which nothing is unusual; ``None``, with nothing done, where anything is."""
-        if call.branch_norm is not None or isinstance(call.partial, PROLOGUES):  # the long way, with all its checks
+        if not call.bindable:
             return None
         try:
             bound = self._bound.get(key_of(call, out))
@@ -157,8 +156,7 @@ class KernelEngine:
                     self._launch(ready, call, out)
             else:
                 self._launch(ready, call, out)
-            plain = call.shard is None and call.branch_norm is None and not isinstance(call.partial, PROLOGUES)
-            if ready.main is not None and plain and not self._debug and self.stream is not None:
+            if ready.main is not None and call.bindable and not self._debug and self.stream is not None:
                 bound = bind(self, call, given, ready.main, ready.launch, more=bool(ready.more))
                 if bound is not None:
                     self.latest = keep(self._bound, key_of(call, given), bound)

@@ -14,6 +14,7 @@ from collogue import kernels
 from collogue.calls.request import Request
 from collogue.contract.prologue import Kind
 from collogue.contract.spec import Operation
+from collogue.planning.algorithm import ALGORITHMS
 from collogue.planning.variant import FORMATS, LAYOUTS, QuantVariant
 
 #: Of one call in a journal (``collogue::Entry``).
@@ -21,7 +22,7 @@ ENTRY_BYTES = kernels.size_of("protocol.cuh", "Entry")
 _OPERATIONS = get_args(Operation)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LAYOUTS = tuple(LAYOUTS)
-_ALGORITHMS = ("local", "one_shot", "two_shot", "sharded", "all_gather")
+_ALGORITHMS = tuple(ALGORITHMS)
 
 
 _PROLOGUES = (None, *get_args(Kind))

@@ -10,6 +10,7 @@ from collogue.contract.prologue import ExpertReduce, Prologue
 from collogue.contract.spec import Output, owned_rows
 from collogue.gpu import header
 from collogue.gpu.launch import Params
+from collogue.planning.algorithm import ALGORITHMS
 from collogue.planning.extent import CONTROL_BYTES, Extent
 from collogue.planning.plan import Plan, launch_memory
 from collogue.planning.topology import Topology
@@ -24,7 +25,7 @@ def fill_shape(params: Params, topology: Topology, request: Request, plan: Plan,
     rows = rows_of_scales(topology, request, rank)
     params.scale_rows = rows if plan.launches == 1 else 0
     params.column_stride, params.shard_column_stride = -(-rows // 4) * 4, -(-owned // 4) * 4
-    if algorithm != "local":
+    if not ALGORITHMS[algorithm].alone:
         memory = launch_memory(topology, request, algorithm)
         params.slot_bytes, params.gather_bytes = plan.rows * memory.slot, plan.rows * memory.gather
         params.wire_bytes, params.width = memory.wire, memory.width
@@ -34,7 +35,7 @@ def fill_shape(params: Params, topology: Topology, request: Request, plan: Plan,
 def fill_workspace(params: Params, extent: Extent, algorithm: str) -> None:
     """Which part of the workspace the kernel of ``algorithm`` uses."""
     params.one_shot_bytes = extent.one_shot
-    if algorithm == "one_shot":
+    if ALGORITHMS[algorithm].one_hop:
         params.data_offset, params.generation_bytes = CONTROL_BYTES, extent.one_shot
     else:
         params.data_offset, params.generation_bytes = extent.offset, extent.generation
@@ -107,7 +108,7 @@ def rows_of_scales(topology: Topology, request: Request, rank: int) -> int:
 
 def later_launches(topology: Topology, request: Request, plan: Plan, rank: int) -> tuple[tuple[int, int, int], ...]:
     """First row, number of rows and padding of the launches after the first; the last one writes the padding."""
-    total = request.tokens if plan.algorithm == "two_shot" else -(-request.tokens // topology.world_size)
+    total = -(-request.tokens // topology.world_size) if ALGORITHMS[plan.algorithm].owned else request.tokens
     starts = range(plan.rows, plan.rows * plan.launches, plan.rows) if plan.launches > 1 else ()
     pad = rows_of_scales(topology, request, rank)
     return tuple((first, min(plan.rows, total - first), pad if first + plan.rows >= total else 0) for first in starts)

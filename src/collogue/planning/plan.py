@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
@@ -16,12 +15,11 @@ from collogue.contract.quant import Quant
 from collogue.contract.spec import Wanted
 from collogue.errors import CapacityError, FormatError
 from collogue.planning import cost
+from collogue.planning.algorithm import ALGORITHMS, Algorithm
 from collogue.planning.extent import MAX_CTAS, Memory, memory_of, round_up, wire_bytes, workspace_extent
 from collogue.planning.table import Candidate, Entry
 from collogue.planning.topology import Topology
 from collogue.planning.variant import QuantVariant, Variant, block_class, source_type
-
-Algorithm = Literal["reference", "local", "one_shot", "two_shot", "sharded", "all_gather"]
 
 #: Cycles between a rank's last send and its first poll: about one NVLink hop.
 FIRST_POLL_CYCLES = 1000
@@ -113,7 +111,7 @@ def make_plan(topology: Topology, request: Request) -> Plan:
         candidate, why = _choose(topology, request)
         algorithm, measured = candidate.algorithm, _measured(topology, request, candidate)
         width = memory_of("two_shot", world, request.hidden_size, request.dtype, None, values=False).slot
-        sent = (world - 1) * tokens * (row if algorithm == "one_shot" else 2 * width)
+        sent = (world - 1) * tokens * (row if ALGORITHMS[algorithm].one_hop else 2 * width)
     else:
         rows = -(-tokens // world)
         wire = wire_bytes(request.hidden_size, request.dtype, request.quant, sends_values(request))
@@ -125,7 +123,7 @@ def make_plan(topology: Topology, request: Request) -> Plan:
     launches, used, least = 1, 0, rows
     if algorithm != "local":
         memory = launch_memory(topology, request, algorithm)
-        if algorithm != "one_shot":
+        if not ALGORITHMS[algorithm].one_hop:
             fits = max(1, (workspace_extent(topology).generation // (world - 1) - memory.flags) // (memory.slot + memory.gather))
             total, rows = rows, -(-rows // -(-rows // fits))
             launches = -(-total // rows)
@@ -178,7 +176,7 @@ def _choose(topology: Topology, request: Request) -> tuple[Candidate, str]:
     message = request.tokens * request.hidden_size * request.dtype.itemsize
     world, asked = topology.world_size, topology.overrides
     fits = (world - 1) * message <= workspace_extent(topology).one_shot
-    if asked.algorithm is not None and (fits or asked.algorithm == "two_shot"):
+    if asked.algorithm is not None and (fits or not ALGORITHMS[asked.algorithm].one_hop):
         return Candidate(asked.algorithm, asked.cta_threads), "asked for"
     entry = _entry(topology, request)
     if entry is not None:
@@ -271,7 +269,7 @@ def launch_shape(
         resident = max(1, min(resident, limit // cluster))
     if clusters > resident:
         # Where rows have owners, all that can be resident; else the same number of rows for all, as far as it goes.
-        clusters = resident if algorithm in ("sharded", "all_gather") else -(-tokens // -(-tokens // resident))
+        clusters = resident if ALGORITHMS[algorithm].owned else -(-tokens // -(-tokens // resident))
     return LaunchShape(threads, vectors, cluster, clusters)
 
 
@@ -295,7 +293,7 @@ def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1, ex
 
     ``experts``: terms are worked out, from four rows at a time.
     """
-    world, narrow, streams = topology.world_size, topology.dtype.itemsize == 2, algorithm not in ("one_shot", "local")
+    world, narrow, streams = topology.world_size, topology.dtype.itemsize == 2, ALGORITHMS[algorithm].streams
     if algorithm == "local" and vectors in (2, 4) and topology.has_clusters:
         return 896 if narrow else 448
     if vectors > 1 or (streams and world > 4 and not narrow):
@@ -312,7 +310,7 @@ def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1, ex
 def widest_cta(topology: Topology, algorithm: str, *, experts: bool = False, branch: bool = False) -> int:
     """Threads of the widest CTA in which nothing spills: alone on a multiprocessor, and no compiler could give its threads more."""
     threads = min(resident_threads(topology, algorithm, experts=experts), 896 if branch else MAX_THREADS)
-    return min(threads, 384) if topology.world_size > 4 and algorithm not in ("one_shot", "local") else threads
+    return min(threads, 384) if topology.world_size > 4 and ALGORITHMS[algorithm].streams else threads
 
 
 def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: str, *, experts: bool = False) -> int:
@@ -342,7 +340,7 @@ def make_kernels(topology: Topology, request: Request, plan: Plan) -> tuple[Kern
 
 def make_variant(topology: Topology, request: Request, shape: LaunchShape, algorithm: str) -> Variant:
     """The kernel that runs ``request`` in ``shape``."""
-    rows = request.tokens if algorithm in ("local", "one_shot", "two_shot") else -(-request.tokens // topology.world_size)
+    rows = -(-request.tokens // topology.world_size) if ALGORITHMS[algorithm].owned else request.tokens
     loop = rows > shape.clusters
     return Variant(
         kernel=algorithm,
@@ -359,7 +357,7 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         blocks=block_class(request.hidden_size),
         loop=loop,
         ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, algorithm, experts=request.prologue is not None),
-        first_poll=FIRST_POLL_CYCLES if algorithm == "one_shot" else 0,
+        first_poll=FIRST_POLL_CYCLES if ALGORITHMS[algorithm].one_hop else 0,
         ahead=int(
             loop
             and (shape.vectors <= 2 if algorithm == "local" else algorithm == "two_shot" and shape.threads > MAX_THREADS_OF_ROWS_IN_TURN)

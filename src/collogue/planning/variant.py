@@ -10,6 +10,7 @@ import torch
 
 from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.planning.algorithm import ALGORITHMS
 
 _DTYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16", torch.float32: "Float32"}
 #: Compiled upper bounds of ``ceil(H / 256)``: the hidden size itself is a run-time value.
@@ -167,7 +168,7 @@ class Variant:
         arguments = ", ".join(["C", *more])
         constants = {
             "int kWorld": self.world,
-            "bool kOneShot": _flag(self.kernel == "one_shot"),
+            "bool kOneShot": _flag(ALGORITHMS[self.kernel].one_hop),
             "bool kResidual": _flag(self.residual),
             "bool kStream": _flag(self.stream),
             "bool kNorm": _flag(self.norm),

@@ -16,7 +16,7 @@ import torch
 
 from collogue.calls.request import Request
 from collogue.contract.prologue import PrologueForm
-from collogue.contract.quant import parse
+from collogue.contract.quant import FAMILIES, parse, variants
 from collogue.contract.spec import VALUE_DTYPES, Operation, Wanted
 from collogue.planning.architecture import ARCHITECTURES
 from collogue.planning.plan import launch_shape, make_variant
@@ -29,16 +29,14 @@ Pair: TypeAlias = tuple[tuple[str, Any], tuple[str, Any]]
 
 
 def _labels() -> Iterator[str]:
+    layouts = ("128x4", "8x4", "linear")
+    every = [label for family in FAMILIES for label in variants(family)]
     yield "none"
-    for layout in ("128x4", "8x4", "linear"):
-        yield f"nvfp4/{layout}"
-        for family, rounding in itertools.product(("mxfp4", "mxfp8"), ("floor", "ceil")):
-            yield f"{family}/{rounding}/{layout}"
-    yield "fp8_static"
-    yield "fp8_per_token"
+    for layout in layouts:
+        yield from (label for label in every if label.endswith(f"/{layout}"))
+    yield from (label for label in every if not label.endswith(layouts))
     # The usual size, and one that a warp does not hold whole.
-    for size, scale_format, layout in itertools.product((128, 48), ("float32", "ue8m0"), ("row", "column")):
-        yield f"fp8_group{size}/{scale_format}/{layout}"
+    yield from (label.replace("128", "48") for label in variants("fp8_group"))
     yield from ("fp8_group16/float32/row", "fp8_group32/ue8m0/column", "fp8_group64/float32/row", "fp8_group256/ue8m0/column")
 
 

@@ -506,7 +506,7 @@ def test_a_rank_may_destroy_its_workspace_alone() -> None:
         ({"pattern": 6}, UnsupportedError, "MoE"),
         ({"pattern": 7}, UnsupportedError, "MoE"),
         ({"pattern": 12}, UnsupportedError, "MoE"),
-        ({"pattern": 13}, ArgumentError, "AllReduceFusionPattern"),
+        ({"pattern": 15}, ArgumentError, "AllReduceFusionPattern"),
         ({"residual_in": None}, ArgumentError, "residual_in"),
         ({"rms_gamma": None}, ArgumentError, "rms_gamma"),
         ({"scale_factor": None}, ScaleError, "divisor"),

@@ -105,6 +105,22 @@ def test_what_collogue_refuses_does_not_go_to_flashinfer(package: Any) -> None:
         run_virtual(1, rank)
 
 
+def test_arguments_and_patterns_of_engines_that_change_nothing(package: Any) -> None:
+    """SGLang's ``use_fp32_lamport``; and MXFP8 is refused by name, not taken for another pattern."""
+
+    def rank(group: VirtualGroup) -> None:
+        workspace = package.create_allreduce_fusion_workspace(
+            world_size=1, rank=0, max_token_num=4, hidden_dim=64, dtype=torch.float32, group=group, use_fp32_lamport=True
+        )
+        assert workspace.metadata["use_fp32_lamport"] is True
+        for pattern in (13, 14):
+            with pytest.raises(NotImplementedError, match="MXFP8"):
+                package.allreduce_fusion(torch.ones(1, 64), workspace, pattern)
+
+    with collogue.flashinfer.install():
+        run_virtual(1, rank)
+
+
 def test_installing_twice_changes_nothing(package: Any) -> None:
     before = package.allreduce_fusion
     first = collogue.flashinfer.install()
@@ -125,6 +141,15 @@ def test_a_name_that_this_flashinfer_lacks_goes_away_again(package: Any) -> None
     with collogue.flashinfer.install():
         assert package.is_mnnvl_cutedsl_supported(2, 64, torch.bfloat16, max_token_num=1) is False
     assert not hasattr(package, "is_mnnvl_cutedsl_supported")
+
+
+def test_constants_that_only_flashinfer_has_stay(package: Any) -> None:
+    """A newer FlashInfer's patterns are not served, but code that names them must go on."""
+    package.AllReduceFusionPattern.kOfTomorrow = 99
+    with collogue.flashinfer.install():
+        assert package.AllReduceFusionPattern.kOfTomorrow == 99
+        assert package.AllReduceFusionPattern.kARResidualRMSNormOutMXFP8Quant == 14
+        assert not hasattr(collogue.flashinfer.AllReduceFusionPattern, "kOfTomorrow")
 
 
 @pytest.mark.usefixtures("nothing")

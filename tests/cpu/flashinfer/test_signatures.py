@@ -18,6 +18,8 @@ import collogue.flashinfer as ours
 #: A default that is not a literal, such as ``torch.float16``: compared as text.
 Signature = list[tuple[str, str, str]]
 CLASSES = [name for name in ours.SERVED if isinstance(getattr(ours, name), type)]
+#: What engines pass and FlashInfer itself does not take.
+MORE = {"create_allreduce_fusion_workspace": ("use_fp32_lamport",)}
 FUNCTIONS = [name for name in ours.SERVED if name not in CLASSES]
 
 
@@ -78,7 +80,8 @@ def differences(comm: Path, name: str, mine: Any) -> list[str]:
     """What of ``name`` is not as in FlashInfer: a function's signature; a class's constants, constructor and methods."""
     theirs = definition(comm, name)
     if isinstance(theirs, ast.FunctionDef):
-        pairs = [(name, their_signature(theirs), our_signature(mine))]
+        served = [parameter for parameter in our_signature(mine) if parameter[0] not in MORE.get(name, ())]
+        pairs = [(name, their_signature(theirs), served)]
     else:
         methods = {node.name: node for node in theirs.body if isinstance(node, ast.FunctionDef)}
         public = [m for m in methods if m == "__init__" or not m.startswith("_")]
@@ -87,7 +90,8 @@ def differences(comm: Path, name: str, mine: Any) -> list[str]:
         pairs = [*absent, *((f"{name}.{m}", their_signature(methods[m]), our_signature(getattr(mine, m))) for m in present)]  # type: ignore[list-item]
         constants = {n.targets[0].id: n.value.value for n in theirs.body if isinstance(n, ast.Assign)}  # type: ignore[attr-defined]
         if constants:
-            pairs.append((name, constants, {k: v for k, v in vars(mine).items() if not k.startswith("_")}))  # type: ignore[arg-type]
+            # An older FlashInfer has fewer than a newer one, and the newest is served.
+            pairs.append((name, constants, {k: v for k, v in vars(mine).items() if k in constants}))  # type: ignore[arg-type]
     return [f"{what}: FlashInfer has {a}, Collogue {b}" for what, a, b in pairs if a != b]
 
 

@@ -18,6 +18,7 @@ from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Wanted
 from collogue.planning import plan
+from collogue.planning.algorithm import ALGORITHMS, Algorithm
 from collogue.planning.topology import Topology
 from collogue.planning.variant import Variant
 
@@ -81,10 +82,10 @@ class Case:
 
     @property
     def operation(self) -> Operation:
-        return "all_reduce" if self.kernel in ("one_shot", "two_shot", "local") else self.kernel  # type: ignore[return-value]
+        return self.kernel if ALGORITHMS[self.algorithm].owned else "all_reduce"  # type: ignore[return-value]
 
     @property
-    def algorithm(self) -> plan.Algorithm:
+    def algorithm(self) -> Algorithm:
         return "sharded" if self.kernel == "reduce_scatter" else self.kernel  # type: ignore[return-value]
 
     def request(self, tokens: int) -> Request:
@@ -97,19 +98,19 @@ class Case:
 
     def plan_of(self, tokens: int) -> plan.Plan:
         """Of one call: as many rows to a launch as in every other, of the call or of each owner."""
-        rows = tokens if self.kernel in ("one_shot", "two_shot", "local") else -(-tokens // self.world)
+        rows = -(-tokens // self.world) if ALGORITHMS[self.algorithm].owned else tokens
         rows_of_launch = -(-rows // self.launches)
         return plan.Plan(self.algorithm, "", None, 0, 0.0, 0.0, rows_of_launch, -(-rows // rows_of_launch))
 
     def clusters_of(self, tokens: int) -> int:
         """Of every launch of a call: as plans make it, no more than the last one has rows."""
         made = self.plan_of(tokens)
-        rows = tokens if self.kernel in ("one_shot", "two_shot", "local") else -(-tokens // self.world)
+        rows = -(-tokens // self.world) if ALGORITHMS[self.algorithm].owned else tokens
         return min(rows - (made.launches - 1) * made.rows, self.rows or rows)
 
     def memory_of(self, tokens: int) -> int:
         """Bytes of a generation that a call uses, and not one more."""
-        if self.kernel == "local":
+        if ALGORITHMS[self.algorithm].alone:
             return 0
         request, made = self.request(tokens), self.plan_of(tokens)
         memory = plan.launch_memory(self.topology, request, self.algorithm)

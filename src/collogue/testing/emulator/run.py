@@ -20,6 +20,7 @@ from collogue.gpu.failure import FailureRecord
 from collogue.gpu.launch import Params, timeouts
 from collogue.gpu.parameters import fill_call, fill_shape, fill_shard, fill_workspace, later_launches
 from collogue.gpu.workspace import JOURNAL_OFFSET, SENTINELS, Control, clean_control
+from collogue.planning.algorithm import ALGORITHMS
 from collogue.planning.extent import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Extent
 from collogue.testing.compare import compare
 from collogue.testing.emulator.build import Case, Library
@@ -172,8 +173,9 @@ def emulate(
             for params in _launches(case, rank, made[ask][0][rank], outputs[i][rank], memory, timeout):
                 shape = case.cluster, case.clusters_of(ask.tokens), case.threads
                 streams[stream].append((i, _Launch(0, 0, ask.case, stream, counted[stream], *shape), params))
-                counted[stream] += case.kernel != "local"
-                memory.left = case.kernel == "one_shot" or (memory.left and case.kernel == "local")
+                facts = ALGORITHMS[case.algorithm]
+                counted[stream] += not facts.alone
+                memory.left = facts.one_hop or (memory.left and facts.alone)
     queued = [launch for stream in streams for launch in stream]
     array = (_Launch * len(queued))(*(launch for _, launch, _ in queued))
     for launch, (_, _, params) in zip(array, queued, strict=True):
@@ -223,8 +225,8 @@ class _Memory:
     def __init__(self, library: Library, failures: int) -> None:
         self.failures = failures  # address of the first rank's record
         needs = {case: case.memory_of(case.max_tokens) for case in library.cases}
-        one_shot = max((n for case, n in needs.items() if case.kernel == "one_shot"), default=1)
-        others = max((n for case, n in needs.items() if case.kernel != "one_shot"), default=0)
+        one_shot = max((n for case, n in needs.items() if ALGORITHMS[case.algorithm].one_hop), default=1)
+        others = max((n for case, n in needs.items() if not ALGORITHMS[case.algorithm].one_hop), default=0)
         self.extent = Extent(-(-one_shot // _LEFT_UNIT) * _LEFT_UNIT, others)
         self.sentinel = SENTINELS[library.cases[0].dtype.itemsize] - (1 << 32)
         self.workspaces = [torch.full((self.extent.total // 4,), self.sentinel, dtype=torch.int32) for _ in range(library.world)]
@@ -323,7 +325,7 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> t
     rows = [owned_rows(ask.tokens, case.world, rank) for rank in range(case.world)]
     request, device = case.request(ask.tokens), torch.device("cpu")
     whole = Signature(request, None, device)
-    if case.kernel == "local":
+    if ALGORITHMS[case.algorithm].alone:
         expected = [reference.all_reduce([p], **epilogue) for p in partials]  # type: ignore[arg-type]
         return [Call(p, residual, norm, case.quant, branch_norm=branch, signature=whole) for p in partials], expected
     if case.operation == "all_reduce":

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from collogue.contract.quant import FP8Static, Quant, parse
+from collogue.contract.quant import Quant, parse
 from collogue.contract.spec import Operation
 from collogue.testing.covering import PROLOGUES
 
@@ -95,7 +95,7 @@ class Case:
         if self.norm and (quant is None or self.keep_norm):
             names.append("norm")
         if quant is not None:
-            names += ["codes"] if isinstance(quant, FP8Static) else ["codes", "scales"]
+            names += ["codes"] if quant.scale_dtype is None else ["codes", "scales"]
         return tuple(names)
 
     def __str__(self) -> str:

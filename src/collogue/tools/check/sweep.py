@@ -9,7 +9,7 @@ from typing import cast, get_args
 
 import torch
 
-from collogue.contract.quant import describe, parse
+from collogue.contract.quant import FAMILIES, describe, parse, variants
 from collogue.contract.spec import Operation
 from collogue.errors import FormatError
 from collogue.testing.covering import PROLOGUES
@@ -19,19 +19,10 @@ from collogue.tools.check.case import Case
 DTYPES = ("bfloat16", "float16", "float32")
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
-_BLOCK_LAYOUTS = ("128x4", "8x4", "linear")
-_MX = tuple(f"{rounding}/{layout}" for rounding, layout in product(("floor", "ceil"), _BLOCK_LAYOUTS))
-_GROUP = tuple(f"{scale}/{layout}" for scale, layout in product(("float32", "ue8m0"), ("row", "column")))
-
 #: Every option set of each format, by the name that stands for all of them.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "none": ("none",),
-    "nvfp4": tuple(f"nvfp4/{layout}" for layout in _BLOCK_LAYOUTS),
-    "mxfp4": tuple(f"mxfp4/{options}" for options in _MX),
-    "mxfp8": tuple(f"mxfp8/{options}" for options in _MX),
-    "fp8_static": ("fp8_static",),
-    "fp8_per_token": ("fp8_per_token",),
-    "fp8_group": tuple(f"fp8_group128/{options}" for options in _GROUP),
+    **{family: variants(family) for family in FAMILIES},
 }
 #: One option set of each format, for cases about something else.
 _ONE_EACH = ("none", "nvfp4", "mxfp4/floor", "mxfp8/ceil/8x4", "fp8_static", "fp8_per_token", "fp8_group64/ue8m0/column", "fp8_group16")

@@ -51,7 +51,7 @@ Operations = Annotated[Many, many("--operation", "all_reduce, sharded, reduce_sc
 
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
 OPERATION_NAMES = ("all_reduce", "sharded", "reduce_scatter", "all_gather", "finish")
-_FORMAT_NAME = re.compile("none|nvfp4|mxfp4|mxfp8|fp8_static|fp8_per_token|fp8_group[0-9]*")
+_FORMAT_NAME = re.compile(FORMAT_NAMES.partition(";")[0].replace(", ", "|") + "[0-9]*")
 
 
 def words(values: Many) -> list[str]:
