@@ -27,7 +27,8 @@ def dtype_of(name: str) -> torch.dtype:
 class Case:
     """One call to check: everything that decides its bits. ``format`` is a label as :func:`collogue.contract.quant.parse` takes.
 
-    ``prologue``: a label of :data:`collogue.testing.covering.PROLOGUES`; ``slots`` of each token, or experts.
+    ``branch``: the sum is normed before the residual is added. ``prologue``: a label of
+    :data:`collogue.testing.covering.PROLOGUES`; ``slots`` of each token, or experts.
     """
 
     tokens: int
@@ -47,6 +48,7 @@ class Case:
     operation: Operation = "all_reduce"
     prologue: str = "none"
     slots: int = 4
+    branch: bool = False
 
     def quant(self, device: torch.device | str) -> Quant | None:
         """The format with the check's own scales: numbers, or tensors on ``device``."""
@@ -83,7 +85,7 @@ class Case:
         if self.operation == "all_gather":
             return {"residual": True, "norm": "norm" in self.outputs, "keep_norm": False, "operation": self.operation}
         asked = {"residual": self.residual, "norm": self.norm, "keep_norm": self.keeps_norm, "operation": self.operation}
-        return {**asked, "prologue": PROLOGUES[self.prologue]}
+        return {**asked, "prologue": PROLOGUES[self.prologue], "branch_norm": self.branch}
 
     @property
     def outputs(self) -> tuple[str, ...]:

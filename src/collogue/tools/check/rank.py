@@ -5,6 +5,7 @@ Inputs are functions of the case and the rank, so every rank can make the partia
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -72,6 +73,7 @@ class Answers:
             )
         _, residual, norm = arguments(replace(case, operation="all_reduce"), 0, device)
         all_reduce = by_scalar if device.type == "cpu" else by_reference
+        all_reduce = functools.partial(all_reduce, branch_norm=branch_norm(case, device))
         return by_rank(all_reduce, case.operation, partials, residual, norm, case.quant(device), case.keeps_norm)
 
 
@@ -112,6 +114,15 @@ def arguments(case: Case, rank: int, device: torch.device) -> tuple[torch.Tensor
     return made.partial, residual, norm
 
 
+def branch_norm(case: Case, device: torch.device) -> RMSNorm | None:
+    """The norm of the sum, where the case has one."""
+    if not case.branch:
+        return None
+    dtype = case.value_dtype if case.weight_dtype is None else dtype_of(case.weight_dtype)
+    made = make_inputs("normal", rank=0, tokens=1, hidden_size=case.hidden_size, dtype=dtype, seed=case.seed + 1, device=device)
+    return RMSNorm(made.weight, eps=2 * case.eps, weight_offset=case.weight_offset)
+
+
 @dataclass
 class Given:
     """What one rank passes to the call of a case."""
@@ -131,6 +142,8 @@ class Given:
         if case.operation == "all_gather":
             shard = answers(replace(case, operation="reduce_scatter"), device, rank) if case.possible else Output(residual=partial)
         kwargs = {"norm": norm, "quant": case.quant(device), "keep_norm": case.keeps_norm}
+        if case.branch:
+            kwargs["branch_norm"] = branch_norm(case, device)
         return cls(case, partial, residual, kwargs, shard, None if case.prologue == "none" else _prologue(case, rank, device))
 
     @property
@@ -141,7 +154,12 @@ class Given:
     def prepare(self, comm: Communicator) -> None:
         """Build and load the kernels of the call. Collective."""
         norm = self.kwargs["norm"] if self.case.operation != "all_gather" or self.case.asked["norm"] else None
-        comm.prepare(self.case.tokens, hidden_size=self.case.hidden_size, quant=self.kwargs["quant"], **{**self.case.asked, "norm": norm})
+        comm.prepare(
+            self.case.tokens,
+            hidden_size=self.case.hidden_size,
+            quant=self.kwargs["quant"],
+            **{**self.case.asked, "norm": norm, "branch_norm": self.kwargs.get("branch_norm")},
+        )
 
     def call(self, comm: Communicator, out: Output | None = None) -> Output:
         """Make the call. Collective."""

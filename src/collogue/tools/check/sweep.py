@@ -73,7 +73,9 @@ def default_sweep(device: str) -> list[Case]:
     worlds = [2, 3, 4]
     if device == "cuda":
         worlds = sorted({2, 3, max(2, min(8, torch.cuda.device_count()))})
-    cases = _formats(worlds) + _inputs(worlds) + _calls(worlds) + _shapes(worlds) + _operations(worlds) + _experts(worlds)
+    cases = (
+        _formats(worlds) + _inputs(worlds) + _calls(worlds) + _shapes(worlds) + _operations(worlds) + _experts(worlds) + _branches(worlds)
+    )
     if device == "cuda":
         cases += [
             Case(t, 7168, format=f, world_size=n) for n in worlds for t in (1, 8, 64, 1025) for f in ("none", "nvfp4", "fp8_per_token")
@@ -136,7 +138,19 @@ def _experts(worlds: list[int]) -> list[Case]:
     for (i, prologue), (j, label) in product(enumerate(name for name in PROLOGUES if name != "none"), enumerate(_ONE_EACH)):
         n, t, slots = i + j, (3, 1, 130, 5, 0)[(2 * i + j) % 5], (2, 8, 1, 16, 5, 4)[(i + j) % 6]
         shape = Case(t, 576, DTYPES[n % 3], label, worlds[n % len(worlds)], norm=label == "none" or n % 4 > 0, operation=summing[n % 3])
-        cases.append(replace(shape, inputs=kinds[n % len(kinds)], prologue=prologue, slots=slots))
+        cases.append(replace(shape, inputs=kinds[n % len(kinds)], prologue=prologue, slots=slots, branch=(i + 2 * j) % 4 == 0))
+    return cases
+
+
+def _branches(worlds: list[int]) -> list[Case]:
+    """A norm of the sum: every format, with and without the norm behind it; operations, dtypes and kinds of input in turn."""
+    summing: tuple[Operation, ...] = ("all_reduce", "sharded", "reduce_scatter")
+    kinds, cases = list(KINDS), []
+    for (i, norm), (j, label) in product(enumerate((True, False)), enumerate(_ONE_EACH)):
+        operation = "all_reduce" if label == "none" and not norm else summing[(i + j) % 3]
+        n, wide = i + j, "float32" if (i + j) % 2 else None
+        shape = Case((3, 1, 130, 5)[n % 4], 576, DTYPES[j % 3], label, worlds[n % len(worlds)], norm=norm, weight_dtype=wide)
+        cases.append(replace(shape, operation=operation, inputs=kinds[n % len(kinds)], weight_offset=float(i), branch=True))
     return cases
 
 
