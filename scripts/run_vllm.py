@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "HF_HUB_OFFLINE": "1",
     "MASTER_ADDR": "127.0.0.1",
     "VLLM_DISABLE_COMPILE_CACHE": "1",
@@ -159,7 +160,7 @@ def main() -> int:
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if asked.compiled:
-        from vllm_compiled_cpu import install
+        from vllm_compiled_cpu import install  # type: ignore[import-not-found]  # beside this file
 
         install()
     import vllm
@@ -169,10 +170,11 @@ def main() -> int:
     stock, ours = group_run(asked, ""), group_run(asked, asked.switch)
     wrong = differences(stock, ours, asked.fused_a_forward)
     near = max(abs(a - b) for s, o in zip(stock[0]["logprobs"], ours[0]["logprobs"], strict=True) for a, b in zip(s, o, strict=True))
+    way = "compiled" if asked.compiled else "eager"
     result = {
         "commit": asked.commit,
         "vllm": vllm.__version__,
-        "case": f"{asked.model.name}, world {asked.world}, {asked.dtype}, {'compiled' if asked.compiled else 'eager'}, COLLOGUE_VLLM={asked.switch}",
+        "case": f"{asked.model.name}, world {asked.world}, {asked.dtype}, {way}, COLLOGUE_VLLM={asked.switch}",
         "text": ours[0]["text"],
         "fused": ours[0]["counts"],
         "forwards": ours[0]["forwards"],

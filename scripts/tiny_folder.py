@@ -1,4 +1,4 @@
-"""A tiny random model as a Hugging Face folder, with the tokenizer of another one. `python scripts/tiny_folder.py qwen3 FOLDER TOKENIZER`."""
+"""A tiny random model as a Hugging Face folder, with another's tokenizer. `python scripts/tiny_folder.py qwen3 FOLDER TOKENIZER`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _ABSENT = (
     "rotary_embedding",
     "silu_and_mul",
 )
-_library: Any = torch.library.Library("_C", "FRAGMENT")
+_library: Any = torch.library.Library("_C", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def install() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from collogue.flashinfer.workspace import ON_FAILURE
 
+
 @dataclass(frozen=True)
 class Hook:
     """A name of an engine that a plugin uses: ``module`` and the dotted ``name`` in it, and the parameters it must take."""

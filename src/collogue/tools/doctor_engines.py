@@ -27,7 +27,12 @@ def examine_engine(engine: Engine) -> Iterator[Finding]:
         yield Finding(engine, "missing", "not installed in this environment", f"run `collogue doctor` with the Python that runs {engine}")
         return
     known = found.split()[-1] in RUN[engine]
-    yield Finding(engine, "ok" if known else "warn", found, "" if known else "not a version that was run with Collogue; the hooks below are what counts")
+    yield Finding(
+        engine,
+        "ok" if known else "warn",
+        found,
+        "" if known else "not a version that was run with Collogue; the hooks below are what counts",
+    )
     yield from _plugin(engine)
     yield from _vllm() if engine == "vllm" else _flashinfer("COLLOGUE_SGLANG=1", needed=True)
 
@@ -66,13 +71,18 @@ def _flashinfer(way: str, *, needed: bool) -> Iterator[Finding]:
 
     only = "" if needed else f" (only {way} needs it)"
     if not flashinfer_present():
-        yield Finding("FlashInfer", "missing" if needed else "warn", "not installed" + only, "pip install flashinfer-python" if needed else "")
+        yield Finding(
+            "FlashInfer", "missing" if needed else "warn", "not installed" + only, "pip install flashinfer-python" if needed else ""
+        )
         return
     try:
         importlib.import_module("flashinfer.comm")
     except Exception as error:  # parts that do not fit each other, as engines know
         yield Finding(
-            "FlashInfer", "missing" if needed else "warn", f"cannot be imported: {type(error).__name__}: {error}".splitlines()[0] + only, "reinstall it"
+            "FlashInfer",
+            "missing" if needed else "warn",
+            f"cannot be imported: {type(error).__name__}: {error}".splitlines()[0] + only,
+            "reinstall it",
         )
         return
     yield Finding("FlashInfer", "ok", (package_version("flashinfer-python") or "there") + only)

@@ -54,7 +54,7 @@ READS: dict[str, Callable[[torch.Tensor], Any]] = {
     "tolist": lambda x: torch.tensor(x.tolist()),
     "dlpack": lambda x: torch.from_dlpack(x).clone(),
     "deepcopy": copy.deepcopy,
-    "pointer": lambda x: torch.tensor((x.data_ptr() != 0)),
+    "pointer": lambda x: torch.tensor(x.data_ptr() != 0),
 }
 
 

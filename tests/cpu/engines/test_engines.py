@@ -103,9 +103,7 @@ def test_a_broken_flashinfer_does_not_end_the_engine(
 
 
 @pytest.mark.parametrize(("adapter", "switch"), [(vllm, "COLLOGUE_VLLM"), (sglang, "COLLOGUE_SGLANG")])
-def test_a_misspelt_switch_is_named(
-    adapter: Any, switch: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_misspelt_switch_is_named(adapter: Any, switch: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv(switch, "Flashinfr")
     with caplog.at_level(logging.WARNING):
         adapter.register()

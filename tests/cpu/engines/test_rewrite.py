@@ -32,7 +32,9 @@ FUSED = torch.library.Library("collogue_vllm", "FRAGMENT")
 FUSED.define("all_reduce_norm(Tensor partial, Tensor? residual, Tensor weight, float eps, float offset, str group, int most) -> Tensor[]")
 
 
-def _fused(x: torch.Tensor, r: torch.Tensor | None, w: torch.Tensor, eps: float, offset: float, group: str, most: int) -> list[torch.Tensor]:
+def _fused(
+    x: torch.Tensor, r: torch.Tensor | None, w: torch.Tensor, eps: float, offset: float, group: str, most: int
+) -> list[torch.Tensor]:
     y = x * 2 if r is None else x * 2 + r
     return [_norm(y, w + offset, eps), y]
 
@@ -112,7 +114,6 @@ def test_two_in_a_row() -> None:
 def _read_twice(b: Builder) -> list[Node]:
     summed = b.reduce()
     return [*b.add_norm(summed), b.call(torch.ops.aten.relu.default, summed)]
-
 
 
 def _late_weight(b: Builder) -> list[Node]:

@@ -57,7 +57,7 @@ class Deferred(Tensor):
     @classmethod
     def _of(cls, source: _Source) -> Deferred:
         term = source.term
-        made: Deferred = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Deferred = torch.Tensor._make_wrapper_subclass(
             cls, term.shape, strides=term.stride(), dtype=term.dtype, device=term.device, requires_grad=False
         )
         torch._C._set_throw_on_mutable_data_ptr(made)
@@ -88,7 +88,9 @@ class Deferred(Tensor):
         return source.sum
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         first = args[0] if args else None
         if isinstance(first, Deferred) and _changes_nothing(func, first, args):
             return cls._of(first._source)
@@ -113,18 +115,18 @@ class Deferred(Tensor):
         return self.sum_now().untyped_storage()
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.sum_now().__array__(*args, **kwargs)
+        return self.sum_now().__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         return self.sum_now().__dlpack__(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return self.sum_now().__deepcopy__(memo)
+        return self.sum_now().__deepcopy__(memo)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.sum_now().__reduce_ex__(protocol)
+        return self.sum_now().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Reads nothing: a log line on one rank alone must not wait for the others."""
         return f"Deferred({list(self.shape)}, {self.dtype}, {'not yet taken' if self.pending else 'taken'})"
 

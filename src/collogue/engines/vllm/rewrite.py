@@ -1,4 +1,4 @@
-"""The rewriting of a graph: an all-reduce and the norm that reads it become one operator. Knows PyTorch's graphs, and of vLLM three names."""
+"""The rewriting of a graph: an all-reduce and the norm that reads it become one operator."""
 
 from __future__ import annotations
 
@@ -75,8 +75,9 @@ def _fuse(graph: Graph, summed: Node, names: Names, servable: Any) -> str:
         return "the norm has no weight"
     if _argument(norm, 3 + shift, "variance_size") is not None:
         return "the norm is over a part of the row"
-    values = [each.meta.get("val") for each in (summed.args[0], weight, residual) if isinstance(each, Node)]
-    if any(not isinstance(value, torch.Tensor) for value in values):
+    given = [each for each in (summed.args[0], weight, residual) if isinstance(each, Node)]
+    values = [value for each in given if isinstance(value := each.meta.get("val"), torch.Tensor)]
+    if len(values) != len(given):
         return "its shape is not known"
     rows, vector, *stream = values
     if not servable(rows, vector) or (stream and (stream[0].dtype != rows.dtype or stream[0].ndim != 2)):
