@@ -64,6 +64,10 @@ def rank_run(rank: int, port: int, asked: argparse.Namespace, switch: str) -> di
         counts = sys.modules["collogue.engines.vllm.fused"].counts
         counts.clear()
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    if asked.read_between:
+        for name, module in runner.model.named_modules():
+            if name.endswith("o_proj"):
+                module.register_forward_hook(lambda module, inputs, output: (output[0] * 1.0, *output[1:]))
     whole = runner.model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -153,6 +157,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--fused-a-forward", type=int, required=True, help="fused calls that a forward pass must make")
     parser.add_argument("--compiled", action="store_true", help="compile as on a GPU, on a test platform")
+    parser.add_argument("--read-between", action="store_true", help="a model that reads each attention's sum before the norm does")
     parser.add_argument("--commit", default="", help="goes into the result")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
@@ -170,7 +175,7 @@ def main() -> int:
     stock, ours = group_run(asked, ""), group_run(asked, asked.switch)
     wrong = differences(stock, ours, asked.fused_a_forward)
     near = max(abs(a - b) for s, o in zip(stock[0]["logprobs"], ours[0]["logprobs"], strict=True) for a, b in zip(s, o, strict=True))
-    way = "compiled" if asked.compiled else "eager"
+    way = ("compiled" if asked.compiled else "eager") + ", read between" * asked.read_between
     result = {
         "commit": asked.commit,
         "vllm": vllm.__version__,

@@ -15,14 +15,25 @@ if [[ ${1:-} == short ]]; then
     exec "$folder/bin/python" scripts/run_vllm.py "$folder/smollm2-12-heads" --tokens 4 --fused-a-forward 61 2>"$folder/run.log"
 fi
 HEADS="12 9" scripts/setup_engines.sh
+for kind in qwen3 gemma3; do
+    [[ -d $folder/$kind ]] || "$folder/bin/python" scripts/tiny_folder.py "$kind" "$folder/$kind" "$folder/smollm2-12-heads"
+done
 out=benchmarks/engines
 mkdir -p "$out"
 commit=$(git rev-parse --short=12 HEAD)
-run() { # name, ranks, heads, what else
+run() { # name, model, ranks, fused calls of a forward pass, what else
     echo "== $1"
-    "$folder/bin/python" scripts/run_vllm.py "$folder/smollm2-$3-heads" --world "$2" --fused-a-forward 61 --commit "$commit" --json "$out/$1.json" "${@:4}" 2>"$folder/$1.log"
+    "$folder/bin/python" scripts/run_vllm.py "$folder/$2" --world "$3" --fused-a-forward "$4" --commit "$commit" --json "$out/$1.json" \
+        "${@:5}" 2>"$folder/$1.log"
 }
-run vllm-eager-2 2 12 --switch eager
-run vllm-eager-3 3 9 --switch auto
-run vllm-compiled-2 2 12 --switch auto --compiled
-run vllm-compiled-3 3 9 --switch compile --compiled
+run vllm-eager-2 smollm2-12-heads 2 61 --switch eager
+run vllm-eager-3 smollm2-9-heads 3 61 --switch auto
+run vllm-compiled-2 smollm2-12-heads 2 61 --switch auto --compiled
+run vllm-compiled-3 smollm2-9-heads 3 61 --switch compile --compiled
+# Attention's 30 sums are read by something else: vLLM's own all-reduce takes them.
+run vllm-eager-read-between smollm2-12-heads 2 31 --switch eager --read-between
+run vllm-eager-qwen3 qwen3 2 7 --switch eager
+run vllm-compiled-qwen3 qwen3 2 7 --switch auto --compiled
+# Gemma multiplies its embedding before the first norm, so that sum is read: 6 of 7.
+run vllm-eager-gemma3 gemma3 2 6 --switch eager
+run vllm-compiled-gemma3 gemma3 2 6 --switch auto --compiled

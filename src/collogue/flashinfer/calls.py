@@ -51,14 +51,14 @@ def allreduce_fusion(
     Args:
         input: ``[T, H]``, this rank's term.
         workspace: from :func:`create_allreduce_fusion_workspace`.
-        pattern: a constant of :class:`AllReduceFusionPattern`: 0 to 5 and 8 to 11.
+        pattern: a constant of :class:`AllReduceFusionPattern`: 0 to 5, 8 to 11, 13 and 14.
         output: ``[T, H]``, pattern 0. ``residual_out`` (y), ``norm_out`` (n): ``[T, H]``. May be ``input`` or ``residual_in`` themselves.
         quant_out: ``[T, H]`` E4M3 or ``[T, H / 2]`` E2M1, memory of any dtype.
-        scale_out: required where the pattern has scales: NVFP4 in the layout of ``layout_code``, padding included, memory of any
+        scale_out: required where the pattern has scales: NVFP4 and MXFP8 in the layout of ``layout_code``, padding included, memory of any
             dtype; patterns 8 and 9 int32 ``[T, ceil(G / 4)]``, strides ``(1, round_up(T, 4))``; 10 and 11 float32 ``[T, 1]``.
         residual_in: ``[T, H]``, rms_gamma ``[H]``: required but for pattern 0.
         scale_factor: FP8 (2, 4): a **divisor**. FP4 (3, 5): a **multiplier**. Float or one-element tensor.
-        layout_code: of NVFP4's scales, a constant of :class:`QuantizationSFLayout`; ``None`` is 128x4.
+        layout_code: of NVFP4's and MXFP8's scales, a constant of :class:`QuantizationSFLayout`; ``None`` is 128x4.
         block_quant_group_size: of patterns 8 and 9.
         weight_bias: added to ``rms_gamma`` in float32; 1 for Gemma-style norms.
         launch_with_pdl: ``False``: ``rms_gamma`` may be written by the preceding kernel (``RMSNorm(prefetch=False)``).
@@ -66,7 +66,7 @@ def allreduce_fusion(
         moe_...: belong to patterns that are not served.
     Returns:
         Pattern 0 ``output``, pattern 1 ``norm_out``, the others ``quant_out``; but, as FlashInfer's ``"trtllm"`` backend does,
-        ``norm_out`` wherever the caller gave it, unless the workspace's backend is ``"mnnvl"``.
+        ``norm_out`` wherever the caller gave it, unless the workspace's backend is ``"mnnvl"`` or the pattern is 14.
         Outputs that were not given are allocated. Outputs that the pattern does not have are left as they are, and are returned so:
         ``norm_out`` of patterns 0, 2, 3, 8 and 10.
     Order and rounding:
@@ -97,7 +97,7 @@ def allreduce_fusion(
         prefetch=bool(launch_with_pdl),
     )
     name = "reduced" if not form.norm else "norm" if form.family == "none" else "codes"
-    if norm_out is not None and workspace.backend != "mnnvl":
+    if norm_out is not None and workspace.backend != "mnnvl" and pattern != AllReduceFusionPattern.kARResidualRMSNormOutMXFP8Quant:
         return norm_out
     given, result = buffers[ARGUMENTS[name]], getattr(made, name)
     assert isinstance(result, torch.Tensor)

@@ -7,12 +7,12 @@ from typing import Literal, NoReturn
 
 import torch
 
-from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, ScaleLayout
+from collogue.contract.quant import MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, ScaleLayout
 from collogue.errors import ArgumentError, FormatError, ScaleError, UnsupportedError
 
 
 class AllReduceFusionPattern:
-    """Codes of the fusion patterns, as ``flashinfer.comm`` numbers them. 6, 7 and 12 (MoE), 13 and 14 (MXFP8) are not served."""
+    """Codes of the fusion patterns, as ``flashinfer.comm`` numbers them. 6, 7 and 12 (MoE) are not served."""
 
     kAllReduce = 0
     kARResidualRMSNorm = 1
@@ -39,7 +39,7 @@ class QuantizationSFLayout:
     LINEAR = 2
 
 
-Family = Literal["none", "fp8_static", "nvfp4", "fp8_group", "fp8_per_token"]
+Family = Literal["none", "fp8_static", "nvfp4", "fp8_group", "fp8_per_token", "mxfp8"]
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ _FORMS = {
     9: Form(norm=True, family="fp8_group", keep_norm=True),
     10: Form(norm=True, family="fp8_per_token"),
     11: Form(norm=True, family="fp8_per_token", keep_norm=True),
+    13: Form(norm=True, family="mxfp8"),
+    14: Form(norm=True, family="mxfp8", keep_norm=True),
 }
 _MOE = (6, 7, 12)
-_MXFP8 = (13, 14)
 _LAYOUTS: dict[int, ScaleLayout] = {0: "128x4", 1: "8x4", 2: "linear"}
 #: Smallest scale of the packed group formats; FlashInfer's own bound, before it rounds up to a power of two.
 _SMALLEST_GROUP_SCALE = 1e-10
@@ -82,11 +83,6 @@ def form_of(pattern: int) -> Form:
     """The form of a pattern code. Raises :class:`UnsupportedError` for the patterns that are not served."""
     if pattern in _MOE:
         refuse_moe(pattern)
-    if pattern in _MXFP8:
-        raise UnsupportedError(
-            f"pattern {pattern} quantizes to MXFP8, which is not served by FlashInfer's names",
-            hint="call with kARResidualRMSNorm and quantize after it, or use collogue.Communicator.all_reduce(quant=MXFP8(..))",
-        )
     if pattern not in _FORMS:
         raise ArgumentError(f"there is no pattern {pattern!r}", hint="use a constant of AllReduceFusionPattern")
     return _FORMS[pattern]
@@ -102,6 +98,11 @@ def quant_of(form: Form, scale_factor: torch.Tensor | float | None, layout_code:
         if group_size is None:
             raise FormatError("block_quant_group_size is not given", hint="patterns 8 and 9 need it; usually 128")
         return FP8Group(group_size, "ue8m0", "column", smallest=_SMALLEST_GROUP_SCALE)
+    if form.family == "mxfp8":
+        layout = _layout(layout_code)
+        if layout == "8x4":
+            raise FormatError("MXFP8 scales in the 8x4 layout", hint="patterns 13 and 14 take SWIZZLED_128x4 or LINEAR")
+        return MXFP8("ceil", layout)
     if scale_factor is None:
         raise ScaleError(
             "scale_factor is not given", hint="FP8 patterns take a divisor, FP4 patterns a multiplier: a float or a one-element tensor"
@@ -110,7 +111,11 @@ def quant_of(form: Form, scale_factor: torch.Tensor | float | None, layout_code:
         scale_factor = scale_factor.float()
     if form.family == "fp8_static":
         return FP8Static(scale_factor)
-    layout = _LAYOUTS.get(0 if layout_code is None else layout_code)
+    return NVFP4(scale_factor, _layout(layout_code))
+
+
+def _layout(code: int | None) -> ScaleLayout:
+    layout = _LAYOUTS.get(0 if code is None else code)
     if layout is None:
-        raise FormatError(f"there is no layout code {layout_code!r}", hint="use a constant of QuantizationSFLayout")
-    return NVFP4(scale_factor, layout)
+        raise FormatError(f"there is no layout code {code!r}", hint="use a constant of QuantizationSFLayout")
+    return layout

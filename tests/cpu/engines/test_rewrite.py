@@ -40,7 +40,39 @@ def _fused(
 
 
 FUSED.impl("all_reduce_norm", _fused, "CPU")
-NAMES = Names(REDUCE, NORM, ADD, "tp:0", 64)
+_library.define("static(Tensor! result, Tensor input, Tensor scale, int[]? group_shape=None) -> ()")
+_library.define("token(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub) -> ()")
+FP8 = torch.float8_e4m3fn
+
+
+def _static(result: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, shape: Any = None) -> None:
+    result.copy_((x / scale).to(FP8))
+
+
+def _token(result: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, most: Any = None) -> None:
+    scale.copy_(x.abs().amax(-1, keepdim=True) / 448)
+    result.copy_((x / scale).to(FP8))
+
+
+_library.impl("static", _static, "CPU")
+_library.impl("token", _token, "CPU")
+FUSED.define(
+    "all_reduce_norm_quant(Tensor partial, Tensor? residual, Tensor weight, float eps, float offset, str group, int most, str quant, "
+    "Tensor? scale, bool keep_norm) -> Tensor[]"
+)
+
+
+def _fused_quant(x: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
+    norm, y = _fused(x, *rest[:-3])
+    quant, scale, keep = rest[-3:]
+    assert quant == ("fp8_per_token" if scale is None else "fp8_static")
+    scales = norm.abs().amax(-1, keepdim=True) / 448 if scale is None else scale
+    return [y, (norm / scales).to(FP8), *([scales] if scale is None else []), *([norm] if keep else [])]
+
+
+FUSED.impl("all_reduce_norm_quant", _fused_quant, "CPU")
+HIGHER = torch.ops.higher_order.auto_functionalized
+NAMES = Names(REDUCE, NORM, ADD, "tp:0", 64, OPS.static.default, OPS.token.default)
 
 
 class Builder:
@@ -48,8 +80,8 @@ class Builder:
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.graph = Graph()
-        self.inputs = [torch.randn(3, 8, dtype=dtype), torch.randn(3, 8, dtype=dtype), torch.randn(8, dtype=dtype)]
-        self.x, self.r, self.w = (self._input(name, value) for name, value in zip("xrw", self.inputs, strict=True))
+        self.inputs = [torch.randn(3, 8, dtype=dtype), torch.randn(3, 8, dtype=dtype), torch.randn(8, dtype=dtype), torch.tensor([0.5])]
+        self.x, self.r, self.w, self.s = (self._input(name, value) for name, value in zip("xrws", self.inputs, strict=True))
 
     def _input(self, name: str, value: torch.Tensor) -> Node:
         node = self.graph.placeholder(name)
@@ -68,6 +100,16 @@ class Builder:
         both = self.call(ADD, summed, self.r, self.w, eps, *more)
         return self.call(operator.getitem, both, 0), self.call(operator.getitem, both, 1)
 
+    def quant(self, norm: Node, kind: str, **more: Any) -> list[Node]:
+        """vLLM's quantization of a norm, as its functionalized graphs have it: the codes, and the scales per token."""
+        result = self.call(torch.ops.aten._to_copy.default, norm)
+        result.kwargs = {"dtype": FP8}
+        static = kind == "static"
+        scale = self.s if static else self.call(torch.ops.aten.sum.dim_IntList, self.x, [1], True)
+        given = {"result": result, "input": norm, "scale": scale} | ({"group_shape": None} if static else {"scale_ub": None}) | more
+        both = self.graph.call_function(HIGHER, (NAMES.static_fp8 if static else NAMES.token_fp8,), given)
+        return [self.call(operator.getitem, both, i) for i in ((1,) if static else (1, 2))]
+
     def check(self, *outputs: Node, fused: int, why: str = "") -> Rewritten:
         """Rewrite; the graph must give the same numbers."""
         self.graph.output(outputs)
@@ -75,9 +117,10 @@ class Builder:
         before = module(*self.inputs)
         done = rewrite(module.graph, NAMES, lambda rows, weight: rows.ndim == 2 and rows.dtype == weight.dtype)
         module.recompile()
-        assert all(torch.equal(a, b) for a, b in zip(before, module(*self.inputs), strict=True))
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(before, module(*self.inputs), strict=True))
         assert done.fused == fused, str(done)
-        assert sum(node.target is torch.ops.collogue_vllm.all_reduce_norm.default for node in module.graph.nodes) == fused
+        ours = (torch.ops.collogue_vllm.all_reduce_norm.default, torch.ops.collogue_vllm.all_reduce_norm_quant.default)
+        assert sum(node.target in ours for node in module.graph.nodes) == fused
         assert sum(node.target is REDUCE for node in module.graph.nodes) == done.of - fused
         assert why in str(done)
         return done
@@ -177,3 +220,28 @@ def test_all_reduces_of_another_group_are_not_ours() -> None:
     b.graph.output(b.add_norm(b.reduce("ep:0")))
     done = rewrite(b.graph, NAMES, lambda rows, weight: True)
     assert (done.fused, done.of) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["static", "token"])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_quantization_goes_into_the_call(kind: str, first: bool, kept: bool) -> None:
+    """Behind a norm with a residual or without one, and where others (a router, say) read the norm too."""
+    b = Builder()
+    summed = b.reduce()
+    norm, stream = (b.call(NORM, summed, b.w, 1e-6), summed) if first else b.add_norm(summed)
+    outputs = [*b.quant(norm, kind), stream, *([b.call(torch.ops.aten.relu.default, norm)] if kept else [])]
+    done = b.check(*outputs, fused=1)
+    assert done.quantized == 1
+    assert "1 with quantization" in str(done)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("static", {"group_shape": [1, 4]}), ("token", {"scale_ub": "s"}), ("static", {"scale": "r"}), ("token", {"input": "r"})],
+)
+def test_other_quantizations_stay_behind_the_call(kind: str, more: dict[str, Any]) -> None:
+    b = Builder()
+    norm, stream = b.add_norm(b.reduce())
+    more = {name: getattr(b, value) if isinstance(value, str) else value for name, value in more.items()}
+    assert b.check(*b.quant(norm, kind, **more), norm, stream, fused=1).quantized == 0

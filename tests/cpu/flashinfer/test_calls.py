@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import collogue.flashinfer as comm
 from collogue import reference
-from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.quant import MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 from collogue.contract.spec import Output, RMSNorm
 from collogue.errors import (
     ArgumentError,
@@ -55,8 +55,10 @@ FORMATS: list[tuple[int, Quant | None, dict[str, Any]]] = [
     (P.kARResidualRMSNormOutPerTokenGroupFP8PackedQuant, FP8Group(32, "ue8m0", "column", 1e-10), {"block_quant_group_size": 32}),
     (P.kARResidualRMSNormDynamicFP8Quant, FP8PerToken(), {}),
     (P.kARResidualRMSNormOutDynamicFP8Quant, FP8PerToken(), {}),
+    (P.kARResidualRMSNormMXFP8Quant, MXFP8("ceil"), {}),
+    (P.kARResidualRMSNormOutMXFP8Quant, MXFP8("ceil", "linear"), {"layout_code": LAYOUT.LINEAR}),
 ]
-KEEPS_NORM = {1, 4, 5, 9, 11}
+KEEPS_NORM = {1, 4, 5, 9, 11, 14}
 by_pattern = pytest.mark.parametrize(("pattern", "quant", "more"), FORMATS, ids=[f"{p}-{q.label if q else 'none'}" for p, q, _ in FORMATS])
 
 
@@ -94,6 +96,11 @@ def expected(world: int, given: dict[str, torch.Tensor], quant: Quant | None, no
 
 def untouched(tensor: torch.Tensor) -> bool:
     return bool((tensor.view(torch.uint8) == 0x5A).all())
+
+
+def returned(pattern: int) -> str:
+    """What a call returns that was given every output: as FlashInfer does, written or not."""
+    return "quant_out" if pattern == 14 else "norm_out"
 
 
 def check(out: dict[str, torch.Tensor], right: Output, pattern: int) -> None:
@@ -134,9 +141,9 @@ def test_launch_with_pdl_says_when_the_weight_is_read(pdl: bool, monkeypatch: py
 def test_every_pattern_gives_the_contract(pattern: int, quant: Quant | None, more: dict[str, Any], world: int) -> None:
     def rank(group: VirtualGroup) -> None:
         workspace, given, out = make(group), inputs(group.rank), buffers(quant)
-        returned = comm.allreduce_fusion(workspace=workspace, pattern=pattern, **given, **out, **more)
+        result = comm.allreduce_fusion(workspace=workspace, pattern=pattern, **given, **out, **more)
         check(out, expected(world, given, quant), pattern)
-        assert returned is out["norm_out"]  # as FlashInfer does, written or not
+        assert result is out[returned(pattern)]
 
     run_virtual(world, rank)
 
@@ -160,7 +167,7 @@ def test_traced_calls_write_the_callers_memory(pattern: int, quant: Quant | None
         # To compile takes long: a pattern without a format, and one with scales whose padding is written too.
         for wrap in (_in_a_mode, _compiled) if pattern in (1, 5, 9) else (_in_a_mode,):
             out, again = buffers(quant), {name: tensor.clone() for name, tensor in given.items()}
-            assert wrap(call)(out) is out["norm_out"]
+            assert wrap(call)(out) is out[returned(pattern)]
             check(out, right, pattern)
             wrap(over_inputs)(again, buffers(quant))
             assert same(again["residual_in"], right.residual)
@@ -506,6 +513,7 @@ def test_a_rank_may_destroy_its_workspace_alone() -> None:
         ({"pattern": 6}, UnsupportedError, "MoE"),
         ({"pattern": 7}, UnsupportedError, "MoE"),
         ({"pattern": 12}, UnsupportedError, "MoE"),
+        ({"pattern": 13, "layout_code": LAYOUT.SWIZZLED_8x4}, FormatError, "8x4"),
         ({"pattern": 15}, ArgumentError, "AllReduceFusionPattern"),
         ({"residual_in": None}, ArgumentError, "residual_in"),
         ({"rms_gamma": None}, ArgumentError, "rms_gamma"),

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from collogue.errors import PlatformError
-from collogue.tools import doctor
+from collogue.tools import doctor, doctor_engines
 from collogue.tools.cli import _show_findings
 from collogue.tools.doctor import Examination, Finding, examine
 
@@ -188,3 +188,39 @@ def test_the_report_fits_80_columns() -> None:
     assert max(map(len, lines)) <= 80
     assert "hint:" in text.getvalue()
     assert lines[-1] == "Collogue can work here."
+
+
+def _engine(monkeypatch: pytest.MonkeyPatch, *, version: str = "0.32.0", seen: bool = True) -> None:
+    """An environment that holds vLLM, of which nothing can be imported."""
+    monkeypatch.setattr(doctor_engines, "package_version", lambda name: version if name == "vllm" else None)
+    monkeypatch.setattr(doctor_engines, "entry_points", lambda group: [types.SimpleNamespace(name="collogue")] if seen else [])
+    for name in ("VLLM_PLUGINS", "COLLOGUE_VLLM"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_an_engine_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_engines, "package_version", lambda name: None)
+    for engine in ("vllm", "sglang"):
+        (only,) = doctor_engines.examine_engine(engine)  # type: ignore[arg-type]
+        assert (only.name, only.status) == (engine, "missing")
+
+
+def test_an_engine_whose_hooks_have_moved_is_told_what_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    _engine(monkeypatch, version="9.9")
+    monkeypatch.setenv("COLLOGUE_VLLM", "1")
+    found = by_name(doctor_engines.examine_engine("vllm"))
+    assert found["vllm"].status == "warn"
+    assert found["vllm plugin"].status == "ok"
+    for way in ("vllm compile", "vllm eager"):
+        assert found[way].status == "missing"
+        assert "vllm" in found[way].detail
+        assert "step aside" in found[way].hint
+
+
+def test_what_keeps_the_plugin_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    _engine(monkeypatch)
+    assert "COLLOGUE_VLLM=1" in by_name(doctor_engines.examine_engine("vllm"))["vllm plugin"].hint
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert "VLLM_PLUGINS=other" in by_name(doctor_engines.examine_engine("vllm"))["vllm plugin"].detail
+    _engine(monkeypatch, seen=False)
+    assert "entry point" in by_name(doctor_engines.examine_engine("vllm"))["vllm plugin"].detail

@@ -71,7 +71,7 @@ def _maker(theirs: Any) -> Any:
     def make(config: Any) -> Any:
         from collogue.engines.vllm.fused import logger, why_not
 
-        reason = why_not()
+        reason = why_not(config)
         if reason:
             logger.warning("compiled graphs are not served by Collogue: %s", reason)
             return theirs(config) if theirs is not None else _pass()(config, 0)
@@ -96,7 +96,11 @@ def _pass() -> Any:
             super().__init__(config)
             self.most = most
             add_norm, norm = (getattr(vllm.ir.ops, name).torch_op for name in ("fused_add_rms_norm", "rms_norm"))
-            self.names = Names(torch.ops.vllm.all_reduce.default, norm, add_norm, get_tp_group().unique_name, most)
+            quants = (
+                getattr(getattr(torch.ops._C, name, None), "default", None)
+                for name in ("static_scaled_fp8_quant", "dynamic_per_token_scaled_fp8_quant")
+            )
+            self.names = Names(torch.ops.vllm.all_reduce.default, norm, add_norm, get_tp_group().unique_name, most, *quants)
             self.range = ""
 
         def is_applicable_for_range(self, compile_range: Any) -> bool:

@@ -54,7 +54,6 @@ class _State:
 
     def add(self, width: int) -> None:
         """A norm of ``width`` is being made."""
-        from vllm import envs
         from vllm.config import CompilationMode, get_current_vllm_config
         from vllm.distributed import get_tp_group
 
@@ -62,11 +61,9 @@ class _State:
 
         config = get_current_vllm_config()
         mode = config.compilation_config.mode
-        reason = why_not()
+        reason = why_not(config)
         if mode not in (None, CompilationMode.NONE):
             reason = f"vLLM compiles (mode {mode.name}): this way is for enforce_eager"
-        if envs.VLLM_BATCH_INVARIANT:
-            reason = "VLLM_BATCH_INVARIANT is set"
         if reason and not self.closed:
             self.closed = reason
             # Where vLLM compiles by itself, the pass speaks.

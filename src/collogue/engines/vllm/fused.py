@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm import envs
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 
 from collogue.communicator import Communicator
+from collogue.contract.quant import E4M3_MAX, SMALLEST_SCALE, FP8PerToken, FP8Static
 from collogue.contract.spec import VALUE_DTYPES, RMSNorm
 from collogue.errors import CollogueError
 from collogue.flashinfer.workspace import TIMEOUT, WATCH_INTERVAL, failed
@@ -21,20 +23,26 @@ logger = init_logger("vllm.collogue")
 #: How many calls this process has made: ``fused``, and ``unfused`` where a call of the operator could not be.
 counts: Counter[str] = Counter()
 
-_communicators: dict[tuple[str, torch.dtype], tuple[Communicator | None, Watch | None]] = {}
+_communicators: dict[tuple[str, torch.dtype, int], tuple[Communicator | None, Watch | None]] = {}
 
 
-def why_not() -> str:
-    """Why this process's tensor-parallel group is not served; empty where it is. Needs vLLM's groups."""
+def why_not(config: Any) -> str:
+    """Why an engine of this ``VllmConfig`` is not served; empty where it is. Needs vLLM's groups."""
     size = get_tp_group().world_size
     if size == 1:
         return "tensor-parallel size 1: there is nothing to reduce"
-    return "" if size <= 8 else f"tensor-parallel size {size}: Collogue serves 2 to 8"
+    if size > 8:
+        return f"tensor-parallel size {size}: Collogue serves 2 to 8"
+    if envs.VLLM_BATCH_INVARIANT:
+        return "VLLM_BATCH_INVARIANT is set"
+    if getattr(config.parallel_config, "enable_dbo", False):
+        return "dual-batch overlap runs layers on two streams at a time, a communicator works on one"
+    return ""
 
 
 def communicator(group: str, like: Tensor, most: int) -> Communicator | None:
     """The communicator of vLLM's tensor-parallel group for rows like these. Collective at the first call. ``None`` where there is none."""
-    key = (group, like.dtype)
+    key = (group, like.dtype, like.shape[-1])
     if key not in _communicators:
         _communicators[key] = _make(group, like, most)
     return _communicators[key][0]
@@ -42,7 +50,7 @@ def communicator(group: str, like: Tensor, most: int) -> Communicator | None:
 
 def _make(group: str, like: Tensor, most: int) -> tuple[Communicator | None, Watch | None]:
     coordinator = get_tp_group()
-    reason = f"{group} is not vLLM's tensor-parallel group" if coordinator.unique_name != group else why_not()
+    reason = f"{group} is not vLLM's tensor-parallel group" if coordinator.unique_name != group else ""
     if not reason:
         try:
             made = Communicator(
@@ -82,6 +90,45 @@ def all_reduce_norm(
     return [made.norm, made.residual]
 
 
+def all_reduce_norm_quant(
+    partial: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    group: str,
+    most: int,
+    quant: str,
+    scale: Tensor | None,
+    keep_norm: bool,
+) -> list[Tensor]:
+    """:func:`all_reduce_norm` and the quantization of the norm: ``[y, codes, scales (if per token), norm (if kept)]``.
+
+    ``quant`` is ``"fp8_static"`` with a ``scale`` (a divisor, one element), or ``"fp8_per_token"``, whose scales are float32 ``[T, 1]``.
+    """
+    comm = communicator(group, partial, most)
+    if comm is None or not comm.fits(*partial.shape):
+        counts["unfused"] += 1
+        norm, y = _apart(partial, residual, weight, eps, offset)
+        return [y, *_quantized(norm, scale), *([norm] if keep_norm else [])]
+    counts["fused"] += 1
+    counts[quant] += 1
+    rows = None if residual is None else residual.contiguous()
+    format = FP8PerToken() if scale is None else FP8Static(scale)
+    made = comm.all_reduce(
+        partial.contiguous(), residual=rows, norm=RMSNorm(weight.detach(), eps, offset), quant=format, keep_norm=keep_norm
+    )
+    return [each for each in (made.residual, made.codes, made.scales, made.norm) if each is not None]
+
+
+def _quantized(norm: Tensor, scale: Tensor | None) -> list[Tensor]:
+    wide = norm.float()
+    divisor = (wide.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=SMALLEST_SCALE) if scale is None else scale
+    scaled = wide / divisor if scale is None else wide * (1.0 / divisor)
+    codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return [codes, divisor] if scale is None else [codes]
+
+
 def _apart(partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float) -> list[Tensor]:
     # vLLM's all-reduce on the CPU writes into its input, which is the caller's.
     summed: Tensor = get_tp_group().all_reduce(partial if partial.is_cuda else partial.clone())
@@ -95,16 +142,28 @@ def _traced(partial: Tensor, *others: Any) -> list[Tensor]:
     return [partial.new_empty(partial.shape), partial.new_empty(partial.shape)]
 
 
+def _traced_quant(partial: Tensor, *others: Any) -> list[Tensor]:
+    scale, keep_norm = others[-2:]
+    rows = [partial.new_empty(partial.shape), partial.new_empty(partial.shape, dtype=torch.float8_e4m3fn)]
+    if scale is None:
+        rows.append(partial.new_empty((partial.shape[0], 1), dtype=torch.float32))
+    return [*rows, partial.new_empty(partial.shape)] if keep_norm else rows
+
+
 def servable(rows: Tensor, weight: Tensor) -> bool:
     """Whether a norm of these rows (fake ones too) can be part of the call."""
     return rows.ndim == 2 and rows.dtype in VALUE_DTYPES and weight.dtype in (rows.dtype, torch.float32) and int(rows.shape[1]) % 8 == 0
 
 
 _library: Any = torch.library.Library("collogue_vllm", "DEF")  # type: ignore[no-untyped-call]
+_ARGUMENTS = "Tensor partial, Tensor? residual, Tensor weight, float eps, float offset, str group, int most"
+_library.define(f"all_reduce_norm({_ARGUMENTS}) -> Tensor[]", tags=[torch.Tag.needs_contiguous_strides])
 _library.define(
-    "all_reduce_norm(Tensor partial, Tensor? residual, Tensor weight, float eps, float offset, str group, int most) -> Tensor[]",
+    f"all_reduce_norm_quant({_ARGUMENTS}, str quant, Tensor? scale, bool keep_norm) -> Tensor[]",
     tags=[torch.Tag.needs_contiguous_strides],
 )
 for _device in ("CPU", "CUDA"):
     _library.impl("all_reduce_norm", all_reduce_norm, _device)
+    _library.impl("all_reduce_norm_quant", all_reduce_norm_quant, _device)
 torch.library.register_fake("collogue_vllm::all_reduce_norm", _traced, lib=_library)
+torch.library.register_fake("collogue_vllm::all_reduce_norm_quant", _traced_quant, lib=_library)

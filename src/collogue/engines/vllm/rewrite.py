@@ -20,6 +20,9 @@ class Names:
     add_norm: Any
     group: str
     most: int
+    #: Quantization of a whole tensor by a given scale, and by a scale for each token: ``(.., input=, scale=)``, functionalized.
+    static_fp8: Any = None
+    token_fp8: Any = None
 
 
 @dataclass
@@ -28,11 +31,13 @@ class Rewritten:
 
     fused: int = 0
     of: int = 0
+    quantized: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         why = "; ".join(f"{count} x {reason}" for reason, count in self.reasons.items())
-        return f"{self.fused} of {self.of} all-reduces fused with their norm" + (f" (left: {why})" if why else "")
+        what = f"{self.fused} of {self.of} all-reduces fused with their norm"
+        return what + (f", {self.quantized} with quantization" if self.quantized else "") + (f" (left: {why})" if why else "")
 
 
 def rewrite(graph: Graph, names: Names, servable: Any) -> Rewritten:
@@ -50,6 +55,8 @@ def rewrite(graph: Graph, names: Names, servable: Any) -> Rewritten:
             done.reasons[reason] += 1
         else:
             done.fused += 1
+    for node in [node for node in graph.nodes if node.target is torch.ops.collogue_vllm.all_reduce_norm.default]:
+        done.quantized += _quantize(graph, node, names)
     if done.fused:
         graph.lint()
     return done
@@ -105,3 +112,44 @@ def _fuse(graph: Graph, summed: Node, names: Names, servable: Any) -> str:
     summed.replace_all_uses_with(stream_node)
     graph.erase_node(summed)
     return ""
+
+
+def _quantize(graph: Graph, call: Node, names: Names) -> bool:
+    """Take the quantization of a fused call's norm into the call. Where others read the norm too, it is kept."""
+    results = {user.args[1]: user for user in call.users if user.target is operator.getitem}
+    normed = results.get(0)
+    quant = next((user for user in normed.users if _label(user, normed, names)), None) if normed is not None else None
+    if normed is None or quant is None:
+        return False
+    label, scale = _label(quant, normed, names), quant.kwargs["scale"] if quant.args[0] is names.static_fp8 else None
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    if isinstance(scale, Node) and place[scale] >= place[call]:
+        return False
+    keep = len(normed.users) > 1
+    outputs = {user.args[1]: user for user in quant.users if user.target is operator.getitem}
+    with graph.inserting_before(call):
+        whole = graph.call_function(torch.ops.collogue_vllm.all_reduce_norm_quant.default, (*call.args, label, scale, keep))
+        order = [results.get(1), outputs.get(1), *([outputs.get(2)] if scale is None else []), *([normed] if keep else [])]
+        for i, old in enumerate(order):
+            if old is not None:
+                new = graph.call_function(operator.getitem, (whole, i))
+                new.meta = dict(old.meta)
+                old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not quant)
+    for node in (*outputs.values(), quant, *results.values(), call):
+        graph.erase_node(node)
+    return True
+
+
+def _label(user: Node, normed: Node, names: Names) -> str:
+    """The format of a quantization of ``normed``, if that is what ``user`` is and the call can do it."""
+    if user.target is not torch.ops.higher_order.auto_functionalized or user.kwargs.get("input") is not normed:
+        return ""
+    if any(reader.target is not operator.getitem for reader in user.users):
+        return ""
+    if user.args[0] is names.token_fp8:
+        return "fp8_per_token" if user.kwargs.get("scale_ub") is None else ""
+    scale = user.kwargs.get("scale")
+    value = scale.meta.get("val") if isinstance(scale, Node) else None
+    one = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.numel() == 1
+    whole = user.kwargs.get("group_shape") in (None, [-1, -1])
+    return "fp8_static" if user.args[0] is names.static_fp8 and one and whole else ""
