@@ -88,7 +88,7 @@ def measure(tokens: int, hidden_size: int, slots: int, compiled: Callable[..., t
             times: dict[tuple[str, int], list[float]] = {key: [] for key in graphs}
             for turn in range(replays + 2):
                 for key, graph in graphs.items():
-                    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
                     group.settle()
                     start.record()
                     graph.replay()

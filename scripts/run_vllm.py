@@ -1,6 +1,6 @@
 """Run a real vLLM on CPU ranks, stock and with Collogue, and compare: tokens, log-probabilities, ranks, and the number of fused calls.
 
-`build/engines/bin/python scripts/run_vllm.py MODEL --world 2 --switch eager --fused-a-forward 61`
+`python scripts/run_vllm.py MODEL --world 2 --switch eager --fused-a-forward 61`, in the environment of scripts/setup_engines.sh
 
 vLLM is imported once; each rank is a fork that runs the engine in its own process (vLLM's external launcher), so that its calls can be
 counted. The plugin comes in by vLLM's own loader. Ends with 1 where something differs, and says what.
@@ -26,9 +26,14 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "HF_HUB_OFFLINE": "1",
     "MASTER_ADDR": "127.0.0.1",
+    "VLLM_DISABLE_COMPILE_CACHE": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
+#: What vLLM compiles with on a GPU, as far as it concerns the pass.
+COMPILED: dict[str, Any] = {"mode": 3, "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False}}
 PROMPTS = ("The capital of France is", "Water is made of", "Once upon a time there was")
 
 
@@ -50,8 +55,9 @@ def rank_run(rank: int, port: int, asked: argparse.Namespace, switch: str) -> di
         max_model_len=64,
         max_num_seqs=4,
         max_num_batched_tokens=64,
-        enforce_eager=True,
+        enforce_eager=not asked.compiled,
         seed=0,
+        **({"compilation_config": COMPILED} if asked.compiled else {}),
     )
     counts: Any = {}
     if "collogue.engines.vllm.fused" in sys.modules:
@@ -146,11 +152,17 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--fused-a-forward", type=int, required=True, help="fused calls that a forward pass must make")
+    parser.add_argument("--compiled", action="store_true", help="compile as on a GPU, on a test platform")
+    parser.add_argument("--commit", default="", help="goes into the result")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     began = time.perf_counter()
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if asked.compiled:
+        from vllm_compiled_cpu import install  # type: ignore[import-not-found]  # beside this file
+
+        install()
     import vllm
     import vllm.v1.worker.cpu_worker
 
@@ -158,9 +170,11 @@ def main() -> int:
     stock, ours = group_run(asked, ""), group_run(asked, asked.switch)
     wrong = differences(stock, ours, asked.fused_a_forward)
     near = max(abs(a - b) for s, o in zip(stock[0]["logprobs"], ours[0]["logprobs"], strict=True) for a, b in zip(s, o, strict=True))
+    way = "compiled" if asked.compiled else "eager"
     result = {
+        "commit": asked.commit,
         "vllm": vllm.__version__,
-        "case": f"{asked.model.name}, world {asked.world}, {asked.dtype}, COLLOGUE_VLLM={asked.switch}",
+        "case": f"{asked.model.name}, world {asked.world}, {asked.dtype}, {way}, COLLOGUE_VLLM={asked.switch}",
         "text": ours[0]["text"],
         "fused": ours[0]["counts"],
         "forwards": ours[0]["forwards"],

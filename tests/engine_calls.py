@@ -65,7 +65,7 @@ def vllm_rank(group: dist.ProcessGroup, tell: Any, path: str) -> list[str]:
     import flashinfer.comm as comm  # imported first, as the pass does
     from flashinfer.comm.mnnvl import TorchDistBackend
 
-    os.environ["COLLOGUE_VLLM"] = "1"
+    os.environ["COLLOGUE_VLLM"] = "flashinfer"
     load_plugins("vllm.general_plugins")
     load_plugins("vllm.general_plugins")
     rank, wrong = dist.get_rank(group), []

@@ -136,10 +136,12 @@ class Communicator(Operations):
         hidden_size: int | None = None,
         operation: Operation = "all_reduce",
         prologue: Prologue | PrologueForm | None = None,
+        branch_norm: RMSNorm | bool | None = None,
     ) -> None:
         """Build and load the kernels that calls of these shapes need, on all ranks. Collective.
 
-        Call it before capturing a CUDA graph. ``norm`` and ``quant`` are as in :meth:`all_reduce`; their values do not matter.
+        Call it before capturing a CUDA graph. ``norm``, ``branch_norm`` and ``quant`` are as in :meth:`all_reduce`;
+        their values do not matter.
 
         Args:
             tokens: T, the rows of the whole on every rank, also where a rank returns only those it owns.
@@ -150,7 +152,10 @@ class Communicator(Operations):
         engine = self._open()
         self._refuse_capture("prepare")
         counts = list(tokens) if isinstance(tokens, Iterable) else [tokens]
-        requests = [self._capacity.request(t, residual, norm, quant, keep_norm, hidden_size, operation, prologue) for t in counts]
+        requests = [
+            self._capacity.request(t, residual, norm, quant, keep_norm, hidden_size, operation, prologue, branch_norm or None)
+            for t in counts
+        ]
         engine.prepare(map(self._capacity.signature, requests))
         self._group.barrier()
 
@@ -165,6 +170,7 @@ class Communicator(Operations):
         hidden_size: int | None = None,
         operation: Operation = "all_reduce",
         prologue: Prologue | PrologueForm | None = None,
+        branch_norm: RMSNorm | bool | None = None,
     ) -> Output:
         """Outputs of such a call, uninitialised: allocated once, to be passed as ``out=`` to many calls.
 
@@ -185,7 +191,7 @@ class Communicator(Operations):
         self._open()
         there = isinstance(residual, torch.Tensor) or bool(residual)
         return self._capacity.signature(
-            self._capacity.request(tokens, there, norm or None, quant, keep_norm, hidden_size, operation, prologue)
+            self._capacity.request(tokens, there, norm or None, quant, keep_norm, hidden_size, operation, prologue, branch_norm or None)
         ).empty()
 
     def fits(self, tokens: int, hidden_size: int | None = None) -> bool:
@@ -207,6 +213,7 @@ class Communicator(Operations):
         hidden_size: int | None = None,
         operation: Operation = "all_reduce",
         prologue: Prologue | PrologueForm | None = None,
+        branch_norm: RMSNorm | bool | None = None,
     ) -> Plan:
         """The frozen plan of such a call: algorithm, why, launch shape and launches, predicted, least and measured time, bytes sent and
         bytes of workspace. ``print`` shows it line by line.
@@ -215,7 +222,8 @@ class Communicator(Operations):
         """
         self._open()
         return make_plan(
-            self.topology, self._capacity.request(tokens, residual, norm or None, quant, keep_norm, hidden_size, operation, prologue)
+            self.topology,
+            self._capacity.request(tokens, residual, norm or None, quant, keep_norm, hidden_size, operation, prologue, branch_norm or None),
         )
 
     def check(self) -> None:

@@ -80,7 +80,8 @@ class ReferenceEngine:
         partials = self._exchange(own_term).unbind(0)
         if call.rows is not None:
             partials = tuple(partial[call.rows.start : call.rows.stop] for partial in partials)
-        own = reference.all_reduce(partials, residual=call.residual, norm=call.norm, quant=call.quant, keep_norm=keep_norm)
+        epilogue = {"norm": call.norm, "quant": call.quant, "keep_norm": keep_norm, "branch_norm": call.branch_norm}
+        own = reference.all_reduce(partials, residual=call.residual, **epilogue)  # type: ignore[arg-type]
         if call.operation != "sharded":
             return own
         finished = self._gather(replace(own, reduced=None, residual=None), call)
@@ -152,8 +153,9 @@ def _describe(call: Call, number: int) -> str:
         parts.append(f"shard={'+'.join(name for name, _ in call.shard.items())}")
     else:
         parts.append(f"residual={'yes' if call.residual is not None else 'no'}")
-    if call.norm is not None:
-        parts.append(f"norm(eps={call.norm.eps:.9g}, weight_offset={call.norm.weight_offset:.9g}, weight={call.norm.weight.dtype})")
+    for name, norm in (("norm", call.norm), ("branch_norm", call.branch_norm)):
+        if norm is not None:
+            parts.append(f"{name}(eps={norm.eps:.9g}, weight_offset={norm.weight_offset:.9g}, weight={norm.weight.dtype})")
     parts.append(f"quant={describe(call.quant)}")
     if (smallest := getattr(call.quant, "smallest", None)) is not None:
         parts.append(f"smallest={smallest:.9g}")

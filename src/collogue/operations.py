@@ -22,6 +22,7 @@ _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 class _Given(TypedDict, total=False):
     out: Output | None
+    branch_norm: RMSNorm | None
 
 
 class _Sharded(_Given, total=False):
@@ -135,6 +136,7 @@ class Operations:
         keep_norm: bool = False,
         sharded: bool = False,
         out: Output | None = None,
+        branch_norm: RMSNorm | None = None,
     ) -> Output:
         """Sum ``partial`` over the group, add the residual, normalise and quantise each row.
 
@@ -151,6 +153,8 @@ class Operations:
                 ``owned_rows(T)``, and so is the y returned. Norm, codes and scales have all T rows on every rank; at least one of
                 norm and quant is then needed.
             out: tensors to write, exactly those the call returns; ``out.residual`` may be ``residual``.
+            branch_norm: a norm of the sum, before the residual is added (Gemma 2 and 3, OLMo 2, GLM-4):
+                ``y = round(residual + round(branch_norm(round(s))))``. Needs a residual. Its weight is read with the inputs.
         Returns:
             :class:`collogue.Output`: ``reduced`` or ``residual`` (y), ``norm``, ``codes``, ``scales``; identical bits on
             every rank, and the same bits whether ``sharded`` or not. The tensors are the caller's: no later call writes them.
@@ -166,7 +170,7 @@ class Operations:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        return self._call("sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm, out)
+        return self._call("sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm, out, branch_norm)
 
     @overload
     def reduce_scatter(
@@ -267,6 +271,7 @@ class Operations:
         quant: Quant | None = None,
         keep_norm: bool = False,
         out: Output | None = None,
+        branch_norm: RMSNorm | None = None,
     ) -> Output:
         """The rows of :meth:`all_reduce` that this rank owns, and no others: its first half, for engines that gather later.
 
@@ -275,7 +280,7 @@ class Operations:
         Args:
             partial: ``[T, H]``, all rows of this rank's term, as for :meth:`all_reduce`.
             residual: ``[R, H]``, same dtype: the rows of the residual that this rank owns.
-            norm, quant, keep_norm: as for :meth:`all_reduce`.
+            norm, quant, keep_norm, branch_norm: as for :meth:`all_reduce`.
             out: tensors to write, exactly those the call returns; ``out.residual`` may be ``residual``.
         Returns:
             :class:`collogue.Output`, each tensor with R rows: the bits that :meth:`all_reduce` has in these rows. Scales are in the layout
@@ -287,7 +292,7 @@ class Operations:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        return self._call("reduce_scatter", partial, residual, norm, quant, keep_norm, out)
+        return self._call("reduce_scatter", partial, residual, norm, quant, keep_norm, out, branch_norm)
 
     def all_gather(self, shard: Output, tokens: int, *, quant: Quant | None = None, out: Output | None = None) -> Output:
         """Give every rank the rows of all ranks: the second half of ``all_reduce(sharded=True)``.
@@ -386,13 +391,14 @@ class Operations:
         quant: Quant | None,
         keep_norm: bool,
         out: Output | None,
+        branch_norm: RMSNorm | None = None,
     ) -> Output:
         engine = None if _is_dynamo_compiling() else self._engine
-        if engine is not None:  # what most calls come to: its arguments are not put together first
+        if engine is not None and branch_norm is None:  # what most calls come to: its arguments are not put together first
             done = engine.latest(operation, partial, residual, norm, quant, keep_norm, out)
             if done is not None:
                 return done
-        call = Call(partial, residual, norm, quant, keep_norm, operation)
+        call = Call(partial, residual, norm, quant, keep_norm, operation, branch_norm=branch_norm)
         if engine is not None:
             done = engine.quick(call, out)
             if done is not None:

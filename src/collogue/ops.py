@@ -32,7 +32,8 @@ from collogue.errors import ArgumentError
 ARGUMENTS = (
     "Tensor partial, Tensor? residual, Tensor? weight, float eps, float weight_offset, str quant, Tensor? scale, "
     "float scale_value, float smallest, bool keep_norm, str comm, bool prefetch=True, str prologue='none', Tensor? expert_index=None, "
-    "Tensor? expert_weights=None, Tensor? shared_expert=None, float scaling=1.0"
+    "Tensor? expert_weights=None, Tensor? shared_expert=None, float scaling=1.0, "
+    "Tensor? branch_weight=None, float branch_eps=0.0, float branch_offset=0.0"
 )
 _GATHERED = (
     "Tensor? reduced, Tensor? residual, Tensor? norm, Tensor? codes, Tensor? scales, SymInt tokens, str quant, float smallest, str comm"
@@ -47,7 +48,7 @@ def is_traced() -> bool:
 
 def call(comm: str, asked: Call, out: Output | None = None) -> Output:
     """A call of the communicator ``comm`` through the operator of its operation. The operator's results are copied into ``out``."""
-    partial, norm, quant = asked.partial, asked.norm, asked.quant
+    partial, norm, quant, branch = asked.partial, asked.norm, asked.quant, asked.branch_norm
     scale = quant.given_scale if quant is not None else None
     tensors = getattr(torch.ops.collogue, asked.operation).default(
         partial.expert_output if isinstance(partial, PROLOGUES) else partial,
@@ -63,6 +64,9 @@ def call(comm: str, asked: Call, out: Output | None = None) -> Output:
         comm,
         norm is None or norm.prefetch,
         *_apart(partial),
+        None if branch is None else branch.weight,
+        0.0 if branch is None else branch.eps,
+        0.0 if branch is None else branch.weight_offset,
     )
     return _output(tensors, asked.wants(), out, asked.inputs())
 
@@ -140,6 +144,9 @@ def _run(
     expert_weights: Tensor | None = None,
     shared_expert: Tensor | None = None,
     scaling: float = 1.0,
+    branch_weight: Tensor | None = None,
+    branch_eps: float = 0.0,
+    branch_offset: float = 0.0,
 ) -> list[Tensor]:
     given = _together(partial, prologue, expert_index, expert_weights, shared_expert, scaling)
     format = _format(quant, scale_value, smallest)
@@ -150,7 +157,8 @@ def _run(
     norm = None if weight is None else RMSNorm(weight, eps, weight_offset, prefetch)
     owner = registry.find(comm)
     engine = owner._engine
-    if engine is None:
+    branch = None if branch_weight is None else RMSNorm(branch_weight, branch_eps, branch_offset)
+    if engine is None or branch is not None:
         done = None
     else:
         done = engine.latest(operation, given, residual, norm, format, keep_norm, None)
@@ -160,7 +168,7 @@ def _run(
         return _tensors(done)
     term = given if isinstance(given, PROLOGUES) else given.contiguous()
     parts = _parts(operation, term, residual, format, owner.max_tokens)
-    calls = (Call(rows, theirs, norm, format, keep_norm, operation) for rows, theirs in parts)
+    calls = (Call(rows, theirs, norm, format, keep_norm, operation, branch_norm=branch) for rows, theirs in parts)
     outs = [owner._run(call) for call in calls]
     if len(outs) == 1:
         return _tensors(outs[0])
@@ -227,6 +235,9 @@ class _Arguments(NamedTuple):
     expert_weights: Tensor | None = None
     shared_expert: Tensor | None = None
     scaling: float = 1.0
+    branch_weight: Tensor | None = None
+    branch_eps: float = 0.0
+    branch_offset: float = 0.0
 
 
 def _fake(operation: Operation, *given: Any, **named: Any) -> list[Tensor]:
@@ -276,7 +287,7 @@ def _fake_gather(*given: Any, **named: Any) -> list[Tensor]:
 # ---- autograd
 
 #: What errors call the tensors of an operator's arguments, and where they stand.
-_TENSORS = {"partial": 0, "residual": 1, "RMSNorm.weight": 2, "expert weights": 14, "shared_expert": 15}
+_TENSORS = {"partial": 0, "residual": 1, "RMSNorm.weight": 2, "expert weights": 14, "shared_expert": 15, "branch_norm.weight": 17}
 _GATHERED_TENSORS = {f"shard.{name}": place for place, name in enumerate(OUTPUTS)}
 
 

@@ -51,7 +51,7 @@ TOKENS = (1, 8, 65, 512, 4096)
 class Made:
     """Of one call: terms and results by rank, and what else all ranks pass, with the residual of all rows."""
 
-    terms: list[Prologue]
+    terms: list[Prologue | torch.Tensor]
     arguments: dict[str, Any]
     expected: list[Output]
 
@@ -64,25 +64,36 @@ class Case:
     tokens: int
     width: int
     slots: int
-    form: PrologueForm
+    form: PrologueForm | None
     dtype: torch.dtype = torch.bfloat16
     label: str = "none"
     operation: Operation = "all_reduce"
     kind: str = "normal"
     norm: bool = True
+    branch: bool = False
 
     @property
     def quant(self) -> Quant | None:
         return parse(self.label, global_scale=GLOBAL_SCALE, static_scale=STATIC_SCALE)
 
-    def term(self, rank: int, device: torch.device) -> Prologue:
+    def term(self, rank: int, device: torch.device) -> Prologue | torch.Tensor:
+        if self.form is None:
+            shape = {"tokens": self.tokens, "hidden_size": self.width, "dtype": self.dtype}
+            return make_inputs(self.kind, rank=rank, device=device, **shape).partial  # type: ignore[arg-type]
         shape = {"tokens": self.tokens, "hidden_size": self.width, "dtype": self.dtype, "count": self.slots}
         return make_prologue(self.form, self.kind, rank=rank, device=device, wild=True, **shape)  # type: ignore[arg-type]
 
     def arguments(self, device: torch.device) -> dict[str, Any]:
         made = make_inputs("normal", rank=0, tokens=self.tokens, hidden_size=self.width, dtype=self.dtype, device=device)
         norm = RMSNorm(made.weight) if self.norm else None
-        return {"residual": made.residual, "norm": norm, "quant": self.quant, "keep_norm": self.norm and self.label != "none"}
+        branch = RMSNorm(made.weight.float() + 0.5, eps=1e-5) if self.branch else None
+        return {
+            "residual": made.residual,
+            "norm": norm,
+            "branch_norm": branch,
+            "quant": self.quant,
+            "keep_norm": self.norm and self.label != "none",
+        }
 
     def make(self, device: torch.device) -> Made:
         """What all ranks give, and what each must get."""
@@ -108,6 +119,8 @@ class Case:
             keep_norm=self.norm and self.label != "none",
             operation=self.operation,
             prologue=self.form,
+            branch=self.branch,
+            wide_branch=self.branch and self.dtype != torch.float32,
         )
         yield from (kernel.variant for kernel in make_kernels(topology, request, make_plan(topology, request)))
 
@@ -132,6 +145,16 @@ def formats(dtype: torch.dtype) -> list[Case]:
         tokens, slots = (3, 1, 130, 17)[n % 4], (1, 5, 16, 8, 64 if form is REDUCE else 2)[j % 5]
         norm = label == "none" or n % 4 > 0
         cases.append(Case(2 + n % 5, tokens, 1152, slots, form, dtype, label, OPERATIONS[j % 3], kinds[n % len(kinds)], norm))
+    return cases
+
+
+def branches(world: int) -> list[Case]:
+    """A norm of the sum: every format with and without the norm behind it, now and then of experts; operations in turn."""
+    cases = []
+    for (i, norm), (j, label) in itertools.product(enumerate((True, False)), enumerate(FORMATS)):
+        tokens, operation = (1, 65, 3, 600)[(i + j) % 4], "all_reduce" if label == "none" else OPERATIONS[(i + j) % 3]
+        form, dtype, kind = (None, None, SHARED, REDUCE)[j % 4], DTYPES[(i + j + world) % 3], list(KINDS)[j % len(KINDS)]
+        cases.append(Case(world, tokens, (1152, 6912)[j % 2], 4, form, dtype, label, operation, kind, norm, branch=True))
     return cases
 
 
@@ -160,8 +183,8 @@ def check(cases: list[Case], **options: Any) -> list[str]:
                 if case.operation != "all_reduce":
                     rows = owned_rows(case.tokens, case.world, group.rank)
                     arguments["residual"] = arguments["residual"][rows.start : rows.stop].clone()
-                epilogue = {name: arguments[name] for name in ("norm", "quant", "keep_norm")}
-                shape = {"hidden_size": case.width, "operation": case.operation, "prologue": term}
+                epilogue = {name: arguments[name] for name in ("norm", "quant", "keep_norm", "branch_norm")}
+                shape = {"hidden_size": case.width, "operation": case.operation, "prologue": case.form}
                 comm.prepare(case.tokens, **epilogue, **shape)  # type: ignore[arg-type]
                 out = comm.empty(case.tokens, residual=True, **epilogue, **shape)  # type: ignore[arg-type]
                 group.settle()
@@ -193,6 +216,12 @@ def test_every_format_with_each_prologue(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("options", [{"algorithm": "two_shot"}, {"max_sms": 8}], ids=str)
 def test_other_plans(options: dict[str, Any]) -> None:
     assert check([case for case in models(4) if case.tokens <= 512][::2], **options) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_a_norm_of_the_sum(world: int, dtype: torch.dtype) -> None:
+    assert check([case for case in branches(world) if case.dtype is dtype]) == []
 
 
 def test_a_rank_without_local_experts_and_a_world_of_one() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
-from collogue.calls.capacity import Capacity, check_hidden_size, check_kinds, raise_capacity
+from collogue.calls.capacity import Capacity, check_hidden_size, check_kinds, check_norm_kind, raise_capacity
 from collogue.calls.request import Signature, make_request
 from collogue.contract.prologue import PROLOGUES, ExpertCombine, Prologue
 from collogue.contract.quant import Quant
@@ -35,6 +35,7 @@ class Call:
     keep_norm: bool = False
     operation: Operation = "all_reduce"
     shard: Output | None = None
+    branch_norm: RMSNorm | None = None
     signature: Signature = None  # type: ignore[assignment]  # set by check_call
 
     @property
@@ -58,7 +59,7 @@ class Call:
     @property
     def bindable(self) -> bool:
         """Whether the next call like it may take the short way (``gpu/bound.py``), which knows the arguments of most calls only."""
-        return self.shard is None and not isinstance(self.partial, PROLOGUES)
+        return self.shard is None and self.branch_norm is None and not isinstance(self.partial, PROLOGUES)
 
     def wants(self) -> Wanted:
         """Which outputs the call has, of a call that has not been checked. Raises :class:`ArgumentError` where there would be none."""
@@ -85,6 +86,8 @@ class Call:
             yield "residual", self.residual
         if self.norm is not None:
             yield "RMSNorm.weight", self.norm.weight
+        if self.branch_norm is not None:
+            yield "branch_norm.weight", self.branch_norm.weight
         if self.quant is not None and isinstance(self.quant.given_scale, torch.Tensor):
             yield "the scale", self.quant.given_scale
 
@@ -111,13 +114,17 @@ def check_call(capacity: Capacity, call: Call) -> Call:
         check_values("residual", residual, capacity)
         _check_residual(residual, name, (tokens, hidden_size), capacity, call.operation)
     check_kinds(norm, quant)
-    if norm is not None:
-        _check_norm(norm, hidden_size, capacity)
+    branch = call.branch_norm
+    check_norm_kind("branch_norm", branch)
+    for norm_name, each in (("RMSNorm", norm), ("branch_norm", branch)):
+        if each is not None:
+            _check_norm(norm_name, each, hidden_size, capacity)
     if quant is not None:
         _check_quant(quant, hidden_size, capacity)
     if torch.is_grad_enabled():
         terms = partial.tensors() if isinstance(partial, PROLOGUES) else ((name, partial),)
         check_no_grad(*terms, ("residual", residual), ("RMSNorm.weight", None if norm is None else norm.weight))
+        check_no_grad(("branch_norm.weight", None if branch is None else branch.weight))
     request = make_request(
         tokens,
         hidden_size,
@@ -130,6 +137,8 @@ def check_call(capacity: Capacity, call: Call) -> Call:
         operation=call.operation,
         late_weight=norm is not None and not norm.prefetch,
         prologue=partial.form if isinstance(partial, PROLOGUES) else None,
+        branch=branch is not None,
+        wide_branch=branch is not None and branch.weight.dtype != capacity.dtype,
     )
     call.signature = capacity.signature(request)
     return call
@@ -242,18 +251,18 @@ def check_alignment(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _check_norm(norm: RMSNorm, hidden_size: int, capacity: Capacity) -> None:
+def _check_norm(name: str, norm: RMSNorm, hidden_size: int, capacity: Capacity) -> None:
     if norm.weight.shape[0] != hidden_size:
         raise ShapeError(
-            f"RMSNorm.weight has {norm.weight.shape[0]} elements, the hidden size is {hidden_size}",
+            f"{name}.weight has {norm.weight.shape[0]} elements, the hidden size is {hidden_size}",
             hint="pass the weight of the norm that follows this projection",
         )
     if norm.weight.dtype not in (capacity.dtype, torch.float32):
         raise DTypeError(
-            f"RMSNorm.weight has dtype {norm.weight.dtype}, the communicator {capacity.dtype}",
+            f"{name}.weight has dtype {norm.weight.dtype}, the communicator {capacity.dtype}",
             hint=f"convert the weight to {capacity.dtype} or torch.float32",
         )
-    check_memory("RMSNorm.weight", norm.weight, capacity.device)
+    check_memory(f"{name}.weight", norm.weight, capacity.device)
 
 
 def _check_quant(quant: Quant, hidden_size: int, capacity: Capacity) -> None:

@@ -38,7 +38,7 @@ from collogue.contract.formats import (
 from collogue.contract.prologue import ExpertCombine, ExpertReduce, Prologue
 from collogue.contract.quant import E2M1_MAX, E4M3_MAX, MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
 from collogue.contract.spec import VALUE_DTYPES, Output, RMSNorm, Wanted, owned_rows
-from collogue.errors import DTypeError, FormatError, PlatformError, ShapeError
+from collogue.errors import ArgumentError, DTypeError, FormatError, PlatformError, ShapeError
 
 #: Shape of the mean square: a lane adds 8 elements, 32 lanes are folded by halves into the sum of one block.
 LANE = 8
@@ -296,13 +296,14 @@ def all_reduce(
     norm: RMSNorm | None = None,
     quant: Quant | None = None,
     keep_norm: bool = False,
+    branch_norm: RMSNorm | None = None,
 ) -> Output:
     """What :meth:`collogue.Communicator.all_reduce` returns on every rank.
 
     Args:
         partials: every rank's partial [T, H], or prologue, in rank order, all of one dtype.
         residual: [T, H] in that dtype, or ``None``.
-        norm, quant, keep_norm: as for the communicator.
+        norm, quant, keep_norm, branch_norm: as for the communicator.
     Order and rounding:
         Adds in float32 from +0, rank 0 first; adds the residual; rounds once to ``y``, which norm and quantisation read.
     Raises:
@@ -312,6 +313,11 @@ def all_reduce(
     _check_partials(terms, residual, norm)
     wanted = Wanted.of(has_residual=residual is not None, has_norm=norm is not None, quant=quant, keep_norm=keep_norm)
     total = sum_partials(terms)
+    if branch_norm is not None:
+        if residual is None:
+            raise ArgumentError("branch_norm without residual=", hint="pass the residual that the normed sum is added to, or use norm=")
+        _check_values([("the sum", terms[0])], branch_norm)
+        total = rms_norm(round_value(total, terms[0].dtype), branch_norm).float()
     if residual is not None:
         total += residual.float()
     return _finish(round_value(total, terms[0].dtype), norm, quant, wanted)
@@ -324,13 +330,14 @@ def sharded(
     norm: RMSNorm | None = None,
     quant: Quant | None = None,
     keep_norm: bool = False,
+    branch_norm: RMSNorm | None = None,
 ) -> list[Output]:
     """What ``comm.all_reduce(.., sharded=True)`` returns, by rank: :func:`all_reduce`, of whose y each rank keeps the rows it owns.
 
     Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first.
     """
     terms = _terms(partials)
-    whole = all_reduce(terms, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm)
+    whole = all_reduce(terms, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm, branch_norm=branch_norm)
     return [
         replace(
             whole,
@@ -348,6 +355,7 @@ def reduce_scatter(
     norm: RMSNorm | None = None,
     quant: Quant | None = None,
     keep_norm: bool = False,
+    branch_norm: RMSNorm | None = None,
 ) -> list[Output]:
     """What :meth:`collogue.Communicator.reduce_scatter` returns, by rank: :func:`all_reduce` of the rows that each rank owns.
 
@@ -362,6 +370,7 @@ def reduce_scatter(
             norm=norm,
             quant=quant,
             keep_norm=keep_norm,
+            branch_norm=branch_norm,
         )
         for rows in _owned(len(terms[0]), len(terms))
     ]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from collogue.flashinfer.workspace import ON_FAILURE
-
-#: Values of a switch that stand for "not switched on".
-OFF = ("", "0")
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,14 @@ def problems(hooks: Iterable[Hook]) -> list[str]:
     return [text for text in (hook.problem() for hook in hooks) if text]
 
 
+def logger_of(module: str, maker: str, name: str) -> Any:
+    """An engine's own logger, whose lines are shown; a plain one where the engine has no such function."""
+    try:
+        return getattr(importlib.import_module(module), maker)(name)
+    except Exception:  # an engine that we do not know
+        return logging.getLogger(name)
+
+
 def guarded(install: Callable[[], str], logger: Any, switch: str) -> bool:
     """Run ``install`` and log what it says. What it raises is logged, once, and the engine goes on as it was.
 
@@ -55,9 +61,7 @@ def guarded(install: Callable[[], str], logger: Any, switch: str) -> bool:
     try:
         logger.info("%s", install())
     except Exception as error:  # the engine must run, whatever the reason
-        text = str(error).splitlines()[0] if str(error) else ""
-        logger.warning(
-            "%s=%s has no effect, the engine runs without Collogue: %s: %s", switch, os.environ.get(switch), type(error).__name__, text
-        )
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("%s=%s has no effect, the engine runs without Collogue: %s", switch, os.environ.get(switch), text)
         return False
     return True

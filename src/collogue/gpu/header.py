@@ -29,7 +29,8 @@ _PROLOGUES = (None, *get_args(Kind))
 #: Behind that bit, the kind of a prologue, and the number of a token's slots less one.
 _PROLOGUE_SHIFT, _SLOTS_SHIFT = 26, 28
 
-#: What an all-gather moves at a time, a bit each, in front of which the options of every call lie.
+#: What an all-gather moves at a time, a bit each, in front of which the options of every call lie. Of other calls: whether there is a
+#: branch norm, and whether its weight is float32.
 _MOVED, _MOVED_SHIFT = ("reduced", "residual", "norm", "codes"), 22
 
 
@@ -53,6 +54,7 @@ def pack(algorithm: str, request: Request) -> tuple[int, int]:
         word |= int(value) << shift
         shift += bits
     assert shift == _MOVED_SHIFT
+    word |= (int(request.branch) | int(request.wide_branch) << 1) << _MOVED_SHIFT
     return word | _PROLOGUES.index(request.prologue and request.prologue.kind) << _PROLOGUE_SHIFT, q.group
 
 
@@ -103,6 +105,8 @@ def _text(entry: bytes) -> str:
     algorithm, operation, dtype = _ALGORITHMS[take(4)], _OPERATIONS[take(4)], _DTYPES[take(2)]
     residual, norm, keep_norm, quant, layout, ceil, wide = take(1), take(1), take(1), take(4), take(3), take(1), take(1)
     moved = [name for name in _MOVED if take(1)]
+    branch, wide_branch = operation != "all_gather" and "reduced" in moved, "residual" in moved
+    moved = moved if operation == "all_gather" else []
     prologue, slots = _PROLOGUES[take(2)], take(4) + 1
     group, smallest = group & 0xFFFF, struct.unpack("<f", struct.pack("<I", group & 0xFFFF0000))[0]
     parts = [
@@ -112,6 +116,7 @@ def _text(entry: bytes) -> str:
         f"dtype={str(dtype).removeprefix('torch.')}",
     ]
     parts += [f"expert_combine(top_k={slots})" if prologue == "expert_combine" else "expert_reduce"] * (prologue is not None)
+    parts += [f"branch_norm{' in float32' * wide_branch}"] * branch
     parts += ["residual"] * residual + [f"norm(eps={_shortest(eps)}, weight_offset={_shortest(offset)})"] * norm
     parts += ["weight in float32"] * (wide and norm)
     if quant:

@@ -56,6 +56,9 @@ def fill_call(params: Params, call: Call, out: Output) -> None:
     _fill_term(params, call.partial)
     if call.residual is not None:
         params.residual = call.residual.data_ptr()
+    if (branch := call.branch_norm) is not None:
+        params.branch_weight = branch.weight.data_ptr()
+        params.branch_eps, params.branch_offset = branch.eps, branch.weight_offset
     stream = out.residual if out.residual is not None else out.reduced
     if stream is not None:
         params.stream = stream.data_ptr()

@@ -46,13 +46,18 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
     for (int i = 0; i < C::kVectors; i++) {
       if constexpr (kAgain) x[i] = ranks.disguise(source.term(t, i));
       if constexpr (C::kVectors > 1) {
-        if constexpr (C::kResidual) r = row.load(p.residual + row.offset(t), i);
+        if constexpr (C::kResidual && !C::kBranch) r = row.load(p.residual + row.offset(t), i);
       }
       float sum[8];
       ranks.receive_and_add(x[i], place + i * row.kVectorStep, C::kVectors == 1 ? active : row.active(i), t, sum);
+      if constexpr (C::kBranch) {
+        x[i] = D::round(sum);
+        continue;
+      }
       if constexpr (C::kResidual) add<D>(sum, r);
       x[i] = row.store_stream(i, sum);
     }
+    if constexpr (C::kBranch) row.join(turn, x, [&](int i) { return C::kVectors == 1 ? r : row.load(p.residual + row.offset(t), i); });
     row.finish(turn, x, [&] { opening.compare_later(); }, NoWire{});
 
     if constexpr (!C::kLoop) break;

@@ -117,9 +117,15 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
         }
         float sum[8];
         ranks.receive_and_add(ranks.disguise(x[i]), ranks.slots() + at, row.active(i), t, sum);
+        if constexpr (C::kBranch) {
+          x[i] = D::round(sum);
+          continue;
+        }
         if constexpr (C::kResidual) add<D>(sum, residual);
         x[i] = row.store_stream(i, sum);
       }
+      if constexpr (C::kBranch)
+        row.join(turn, x, [&](int i) { return C::kVectors == 1 ? residual : row.load(p.residual + row.offset(r), i); });
       const auto wipe = [&] {
 #pragma unroll
         for (int i = 0; i < C::kVectors; i++) ranks.wipe_terms(offset + row.vector(i) * 8 * D::kBytes, row.active(i));

@@ -49,7 +49,7 @@ struct TwoShot {
     if (!any_in_warp(mine)) return;
     float sum[8];
     ranks.receive_and_add(ranks.disguise(x), ranks.slots() + offset(t, i), mine, t, sum);
-    if constexpr (C::kResidual) add<D>(sum, residual);
+    if constexpr (C::kResidual && !C::kBranch) add<D>(sum, residual);
     if (!mine) return;
     y = D::round(sum);
     if (ranks.stopped || offset(t, i) >= p.slot_bytes) return;
@@ -106,7 +106,7 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   };
   const auto load_residual = [&](u32 of, int i) {
     Vector v{};
-    if constexpr (C::kResidual)
+    if constexpr (C::kResidual && !C::kBranch)  // else every rank adds all of it, behind the norm
       if (shot.owns(i) && is_row(of)) v = row.load(p.residual + row.offset(of), i);
     return v;
   };
@@ -158,8 +158,12 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
       next.residual = load_residual(given, 0);
     }
     if (C::kLoop) row.aim(t);  // not before: registers
+    if constexpr (C::kBranch) {
+      row.join(turn, y, [&](int i) { return row.load(p.residual + row.offset(t), i); });
+    } else {
 #pragma unroll
-    for (int i = 0; i < C::kVectors; i++) row.store_rounded(i, y[i]);
+      for (int i = 0; i < C::kVectors; i++) row.store_rounded(i, y[i]);
+    }
     row.finish(
         turn, y,
         [&] {

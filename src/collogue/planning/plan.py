@@ -141,7 +141,8 @@ def make_plan(topology: Topology, request: Request) -> Plan:
     threads = candidate.cta_threads if candidate is not None else None
     # All launches have the grid of the last one, which may be shorter: every cluster has a row in each of them.
     experts = request.prologue is not None
-    shape = launch_shape(topology, least, request.hidden_size, request.quant, algorithm, cta_threads=threads, experts=experts)
+    width, quant = request.hidden_size, request.quant
+    shape = launch_shape(topology, least, width, quant, algorithm, cta_threads=threads, experts=experts, branch=request.branch)
     return Plan(algorithm, why, shape, sent, predicted, floor, rows, launches, used, measured, table)
 
 
@@ -198,6 +199,7 @@ def _measured(topology: Topology, request: Request, candidate: Candidate) -> flo
     """The time in the table, if this is the call that was measured: residual and norm, no quantisation."""
     entry = _entry(topology, request)
     plain = request.residual and request.norm and not request.wide_weight and request.quant is None and request.prologue is None
+    plain = plain and not request.branch
     return entry.us(candidate, request.tokens) if entry is not None and plain else None
 
 
@@ -224,6 +226,7 @@ def launch_shape(
     *,
     cta_threads: int | None = None,
     experts: bool = False,
+    branch: bool = False,
 ) -> LaunchShape:
     """Threads, vectors and clusters for ``tokens`` rows of this width.
 
@@ -243,7 +246,7 @@ def launch_shape(
         threads = 64 if hidden_size <= 2048 else 128
         wide = cta_threads or topology.overrides.cta_threads or (MAX_THREADS if limit else 0)
         if wide:
-            wide = min(wide, widest_cta(topology, algorithm, experts=experts))
+            wide = min(wide, widest_cta(topology, algorithm, experts=experts, branch=branch))
             threads = round_up(-(-vectors_in_row // -(-vectors_in_row // wide)), 32)
         elif vectors_in_row <= 64:
             threads = round_up(vectors_in_row, 32)
@@ -304,9 +307,9 @@ def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1, ex
     return 512 if world <= 6 else 384
 
 
-def widest_cta(topology: Topology, algorithm: str, *, experts: bool = False) -> int:
+def widest_cta(topology: Topology, algorithm: str, *, experts: bool = False, branch: bool = False) -> int:
     """Threads of the widest CTA in which nothing spills: alone on a multiprocessor, and no compiler could give its threads more."""
-    threads = resident_threads(topology, algorithm, experts=experts)
+    threads = min(resident_threads(topology, algorithm, experts=experts), 896 if branch else MAX_THREADS)
     return min(threads, 384) if topology.world_size > 4 and ALGORITHMS[algorithm].streams else threads
 
 
@@ -364,4 +367,6 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         late_weight=request.late_weight and request.norm and shape.vectors <= 2,  # more are read in their turn
         launch_late=topology.concurrent > 1 and algorithm != "local",  # which waits for nobody
         source_type=source_type(request.prologue, request.dtype),
+        branch=request.branch,
+        branch_weight_dtype=torch.float32 if request.branch and request.wide_branch else None,
     )

@@ -147,12 +147,14 @@ class Variant:
     late_weight: bool = False
     launch_late: bool = False
     source_type: str = "DirectSource"
+    branch: bool = False
+    branch_weight_dtype: torch.dtype | None = None
 
     @property
     def name(self) -> str:
         """Short and unique enough for a profiler's list."""
         before = "experts_" * (self.source_type != "DirectSource")
-        parts = ["residual"] * self.residual + ["norm"] * self.norm
+        parts = ["branch"] * self.branch + ["residual"] * self.residual + ["norm"] * self.norm
         if self.quant.row.kind is not None:
             parts.append("".join(filter(str.isalnum, self.quant.format)).lower())
         epilogue = "_".join(parts)
@@ -181,6 +183,7 @@ class Variant:
             "bool kGather": _flag(self.gather),
             "bool kLateWeight": _flag(self.late_weight),
             "bool kLaunchLate": _flag(self.launch_late),
+            "bool kBranch": _flag(self.branch),
         }
         body = "\n".join(f"  static constexpr {name} = {value};" for name, value in constants.items())
         return (
@@ -190,6 +193,7 @@ class Variant:
             "struct Config {\n"
             f"  using D = {_DTYPES[self.dtype]};\n"
             f"  using WeightD = {_DTYPES[self.weight_dtype]};\n"
+            f"  using BranchWeightD = {_DTYPES[self.branch_weight_dtype or self.dtype]};\n"
             f"  using Format = collogue::{q.struct};\n"
             f"  using Layout = collogue::{LAYOUTS[q.layout][q.row.scale_bytes]};\n"
             "  template <class C>\n"

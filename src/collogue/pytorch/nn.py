@@ -128,11 +128,12 @@ class RowParallelLinear(nn.Module):
         norm: RMSNorm | FusedRMSNorm | None = None,
         quant: Quant | None = None,
         keep_norm: bool = False,
+        branch_norm: RMSNorm | None = None,
     ) -> Output:
         """``x`` is ``[.., I / N]``. Everything else, and what comes back, is as in :meth:`collogue.Communicator.all_reduce`, with
         the leading dimensions of ``x``; ``codes`` and ``scales`` are those of ``[T, H]`` rows.
         """
-        return finish(self.comm, self.partial(x), residual=residual, norm=norm, quant=quant, keep_norm=keep_norm)
+        return finish(self.comm, self.partial(x), residual=residual, norm=norm, quant=quant, keep_norm=keep_norm, branch_norm=branch_norm)
 
 
 class FusedRMSNorm(nn.Module):
@@ -196,6 +197,7 @@ def finish(
     quant: Quant | None = None,
     keep_norm: bool = False,
     hand_over: bool = False,
+    branch_norm: RMSNorm | None = None,
 ) -> Output:
     """:meth:`collogue.Communicator.all_reduce` for tensors with any number of leading dimensions, ``[.., H]``.
 
@@ -215,6 +217,7 @@ def finish(
         norm=norm.description if isinstance(norm, FusedRMSNorm) else norm,
         quant=quant,
         keep_norm=keep_norm,
+        branch_norm=branch_norm,
     )
     shaped = Output(
         reduced=None if out.reduced is None else out.reduced.view(shape),

@@ -66,6 +66,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "wide_weight": (False, True),
     "residual": (True, False),
     "prologue": tuple(PROLOGUES),
+    "branch": ("none", "value", "float32"),
     # One row a cluster, and many.
     "tokens": (1, 4096),
 }
@@ -90,6 +91,11 @@ def possible(choice: Choice) -> bool:
         return False
     if choice.get("wide_weight", False) and choice.get("dtype") is torch.float32:
         return False
+    branch = choice.get("branch", "none")
+    if branch != "none" and not choice.get("residual", True):
+        return False
+    if branch == "float32" and choice.get("dtype") is torch.float32:
+        return False
     kernel = choice.get("kernel")
     if kernel is None:
         return True
@@ -99,6 +105,7 @@ def possible(choice: Choice) -> bool:
         return choice.get("norm", True) or quant is not None or "format" not in choice
     # Moves what is finished: nothing is added or normalised.
     adds = choice.get("residual", False) or choice.get("norm", False) or choice.get("prologue", "none") != "none"
+    adds = adds or branch != "none"
     return kernel != "all_gather" or not adds
 
 
@@ -116,7 +123,9 @@ def variant_of(choice: Choice) -> Variant:
     if prologue is not None and prologue.weights == "float32" and dtype is torch.float32:
         prologue = replace(prologue, weights="value")
     request = replace(request, operation=_OPERATIONS[choice["kernel"]], prologue=prologue)
-    shape = launch_shape(topology, tokens, hidden_size, quant, algorithm, experts=prologue is not None)
+    branch = choice.get("branch", "none")
+    request = replace(request, branch=branch != "none", wide_branch=branch == "float32")
+    shape = launch_shape(topology, tokens, hidden_size, quant, algorithm, experts=prologue is not None, branch=branch != "none")
     return make_variant(topology, request, shape, algorithm)
 
 

@@ -22,14 +22,24 @@ _INTEGER = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
 
 
 def by_reference(
-    partials: list[torch.Tensor], residual: torch.Tensor | None, norm: RMSNorm | None, quant: Quant | None, keep_norm: bool
+    partials: list[torch.Tensor],
+    residual: torch.Tensor | None,
+    norm: RMSNorm | None,
+    quant: Quant | None,
+    keep_norm: bool,
+    branch_norm: RMSNorm | None = None,
 ) -> Output:
     """:func:`collogue.reference.all_reduce`, on the device of the partials."""
-    return reference.all_reduce(partials, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm)
+    return reference.all_reduce(partials, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm, branch_norm=branch_norm)
 
 
 def by_scalar(
-    partials: list[torch.Tensor], residual: torch.Tensor | None, norm: RMSNorm | None, quant: Quant | None, keep_norm: bool
+    partials: list[torch.Tensor],
+    residual: torch.Tensor | None,
+    norm: RMSNorm | None,
+    quant: Quant | None,
+    keep_norm: bool,
+    branch_norm: RMSNorm | None = None,
 ) -> Output:
     """:func:`collogue.testing.scalar.all_reduce` of CPU tensors, its bits as tensors."""
     dtype = partials[0].dtype
@@ -42,6 +52,7 @@ def by_scalar(
         weight_offset=0.0 if norm is None else norm.weight_offset,
         quant=quant,
         keep_norm=keep_norm,
+        branch=None if branch_norm is None else (branch_norm.weight.float().numpy(), branch_norm.eps, branch_norm.weight_offset),
     )
     codes = None
     if result.codes is not None and quant is not None:

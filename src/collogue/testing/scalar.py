@@ -272,6 +272,7 @@ def all_reduce(
     weight_offset: float = 0.0,
     quant: Quant | None = None,
     keep_norm: bool = False,
+    branch: tuple[Array, float, float] | None = None,
 ) -> Result:
     """The whole contract: sum in rank order, residual, RMSNorm, quantisation.
 
@@ -283,11 +284,14 @@ def all_reduce(
         eps, weight_offset: rounded to float32.
         quant: what to quantise to, or None.
         keep_norm: also return the norm beside its codes.
+        branch: weight, eps and offset of a norm of the sum, which the residual is added to.
     Returns:
         Raw bits of every output.
     """
     with np.errstate(all="ignore"):
         total = sum_in_rank_order([widen(partial, dtype) for partial in partials])
+        if branch is not None:
+            total = widen(narrow(rms_norm(widen(narrow(total, dtype), dtype), *branch), dtype), dtype)
         if residual is not None:
             total = total + widen(residual, dtype)
         y_bits = narrow(total, dtype)

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -265,6 +265,9 @@ def doctor(
     journal: Annotated[
         Path | None, typer.Option(help="Print a journal that a failed call wrote, no more.", exists=True, dir_okay=False)
     ] = None,
+    engine: Annotated[
+        Literal["vllm", "sglang"] | None, typer.Option(help="Say instead what of this engine will be served, and what stands in the way.")
+    ] = None,
 ) -> None:
     """Say what this machine has, what Collogue will use, and what to do about what is missing.
 
@@ -276,9 +279,16 @@ def doctor(
         with exit_codes():
             typer.echo(Journal.load(journal).text())
         return
-    from collogue.tools.doctor import PROBES, examine
+    from collogue.tools.doctor import PROBES, Examination, examine
 
     check_target(json)
+    if engine is not None:
+        from collogue.tools.doctor_engines import examine_engine
+
+        served = Examination(list(examine_engine(engine)))
+        write_json(served.as_json(), json)
+        _show_findings(console(json), served, closing=False)
+        raise typer.Exit(OK if served.findings[0].status != "missing" else IMPOSSIBLE)
     with progress(len(PROBES), "doctor") as start:
         report = examine(started=start)
     write_json(report.as_json(), json)
@@ -286,7 +296,7 @@ def doctor(
     raise typer.Exit(OK if report.usable else IMPOSSIBLE)
 
 
-def _show_findings(console: Console, report: Examination) -> None:
+def _show_findings(console: Console, report: Examination, *, closing: bool = True) -> None:
     style: dict[str, Sequence[str]] = {"ok": ("green", "ok"), "warn": ("yellow", "warn"), "missing": ("red", "missing")}
     table = Table.grid(padding=(0, 1))
     for _ in range(3):
@@ -295,6 +305,8 @@ def _show_findings(console: Console, report: Examination) -> None:
         color, word = style[f.status]
         table.add_row(f"[{color}]{word}[/]", f.name, _escape(f.detail) + (f"\n[dim]hint: {_escape(f.hint)}[/]" if f.hint else ""))
     console.print(table, highlight=False)
+    if not closing:
+        return
     where = "" if report.gpus else " On the CPU only: the reference, which is right and slow."
     console.print(f"Collogue can work here.{where}" if report.usable else "Collogue cannot work here before what is missing is there.")
 

@@ -45,12 +45,16 @@ def test_impossible_pairs_are_those_that_no_plan_makes() -> None:
     together = {(("world", world), ("kernel", "local")) for world in range(2, 9)}
     moves = {(("kernel", "all_gather"), (name, True)) for name in ("norm", "keep_norm", "wide_weight", "residual")}
     moves |= {(("kernel", "all_gather"), ("prologue", label)) for label in FACTORS["prologue"] if label != "none"}
+    moves |= {(("kernel", "all_gather"), ("branch", label)) for label in ("value", "float32")}
+    branches = {(("residual", False), ("branch", label)) for label in ("value", "float32")}
     assert impossible == (
         blocks
         | alone
         | together
         | moves
+        | branches
         | {
+            (("dtype", torch.float32), ("branch", "float32")),
             (("dtype", torch.float32), ("wide_weight", True)),
             (("norm", False), ("keep_norm", True)),
             (("norm", False), ("wide_weight", True)),

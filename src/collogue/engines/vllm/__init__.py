@@ -27,11 +27,9 @@ def register() -> None:
     if value in ("", "0") or _registered:
         return
     _registered = True
-    from vllm.logger import init_logger
+    from collogue.engines.switch import guarded, logger_of
 
-    from collogue.engines.switch import guarded
-
-    logger = init_logger("vllm.collogue")
+    logger = logger_of("vllm.logger", "init_logger", "vllm.collogue")
     mode = MODES.get(value)
     if mode is None:
         logger.warning("%s=%s has no effect: choose one of %s, or 0", SWITCH, os.environ[SWITCH], ", ".join(MODES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,15 @@ def owns_its_memory(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and _uses(tensor) == _ALONE
 
 
+@dataclass(eq=False)
+class _Source:
+    """What all names of one sum share."""
+
+    term: Tensor
+    reduce: Callable[[Tensor], Tensor]
+    sum: Tensor | None = None
+
+
 class Deferred(Tensor):
     """This rank's term of a sum that is not taken yet, in the place of the sum. It has the sum's shape, dtype and device.
 
@@ -36,43 +46,54 @@ class Deferred(Tensor):
         Taking the sum is collective: like all of a model's code, it happens on every rank in the same place.
     """
 
-    term: Tensor
-    _reduce: Callable[[Tensor], Tensor]
-    _sum: Tensor | None
+    _source: _Source
 
     @staticmethod
     def __new__(cls, term: Tensor, reduce: Callable[[Tensor], Tensor]) -> Deferred:
-        made: Deferred = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        return cls._of(_Source(term, reduce))
+
+    def __init__(self, term: Tensor, reduce: Callable[[Tensor], Tensor]) -> None: ...
+
+    @classmethod
+    def _of(cls, source: _Source) -> Deferred:
+        term = source.term
+        made: Deferred = torch.Tensor._make_wrapper_subclass(
             cls, term.shape, strides=term.stride(), dtype=term.dtype, device=term.device, requires_grad=False
         )
         torch._C._set_throw_on_mutable_data_ptr(made)
-        made.term, made._reduce, made._sum = term, reduce, None
+        made._source = source
         return made
-
-    def __init__(self, term: Tensor, reduce: Callable[[Tensor], Tensor]) -> None: ...
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
+    def term(self) -> Tensor:
+        """What this rank adds."""
+        return self._source.term
+
+    @property
     def pending(self) -> bool:
         """Whether the sum has not been taken."""
-        return self._sum is None
+        return self._source.sum is None
 
     def keep(self, summed: Tensor) -> None:
         """``summed`` is the sum: something has taken it by the way."""
-        self._sum = summed
+        self._source.sum = summed
 
     def sum_now(self) -> Tensor:
         """The sum, taken now if it has not been."""
-        if self._sum is None:
-            self._sum = self._reduce(self.term)
-        return self._sum
+        source = self._source
+        if source.sum is None:
+            source.sum = source.reduce(source.term)
+        return source.sum
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         first = args[0] if args else None
         if isinstance(first, Deferred) and _changes_nothing(func, first, args):
-            return first
+            return cls._of(first._source)
         given = func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
         if func._schema.is_mutable:
             for each in (*args, *(kwargs or {}).values()):
@@ -94,18 +115,18 @@ class Deferred(Tensor):
         return self.sum_now().untyped_storage()
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.sum_now().__array__(*args, **kwargs)
+        return self.sum_now().__array__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         return self.sum_now().__dlpack__(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return self.sum_now().__deepcopy__(memo)
+        return self.sum_now().__deepcopy__(memo)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.sum_now().__reduce_ex__(protocol)
+        return self.sum_now().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Reads nothing: a log line on one rank alone must not wait for the others."""
         return f"Deferred({list(self.shape)}, {self.dtype}, {'not yet taken' if self.pending else 'taken'})"
 

@@ -83,7 +83,8 @@ def all_reduce_norm(
 
 
 def _apart(partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float) -> list[Tensor]:
-    summed: Tensor = get_tp_group().all_reduce(partial)
+    # vLLM's all-reduce on the CPU writes into its input, which is the caller's.
+    summed: Tensor = get_tp_group().all_reduce(partial if partial.is_cuda else partial.clone())
     y = summed if residual is None else (summed.float() + residual.float()).to(partial.dtype)
     wide = y.float()
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)

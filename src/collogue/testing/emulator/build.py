@@ -43,7 +43,8 @@ class Case:
     ``kernel``: ``one_shot``, ``two_shot``, ``local``, or an operation: ``sharded``, ``reduce_scatter``, ``all_gather`` (of the norm, or
     of codes where ``quant`` is given).
 
-    ``prologue``: what stands in the place of partials, ``slots`` of each token, or experts.
+    ``branch``: the sum is normed before the residual is added. ``prologue``: what stands in the place of partials, ``slots`` of each
+    token, or experts.
 
     ``prefetch`` as of :class:`collogue.RMSNorm`, ``concurrent`` as of :class:`collogue.Communicator`.
 
@@ -67,6 +68,7 @@ class Case:
     concurrent: int = 1
     prologue: PrologueForm | None = None
     slots: int = 3
+    branch: bool = False
 
     @property
     def cluster(self) -> int:
@@ -92,7 +94,7 @@ class Case:
         residual, norm = self.residual and not moves, self.norm and not moves
         late = norm and not self.prefetch
         shape = tokens, self.hidden_size, self.dtype
-        return Request(*shape, residual, norm, False, self.quant, self.wanted, self.operation, late, self.prologue)
+        return Request(*shape, residual, norm, False, self.quant, self.wanted, self.operation, late, self.prologue, self.branch)
 
     def plan_of(self, tokens: int) -> plan.Plan:
         """Of one call: as many rows to a launch as in every other, of the call or of each owner."""

@@ -320,16 +320,17 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> t
             for rank in range(case.world)
         ]
     norm = RMSNorm(weight, eps=ask.eps, weight_offset=1.0, prefetch=case.prefetch) if case.norm else None
-    epilogue = {"residual": residual, "norm": norm, "quant": case.quant, "keep_norm": case.keep_norm}
+    branch = RMSNorm(_inputs(case, 1, kind, seed + 1)[2], eps=2 * ask.eps, weight_offset=0.5) if case.branch else None
+    epilogue = {"residual": residual, "norm": norm, "quant": case.quant, "keep_norm": case.keep_norm, "branch_norm": branch}
     rows = [owned_rows(ask.tokens, case.world, rank) for rank in range(case.world)]
     request, device = case.request(ask.tokens), torch.device("cpu")
     whole = Signature(request, None, device)
     if ALGORITHMS[case.algorithm].alone:
         expected = [reference.all_reduce([p], **epilogue) for p in partials]  # type: ignore[arg-type]
-        return [Call(p, residual, norm, case.quant, signature=whole) for p in partials], expected
+        return [Call(p, residual, norm, case.quant, branch_norm=branch, signature=whole) for p in partials], expected
     if case.operation == "all_reduce":
         expected = [reference.all_reduce(partials, **epilogue)] * case.world  # type: ignore[arg-type]
-        return [Call(p, residual, norm, case.quant, signature=whole) for p in partials], expected
+        return [Call(p, residual, norm, case.quant, branch_norm=branch, signature=whole) for p in partials], expected
     scatter = reference.sharded if case.kernel == "sharded" else reference.reduce_scatter
     expected = scatter(partials, **epilogue)  # type: ignore[arg-type]
     if case.kernel == "all_gather":
@@ -344,7 +345,7 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> t
     own = [None if residual is None else residual[r.start : r.stop].clone() for r in rows]
     parts = [Signature(request, r, device) for r in rows]
     calls = [
-        Call(p, mine, norm, case.quant, operation=case.operation, signature=part)
+        Call(p, mine, norm, case.quant, operation=case.operation, branch_norm=branch, signature=part)
         for p, mine, part in zip(partials, own, parts, strict=True)
     ]
     return calls, expected

@@ -1,0 +1,179 @@
+"""The rewriting of vLLM's graphs, on graphs of stand-in operators: what is fused, what is left and why, and that the numbers stay."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from collogue.engines.vllm.rewrite import Names, Rewritten, rewrite
+
+_library = torch.library.Library("collogue_test_vllm", "DEF")
+_library.define("all_reduce(Tensor tensor, str group_name) -> Tensor")
+_library.define("rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor")
+_library.define("fused_add_rms_norm(Tensor x, Tensor r, Tensor? weight, float epsilon, int? variance_size=None) -> (Tensor, Tensor)")
+_library.impl("all_reduce", lambda x, group: x * 2, "CPU")
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, part: int | None = None) -> torch.Tensor:
+    assert part is None
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+_library.impl("rms_norm", _norm, "CPU")
+_library.impl("fused_add_rms_norm", lambda x, r, w, eps, part=None: (_norm(x + r, w, eps), x + r), "CPU")
+OPS = torch.ops.collogue_test_vllm
+REDUCE, NORM, ADD = OPS.all_reduce.default, OPS.rms_norm.default, OPS.fused_add_rms_norm.default
+FUSED = torch.library.Library("collogue_vllm", "FRAGMENT")
+FUSED.define("all_reduce_norm(Tensor partial, Tensor? residual, Tensor weight, float eps, float offset, str group, int most) -> Tensor[]")
+
+
+def _fused(
+    x: torch.Tensor, r: torch.Tensor | None, w: torch.Tensor, eps: float, offset: float, group: str, most: int
+) -> list[torch.Tensor]:
+    y = x * 2 if r is None else x * 2 + r
+    return [_norm(y, w + offset, eps), y]
+
+
+FUSED.impl("all_reduce_norm", _fused, "CPU")
+NAMES = Names(REDUCE, NORM, ADD, "tp:0", 64)
+
+
+class Builder:
+    """A graph with x, r (both [3, 8]) and w [8] as inputs, and fake values where the pass looks for them."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.graph = Graph()
+        self.inputs = [torch.randn(3, 8, dtype=dtype), torch.randn(3, 8, dtype=dtype), torch.randn(8, dtype=dtype)]
+        self.x, self.r, self.w = (self._input(name, value) for name, value in zip("xrw", self.inputs, strict=True))
+
+    def _input(self, name: str, value: torch.Tensor) -> Node:
+        node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        return node
+
+    def call(self, target: Any, *args: Any, like: Node | None = None) -> Node:
+        node = self.graph.call_function(target, args)
+        node.meta["val"] = (like or self.x).meta["val"]
+        return node
+
+    def reduce(self, group: str = "tp:0") -> Node:
+        return self.call(REDUCE, self.x, group)
+
+    def add_norm(self, summed: Node, *more: Any, eps: float = 3e-5) -> tuple[Node, Node]:
+        both = self.call(ADD, summed, self.r, self.w, eps, *more)
+        return self.call(operator.getitem, both, 0), self.call(operator.getitem, both, 1)
+
+    def check(self, *outputs: Node, fused: int, why: str = "") -> Rewritten:
+        """Rewrite; the graph must give the same numbers."""
+        self.graph.output(outputs)
+        module = GraphModule(torch.nn.Module(), self.graph)
+        before = module(*self.inputs)
+        done = rewrite(module.graph, NAMES, lambda rows, weight: rows.ndim == 2 and rows.dtype == weight.dtype)
+        module.recompile()
+        assert all(torch.equal(a, b) for a, b in zip(before, module(*self.inputs), strict=True))
+        assert done.fused == fused, str(done)
+        assert sum(node.target is torch.ops.collogue_vllm.all_reduce_norm.default for node in module.graph.nodes) == fused
+        assert sum(node.target is REDUCE for node in module.graph.nodes) == done.of - fused
+        assert why in str(done)
+        return done
+
+
+def test_with_a_residual_any_epsilon() -> None:
+    b = Builder()
+    b.check(*b.add_norm(b.reduce(), eps=9.999999747378752e-06), fused=1)
+
+
+def test_an_output_that_nobody_reads() -> None:
+    b = Builder()
+    norm, _ = b.add_norm(b.reduce())
+    b.check(norm, fused=1)
+
+
+def test_without_a_residual_the_sum_goes_on() -> None:
+    """The first layer: the norm's input is the stream, which the next layer adds."""
+    b = Builder()
+    summed = b.reduce()
+    norm = b.call(NORM, summed, b.w, 1e-6)
+    b.check(norm, b.call(torch.ops.aten.add.Tensor, summed, b.r), summed, fused=1)
+
+
+def test_two_in_a_row() -> None:
+    b = Builder()
+    norm, stream = b.add_norm(b.reduce())
+    second = b.call(REDUCE, norm, "tp:0")
+    both = b.call(ADD, second, stream, b.w, 1e-5)
+    done = b.check(b.call(operator.getitem, both, 0), b.call(operator.getitem, both, 1), fused=2)
+    assert str(done) == "2 of 2 all-reduces fused with their norm"
+
+
+def _read_twice(b: Builder) -> list[Node]:
+    summed = b.reduce()
+    return [*b.add_norm(summed), b.call(torch.ops.aten.relu.default, summed)]
+
+
+def _late_weight(b: Builder) -> list[Node]:
+    summed = b.reduce()
+    early = b.call(torch.ops.aten.relu.default, summed)
+    weight = b.call(torch.ops.aten.abs.default, b.w, like=b.w)
+    return [early, b.call(NORM, summed, weight, 1e-6)]
+
+
+def _wide_weight(b: Builder) -> list[Node]:
+    wide = b.call(torch.ops.aten._to_copy.default, b.w, like=b.w)
+    wide.meta["val"] = b.inputs[2].double()
+    return [b.call(NORM, b.reduce(), wide, 1e-6)]
+
+
+def _no_shape(b: Builder) -> list[Node]:
+    del b.x.meta["val"]
+    summed = b.graph.call_function(REDUCE, (b.x, "tp:0"))
+    return [b.graph.call_function(NORM, (summed, b.w, 1e-6))]
+
+
+def _own_residual(b: Builder) -> list[Node]:
+    summed = b.reduce()
+    return [b.call(operator.getitem, b.call(ADD, summed, summed, b.w, 1e-6), 0)]
+
+
+LEFT: dict[str, tuple[Callable[[Builder], list[Node]], str]] = {
+    "more than the norm reads it": (_read_twice, "more than the norm reads it"),
+    "its own residual": (_own_residual, "more than the norm reads it"),
+    "no norm": (lambda b: [b.call(torch.ops.aten.relu.default, b.reduce())], "no RMSNorm reads it"),
+    "the weight comes later": (_late_weight, "before the norm's inputs are there"),
+    "another dtype of the weight": (_wide_weight, "is not served"),
+    "no shape": (_no_shape, "its shape is not known"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT.values(), ids=LEFT.keys())
+def test_what_does_not_match_is_left_as_it_is(case: tuple[Callable[[Builder], list[Node]], str]) -> None:
+    build, why = case
+    b = Builder()
+    b.check(*build(b), fused=0, why=why)
+
+
+def test_a_norm_over_a_part_of_the_row_is_left() -> None:
+    b = Builder()
+    summed = b.reduce()
+    b.graph.output(b.graph.call_function(NORM, (summed, b.w, 1e-6, 4)))
+    done = rewrite(b.graph, NAMES, lambda rows, weight: True)
+    assert (done.fused, done.of) == (0, 1)
+    assert "a part of the row" in str(done)
+
+
+def test_a_norm_without_weight_is_left() -> None:
+    b = Builder()
+    b.graph.output(b.graph.call_function(NORM, (b.reduce(), None, 1e-6)))
+    assert "no weight" in str(rewrite(b.graph, NAMES, lambda rows, weight: True))
+
+
+def test_all_reduces_of_another_group_are_not_ours() -> None:
+    b = Builder()
+    b.graph.output(b.add_norm(b.reduce("ep:0")))
+    done = rewrite(b.graph, NAMES, lambda rows, weight: True)
+    assert (done.fused, done.of) == (0, 0)
