@@ -10,6 +10,7 @@ a negative zero, and NaN is stored as one pattern.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -37,7 +38,7 @@ from collogue.contract.formats import (
 from collogue.contract.prologue import ExpertCombine, ExpertReduce, Prologue
 from collogue.contract.quant import E2M1_MAX, E4M3_MAX, MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
 from collogue.contract.spec import VALUE_DTYPES, Output, RMSNorm, Wanted, owned_rows
-from collogue.errors import ArgumentError, DTypeError, FormatError, ShapeError
+from collogue.errors import ArgumentError, DTypeError, FormatError, PlatformError, ShapeError
 
 #: Shape of the mean square: a lane adds 8 elements, 32 lanes are folded by halves into the sum of one block.
 LANE = 8
@@ -180,6 +181,7 @@ def quantize(n: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
         raise ShapeError(
             f"quantize takes [T, H] in bfloat16, float16 or float32, got {n.dtype} {list(n.shape)}", hint="flatten to two dimensions"
         )
+    _check_arithmetic()
     tokens, hidden_size = n.shape
     shape, dtype = code_spec(quant, tokens, hidden_size)
     if isinstance(quant, FP8Static):
@@ -252,8 +254,18 @@ def _finish(y: Tensor, norm: RMSNorm | None, quant: Quant | None, wanted: Wanted
     )
 
 
+def _check_arithmetic() -> None:
+    """Raise :class:`PlatformError` where this thread's floating point flushes subnormal numbers to zero."""
+    if sys.float_info.min * 0.5 == 0.0:
+        raise PlatformError(
+            "floating point flushes subnormal numbers to zero in this thread; bits would differ from those of other ranks and of GPUs",
+            hint="call torch.set_flush_denormal(False); a library built with -ffast-math may have set it, too",
+        )
+
+
 def _check_values(named: Sequence[tuple[str, Tensor | None]], norm: RMSNorm | None) -> None:
     """All tensors are ``[T, H]`` of the first one's shape and dtype, and the norm fits them."""
+    _check_arithmetic()
     name, first = named[0]
     assert first is not None
     if first.ndim != 2 or first.dtype not in VALUE_DTYPES:

@@ -144,7 +144,7 @@ class KernelEngine:
         return bound(call.operation, call.partial, call.residual, call.norm, call.quant, call.keep_norm, out)
 
     def run(self, call: Call, out: Output | None) -> Output:
-        if self._debug and not torch.cuda.is_current_stream_capturing():
+        if self._debug and not call.bindable and not torch.cuda.is_current_stream_capturing():
             check_indices(call.partial)
         with self.in_use:
             if self._debug or (self.workspace is not None and self.workspace.failed):
