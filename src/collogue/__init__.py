@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collogue.communicator import Communicator
     from collogue.contract import formats, reference
     from collogue.contract.calibration import Calibration
+    from collogue.contract.prologue import ExpertCombine, ExpertReduce, PrologueForm
     from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
     from collogue.contract.reference import dequantize, quantize
     from collogue.contract.spec import Output, RMSNorm
@@ -38,6 +39,8 @@ __all__ = [
     "CollectiveTimeout",
     "CollogueError",
     "Communicator",
+    "ExpertCombine",
+    "ExpertReduce",
     "FP8Group",
     "FP8PerToken",
     "FP8Static",
@@ -46,6 +49,7 @@ __all__ = [
     "NotPrepared",
     "Output",
     "Plan",
+    "PrologueForm",
     "Quant",
     "RMSNorm",
     "compile",
@@ -69,6 +73,7 @@ _HOMES = {
     "full_state_dict": "collogue.pytorch.cut",
     "parallelize": "collogue.pytorch.parallel",
     **dict.fromkeys(("MXFP4", "MXFP8", "NVFP4", "FP8Group", "FP8PerToken", "FP8Static", "Quant"), "collogue.contract.quant"),
+    **dict.fromkeys(("ExpertCombine", "ExpertReduce", "PrologueForm"), "collogue.contract.prologue"),
     **dict.fromkeys(("dequantize", "quantize"), "collogue.contract.reference"),
     **dict.fromkeys(("Output", "RMSNorm"), "collogue.contract.spec"),
     **dict.fromkeys(("CollectiveError", "CollectiveTimeout", "CollogueError", "MismatchedCall", "NotPrepared"), "collogue.errors"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -13,6 +13,7 @@ from collogue import registry
 from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity, check_tokens
 from collogue.contract.number import is_whole
+from collogue.contract.prologue import Prologue, PrologueForm
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Output, RMSNorm, owned_rows
 from collogue.engine import Engine, make_engine, run
@@ -21,6 +22,7 @@ from collogue.gpu.journal import Journal
 from collogue.gpu.watch import Watch, while_alive
 from collogue.group import as_group, making
 from collogue.operations import Operations
+from collogue.planning.algorithm import AllReduceBy
 from collogue.planning.plan import Plan, check_width, make_plan
 from collogue.planning.table import TableArgument
 from collogue.planning.topology import Overrides, Topology, agree
@@ -65,7 +67,7 @@ class Communicator(Operations):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
         timeout: float = 30.0,
-        algorithm: Literal["one_shot", "two_shot"] | None = None,
+        algorithm: AllReduceBy | None = None,
         max_sms: int | None = None,
         cta_threads: int | None = None,
         concurrent: int = 1,
@@ -133,20 +135,27 @@ class Communicator(Operations):
         keep_norm: bool = False,
         hidden_size: int | None = None,
         operation: Operation = "all_reduce",
+        prologue: Prologue | PrologueForm | None = None,
+        branch_norm: RMSNorm | bool | None = None,
     ) -> None:
         """Build and load the kernels that calls of these shapes need, on all ranks. Collective.
 
-        Call it before capturing a CUDA graph. ``norm`` and ``quant`` are as in :meth:`all_reduce`; their values do not matter.
+        Call it before capturing a CUDA graph. ``norm``, ``branch_norm`` and ``quant`` are as in :meth:`all_reduce`;
+        their values do not matter.
 
         Args:
             tokens: T, the rows of the whole on every rank, also where a rank returns only those it owns.
             operation: ``"all_reduce"``, ``"sharded"`` (:meth:`all_reduce` with ``sharded=True``), ``"reduce_scatter"``, ``"all_gather"`` or
                 ``"finish"``. For ``"all_gather"`` residual, norm and quant say what the shard holds (a residual or reduced; a norm; codes).
+            prologue: what stands in the place of the partial, or its :class:`collogue.PrologueForm`.
         """
         engine = self._open()
         self._refuse_capture("prepare")
         counts = list(tokens) if isinstance(tokens, Iterable) else [tokens]
-        requests = [self._capacity.request(t, residual, norm, quant, keep_norm, hidden_size, operation) for t in counts]
+        requests = [
+            self._capacity.request(t, residual, norm, quant, keep_norm, hidden_size, operation, prologue, branch_norm or None)
+            for t in counts
+        ]
         engine.prepare(map(self._capacity.signature, requests))
         self._group.barrier()
 
@@ -160,6 +169,8 @@ class Communicator(Operations):
         keep_norm: bool = False,
         hidden_size: int | None = None,
         operation: Operation = "all_reduce",
+        prologue: Prologue | PrologueForm | None = None,
+        branch_norm: RMSNorm | bool | None = None,
     ) -> Output:
         """Outputs of such a call, uninitialised: allocated once, to be passed as ``out=`` to many calls.
 
@@ -169,6 +180,7 @@ class Communicator(Operations):
             tokens, operation: as in :meth:`prepare`.
             residual, norm, quant, keep_norm: as the call itself takes them; ``True`` stands for any residual or norm.
             hidden_size: H, default: the communicator's.
+            prologue: as in :meth:`prepare`.
         Returns:
             :class:`collogue.Output`, the tensors that the call would return. They are the caller's.
         Synchronisation:
@@ -179,7 +191,7 @@ class Communicator(Operations):
         self._open()
         there = isinstance(residual, torch.Tensor) or bool(residual)
         return self._capacity.signature(
-            self._capacity.request(tokens, there, norm or None, quant, keep_norm, hidden_size, operation)
+            self._capacity.request(tokens, there, norm or None, quant, keep_norm, hidden_size, operation, prologue, branch_norm or None)
         ).empty()
 
     def fits(self, tokens: int, hidden_size: int | None = None) -> bool:
@@ -200,14 +212,19 @@ class Communicator(Operations):
         keep_norm: bool = False,
         hidden_size: int | None = None,
         operation: Operation = "all_reduce",
+        prologue: Prologue | PrologueForm | None = None,
+        branch_norm: RMSNorm | bool | None = None,
     ) -> Plan:
         """The frozen plan of such a call: algorithm, why, launch shape and launches, predicted, least and measured time, bytes sent and
         bytes of workspace. ``print`` shows it line by line.
 
-        ``tokens`` and ``operation`` are as in :meth:`prepare`.
+        ``tokens``, ``operation`` and ``prologue`` are as in :meth:`prepare`.
         """
         self._open()
-        return make_plan(self.topology, self._capacity.request(tokens, residual, norm or None, quant, keep_norm, hidden_size, operation))
+        return make_plan(
+            self.topology,
+            self._capacity.request(tokens, residual, norm or None, quant, keep_norm, hidden_size, operation, prologue, branch_norm or None),
+        )
 
     def check(self) -> None:
         """Raise what was found in an earlier call; return if there is nothing. Waits for no kernel.

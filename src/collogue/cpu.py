@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import os
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
-from collogue.calls.call import Call
+from collogue.calls.call import Call, check_indices
 from collogue.calls.outputs import write
 from collogue.calls.request import Signature
 from collogue.contract import reference
 from collogue.contract.formats import place_scales, read_scales
+from collogue.contract.prologue import ExpertCombine, ExpertReduce
 from collogue.contract.quant import describe
 from collogue.contract.spec import Output
 from collogue.errors import CollectiveError
@@ -34,6 +36,7 @@ class ReferenceEngine:
         self._number = _carried[group] = _carried.get(group, 0) + 1
         self._failure: CollectiveError | None = None
         self._in_use = Exclusive()
+        self._debug = os.environ.get("COLLOGUE_DEBUG", "0") not in ("", "0")
 
     def quick(self, call: Call, out: Output | None) -> None:
         """The reference is not quick."""
@@ -42,6 +45,8 @@ class ReferenceEngine:
         """Nothing is bound."""
 
     def run(self, call: Call, out: Output | None) -> Output:
+        if self._debug:
+            check_indices(call.partial)
         with self._in_use:
             alone = call.operation == "finish" or self.group.size == 1
             result = self._result(call) if alone else self._together(call)
@@ -69,12 +74,14 @@ class ReferenceEngine:
         if call.shard is not None:
             return self._gather(call.shard, call)
         keep_norm = call.wanted.norm and call.quant is not None
+        own_term = reference.term_of(call.partial)
         if call.operation == "finish":
-            return reference.finish(call.partial, norm=call.norm, quant=call.quant, keep_norm=keep_norm)
-        partials = self._exchange(call.partial).unbind(0)
+            return reference.finish(own_term, norm=call.norm, quant=call.quant, keep_norm=keep_norm)
+        partials = self._exchange(own_term).unbind(0)
         if call.rows is not None:
             partials = tuple(partial[call.rows.start : call.rows.stop] for partial in partials)
-        own = reference.all_reduce(partials, residual=call.residual, norm=call.norm, quant=call.quant, keep_norm=keep_norm)
+        epilogue = {"norm": call.norm, "quant": call.quant, "keep_norm": keep_norm, "branch_norm": call.branch_norm}
+        own = reference.all_reduce(partials, residual=call.residual, **epilogue)  # type: ignore[arg-type]
         if call.operation != "sharded":
             return own
         finished = self._gather(replace(own, reduced=None, residual=None), call)
@@ -137,13 +144,18 @@ class ReferenceEngine:
 def _describe(call: Call, number: int) -> str:
     """What must agree between ranks, as text. ``number``: of the communicator among those of the group object."""
     parts = [call.operation, f"tokens={call.tokens}", f"hidden_size={call.hidden_size}"]
-    parts.append(f"dtype={str(call.partial.dtype).removeprefix('torch.')}")
+    parts.append(f"dtype={str(call.signature.request.dtype).removeprefix('torch.')}")
+    if isinstance(call.partial, ExpertCombine):
+        parts.append(f"expert_combine(top_k={call.partial.count})")
+    elif isinstance(call.partial, ExpertReduce):
+        parts.append("expert_reduce")
     if call.shard is not None:
         parts.append(f"shard={'+'.join(name for name, _ in call.shard.items())}")
     else:
         parts.append(f"residual={'yes' if call.residual is not None else 'no'}")
-    if call.norm is not None:
-        parts.append(f"norm(eps={call.norm.eps:.9g}, weight_offset={call.norm.weight_offset:.9g}, weight={call.norm.weight.dtype})")
+    for name, norm in (("norm", call.norm), ("branch_norm", call.branch_norm)):
+        if norm is not None:
+            parts.append(f"{name}(eps={norm.eps:.9g}, weight_offset={norm.weight_offset:.9g}, weight={norm.weight.dtype})")
     parts.append(f"quant={describe(call.quant)}")
     if (smallest := getattr(call.quant, "smallest", None)) is not None:
         parts.append(f"smallest={smallest:.9g}")

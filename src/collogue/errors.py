@@ -10,6 +10,7 @@ CollogueError
 │   ├── ScaleError                  a scale of the wrong kind, or not positive and finite
 │   ├── FormatError                 a format this hidden size or option set does not have
 │   ├── CapacityError               more tokens than the communicator was made for
+│   ├── IndexRangeError             an index that names no row, under COLLOGUE_DEBUG
 │   ├── GradError                   a tensor that requires grad, in grad mode
 │   ├── GroupError                  a group that cannot be used (rank not in it, too large, not given)
 │   └── UnsupportedError            (NotImplementedError) a part of another library's interface that Collogue does not serve
@@ -83,6 +84,10 @@ class FormatError(ArgumentError):
 
 class CapacityError(ArgumentError):
     """The call is larger than the communicator was made for."""
+
+
+class IndexRangeError(ArgumentError):
+    """An index names a row that there is not. Looked for where ``COLLOGUE_DEBUG`` is set; else such slots contribute nothing."""
 
 
 class GradError(ArgumentError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -11,18 +11,18 @@ from collogue import ops
 from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity
 from collogue.calls.gather import check_gather
-from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.prologue import Prologue
+from collogue.contract.quant import FP8Static, Quant, Scaled
 from collogue.contract.spec import Operation, Output, RMSNorm
 from collogue.engine import Engine
 from collogue.ops import is_traced
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-#: Formats whose calls return scales.
-Scaled: TypeAlias = NVFP4 | MXFP4 | MXFP8 | FP8PerToken | FP8Group
 
 
 class _Given(TypedDict, total=False):
     out: Output | None
+    branch_norm: RMSNorm | None
 
 
 class _Sharded(_Given, total=False):
@@ -38,32 +38,32 @@ class Operations:
 
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: None = None, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: None = None, **more: Unpack[_Sharded]
     ) -> Output[Tensor, None, None, None, None]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: FP8Static, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: FP8Static, **more: Unpack[_Sharded]
     ) -> Output[Tensor, None, None, Tensor, None]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: Scaled, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: Scaled, **more: Unpack[_Sharded]
     ) -> Output[Tensor, None, None, Tensor, Tensor]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: None = None, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: None = None, **more: Unpack[_Sharded]
     ) -> Output[None, Tensor, None, None, None]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: FP8Static, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: FP8Static, **more: Unpack[_Sharded]
     ) -> Output[None, Tensor, None, Tensor, None]: ...
     @overload
     def all_reduce(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: Scaled, **more: Unpack[_Sharded]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: Scaled, **more: Unpack[_Sharded]
     ) -> Output[None, Tensor, None, Tensor, Tensor]: ...
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -74,7 +74,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -85,7 +85,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -96,7 +96,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -107,7 +107,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -118,7 +118,7 @@ class Operations:
     @overload
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm | None = None,
@@ -128,7 +128,7 @@ class Operations:
     ) -> Output: ...
     def all_reduce(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm | None = None,
@@ -136,21 +136,25 @@ class Operations:
         keep_norm: bool = False,
         sharded: bool = False,
         out: Output | None = None,
+        branch_norm: RMSNorm | None = None,
     ) -> Output:
         """Sum ``partial`` over the group, add the residual, normalise and quantise each row.
 
         ``s = x_0 + x_1 + ..; y = round(s + residual); n = norm(y); codes, scales = quant(n)``
 
         Args:
-            partial: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. This rank's term; not modified.
+            partial: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. This rank's term; not modified. Or
+                :class:`collogue.ExpertCombine` or ``ExpertReduce``: the term is worked out in the same kernel.
             residual: ``[T, H]``, same dtype. The same values on every rank.
             norm: :class:`collogue.RMSNorm`. Without one, ``quant`` quantises ``y``.
-            quant: :class:`collogue.NVFP4`, ``MXFP4``, ``MXFP8``, ``FP8Static``, ``FP8PerToken`` or ``FP8Group``.
+            quant: a format: :class:`collogue.NVFP4`, ``FP8PerToken``, ...: the subclasses of :class:`collogue.Quant`.
             keep_norm: also return the norm beside its codes.
             sharded: every rank keeps only the rows of y that it owns (sequence parallelism): ``residual`` is ``[R, H]``, the rows
                 ``owned_rows(T)``, and so is the y returned. Norm, codes and scales have all T rows on every rank; at least one of
                 norm and quant is then needed.
             out: tensors to write, exactly those the call returns; ``out.residual`` may be ``residual``.
+            branch_norm: a norm of the sum, before the residual is added (Gemma 2 and 3, OLMo 2, GLM-4):
+                ``y = round(residual + round(branch_norm(round(s))))``. Needs a residual. Its weight is read with the inputs.
         Returns:
             :class:`collogue.Output`: ``reduced`` or ``residual`` (y), ``norm``, ``codes``, ``scales``; identical bits on
             every rank, and the same bits whether ``sharded`` or not. The tensors are the caller's: no later call writes them.
@@ -166,36 +170,36 @@ class Operations:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        return self._call("sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm, out)
+        return self._call("sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm, out, branch_norm)
 
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: None = None, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: None = None, **more: Unpack[_Given]
     ) -> Output[Tensor, None, None, None, None]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: FP8Static, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: FP8Static, **more: Unpack[_Given]
     ) -> Output[Tensor, None, None, Tensor, None]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: None = None, norm: None = None, quant: Scaled, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: None = None, norm: None = None, quant: Scaled, **more: Unpack[_Given]
     ) -> Output[Tensor, None, None, Tensor, Tensor]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: None = None, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: None = None, **more: Unpack[_Given]
     ) -> Output[None, Tensor, None, None, None]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: FP8Static, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: FP8Static, **more: Unpack[_Given]
     ) -> Output[None, Tensor, None, Tensor, None]: ...
     @overload
     def reduce_scatter(
-        self, partial: Tensor, *, residual: Tensor, norm: None = None, quant: Scaled, **more: Unpack[_Given]
+        self, partial: Tensor | Prologue, *, residual: Tensor, norm: None = None, quant: Scaled, **more: Unpack[_Given]
     ) -> Output[None, Tensor, None, Tensor, Tensor]: ...
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -206,7 +210,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -217,7 +221,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -228,7 +232,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -239,7 +243,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm,
@@ -250,7 +254,7 @@ class Operations:
     @overload
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm | None = None,
@@ -260,13 +264,14 @@ class Operations:
     ) -> Output: ...
     def reduce_scatter(
         self,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm | None = None,
         quant: Quant | None = None,
         keep_norm: bool = False,
         out: Output | None = None,
+        branch_norm: RMSNorm | None = None,
     ) -> Output:
         """The rows of :meth:`all_reduce` that this rank owns, and no others: its first half, for engines that gather later.
 
@@ -275,7 +280,7 @@ class Operations:
         Args:
             partial: ``[T, H]``, all rows of this rank's term, as for :meth:`all_reduce`.
             residual: ``[R, H]``, same dtype: the rows of the residual that this rank owns.
-            norm, quant, keep_norm: as for :meth:`all_reduce`.
+            norm, quant, keep_norm, branch_norm: as for :meth:`all_reduce`.
             out: tensors to write, exactly those the call returns; ``out.residual`` may be ``residual``.
         Returns:
             :class:`collogue.Output`, each tensor with R rows: the bits that :meth:`all_reduce` has in these rows. Scales are in the layout
@@ -287,7 +292,7 @@ class Operations:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        return self._call("reduce_scatter", partial, residual, norm, quant, keep_norm, out)
+        return self._call("reduce_scatter", partial, residual, norm, quant, keep_norm, out, branch_norm)
 
     def all_gather(self, shard: Output, tokens: int, *, quant: Quant | None = None, out: Output | None = None) -> Output:
         """Give every rank the rows of all ranks: the second half of ``all_reduce(sharded=True)``.
@@ -380,19 +385,20 @@ class Operations:
     def _call(
         self,
         operation: Operation,
-        partial: Tensor,
+        partial: Tensor | Prologue,
         residual: Tensor | None,
         norm: RMSNorm | None,
         quant: Quant | None,
         keep_norm: bool,
         out: Output | None,
+        branch_norm: RMSNorm | None = None,
     ) -> Output:
         engine = None if _is_dynamo_compiling() else self._engine
-        if engine is not None:  # what most calls come to: its arguments are not put together first
+        if engine is not None and branch_norm is None:  # what most calls come to: its arguments are not put together first
             done = engine.latest(operation, partial, residual, norm, quant, keep_norm, out)
             if done is not None:
                 return done
-        call = Call(partial, residual, norm, quant, keep_norm, operation)
+        call = Call(partial, residual, norm, quant, keep_norm, operation, branch_norm=branch_norm)
         if engine is not None:
             done = engine.quick(call, out)
             if done is not None:

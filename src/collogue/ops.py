@@ -11,7 +11,6 @@ scales belong to one row each.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -23,13 +22,18 @@ from collogue import registry
 from collogue.calls.call import Call, check_no_grad
 from collogue.calls.outputs import write_traced
 from collogue.contract.formats import code_spec, empty_scales
-from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe, parse
+from collogue.contract.prologue import PROLOGUES, ExpertCombine, ExpertReduce, Prologue
+from collogue.contract.quant import NVFP4, FP8Static, Quant, describe, parse
 from collogue.contract.spec import OUTPUTS, Operation, Output, RMSNorm, Wanted
+from collogue.errors import ArgumentError
 
-#: Of every operator but ``all_gather``. ``partial`` is y for ``finish``; ``scale_value`` counts where ``scale`` is ``None``.
+#: Of every operator but ``all_gather``. ``partial`` is y for ``finish``; ``scale_value`` counts where ``scale`` is ``None``. Of a prologue
+#: (its kind) ``partial`` is the experts' output, and ``shared_expert`` the token input of an ``expert_reduce``.
 ARGUMENTS = (
     "Tensor partial, Tensor? residual, Tensor? weight, float eps, float weight_offset, str quant, Tensor? scale, "
-    "float scale_value, float smallest, bool keep_norm, str comm"
+    "float scale_value, float smallest, bool keep_norm, str comm, bool prefetch=True, str prologue='none', Tensor? expert_index=None, "
+    "Tensor? expert_weights=None, Tensor? shared_expert=None, float scaling=1.0, "
+    "Tensor? branch_weight=None, float branch_eps=0.0, float branch_offset=0.0"
 )
 _GATHERED = (
     "Tensor? reduced, Tensor? residual, Tensor? norm, Tensor? codes, Tensor? scales, SymInt tokens, str quant, float smallest, str comm"
@@ -44,10 +48,10 @@ def is_traced() -> bool:
 
 def call(comm: str, asked: Call, out: Output | None = None) -> Output:
     """A call of the communicator ``comm`` through the operator of its operation. The operator's results are copied into ``out``."""
-    norm, quant = asked.norm, asked.quant
+    partial, norm, quant, branch = asked.partial, asked.norm, asked.quant, asked.branch_norm
     scale = quant.given_scale if quant is not None else None
     tensors = getattr(torch.ops.collogue, asked.operation).default(
-        asked.partial,
+        partial.expert_output if isinstance(partial, PROLOGUES) else partial,
         asked.residual,
         None if norm is None else norm.weight,
         0.0 if norm is None else norm.eps,
@@ -58,8 +62,35 @@ def call(comm: str, asked: Call, out: Output | None = None) -> Output:
         getattr(quant, "smallest", 0.0),
         asked.keep_norm,
         comm,
+        norm is None or norm.prefetch,
+        *_apart(partial),
+        None if branch is None else branch.weight,
+        0.0 if branch is None else branch.eps,
+        0.0 if branch is None else branch.weight_offset,
     )
     return _output(tensors, asked.wants(), out, asked.inputs())
+
+
+def _apart(partial: Tensor | Prologue) -> tuple[str, Tensor | None, Tensor | None, Tensor | None, float]:
+    """An operator's last arguments: what is not the experts' output."""
+    if isinstance(partial, ExpertCombine):
+        return "expert_combine", partial.index, partial.weights, partial.shared_expert, float(partial.scaling)
+    if isinstance(partial, ExpertReduce):
+        return "expert_reduce", None, partial.weights, partial.token_input, 1.0
+    return "none", None, None, None, 1.0
+
+
+def _together(
+    partial: Tensor, prologue: str, index: Tensor | None, weights: Tensor | None, shared: Tensor | None, scaling: float
+) -> Tensor | Prologue:
+    """The inverse. Raises :class:`ArgumentError` for arguments that are of no prologue."""
+    if prologue == "expert_combine" and index is not None:
+        return ExpertCombine(partial.contiguous(), index, weights, shared, scaling)
+    if prologue == "expert_reduce" and weights is not None and shared is not None and index is None and scaling == 1:
+        return ExpertReduce(partial.contiguous(), weights, shared)
+    if prologue != "none" or not (index is weights is shared is None and scaling == 1):
+        raise ArgumentError(f"there is no prologue {prologue!r} of these tensors", hint="see the schema: collogue.ops.ARGUMENTS")
+    return partial
 
 
 def gather(comm: str, shard: Output, tokens: int, quant: Quant | None, out: Output | None = None) -> Output:
@@ -88,10 +119,7 @@ def _tensors(out: Output) -> list[Tensor]:
 
 @functools.lru_cache(maxsize=256)
 def _format(label: str, scale: float, smallest: float) -> Quant | None:
-    quant = parse(label, global_scale=scale, static_scale=scale)
-    if isinstance(quant, FP8PerToken | FP8Group):
-        return dataclasses.replace(quant, smallest=smallest)
-    return quant
+    return parse(label, global_scale=scale, static_scale=scale, smallest=smallest)
 
 
 # ---- what runs
@@ -110,25 +138,37 @@ def _run(
     smallest: float,
     keep_norm: bool,
     comm: str,
+    prefetch: bool = True,
+    prologue: str = "none",
+    expert_index: Tensor | None = None,
+    expert_weights: Tensor | None = None,
+    shared_expert: Tensor | None = None,
+    scaling: float = 1.0,
+    branch_weight: Tensor | None = None,
+    branch_eps: float = 0.0,
+    branch_offset: float = 0.0,
 ) -> list[Tensor]:
+    given = _together(partial, prologue, expert_index, expert_weights, shared_expert, scaling)
     format = _format(quant, scale_value, smallest)
     if scale is not None and isinstance(format, NVFP4):
         format = NVFP4(scale, format.layout)
     elif scale is not None and isinstance(format, FP8Static):
         format = FP8Static(scale)
-    norm = None if weight is None else RMSNorm(weight, eps, weight_offset)
+    norm = None if weight is None else RMSNorm(weight, eps, weight_offset, prefetch)
     owner = registry.find(comm)
     engine = owner._engine
-    if engine is None:
+    branch = None if branch_weight is None else RMSNorm(branch_weight, branch_eps, branch_offset)
+    if engine is None or branch is not None:
         done = None
     else:
-        done = engine.latest(operation, partial, residual, norm, format, keep_norm, None)
+        done = engine.latest(operation, given, residual, norm, format, keep_norm, None)
         if done is None:
-            done = engine.quick(Call(partial, residual, norm, format, keep_norm, operation), None)
+            done = engine.quick(Call(given, residual, norm, format, keep_norm, operation), None)
     if done is not None:
         return _tensors(done)
-    parts = _parts(operation, partial.contiguous(), residual, format, owner.max_tokens)
-    calls = (Call(rows, theirs, norm, format, keep_norm, operation) for rows, theirs in parts)
+    term = given if isinstance(given, PROLOGUES) else given.contiguous()
+    parts = _parts(operation, term, residual, format, owner.max_tokens)
+    calls = (Call(rows, theirs, norm, format, keep_norm, operation, branch_norm=branch) for rows, theirs in parts)
     outs = [owner._run(call) for call in calls]
     if len(outs) == 1:
         return _tensors(outs[0])
@@ -136,16 +176,19 @@ def _run(
 
 
 def _parts(
-    operation: Operation, partial: Tensor, residual: Tensor | None, format: Quant | None, most: int
-) -> Iterable[tuple[Tensor, Tensor | None]]:
+    operation: Operation, partial: Tensor | Prologue, residual: Tensor | None, format: Quant | None, most: int
+) -> Iterable[tuple[Tensor | Prologue, Tensor | None]]:
     """The call's rows, in as many calls as they need. Rows are independent, and the batch never changes a bit."""
     residual = None if residual is None else residual.contiguous()
-    if partial.shape[0] <= most:
+    tokens = partial.tokens if isinstance(partial, PROLOGUES) else partial.shape[0]
+    if tokens <= most:
         return [(partial, residual)]
     # Other operations share rows out among ranks, other formats lay the scales of several rows out together.
-    if operation not in ("all_reduce", "finish") or not isinstance(format, FP8Static | FP8PerToken | None):
+    if operation not in ("all_reduce", "finish") or hasattr(format, "layout"):
         return [(partial, residual)]
-    return [(partial[i : i + most], None if residual is None else residual[i : i + most]) for i in range(0, len(partial), most)]
+    starts = range(0, tokens, most)
+    terms = [partial.rows(i, i + most) if isinstance(partial, PROLOGUES) else partial[i : i + most] for i in starts]
+    return [(term, None if residual is None else residual[i : i + most]) for i, term in zip(starts, terms, strict=True)]
 
 
 class _Gathered(NamedTuple):
@@ -186,6 +229,15 @@ class _Arguments(NamedTuple):
     smallest: float
     keep_norm: bool
     comm: str
+    prefetch: bool = True
+    prologue: str = "none"
+    expert_index: Tensor | None = None
+    expert_weights: Tensor | None = None
+    shared_expert: Tensor | None = None
+    scaling: float = 1.0
+    branch_weight: Tensor | None = None
+    branch_eps: float = 0.0
+    branch_offset: float = 0.0
 
 
 def _fake(operation: Operation, *given: Any, **named: Any) -> list[Tensor]:
@@ -193,7 +245,7 @@ def _fake(operation: Operation, *given: Any, **named: Any) -> list[Tensor]:
     partial, comm, format = asked.partial, asked.comm, _format(asked.quant, 1.0, asked.smallest)
     has_residual, has_norm = asked.residual is not None, asked.weight is not None
     wanted = Wanted.of(has_residual=has_residual, has_norm=has_norm, quant=format, keep_norm=asked.keep_norm, operation=operation)
-    tokens, width = partial.shape
+    tokens, width = partial.shape[-2:] if asked.expert_index is None else (asked.expert_index.shape[0], partial.shape[1])
     owned = _owned(tokens, comm) if operation in ("sharded", "reduce_scatter") else tokens
     finished = owned if operation == "reduce_scatter" else tokens
     out = []
@@ -218,7 +270,7 @@ def _fake_codes(format: Quant | None, rows: int, width: int, device: torch.devic
         return []
     shape, dtype = code_spec(format, rows, width)
     codes = torch.empty(shape, dtype=dtype, device=device)
-    return [codes] if isinstance(format, FP8Static) else [codes, empty_scales(format, rows, width, device)]
+    return [codes] if format.scale_dtype is None else [codes, empty_scales(format, rows, width, device)]
 
 
 def _fake_gather(*given: Any, **named: Any) -> list[Tensor]:
@@ -234,18 +286,18 @@ def _fake_gather(*given: Any, **named: Any) -> list[Tensor]:
 
 # ---- autograd
 
-#: What errors call the tensors that an operator's arguments begin with.
-_TENSORS = ("partial", "residual", "RMSNorm.weight")
-_GATHERED_TENSORS = tuple(f"shard.{name}" for name in OUTPUTS)
+#: What errors call the tensors of an operator's arguments, and where they stand.
+_TENSORS = {"partial": 0, "residual": 1, "RMSNorm.weight": 2, "expert weights": 14, "shared_expert": 15, "branch_norm.weight": 17}
+_GATHERED_TENSORS = {f"shard.{name}": place for place, name in enumerate(OUTPUTS)}
 
 
-def _refuse_grad(operator: str, tensors: tuple[str, ...], run: Any, keys: Any, *given: Any) -> list[Tensor]:
+def _refuse_grad(operator: str, tensors: dict[str, int], run: Any, keys: Any, *given: Any) -> list[Tensor]:
     """Refuse what an eager call refuses, tensors that require grad in grad mode, and go on below autograd.
 
     Where nothing traces, the kernel itself comes next: then without another way through the dispatcher.
     """
     if torch.is_grad_enabled():
-        check_no_grad(*zip(tensors, given, strict=False))
+        check_no_grad(*((name, given[place]) for name, place in tensors.items() if place < len(given)))
     if (keys & torch._C._after_autograd_keyset).highestPriorityTypeId() in _KERNELS:
         with torch._C._AutoDispatchBelowAutograd():
             eager: list[Tensor] = run(*given)
@@ -260,7 +312,7 @@ _library: Any = torch.library.Library("collogue", "DEF")  # type: ignore[no-unty
 _TAGS = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides]
 
 
-def _register(name: str, arguments: str, tensors: tuple[str, ...], run: Any, fake: Any) -> None:
+def _register(name: str, arguments: str, tensors: dict[str, int], run: Any, fake: Any) -> None:
     _library.define(f"{name}({arguments}) -> Tensor[]", tags=_TAGS)
     for device in ("CPU", "CUDA"):
         _library.impl(name, run, device)

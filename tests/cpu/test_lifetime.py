@@ -186,7 +186,7 @@ def test_the_variable_that_makes_every_call_look(value: str | None, checks: int,
     monkeypatch.setattr(engine, "check", lambda: looked.append(1))
     monkeypatch.setattr(engine, "_launch", lambda ready, call, out: None)
     engine._ready["a call"] = cuda._Ready(None)  # type: ignore[index]
-    engine.run(SimpleNamespace(signature="a call"), Output())  # type: ignore[arg-type]
+    engine.run(SimpleNamespace(signature="a call", bindable=True), Output())  # type: ignore[arg-type]
     assert len(looked) == checks
 
 

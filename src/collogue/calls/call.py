@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
-from collogue.calls.capacity import Capacity, check_hidden_size, check_kinds, raise_capacity
+from collogue.calls.capacity import Capacity, check_hidden_size, check_kinds, check_norm_kind, raise_capacity
 from collogue.calls.request import Signature, make_request
+from collogue.contract.prologue import PROLOGUES, ExpertCombine, Prologue
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Output, RMSNorm, Wanted, owned_rows
-from collogue.errors import ArgumentError, DeviceError, DTypeError, GradError, LayoutError, ShapeError
+from collogue.errors import ArgumentError, DeviceError, DTypeError, GradError, IndexRangeError, LayoutError, ShapeError
 
 #: Bytes to which rows and tensors must be aligned: kernels move 16 bytes at a time.
 ALIGNMENT = 16
@@ -22,17 +23,19 @@ ALIGNMENT = 16
 class Call:
     """The arguments of one call, as the user gave them. :func:`check_call` checks them and sets ``signature``.
 
-    ``partial``: this rank's term [T, H]; of ``finish``, y; of ``all_gather``, a tensor without memory (meta) that only says the shape and
-    dtype of gathered values. ``shard``: what is gathered. A new argument of a call is a field here and a field of :class:`Request`.
+    ``partial``: this rank's term [T, H], or what it is worked out from; of ``finish``, y; of ``all_gather``, a tensor without memory
+    (meta) that only says the shape and dtype of gathered values. ``shard``: what is gathered. A new argument of a call is a field here and
+    a field of :class:`Request`.
     """
 
-    partial: torch.Tensor
+    partial: torch.Tensor | Prologue
     residual: torch.Tensor | None = None
     norm: RMSNorm | None = None
     quant: Quant | None = None
     keep_norm: bool = False
     operation: Operation = "all_reduce"
     shard: Output | None = None
+    branch_norm: RMSNorm | None = None
     signature: Signature = None  # type: ignore[assignment]  # set by check_call
 
     @property
@@ -53,6 +56,11 @@ class Call:
         """Which of the T rows this rank owns, where it gives or gets a shard."""
         return self.signature.rows
 
+    @property
+    def bindable(self) -> bool:
+        """Whether the next call like it may take the short way (``gpu/bound.py``), which knows the arguments of most calls only."""
+        return self.shard is None and self.branch_norm is None and not isinstance(self.partial, PROLOGUES)
+
     def wants(self) -> Wanted:
         """Which outputs the call has, of a call that has not been checked. Raises :class:`ArgumentError` where there would be none."""
         if self.shard is not None:
@@ -70,11 +78,16 @@ class Call:
         if self.shard is not None:
             yield from ((f"shard.{name}", tensor) for name, tensor in self.shard.items())
             return
-        yield "partial" if self.operation != "finish" else "y", self.partial
+        if isinstance(self.partial, PROLOGUES):
+            yield from self.partial.tensors()
+        else:
+            yield "partial" if self.operation != "finish" else "y", self.partial
         if self.residual is not None:
             yield "residual", self.residual
         if self.norm is not None:
             yield "RMSNorm.weight", self.norm.weight
+        if self.branch_norm is not None:
+            yield "branch_norm.weight", self.branch_norm.weight
         if self.quant is not None and isinstance(self.quant.given_scale, torch.Tensor):
             yield "the scale", self.quant.given_scale
 
@@ -88,21 +101,30 @@ def check_call(capacity: Capacity, call: Call) -> Call:
     if not isinstance(call.keep_norm, bool):
         raise ArgumentError(f"keep_norm is {call.keep_norm!r}; expected True or False", hint="pass keep_norm=True to also get the norm")
     name = "partial" if call.operation != "finish" else "y"
-    check_values(name, partial, capacity)
-    tokens, hidden_size = partial.shape
+    if isinstance(partial, PROLOGUES):
+        tokens, hidden_size = _check_prologue(partial, call.operation, capacity)
+        name = type(partial).__name__
+    else:
+        check_values(name, partial, capacity)
+        tokens, hidden_size = partial.shape
     if hidden_size > capacity.hidden_size or tokens > capacity.max_tokens:
         raise_capacity(name, tokens, hidden_size, capacity)
     check_hidden_size(hidden_size)
     if residual is not None:
         check_values("residual", residual, capacity)
-        _check_residual(residual, partial, capacity, call.operation)
+        _check_residual(residual, name, (tokens, hidden_size), capacity, call.operation)
     check_kinds(norm, quant)
-    if norm is not None:
-        _check_norm(norm, hidden_size, capacity)
+    branch = call.branch_norm
+    check_norm_kind("branch_norm", branch)
+    for norm_name, each in (("RMSNorm", norm), ("branch_norm", branch)):
+        if each is not None:
+            _check_norm(norm_name, each, hidden_size, capacity)
     if quant is not None:
         _check_quant(quant, hidden_size, capacity)
     if torch.is_grad_enabled():
-        check_no_grad(("partial", partial), ("residual", residual), ("RMSNorm.weight", None if norm is None else norm.weight))
+        terms = partial.tensors() if isinstance(partial, PROLOGUES) else ((name, partial),)
+        check_no_grad(*terms, ("residual", residual), ("RMSNorm.weight", None if norm is None else norm.weight))
+        check_no_grad(("branch_norm.weight", None if branch is None else branch.weight))
     request = make_request(
         tokens,
         hidden_size,
@@ -114,24 +136,58 @@ def check_call(capacity: Capacity, call: Call) -> Call:
         keep_norm=call.keep_norm,
         operation=call.operation,
         late_weight=norm is not None and not norm.prefetch,
+        prologue=partial.form if isinstance(partial, PROLOGUES) else None,
+        branch=branch is not None,
+        wide_branch=branch is not None and branch.weight.dtype != capacity.dtype,
     )
     call.signature = capacity.signature(request)
     return call
 
 
-def _check_residual(residual: torch.Tensor, partial: torch.Tensor, capacity: Capacity, operation: Operation) -> None:
-    tokens, hidden_size = partial.shape
+def _check_prologue(given: Prologue, operation: Operation, capacity: Capacity) -> tuple[int, int]:
+    """T and H. What fits what inside of a prologue it has checked itself."""
+    name = type(given).__name__
+    if operation == "finish":
+        raise ArgumentError(f"y is a collogue.{name}, and finish sums nothing", hint="pass it to all_reduce or reduce_scatter")
+    for each, tensor in given.tensors():
+        check_ordinary(each, tensor)
+        check_rows(each, tensor, capacity.device)
+        if each.rpartition(".")[2] not in ("index", "weights"):
+            check_alignment(each, tensor)
+    if given.expert_output.dtype != capacity.dtype:
+        raise DTypeError(
+            f"{name}.expert_output has dtype {given.expert_output.dtype}; the communicator was made for {capacity.dtype}",
+            hint="make one communicator per dtype, or convert the tensors",
+        )
+    return given.tokens, given.hidden_size
+
+
+def check_indices(given: torch.Tensor | Prologue) -> None:
+    """Raise :class:`IndexRangeError` where an index is neither -1 nor a row. Waits for the device: for ``COLLOGUE_DEBUG``."""
+    if not isinstance(given, ExpertCombine) or not given.index.numel():
+        return
+    least, most = (int(value) for value in given.index.aminmax())
+    rows = len(given.expert_output)
+    if least < -1 or most >= rows:
+        raise IndexRangeError(
+            f"ExpertCombine.index holds {least if least < -1 else most}; expert_output has {rows} rows",
+            hint="indices are rows of expert_output, or -1; without COLLOGUE_DEBUG such a slot contributes nothing",
+        )
+
+
+def _check_residual(residual: torch.Tensor, name: str, shape: tuple[int, int], capacity: Capacity, operation: Operation) -> None:
+    tokens, hidden_size = shape
     if operation in ("sharded", "reduce_scatter"):
         rows = owned_rows(tokens, capacity.world_size, capacity.rank)
         if residual.shape != (len(rows), hidden_size):
             raise ShapeError(
                 f"residual has shape {list(residual.shape)}; rank {capacity.rank} of {capacity.world_size} owns {len(rows)} rows of "
-                f"partial {list(partial.shape)}",
+                f"{name} {list(shape)}",
                 hint="give the rows that this rank owns: comm.shard(residual)",
             )
-    elif residual.shape != partial.shape:
+    elif residual.shape != shape:
         raise ShapeError(
-            f"residual has shape {list(residual.shape)}, partial {list(partial.shape)}",
+            f"residual has shape {list(residual.shape)}, {name} {list(shape)}",
             hint="give the residual rows of the same tokens as the partial",
         )
 
@@ -195,18 +251,18 @@ def check_alignment(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _check_norm(norm: RMSNorm, hidden_size: int, capacity: Capacity) -> None:
+def _check_norm(name: str, norm: RMSNorm, hidden_size: int, capacity: Capacity) -> None:
     if norm.weight.shape[0] != hidden_size:
         raise ShapeError(
-            f"RMSNorm.weight has {norm.weight.shape[0]} elements, the hidden size is {hidden_size}",
+            f"{name}.weight has {norm.weight.shape[0]} elements, the hidden size is {hidden_size}",
             hint="pass the weight of the norm that follows this projection",
         )
     if norm.weight.dtype not in (capacity.dtype, torch.float32):
         raise DTypeError(
-            f"RMSNorm.weight has dtype {norm.weight.dtype}, the communicator {capacity.dtype}",
+            f"{name}.weight has dtype {norm.weight.dtype}, the communicator {capacity.dtype}",
             hint=f"convert the weight to {capacity.dtype} or torch.float32",
         )
-    check_memory("RMSNorm.weight", norm.weight, capacity.device)
+    check_memory(f"{name}.weight", norm.weight, capacity.device)
 
 
 def _check_quant(quant: Quant, hidden_size: int, capacity: Capacity) -> None:

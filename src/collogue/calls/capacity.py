@@ -9,6 +9,7 @@ import torch
 
 from collogue.calls.request import Request, Signature, keep, make_request
 from collogue.contract.number import is_whole
+from collogue.contract.prologue import Prologue, PrologueForm, form_of
 from collogue.contract.quant import FAMILIES, Quant, parse
 from collogue.contract.spec import VALUE_DTYPES, Operation, RMSNorm, owned_rows
 from collogue.errors import ArgumentError, CapacityError, DTypeError, FormatError, ShapeError
@@ -51,12 +52,15 @@ class Capacity:
         keep_norm: bool,
         hidden_size: int | None,
         operation: Operation,
+        prologue: Prologue | PrologueForm | None = None,
+        branch_norm: RMSNorm | bool | None = None,
     ) -> Request:
         """What is planned for such a call. Raises :class:`ArgumentError` (its subclasses) for calls that cannot be."""
         if operation not in get_args(Operation):
             raise ArgumentError(f"there is no operation {operation!r}", hint=f"choose one of {', '.join(get_args(Operation))}")
         check_tokens(tokens)
         check_kinds(norm if not isinstance(norm, bool) else None, quant)
+        check_norm_kind("branch_norm", branch_norm if not isinstance(branch_norm, bool) else None)
         width = self.hidden_size if hidden_size is None else hidden_size
         if not self.fits(tokens, width):
             raise CapacityError(
@@ -76,6 +80,9 @@ class Capacity:
             keep_norm=keep_norm,
             operation=operation,
             late_weight=isinstance(norm, RMSNorm) and not norm.prefetch,
+            prologue=form_of(prologue),
+            branch=branch_norm if isinstance(branch_norm, bool) else branch_norm is not None,
+            wide_branch=isinstance(branch_norm, RMSNorm) and branch_norm.weight.dtype != self.dtype,
         )
 
     def signature(self, request: Request) -> Signature:
@@ -106,17 +113,22 @@ def check_tokens(tokens: int) -> None:
 
 def check_kinds(norm: RMSNorm | None, quant: Quant | None) -> None:
     """Raise :class:`ArgumentError` unless ``norm`` is a norm, :class:`FormatError` unless ``quant`` is a format."""
-    if norm is not None and not isinstance(norm, RMSNorm):
-        kind = f"{type(norm).__module__}.{type(norm).__name__}".removeprefix("builtins.")
-        raise ArgumentError(
-            f"norm: expected collogue.RMSNorm, got {kind}",
-            hint="pass collogue.RMSNorm(weight, eps=...)",
-        )
+    check_norm_kind("norm", norm)
     if quant is not None and type(quant) not in FAMILIES.values():
         what = f"the class {quant.__name__}" if isinstance(quant, type) else f"a {type(quant).__name__}: {quant!r}"
         raise FormatError(
             f"quant is {what}; expected an object of {', '.join(kind.__name__ for kind in FAMILIES.values())}",
             hint="pass a format such as collogue.FP8PerToken() or collogue.NVFP4(global_scale)",
+        )
+
+
+def check_norm_kind(name: str, norm: RMSNorm | None) -> None:
+    """Raise :class:`ArgumentError` unless ``norm`` is a norm, or none."""
+    if norm is not None and not isinstance(norm, RMSNorm):
+        kind = f"{type(norm).__module__}.{type(norm).__name__}".removeprefix("builtins.")
+        raise ArgumentError(
+            f"{name}: expected collogue.RMSNorm, got {kind}",
+            hint="pass collogue.RMSNorm(weight, eps=...)",
         )
 
 

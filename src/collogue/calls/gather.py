@@ -8,7 +8,7 @@ from collogue.calls.call import Call, check_no_grad, check_values
 from collogue.calls.capacity import Capacity, check_hidden_size, check_tokens, raise_capacity
 from collogue.calls.outputs import check_forms
 from collogue.calls.request import Request, forms_of
-from collogue.contract.quant import FP8Static, Quant, describe
+from collogue.contract.quant import Quant, describe
 from collogue.contract.spec import Output, Wanted, owned_rows
 from collogue.errors import ArgumentError, FormatError, ShapeError
 
@@ -55,7 +55,7 @@ def check_gather(capacity: Capacity, shard: Output, tokens: int, quant: Quant | 
 def _packed(quant: Quant | None) -> set[str]:
     if quant is None:
         return set()
-    return {"codes"} if isinstance(quant, FP8Static) else {"codes", "scales"}
+    return {"codes"} if quant.scale_dtype is None else {"codes", "scales"}
 
 
 def _hidden_size(held: dict[str, torch.Tensor], quant: Quant | None) -> int:

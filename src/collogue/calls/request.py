@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
 from collogue.contract.formats import code_spec, scale_spec
+from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Output, Wanted
+from collogue.errors import ArgumentError
 
 #: Entries of each cache of a communicator: every number of tokens is an entry, and a prefill may have any.
 MOST_KEPT = 512
@@ -47,6 +49,9 @@ class Request:
     wanted: Wanted
     operation: Operation = "all_reduce"
     late_weight: bool = False
+    prologue: PrologueForm | None = None
+    branch: bool = False
+    wide_branch: bool = False
 
 
 def make_request(
@@ -61,13 +66,26 @@ def make_request(
     keep_norm: bool,
     operation: Operation,
     late_weight: bool = False,
+    prologue: PrologueForm | None = None,
+    branch: bool = False,
+    wide_branch: bool = False,
 ) -> Request:
     """What is planned for such a call. For ``all_gather`` residual, norm and quant say what the shard holds."""
     wanted = Wanted.of(has_residual=residual, has_norm=norm, quant=quant, keep_norm=keep_norm, operation=operation)
+    if prologue is not None and operation in ("finish", "all_gather"):
+        raise ArgumentError(f"{operation} sums nothing and takes no prologue", hint="pass it to all_reduce or reduce_scatter")
+    if branch and operation in ("finish", "all_gather"):
+        raise ArgumentError(f"{operation} sums nothing and takes no branch_norm", hint="pass it to all_reduce or reduce_scatter")
+    if branch and not residual:
+        raise ArgumentError("branch_norm without residual=", hint="pass the residual that the normed sum is added to, or use norm=")
     if operation == "all_gather":  # adds and finishes nothing
         residual = norm = wide_weight = late_weight = False
     residual = residual and operation != "finish"
-    return Request(tokens, hidden_size, dtype, residual, norm, wide_weight, quant, wanted, operation, late_weight)
+    if prologue is not None and prologue.weights == "float32" and dtype == torch.float32:
+        prologue = replace(prologue, weights="value")
+    return Request(
+        tokens, hidden_size, dtype, residual, norm, wide_weight, quant, wanted, operation, late_weight, prologue, branch, wide_branch
+    )
 
 
 @dataclass(frozen=True)

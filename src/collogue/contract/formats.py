@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.quant import Quant
 from collogue.errors import DTypeError, ShapeError
 
 #: An integer dtype of the same width, and the pattern of infinity in it. Above it, but for the sign, lies NaN.
@@ -169,7 +169,7 @@ class _Layout:
 
 def scales_per_row(quant: Quant, hidden_size: int) -> int:
     """K: how many scales a token has; 1 where one scale spans the row, 0 where the format stores none."""
-    if isinstance(quant, FP8Static):
+    if quant.scale_dtype is None:
         return 0
     return hidden_size // quant.block if quant.block else 1
 
@@ -180,24 +180,13 @@ def _layout(quant: Quant, tokens: int, columns: int) -> _Layout:
         groups, rows = _TILE_ROWS[name]
         tall, wide = round_up(tokens, groups * rows), round_up(columns, 4)
         return _Layout(tall, wide, (tall // (groups * rows), groups, rows, wide // 4, 4), (0, 3, 2, 1, 4))
-    if name == "column" and _is_ue8m0(quant):
+    if name == "column" and quant.scale_dtype == torch.float8_e8m0fnu:
         tall, wide = round_up(tokens, 4), round_up(columns, 4)
         return _Layout(tall, wide, (tall, wide // 4, 4), (1, 0, 2))
     if name == "column":
         tall = round_up(tokens, 4)
         return _Layout(tall, columns, (tall, columns), (1, 0))
     return _Layout(tokens, columns, (tokens, columns), (0, 1))
-
-
-def _is_ue8m0(quant: Quant) -> bool:
-    return isinstance(quant, FP8Group) and quant.scale_format == "ue8m0"
-
-
-def _scale_dtype(quant: Quant) -> torch.dtype:
-    """dtype of one scale."""
-    if isinstance(quant, FP8PerToken) or (isinstance(quant, FP8Group) and not _is_ue8m0(quant)):
-        return torch.float32
-    return torch.float8_e4m3fn if isinstance(quant, NVFP4) else torch.float8_e8m0fnu
 
 
 def scale_spec(quant: Quant, tokens: int, hidden_size: int) -> ScaleSpec | None:
@@ -218,13 +207,13 @@ def scale_spec(quant: Quant, tokens: int, hidden_size: int) -> ScaleSpec | None:
     All padding is zero bytes. A tile of 128x4 keeps (row r, column k) at byte ``(r % 32) * 16 + (r % 128 // 32) * 4 + k % 4``.
     """
     quant.check_hidden_size(hidden_size)
-    if isinstance(quant, FP8Static):
+    dtype = quant.scale_dtype
+    if dtype is None:
         return None
     columns = scales_per_row(quant, hidden_size)
-    dtype = _scale_dtype(quant)
     layout = _layout(quant, tokens, columns)
     if getattr(quant, "layout", None) == "column":
-        if _is_ue8m0(quant):
+        if dtype == torch.float8_e8m0fnu:
             columns, dtype = layout.columns // 4, torch.int32
         return ScaleSpec((tokens, columns), (1, layout.rows), dtype, columns * layout.rows)
     return ScaleSpec((layout.rows, layout.columns), (layout.columns, 1), dtype, layout.rows * layout.columns)

@@ -7,8 +7,9 @@ What needs a hidden size is checked by :meth:`Quant.check_hidden_size`.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -82,6 +83,11 @@ class Quant:
         """The scale that the caller gives for the whole tensor, if the format has one."""
         return None
 
+    @property
+    def scale_dtype(self) -> torch.dtype | None:
+        """dtype of one scale in ``out.scales``; ``None`` where the format returns none."""
+        return None
+
     @functools.cached_property
     def label(self) -> str:
         """:func:`describe` of this format: what of it a kernel is compiled for."""
@@ -124,6 +130,10 @@ class NVFP4(Quant):
         return self.global_scale
 
     @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn
+
+    @property
     def block(self) -> int:
         return 16
 
@@ -136,6 +146,10 @@ class _MX(Quant):
     def __post_init__(self) -> None:
         _check_choice(self.name, "rounding", self.rounding, ("floor", "ceil"))
         _check_choice(self.name, "layout", self.layout, ("128x4", "8x4", "linear"))
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float8_e8m0fnu
 
     @property
     def block(self) -> int:
@@ -205,6 +219,10 @@ class FP8PerToken(Quant):
     def __post_init__(self) -> None:
         _check_smallest(self.name, self.smallest)
 
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float32
+
 
 @dataclass(frozen=True, eq=False)
 class FP8Group(Quant):
@@ -235,9 +253,16 @@ class FP8Group(Quant):
         _check_smallest(self.name, self.smallest)
 
     @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float32 if self.scale_format == "float32" else torch.float8_e8m0fnu
+
+    @property
     def block(self) -> int:
         return self.group_size
 
+
+#: The formats that return scales.
+Scaled: TypeAlias = NVFP4 | MXFP4 | MXFP8 | FP8PerToken | FP8Group
 
 #: The formats by the first part of their label.
 FAMILIES: dict[str, type[Quant]] = {
@@ -252,10 +277,21 @@ FAMILIES: dict[str, type[Quant]] = {
 _NAMES = {kind: name for name, kind in FAMILIES.items()}
 
 
-def _choices(kind: type[Quant]) -> dict[str, str]:
-    """Every option that a label of ``kind`` may have, and the field it sets."""
+def _options(kind: type[Quant]) -> dict[str, tuple[str, ...]]:
+    """The options of ``kind``: its fields in their order, and the choices of each."""
     hints = get_type_hints(kind)
-    return {choice: name for name, hint in hints.items() if get_origin(hint) is Literal for choice in get_args(hint)}
+    return {f.name: get_args(hints[f.name]) for f in fields(kind) if get_origin(hints[f.name]) is Literal}
+
+
+#: What a label says after its first part, by kind: the options and their choices.
+_OPTIONS = {kind: _options(kind) for kind in FAMILIES.values()}
+
+
+def variants(family: str) -> tuple[str, ...]:
+    """The labels of every choice of options of a family of :data:`FAMILIES`; of ``fp8_group`` those of the usual size."""
+    kind = FAMILIES[family]
+    head = f"{family}{FP8Group.group_size}" if kind is FP8Group else family
+    return tuple("/".join((head, *choice)) for choice in product(*_OPTIONS[kind].values()))
 
 
 def describe(value: Quant | None) -> str:
@@ -266,14 +302,17 @@ def describe(value: Quant | None) -> str:
     if value is None:
         return "none"
     family = _NAMES[type(value)]
-    if isinstance(value, FP8Group):
-        return f"{family}{value.group_size}/{value.scale_format}/{value.layout}"
-    if isinstance(value, _MX):
-        return f"{family}/{value.rounding}/{value.layout}"
-    return f"{family}/{value.layout}" if isinstance(value, NVFP4) else family
+    head = f"{family}{value.group_size}" if isinstance(value, FP8Group) else family
+    return "/".join((head, *(getattr(value, name) for name in _OPTIONS[type(value)])))
 
 
-def parse(label: str, *, global_scale: float | torch.Tensor = 1.0, static_scale: float | torch.Tensor = 1.0) -> Quant | None:
+def parse(
+    label: str,
+    *,
+    global_scale: float | torch.Tensor = 1.0,
+    static_scale: float | torch.Tensor = 1.0,
+    smallest: float = SMALLEST_SCALE,
+) -> Quant | None:
     """The format that :func:`describe` calls ``label``; options left out take their defaults (``"floor"`` for the rounding of MX).
 
     Args:
@@ -281,6 +320,7 @@ def parse(label: str, *, global_scale: float | torch.Tensor = 1.0, static_scale:
             ``fp8_group`` is the group size.
         global_scale: the multiplier of NVFP4.
         static_scale: the divisor of FP8Static.
+        smallest: the least scale, where the format has one.
     """
     if label == "none":
         return None
@@ -292,7 +332,7 @@ def parse(label: str, *, global_scale: float | torch.Tensor = 1.0, static_scale:
     if head != family:
         options["group_size"] = int(head.removeprefix(family))
     kind = FAMILIES[family]
-    choices = _choices(kind)
+    choices = {choice: name for name, some in _OPTIONS[kind].items() for choice in some}
     for suffix in suffixes:
         option = choices.get(suffix)
         if option is None or option in options:
@@ -302,6 +342,8 @@ def parse(label: str, *, global_scale: float | torch.Tensor = 1.0, static_scale:
         options["global_scale"] = global_scale
     if kind is FP8Static:
         options["scale"] = static_scale
+    if hasattr(kind, "smallest"):
+        options["smallest"] = smallest
     if issubclass(kind, _MX):
         options.setdefault("rounding", "floor")
     return kind(**options)

@@ -10,6 +10,7 @@ a negative zero, and NaN is stored as one pattern.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -34,9 +35,10 @@ from collogue.contract.formats import (
     scales_per_row,
     unpack_nibbles,
 )
+from collogue.contract.prologue import ExpertCombine, ExpertReduce, Prologue
 from collogue.contract.quant import E2M1_MAX, E4M3_MAX, MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
 from collogue.contract.spec import VALUE_DTYPES, Output, RMSNorm, Wanted, owned_rows
-from collogue.errors import DTypeError, FormatError, ShapeError
+from collogue.errors import ArgumentError, DTypeError, FormatError, PlatformError, ShapeError
 
 #: Shape of the mean square: a lane adds 8 elements, 32 lanes are folded by halves into the sum of one block.
 LANE = 8
@@ -52,6 +54,43 @@ _LARGEST_FINITE = torch.finfo(torch.float32).max
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """A float32 tensor without dimensions. Division needs one: by a Python number, PyTorch may multiply by a reciprocal instead."""
     return torch.as_tensor(value, dtype=torch.float32, device=device).reshape(())
+
+
+def expert_combine(given: ExpertCombine) -> Tensor:
+    """The term [T, H] of :class:`collogue.ExpertCombine`: ``a = +0; a = a + x[index[t, k]] * w[t, k]``, ``a * scaling``, ``a + shared``."""
+    total = torch.zeros(given.tokens, given.hidden_size, dtype=torch.float32, device=given.expert_output.device)
+    for k in range(given.count):
+        rows = given.index[:, k].long()
+        named = ((rows >= 0) & (rows < len(given.expert_output))).nonzero()[:, 0]
+        term = given.expert_output[rows[named]].float()
+        if given.weights is not None:
+            term *= given.weights[named, k].float()[:, None]
+        total[named] += term
+    if given.scaling != 1:
+        total *= _scalar(given.scaling, total.device)
+    if given.shared_expert is not None:
+        total += given.shared_expert.float()
+    return round_value(total, given.expert_output.dtype)
+
+
+def expert_reduce(given: ExpertReduce) -> Tensor:
+    """The term [T, H] of :class:`collogue.ExpertReduce`: ``a = +0; a = a + x[e, t] * w[e, t]`` where ``w != 0``, ``a + token_input``."""
+    total = torch.zeros(given.tokens, given.hidden_size, dtype=torch.float32, device=given.expert_output.device)
+    for rows, weights in zip(given.expert_output, given.weights, strict=True):
+        used = (weights != 0).nonzero()[:, 0]
+        total[used] += rows[used].float() * weights[used].float()[:, None]
+    return round_value(total + given.token_input.float(), given.expert_output.dtype)
+
+
+def term_of(given: Tensor | Prologue) -> Tensor:
+    """A rank's term [T, H]: a partial as it is, a prologue worked out."""
+    if isinstance(given, ExpertCombine):
+        return expert_combine(given)
+    return expert_reduce(given) if isinstance(given, ExpertReduce) else given
+
+
+def _terms(given: Sequence[Tensor | Prologue]) -> list[Tensor]:
+    return [term_of(one) for one in given]
 
 
 def sum_partials(partials: Sequence[Tensor]) -> Tensor:
@@ -142,6 +181,7 @@ def quantize(n: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
         raise ShapeError(
             f"quantize takes [T, H] in bfloat16, float16 or float32, got {n.dtype} {list(n.shape)}", hint="flatten to two dimensions"
         )
+    _check_arithmetic()
     tokens, hidden_size = n.shape
     shape, dtype = code_spec(quant, tokens, hidden_size)
     if isinstance(quant, FP8Static):
@@ -194,7 +234,7 @@ def dequantize(codes: Tensor, scales: Tensor | None, quant: Quant, *, hidden_siz
         raise ShapeError(f"{quant.name} has scales", hint="pass out.scales")
     stored = read_scales(scales, quant, tokens, hidden_size)
     if stored.dtype == torch.uint8:
-        stored = e4m3_decode(stored.contiguous()) if isinstance(quant, NVFP4) else e8m0_decode(stored)
+        stored = e4m3_decode(stored.contiguous()) if quant.scale_dtype == torch.float8_e4m3fn else e8m0_decode(stored)
     values = values.view(tokens, stored.shape[1], quant.block or hidden_size) * stored[..., None]
     if isinstance(quant, NVFP4):
         values /= _scalar(quant.global_scale, codes.device)
@@ -214,8 +254,18 @@ def _finish(y: Tensor, norm: RMSNorm | None, quant: Quant | None, wanted: Wanted
     )
 
 
+def _check_arithmetic() -> None:
+    """Raise :class:`PlatformError` where this thread's floating point flushes subnormal numbers to zero."""
+    if sys.float_info.min * 0.5 == 0.0:
+        raise PlatformError(
+            "floating point flushes subnormal numbers to zero in this thread; bits would differ from those of other ranks and of GPUs",
+            hint="call torch.set_flush_denormal(False); a library built with -ffast-math may have set it, too",
+        )
+
+
 def _check_values(named: Sequence[tuple[str, Tensor | None]], norm: RMSNorm | None) -> None:
     """All tensors are ``[T, H]`` of the first one's shape and dtype, and the norm fits them."""
+    _check_arithmetic()
     name, first = named[0]
     assert first is not None
     if first.ndim != 2 or first.dtype not in VALUE_DTYPES:
@@ -240,77 +290,89 @@ def _check_partials(partials: Sequence[Tensor], residual: Tensor | None, norm: R
 
 
 def all_reduce(
-    partials: Sequence[Tensor],
+    partials: Sequence[Tensor | Prologue],
     *,
     residual: Tensor | None = None,
     norm: RMSNorm | None = None,
     quant: Quant | None = None,
     keep_norm: bool = False,
+    branch_norm: RMSNorm | None = None,
 ) -> Output:
     """What :meth:`collogue.Communicator.all_reduce` returns on every rank.
 
     Args:
-        partials: every rank's partial [T, H], in rank order, all of one dtype.
+        partials: every rank's partial [T, H], or prologue, in rank order, all of one dtype.
         residual: [T, H] in that dtype, or ``None``.
-        norm, quant, keep_norm: as for the communicator.
+        norm, quant, keep_norm, branch_norm: as for the communicator.
     Order and rounding:
         Adds in float32 from +0, rank 0 first; adds the residual; rounds once to ``y``, which norm and quantisation read.
     Raises:
         ShapeError, DTypeError: tensors that do not fit together.
     """
-    _check_partials(partials, residual, norm)
+    terms = _terms(partials)
+    _check_partials(terms, residual, norm)
     wanted = Wanted.of(has_residual=residual is not None, has_norm=norm is not None, quant=quant, keep_norm=keep_norm)
-    total = sum_partials(partials)
+    total = sum_partials(terms)
+    if branch_norm is not None:
+        if residual is None:
+            raise ArgumentError("branch_norm without residual=", hint="pass the residual that the normed sum is added to, or use norm=")
+        _check_values([("the sum", terms[0])], branch_norm)
+        total = rms_norm(round_value(total, terms[0].dtype), branch_norm).float()
     if residual is not None:
         total += residual.float()
-    return _finish(round_value(total, partials[0].dtype), norm, quant, wanted)
+    return _finish(round_value(total, terms[0].dtype), norm, quant, wanted)
 
 
 def sharded(
-    partials: Sequence[Tensor],
+    partials: Sequence[Tensor | Prologue],
     *,
     residual: Tensor | None = None,
     norm: RMSNorm | None = None,
     quant: Quant | None = None,
     keep_norm: bool = False,
+    branch_norm: RMSNorm | None = None,
 ) -> list[Output]:
     """What ``comm.all_reduce(.., sharded=True)`` returns, by rank: :func:`all_reduce`, of whose y each rank keeps the rows it owns.
 
     Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first.
     """
-    whole = all_reduce(partials, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm)
+    terms = _terms(partials)
+    whole = all_reduce(terms, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm, branch_norm=branch_norm)
     return [
         replace(
             whole,
             reduced=None if whole.reduced is None else whole.reduced[rows],
             residual=None if whole.residual is None else whole.residual[rows],
         )
-        for rows in _owned(len(partials[0]), len(partials))
+        for rows in _owned(len(terms[0]), len(terms))
     ]
 
 
 def reduce_scatter(
-    partials: Sequence[Tensor],
+    partials: Sequence[Tensor | Prologue],
     *,
     residual: Tensor | None = None,
     norm: RMSNorm | None = None,
     quant: Quant | None = None,
     keep_norm: bool = False,
+    branch_norm: RMSNorm | None = None,
 ) -> list[Output]:
     """What :meth:`collogue.Communicator.reduce_scatter` returns, by rank: :func:`all_reduce` of the rows that each rank owns.
 
     Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first.
     """
-    _check_partials(partials, residual, norm)
+    terms = _terms(partials)
+    _check_partials(terms, residual, norm)
     return [
         all_reduce(
-            [p[rows] for p in partials],
+            [p[rows] for p in terms],
             residual=None if residual is None else residual[rows],
             norm=norm,
             quant=quant,
             keep_norm=keep_norm,
+            branch_norm=branch_norm,
         )
-        for rows in _owned(len(partials[0]), len(partials))
+        for rows in _owned(len(terms[0]), len(terms))
     ]
 
 

@@ -61,7 +61,8 @@ def allreduce_fusion(
         layout_code: of NVFP4's and MXFP8's scales, a constant of :class:`QuantizationSFLayout`; ``None`` is 128x4.
         block_quant_group_size: of patterns 8 and 9.
         weight_bias: added to ``rms_gamma`` in float32; 1 for Gemma-style norms.
-        launch_with_pdl, trigger_completion_at_end, use_oneshot, fp32_acc: accepted; they change nothing (docs/engines.md).
+        launch_with_pdl: ``False``: ``rms_gamma`` may be written by the preceding kernel (``RMSNorm(prefetch=False)``).
+        trigger_completion_at_end, use_oneshot, fp32_acc: accepted; they change nothing (docs/engines.md).
         moe_...: belong to patterns that are not served.
     Returns:
         Pattern 0 ``output``, pattern 1 ``norm_out``, the others ``quant_out``; but, as FlashInfer's ``"trtllm"`` backend does,
@@ -93,6 +94,7 @@ def allreduce_fusion(
         weight_bias,
         (scale_factor, layout_code, block_quant_group_size),
         buffers,
+        prefetch=bool(launch_with_pdl),
     )
     name = "reduced" if not form.norm else "norm" if form.family == "none" else "codes"
     if norm_out is not None and workspace.backend != "mnnvl" and pattern != AllReduceFusionPattern.kARResidualRMSNormOutMXFP8Quant:
@@ -151,6 +153,7 @@ def trtllm_allreduce_fusion(
         weight_bias or 0.0,
         (scale_factor, layout_code, block_quant_group_size),
         buffers,
+        prefetch=bool(launch_with_pdl),
     )
 
 
@@ -225,8 +228,13 @@ def _run(
     weight_bias: float,
     scaling: tuple[torch.Tensor | float | None, int | None, int | None],
     buffers: dict[str, torch.Tensor | None],
+    *,
+    prefetch: bool,
 ) -> Output:
-    """One call of the communicator. FlashInfer records no gradients and takes weights that require them."""
+    """One call of the communicator. FlashInfer records no gradients and takes weights that require them.
+
+    ``prefetch`` as of :class:`collogue.RMSNorm`.
+    """
     with torch.no_grad():
         quant = quant_of(form, *scaling)
         norm = None
@@ -235,7 +243,7 @@ def _run(
         elif residual is None or weight is None:
             raise ArgumentError("residual_in and rms_gamma are required", hint="only pattern 0 (kAllReduce) goes without them")
         else:
-            norm = RMSNorm(weight, eps, weight_bias)
+            norm = RMSNorm(weight, eps, weight_bias, prefetch)
         tokens, width = partial.shape
         wanted = Wanted.of(has_residual=form.norm, has_norm=form.norm, quant=quant, keep_norm=form.keep_norm)
         comm = workspace.communicator(tokens, width, partial.dtype)

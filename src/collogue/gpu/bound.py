@@ -47,7 +47,7 @@ def key_of(call: Call, out: Output | None) -> tuple[Any, ...]:
     quant = call.quant
     return (
         call.operation,
-        call.partial.shape,
+        call.partial.shape,  # type: ignore[union-attr]  # prologues go the long way
         call.residual is None,
         None if call.norm is None else call.norm.prefetch,
         None if quant is None else quant.label,

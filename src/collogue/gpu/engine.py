@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from collogue.calls.call import Call
+from collogue.calls.call import Call, check_indices
 from collogue.calls.request import Request, Signature, keep
 from collogue.contract.formats import scale_storage
 from collogue.contract.spec import Output
@@ -132,6 +132,8 @@ class KernelEngine:
 
     def quick(self, call: Call, out: Output | None) -> Output | None:
         """The same for a call like one before in which nothing is unusual; ``None``, with nothing done, where anything is."""
+        if not call.bindable:
+            return None
         try:
             bound = self._bound.get(key_of(call, out))
         except (AttributeError, TypeError):  # arguments that are not what they should be
@@ -142,6 +144,8 @@ class KernelEngine:
         return bound(call.operation, call.partial, call.residual, call.norm, call.quant, call.keep_norm, out)
 
     def run(self, call: Call, out: Output | None) -> Output:
+        if self._debug and not call.bindable and not torch.cuda.is_current_stream_capturing():
+            check_indices(call.partial)
         with self.in_use:
             if self._debug or (self.workspace is not None and self.workspace.failed):
                 self.check()
@@ -152,7 +156,7 @@ class KernelEngine:
                     self._launch(ready, call, out)
             else:
                 self._launch(ready, call, out)
-            if ready.main is not None and call.shard is None and not self._debug and self.stream is not None:
+            if ready.main is not None and call.bindable and not self._debug and self.stream is not None:
                 bound = bind(self, call, given, ready.main, ready.launch, more=bool(ready.more))
                 if bound is not None:
                     self.latest = keep(self._bound, key_of(call, given), bound)

@@ -12,7 +12,9 @@ import torch
 
 from collogue import kernels
 from collogue.calls.request import Request
+from collogue.contract.prologue import Kind
 from collogue.contract.spec import Operation
+from collogue.planning.algorithm import ALGORITHMS
 from collogue.planning.variant import FORMATS, LAYOUTS, QuantVariant
 
 #: Of one call in a journal (``collogue::Entry``).
@@ -20,10 +22,15 @@ ENTRY_BYTES = kernels.size_of("protocol.cuh", "Entry")
 _OPERATIONS = get_args(Operation)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LAYOUTS = tuple(LAYOUTS)
-_ALGORITHMS = ("local", "one_shot", "two_shot", "sharded", "all_gather")
+_ALGORITHMS = tuple(ALGORITHMS)
 
 
-#: What an all-gather moves at a time, a bit each, in front of which the options of every call lie.
+_PROLOGUES = (None, *get_args(Kind))
+#: Behind that bit, the kind of a prologue, and the number of a token's slots less one.
+_PROLOGUE_SHIFT, _SLOTS_SHIFT = 26, 28
+
+#: What an all-gather moves at a time, a bit each, in front of which the options of every call lie. Of other calls: whether there is a
+#: branch norm, and whether its weight is float32.
 _MOVED, _MOVED_SHIFT = ("reduced", "residual", "norm", "codes"), 22
 
 
@@ -47,12 +54,18 @@ def pack(algorithm: str, request: Request) -> tuple[int, int]:
         word |= int(value) << shift
         shift += bits
     assert shift == _MOVED_SHIFT
-    return word, q.group
+    word |= (int(request.branch) | int(request.wide_branch) << 1) << _MOVED_SHIFT
+    return word | _PROLOGUES.index(request.prologue and request.prologue.kind) << _PROLOGUE_SHIFT, q.group
 
 
 def moving(word: int, name: str) -> int:
     """The first word of an all-gather of ``name``."""
     return word & ((1 << _MOVED_SHIFT) - 1) | 1 << _MOVED_SHIFT + _MOVED.index(name)
+
+
+def combining(word: int, slots: int) -> int:
+    """The first word of an ``expert_combine`` of so many slots for each token."""
+    return word & ((1 << _SLOTS_SHIFT) - 1) | (slots - 1) << _SLOTS_SHIFT
 
 
 @lru_cache
@@ -92,6 +105,9 @@ def _text(entry: bytes) -> str:
     algorithm, operation, dtype = _ALGORITHMS[take(4)], _OPERATIONS[take(4)], _DTYPES[take(2)]
     residual, norm, keep_norm, quant, layout, ceil, wide = take(1), take(1), take(1), take(4), take(3), take(1), take(1)
     moved = [name for name in _MOVED if take(1)]
+    branch, wide_branch = operation != "all_gather" and "reduced" in moved, "residual" in moved
+    moved = moved if operation == "all_gather" else []
+    prologue, slots = _PROLOGUES[take(2)], take(4) + 1
     group, smallest = group & 0xFFFF, struct.unpack("<f", struct.pack("<I", group & 0xFFFF0000))[0]
     parts = [
         f"{operation}{' of ' * bool(moved)}{'+'.join(moved)} by {algorithm}",
@@ -99,6 +115,8 @@ def _text(entry: bytes) -> str:
         f"hidden_size={hidden}",
         f"dtype={str(dtype).removeprefix('torch.')}",
     ]
+    parts += [f"expert_combine(top_k={slots})" if prologue == "expert_combine" else "expert_reduce"] * (prologue is not None)
+    parts += [f"branch_norm{' in float32' * wide_branch}"] * branch
     parts += ["residual"] * residual + [f"norm(eps={_shortest(eps)}, weight_offset={_shortest(offset)})"] * norm
     parts += ["weight in float32"] * (wide and norm)
     if quant:

@@ -6,9 +6,11 @@ import torch
 
 from collogue.calls.call import Call
 from collogue.calls.request import Request
+from collogue.contract.prologue import ExpertReduce, Prologue
 from collogue.contract.spec import Output, owned_rows
 from collogue.gpu import header
 from collogue.gpu.launch import Params
+from collogue.planning.algorithm import ALGORITHMS
 from collogue.planning.extent import CONTROL_BYTES, Extent
 from collogue.planning.plan import Plan, launch_memory
 from collogue.planning.topology import Topology
@@ -23,7 +25,7 @@ def fill_shape(params: Params, topology: Topology, request: Request, plan: Plan,
     rows = rows_of_scales(topology, request, rank)
     params.scale_rows = rows if plan.launches == 1 else 0
     params.column_stride, params.shard_column_stride = -(-rows // 4) * 4, -(-owned // 4) * 4
-    if algorithm != "local":
+    if not ALGORITHMS[algorithm].alone:
         memory = launch_memory(topology, request, algorithm)
         params.slot_bytes, params.gather_bytes = plan.rows * memory.slot, plan.rows * memory.gather
         params.wire_bytes, params.width = memory.wire, memory.width
@@ -33,7 +35,7 @@ def fill_shape(params: Params, topology: Topology, request: Request, plan: Plan,
 def fill_workspace(params: Params, extent: Extent, algorithm: str) -> None:
     """Which part of the workspace the kernel of ``algorithm`` uses."""
     params.one_shot_bytes = extent.one_shot
-    if algorithm == "one_shot":
+    if ALGORITHMS[algorithm].one_hop:
         params.data_offset, params.generation_bytes = CONTROL_BYTES, extent.one_shot
     else:
         params.data_offset, params.generation_bytes = extent.offset, extent.generation
@@ -51,9 +53,12 @@ def fill_shard(params: Params, shard: Output, out: Output, name: str) -> None:
 def fill_call(params: Params, call: Call, out: Output) -> None:
     """Inputs, outputs and scalars of one call, other than an all-gather."""
     norm, quant = call.norm, call.quant
-    params.partial = call.partial.data_ptr()
+    _fill_term(params, call.partial)
     if call.residual is not None:
         params.residual = call.residual.data_ptr()
+    if (branch := call.branch_norm) is not None:
+        params.branch_weight = branch.weight.data_ptr()
+        params.branch_eps, params.branch_offset = branch.eps, branch.weight_offset
     stream = out.residual if out.residual is not None else out.reduced
     if stream is not None:
         params.stream = stream.data_ptr()
@@ -77,6 +82,23 @@ def fill_call(params: Params, call: Call, out: Output) -> None:
         params.header[1] = header.bounded(params.header[1], smallest)
 
 
+def _fill_term(params: Params, term: torch.Tensor | Prologue) -> None:
+    """The partial, or what it is worked out from."""
+    if isinstance(term, torch.Tensor):
+        params.partial = term.data_ptr()
+        return
+    params.partial, params.experts = term.expert_output.data_ptr(), term.count
+    if term.weights is not None:
+        params.expert_weights = term.weights.data_ptr()
+    if isinstance(term, ExpertReduce):
+        params.shared_expert = term.token_input.data_ptr()
+        return
+    params.expert_index, params.expert_rows, params.scaling = term.index.data_ptr(), len(term.expert_output), term.scaling
+    if term.shared_expert is not None:
+        params.shared_expert = term.shared_expert.data_ptr()
+    params.header[0] = header.combining(params.header[0], term.count)
+
+
 def rows_of_scales(topology: Topology, request: Request, rank: int) -> int:
     """Rows of the scale tensor that a call writes on ``rank``."""
     if request.operation == "reduce_scatter":
@@ -86,7 +108,7 @@ def rows_of_scales(topology: Topology, request: Request, rank: int) -> int:
 
 def later_launches(topology: Topology, request: Request, plan: Plan, rank: int) -> tuple[tuple[int, int, int], ...]:
     """First row, number of rows and padding of the launches after the first; the last one writes the padding."""
-    total = request.tokens if plan.algorithm == "two_shot" else -(-request.tokens // topology.world_size)
+    total = -(-request.tokens // topology.world_size) if ALGORITHMS[plan.algorithm].owned else request.tokens
     starts = range(plan.rows, plan.rows * plan.launches, plan.rows) if plan.launches > 1 else ()
     pad = rows_of_scales(topology, request, rank)
     return tuple((first, min(plan.rows, total - first), pad if first + plan.rows >= total else 0) for first in starts)

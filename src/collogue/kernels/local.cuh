@@ -36,8 +36,17 @@ COLLOGUE_DEVICE void local(const Params& p) {
     for (int i = 0; i < C::kVectors; i++) {
       float sum[8];
       begin<D>(sum, x[i]);
+      if constexpr (C::kBranch) {
+        y[i] = D::round(sum);
+        continue;
+      }
       if constexpr (C::kResidual) add<D>(sum, residual[i]);
       y[i] = row.store_stream(i, sum);
+    }
+    Packed<D::kParts> joined[C::kBranch ? C::kVectors : 1];  // the next row's residual is asked for before this one's is used
+    if constexpr (C::kBranch) {
+#pragma unroll
+      for (int i = 0; i < C::kVectors; i++) joined[i] = residual[i];
     }
     if (C::kAhead && t + grid_rows() < p.tokens) load(t + grid_rows());
     if (turn == 0) {
@@ -46,6 +55,7 @@ COLLOGUE_DEVICE void local(const Params& p) {
       row.codes.pad(p.scale_rows, cta * C::kThreads + thread_index(), ctas * C::kThreads);
       row.get_ready();
     }
+    if constexpr (C::kBranch) row.join(turn, y, [&](int i) { return joined[i]; });
     row.finish(turn, y, [] {}, NoWire{});
     if constexpr (!C::kLoop) break;
   }

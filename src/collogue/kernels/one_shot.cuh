@@ -18,7 +18,8 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
   const u8* residual = C::kResidual ? p.residual + row.offset(t) : nullptr;
   compute_now(slot_offset ^ source.digest() ^ folded(residual) ^ ranks.digest(), shared.digest);
 
-  // A single vector stays in registers; several are read again when their turn comes.
+  // A single vector stays in registers, and so does what is worked out; several are read again when their turn comes.
+  constexpr bool kAgain = C::kVectors > 1 && !C::template Source<C>::kWorkedOut;
   Vector x[C::kVectors], r{};
   Opening<C> opening(ranks);
   opening.begin(row, [&] {
@@ -43,15 +44,20 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
     compute_now(active);
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
+      if constexpr (kAgain) x[i] = ranks.disguise(source.term(t, i));
       if constexpr (C::kVectors > 1) {
-        x[i] = ranks.disguise(source.term(t, i));
-        if constexpr (C::kResidual) r = row.load(p.residual + row.offset(t), i);
+        if constexpr (C::kResidual && !C::kBranch) r = row.load(p.residual + row.offset(t), i);
       }
       float sum[8];
       ranks.receive_and_add(x[i], place + i * row.kVectorStep, C::kVectors == 1 ? active : row.active(i), t, sum);
+      if constexpr (C::kBranch) {
+        x[i] = D::round(sum);
+        continue;
+      }
       if constexpr (C::kResidual) add<D>(sum, r);
       x[i] = row.store_stream(i, sum);
     }
+    if constexpr (C::kBranch) row.join(turn, x, [&](int i) { return C::kVectors == 1 ? r : row.load(p.residual + row.offset(t), i); });
     row.finish(turn, x, [&] { opening.compare_later(); }, NoWire{});
 
     if constexpr (!C::kLoop) break;

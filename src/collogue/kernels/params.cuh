@@ -20,6 +20,10 @@ struct Params {
   const u8* shard_values;    // all_gather: the rows that this rank gives
   const u8* shard_codes;
   const u8* shard_scales;
+  const u32* expert_index;   // [T, K] rows of `partial`, the experts' output [P, H]; past its end: none
+  const u8* expert_weights;  // [T, K], or [E, T] where `partial` is [E, T, H]
+  const u8* shared_expert;   // [T, H] added to the experts' rows
+  const u8* branch_weight;   // [H] of the norm of the sum
   u8* workspace[kMaxWorld];  // every rank's symmetric buffer, mapped here
   Failure* failure;          // pinned host memory
   u32 timeout;               // of a wait, in units of 2^20 ns
@@ -39,6 +43,11 @@ struct Params {
   u32 scale_rows;            // of the scale tensor, whose padding this launch writes; 0: another launch does
   u32 column_stride;         // elements between columns of a column-major scale tensor
   u32 shard_column_stride;
+  u32 experts;               // K or E
+  u32 expert_rows;           // P
+  float scaling;             // of the sum of a token's experts
+  float branch_eps;
+  float branch_offset;
   float eps;
   float weight_offset;
   float scale_value;
@@ -51,6 +60,7 @@ struct Params {
 //   kWorld                               ranks
 //   kOneShot                             whether this is the one-shot kernel
 //   kResidual, kStream, kNorm, kKeepNorm what is added, stored, done, stored
+//   kBranch, BranchWeightD               whether the sum is normed before the residual is added, and by which weights
 //   Format, Layout                       quantization (format.cuh) and where its scales lie (layouts.cuh)
 //   Source<Config>                       where this rank's terms come from (source.cuh)
 //   kThreads, kVectors, kClustered       a row is kVectors * 8 elements of each thread of a CTA, of each CTA of a cluster

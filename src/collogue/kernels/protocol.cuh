@@ -165,6 +165,10 @@ struct Ranks {
     u32 hash = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) hash = (hash ^ entry[i / 4].w[i % 4]) * 0x9e3779b1u;
+    if constexpr (C::kBranch) {
+      hash = (hash ^ bits(p.branch_eps)) * 0x9e3779b1u;
+      hash = (hash ^ bits(p.branch_offset)) * 0x9e3779b1u;
+    }
     const u32 place = mark_offset(call, p.rank);
 #pragma unroll
     for (int k = 0; k < C::kWorld; k++) store_pair_together_to_peer(p.workspace[k] + place, Pair{{call + 1, hash}});

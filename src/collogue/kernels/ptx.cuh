@@ -104,6 +104,17 @@ COLLOGUE_DEVICE void store(void* p, const Words& v) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
 }
 COLLOGUE_DEVICE void store_word(void* p, u32 v) { asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+// Of an input, which nobody writes during a call.
+COLLOGUE_DEVICE u32 load_input_word(const u32* p) {
+  u32 v;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+COLLOGUE_DEVICE u32 load_input_half(const u8* p) {
+  u16 v;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
+}
 // A word at a time is atomic; the four words of one access may be seen in any order.
 COLLOGUE_DEVICE Words load_peer_written(const void* p) {
   Words v;

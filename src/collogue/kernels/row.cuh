@@ -132,11 +132,12 @@ struct Row : RowPlace<C> {
   struct Shared {
     typename Quantizer<C>::Shared quant;
     ExchangeBuffer<C, C::kNorm> squares;
+    ExchangeBuffer<C, C::kBranch> branch_squares;
     ExchangeBuffer<C, G::kPerRow> amax;
     u32 digest;  // compute_now()
     u32 zero;    // get_ready()
   };
-  static constexpr bool kBarrierAtStart = C::kNorm || G::kPerRow || Format::kFillsShared;
+  static constexpr bool kBarrierAtStart = C::kNorm || C::kBranch || G::kPerRow || Format::kFillsShared;
   // The weight is loaded once, before its turn: one vector, or two of 16-bit values. More are loaded for each row.
   static constexpr bool kWeightAhead = C::kNorm && C::kVectors * C::WeightD::kParts <= 2;
 
@@ -144,6 +145,7 @@ struct Row : RowPlace<C> {
   Shared& shared;
   float eps;
   Exchange<C, C::kNorm> squares;
+  Exchange<C, C::kBranch> branch_squares;
   Exchange<C, G::kPerRow> amax;
   Quantizer<C> quant;
   Packed<C::WeightD::kParts> packed_weight[kWeightAhead ? C::kVectors : 1];
@@ -156,6 +158,7 @@ struct Row : RowPlace<C> {
         shared(s),
         eps(keep_if_room<C>(p.eps)),
         squares(shared.squares, (p.hidden + 255) / 256, Place::first_block()),
+        branch_squares(shared.branch_squares, (p.hidden + 255) / 256, Place::first_block()),
         amax(shared.amax, (p.hidden + 255) / 256, Place::first_block()),
         quant{shared.quant, {}} {
     quant.format.template prepare<C>(p, shared.quant.format);
@@ -192,6 +195,34 @@ struct Row : RowPlace<C> {
     }
   }
 
+  // From the rounded sum `x` to the stream y, which is stored and stands in `x` then: a norm of its own, rounded, and the residual.
+  // `residual(i)`: of vector i. All threads of the row.
+  template <class Residual>
+  COLLOGUE_DEVICE void join(u32 turn, Vector (&x)[C::kVectors], Residual residual) {
+    float f[8], w[8];
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++) {
+      D::widen(x[i], f);
+      branch_squares.send(turn, this->first_block(), i, fold_lanes(lane_sum(f)));
+    }
+    const float total = add_blocks<C::kBlocks>(branch_squares.wait(turn));
+    const float rstd = reciprocal(square_root(total / static_cast<float>(p.hidden) + p.branch_eps));
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++) {
+      using W = typename C::BranchWeightD;
+      Packed<W::kParts> packed{};
+      if (this->active(i)) packed = load_vector<W>(p.branch_weight + static_cast<u64>(this->vector(i)) * 8 * W::kBytes);
+      W::widen(packed, w);
+      D::widen(x[i], f);
+#pragma unroll
+      for (int j = 0; j < 8; j++) f[j] = (f[j] * rstd) * (w[j] + p.branch_offset);
+      x[i] = D::round(f);
+      D::widen(x[i], f);
+      add<D>(f, residual(i));
+      x[i] = this->store_stream(i, f);
+    }
+  }
+
   // From y to everything else. `turn` counts the rows this CTA has done. `meanwhile` is done once, while the row sum travels.
   // `wire` gets the norm and the codes of every vector. All threads of the row.
   template <class Meanwhile, class Wire>
@@ -209,7 +240,7 @@ struct Row : RowPlace<C> {
 #if COLLOGUE_HAS_CLUSTERS
     // Orders nothing in shared memory: groups that are reduced there lie in one CTA.
     static_assert(!(C::kClustered && G::kInBlock));
-    if constexpr (C::kClustered && !C::kNorm && !G::kPerRow) {
+    if constexpr (C::kClustered && !C::kNorm && !C::kBranch && !G::kPerRow) {
       cluster_arrive();
       cluster_wait();
       return;

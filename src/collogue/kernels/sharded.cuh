@@ -27,10 +27,24 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
   Opening<C> opening(ranks);
   opening.begin(row, [] {});
 
-  // Row `of` of every other owner: this rank's terms, as many at a time as registers hold.
+  // Row `of` of every other owner: this rank's terms, as many at a time as registers hold; where they are worked out, one.
   const auto give = [&](u32 of) {
     constexpr int kBatch = 8 / D::kParts;
     const u32 offset = (of - p.first) * row_bytes;
+    if constexpr (C::template Source<C>::kWorkedOut) {
+#pragma unroll 1
+      for (u32 k = 1; k < C::kWorld; k++) {
+        const u32 t = ranks.next_peer(k) * p.block + of;
+        if (t >= p.tokens) continue;
+#pragma unroll 1
+        for (int i = 0; i < C::kVectors; i++) {
+          const u32 at = offset + row.vector(i) * 8 * D::kBytes;
+          const Vector x = source.term(t, i);
+          if (row.active(i) && !ranks.stopped && at < p.slot_bytes) ranks.send_vector(ranks.target(k) + at, ranks.disguise(x));
+        }
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       const u32 at = offset + row.vector(i) * 8 * D::kBytes;
@@ -103,9 +117,15 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
         }
         float sum[8];
         ranks.receive_and_add(ranks.disguise(x[i]), ranks.slots() + at, row.active(i), t, sum);
+        if constexpr (C::kBranch) {
+          x[i] = D::round(sum);
+          continue;
+        }
         if constexpr (C::kResidual) add<D>(sum, residual);
         x[i] = row.store_stream(i, sum);
       }
+      if constexpr (C::kBranch)
+        row.join(turn, x, [&](int i) { return C::kVectors == 1 ? residual : row.load(p.residual + row.offset(r), i); });
       const auto wipe = [&] {
 #pragma unroll
         for (int i = 0; i < C::kVectors; i++) ranks.wipe_terms(offset + row.vector(i) * 8 * D::kBytes, row.active(i));

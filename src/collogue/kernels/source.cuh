@@ -1,7 +1,9 @@
 // Where a thread's term of the sum comes from. A source is a type, named by Config::Source:
-//   aim(t)   the row whose terms are asked for next
-//   digest() for compute_now(): what the first load needs
-//   term(i)  this rank's term of this thread's vector i, in the dtype of the sum; zeros past the end of the row
+//   kWorkedOut  whether a term costs more than a load: then kernels ask for it once, in the lanes that use it
+//   aim(t)      the row whose terms are asked for next
+//   digest()    for compute_now(): what the first load needs
+//   term(i)     this rank's term of this thread's vector i, in the dtype of the sum; zeros past the end of the row
+// A term that is asked for twice is the same twice: nothing that it is made of changes during a call.
 #pragma once
 #include "row.cuh"
 
@@ -10,6 +12,7 @@ namespace collogue {
 // One tensor [T, H].
 template <class C>
 struct DirectSource {
+  static constexpr bool kWorkedOut = false;
   const RowPlace<C>& row;
   const u8* first;  // of this thread's vectors
 
@@ -19,6 +22,132 @@ struct DirectSource {
   COLLOGUE_DEVICE auto term(int i) const { return row.load(first, i); }
   COLLOGUE_DEVICE auto term(u32 t, int i) {
     aim(t);
+    return term(i);
+  }
+};
+
+// The dtype of weights that there are none of: all are 1.
+struct NoWeight {
+  static constexpr int kBytes = 0;
+};
+
+// What both sources of experts share: rows of Params::partial, so many at a time, weighted and added in order, each operation rounded.
+template <class C, class W>
+struct ExpertRows {
+  using D = typename C::D;
+  using Vector = Packed<D::kParts>;
+  static constexpr int kBatch = 4 / D::kParts;
+  const RowPlace<C>& row;
+
+  // Weight `at`; 1 where there are none.
+  COLLOGUE_DEVICE float weight(u64 at) const {
+    if constexpr (W::kBytes == 0)
+      return 1.0f;
+    else
+      return load_value<W>(row.p.expert_weights + at * W::kBytes);
+  }
+  COLLOGUE_DEVICE const u8* place(u64 of_row) const {
+    return row.p.partial + (of_row * row.p.hidden + row.vector(0) * 8) * D::kBytes;
+  }
+  COLLOGUE_DEVICE static void add_weighted(float (&sum)[8], const Vector& x, float w) {
+    float f[8];
+    D::widen(x, f);
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum[j] = sum[j] + (W::kBytes == 0 ? f[j] : f[j] * w);
+  }
+};
+
+// collogue.ExpertCombine: the rows that index[t, k] names, in the order of k; what names no row is skipped, and nothing is loaded.
+template <class C, class W, bool kShared>
+struct ExpertCombineSource : ExpertRows<C, W> {
+  static constexpr bool kWorkedOut = true;
+  using Rows = ExpertRows<C, W>;
+  using typename Rows::D;
+  using typename Rows::Vector;
+  using Rows::row;
+  u32 t;
+
+  COLLOGUE_DEVICE explicit ExpertCombineSource(const RowPlace<C>& r) : Rows{r}, t(0) {}
+  COLLOGUE_DEVICE void aim(u32 of) { t = of; }
+  COLLOGUE_DEVICE u32 digest() const { return folded(row.p.expert_index) ^ t; }
+  COLLOGUE_DEVICE Vector term(int i) const {
+    float sum[8] = {};
+    const u32 slots = row.p.experts;
+    const u64 first = static_cast<u64>(t) * slots;
+    Vector shared{};
+    if constexpr (kShared) shared = row.load(row.p.shared_expert + row.offset(t), i);
+#pragma unroll 1
+    for (u32 k = 0; k < slots; k += Rows::kBatch) {
+      u32 named[Rows::kBatch];
+      float w[Rows::kBatch];
+      Vector x[Rows::kBatch];
+#pragma unroll
+      for (int b = 0; b < Rows::kBatch; b++) {
+        named[b] = ~0u;
+        w[b] = 0.0f;
+        if (k + b < slots) {
+          named[b] = load_input_word(row.p.expert_index + first + k + b);
+          w[b] = this->weight(first + k + b);
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < Rows::kBatch; b++)
+        if (named[b] < row.p.expert_rows) x[b] = row.load(this->place(named[b]), i);
+#pragma unroll
+      for (int b = 0; b < Rows::kBatch; b++)
+        if (named[b] < row.p.expert_rows) Rows::add_weighted(sum, x[b], w[b]);
+    }
+    if (row.p.scaling != 1.0f) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum[j] = sum[j] * row.p.scaling;
+    }
+    if constexpr (kShared) add<D>(sum, shared);
+    return D::round(sum);
+  }
+  COLLOGUE_DEVICE Vector term(u32 of, int i) {
+    aim(of);
+    return term(i);
+  }
+};
+
+// collogue.ExpertReduce: row t of every expert whose weight is not 0, in order, and the token's own input.
+template <class C, class W>
+struct ExpertReduceSource : ExpertRows<C, W> {
+  static constexpr bool kWorkedOut = true;
+  using Rows = ExpertRows<C, W>;
+  using typename Rows::D;
+  using typename Rows::Vector;
+  using Rows::row;
+  u32 t;
+
+  COLLOGUE_DEVICE explicit ExpertReduceSource(const RowPlace<C>& r) : Rows{r}, t(0) {}
+  COLLOGUE_DEVICE void aim(u32 of) { t = of; }
+  COLLOGUE_DEVICE u32 digest() const { return folded(row.p.expert_weights) ^ t; }
+  COLLOGUE_DEVICE Vector term(int i) const {
+    float sum[8] = {};
+    const u32 experts = row.p.experts;
+    const Vector input = row.load(row.p.shared_expert + row.offset(t), i);
+#pragma unroll 1
+    for (u32 e = 0; e < experts; e += Rows::kBatch) {
+      float w[Rows::kBatch];
+      Vector x[Rows::kBatch];
+#pragma unroll
+      for (int b = 0; b < Rows::kBatch; b++) {
+        w[b] = 0.0f;
+        if (e + b < experts) w[b] = this->weight(static_cast<u64>(e + b) * row.p.tokens + t);
+      }
+#pragma unroll
+      for (int b = 0; b < Rows::kBatch; b++)
+        if (w[b] != 0.0f) x[b] = row.load(this->place(static_cast<u64>(e + b) * row.p.tokens + t), i);
+#pragma unroll
+      for (int b = 0; b < Rows::kBatch; b++)
+        if (w[b] != 0.0f) Rows::add_weighted(sum, x[b], w[b]);
+    }
+    add<D>(sum, input);
+    return D::round(sum);
+  }
+  COLLOGUE_DEVICE Vector term(u32 of, int i) {
+    aim(of);
     return term(i);
   }
 };

@@ -49,7 +49,7 @@ struct TwoShot {
     if (!any_in_warp(mine)) return;
     float sum[8];
     ranks.receive_and_add(ranks.disguise(x), ranks.slots() + offset(t, i), mine, t, sum);
-    if constexpr (C::kResidual) add<D>(sum, residual);
+    if constexpr (C::kResidual && !C::kBranch) add<D>(sum, residual);
     if (!mine) return;
     y = D::round(sum);
     if (ranks.stopped || offset(t, i) >= p.slot_bytes) return;
@@ -100,10 +100,13 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   // A single vector is in registers before its turn comes; several are read in their turn.
   constexpr bool kEarly = C::kVectors == 1;
   const auto is_row = [&](u32 of) { return !C::kLoop || of < end; };
-  const auto load_term = [&](u32 of, int i) { return is_row(of) ? source.term(of, i) : Vector{}; };
+  // `used`: whether this lane does something with it.
+  const auto load_term = [&](u32 of, int i, bool used) {
+    return is_row(of) && (used || !C::template Source<C>::kWorkedOut) ? source.term(of, i) : Vector{};
+  };
   const auto load_residual = [&](u32 of, int i) {
     Vector v{};
-    if constexpr (C::kResidual)
+    if constexpr (C::kResidual && !C::kBranch)  // else every rank adds all of it, behind the norm
       if (shot.owns(i) && is_row(of)) v = row.load(p.residual + row.offset(of), i);
     return v;
   };
@@ -113,10 +116,10 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   Opening<C> opening(ranks);
   opening.begin(row, [&] {
 #pragma unroll
-    for (int i = 0; i < C::kVectors; i++) first.term[i] = load_term(t, i);
+    for (int i = 0; i < C::kVectors; i++) first.term[i] = load_term(t, i, kEarly || shot.gives(i));
     if (kEarly) {
       first.residual = load_residual(t, 0);
-      next.term[0] = kAhead ? load_term(t + step, 0) : first.term[0];
+      next.term[0] = kAhead ? load_term(t + step, 0, true) : first.term[0];
       next.residual = kAhead ? load_residual(t + step, 0) : first.residual;
     }
   });
@@ -124,9 +127,9 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   for (int i = 0; i < C::kVectors; i++) shot.give(first.term[i], t, i);
   if (kAhead && is_row(t + step)) {
 #pragma unroll
-    for (int i = 0; i < C::kVectors; i++) shot.give(kEarly ? next.term[i] : load_term(t + step, i), t + step, i);
+    for (int i = 0; i < C::kVectors; i++) shot.give(kEarly ? next.term[i] : load_term(t + step, i, shot.gives(i)), t + step, i);
   }
-  if (kEarly && C::kLoop && shot.gives(0)) next.term[0] = load_term(t + (kAhead + 1) * step, 0);
+  if (kEarly && C::kLoop && shot.gives(0)) next.term[0] = load_term(t + (kAhead + 1) * step, 0, true);
   opening.after_sends(row);
   if (!C::kLoop) row.aim(t);
 
@@ -134,7 +137,7 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   if (kAhead) {
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
-      shot.add_terms(y[i], kEarly ? first.term[i] : load_term(t, i), kEarly ? first.residual : load_residual(t, i), t, i);
+      shot.add_terms(y[i], kEarly ? first.term[i] : load_term(t, i, shot.owns(i)), kEarly ? first.residual : load_residual(t, i), t, i);
       shot.wipe_terms(t, i);
     }
   }
@@ -143,20 +146,24 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
     Vector y_ahead[C::kVectors];
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
-      if (C::kLoop && is_row(given)) shot.give(kEarly ? next.term[i] : load_term(given, i), given, i);
+      if (C::kLoop && is_row(given)) shot.give(kEarly ? next.term[i] : load_term(given, i, shot.gives(i)), given, i);
       Vector& sum = kAhead ? y_ahead[i] : y[i];
       sum = Vector{};
       if (!kAhead || is_row(added))
-        shot.add_terms(sum, kEarly ? next.term[i] : load_term(added, i), kEarly ? next.residual : load_residual(added, i), added, i);
+        shot.add_terms(sum, kEarly ? next.term[i] : load_term(added, i, shot.owns(i)), kEarly ? next.residual : load_residual(added, i), added, i);
       shot.await_y(y[i], t, i);
     }
     if (kEarly && C::kLoop) {
-      next.term[0] = load_term(shot.owns(0) ? given : given + step, 0);
+      next.term[0] = load_term(shot.owns(0) ? given : given + step, 0, true);
       next.residual = load_residual(given, 0);
     }
     if (C::kLoop) row.aim(t);  // not before: registers
+    if constexpr (C::kBranch) {
+      row.join(turn, y, [&](int i) { return row.load(p.residual + row.offset(t), i); });
+    } else {
 #pragma unroll
-    for (int i = 0; i < C::kVectors; i++) row.store_rounded(i, y[i]);
+      for (int i = 0; i < C::kVectors; i++) row.store_rounded(i, y[i]);
+    }
     row.finish(
         turn, y,
         [&] {

@@ -80,6 +80,18 @@ COLLOGUE_DEVICE void store_vector(u8* p, const Packed<D::kParts>& v) {
   for (int i = 0; i < D::kParts; i++) store(p + 16 * i, v.part[i]);
 }
 
+// One value that every thread of a row reads.
+template <class D>
+COLLOGUE_DEVICE float load_value(const u8* p) {
+  if constexpr (D::kBytes == 4) {
+    return from_bits(load_input_word(reinterpret_cast<const u32*>(p)));
+  } else {
+    float low, high;
+    D::widen_pair(load_input_half(p), low, high);
+    return low;
+  }
+}
+
 // sum = sum + v, element by element.
 template <class D>
 COLLOGUE_DEVICE void add(float (&sum)[8], const Packed<D::kParts>& v) {

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from collogue.planning.algorithm import ALGORITHMS
+
 
 @dataclass(frozen=True)
 class Constants:
@@ -38,10 +40,10 @@ CONSTANTS = Constants(exchange_us=1.23, wire_rate=367e3, finish_us=0.7, one_shot
 def predict(algorithm: str, world_size: int, bytes_sent: int, constants: Constants = CONSTANTS) -> tuple[float, float]:
     """``(predicted, floor)`` of a call that sends ``bytes_sent`` from each rank."""
     c = constants
-    if algorithm == "local" or world_size == 1:
+    if ALGORITHMS[algorithm].alone or world_size == 1:
         return c.finish_us, 0.0
     floor = c.exchange_us + bytes_sent / c.wire_rate
-    if algorithm == "one_shot":
+    if ALGORITHMS[algorithm].one_hop:
         return c.exchange_us + c.finish_us + bytes_sent / c.one_shot_rate, floor
     return c.exchange_us + c.finish_us + c.second_hop_us + bytes_sent / c.stream_rate, floor
 

@@ -10,6 +10,7 @@ import torch
 
 from collogue.calls.capacity import Capacity, check_hidden_size
 from collogue.calls.request import make_request
+from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import describe, parse
 from collogue.contract.spec import VALUE_DTYPES, Operation
 from collogue.errors import ArgumentError, DTypeError
@@ -112,6 +113,7 @@ def explain(
     keep_norm: bool = False,
     max_tokens: int | None = None,
     table: TableArgument = None,
+    prologue: PrologueForm | None = None,
 ) -> Explanation:
     """The plan that ``comm.explain`` would give on every rank of such a communicator.
 
@@ -135,8 +137,10 @@ def explain(
         quant=quant,
         keep_norm=keep_norm,
         operation=known,
+        prologue=prologue,
     )
     epilogue = [name for name, there in (("residual", residual and operation != "finish"), ("norm", norm)) if there]
-    parts = " + ".join([operation, *epilogue, *([describe(quant)] if quant is not None else [])])
+    before = [] if prologue is None else [str(prologue)]
+    parts = " + ".join([*before, operation, *epilogue, *([describe(quant)] if quant is not None else [])])
     where = "on the CPU" if topology.architecture is None else f"on {machine.device or machine.architecture}"
     return Explanation(f"{parts}, {tokens} x {hidden_size} {dtype}, {world_size} ranks {where}", topology, make_plan(topology, request))

@@ -8,6 +8,7 @@ import torch
 
 from collogue import kernels
 from collogue.contract.quant import Quant
+from collogue.planning.algorithm import ALGORITHMS
 from collogue.planning.topology import Topology
 from collogue.planning.variant import QuantVariant
 
@@ -47,7 +48,7 @@ class Memory:
 def memory_of(algorithm: str, world_size: int, hidden_size: int, dtype: torch.dtype, quant: Quant | None, *, values: bool) -> Memory:
     """What a row needs. ``values``: finished rows travel in ``dtype`` as well (or alone, where ``quant`` is ``None``)."""
     row, width = hidden_size * dtype.itemsize, -(-hidden_size // 8 // world_size)
-    if algorithm == "one_shot":
+    if ALGORITHMS[algorithm].one_hop:
         return Memory(row, 0, 0, width)
     if algorithm == "two_shot":
         part = width * 8 * dtype.itemsize

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
@@ -16,12 +15,11 @@ from collogue.contract.quant import Quant
 from collogue.contract.spec import Wanted
 from collogue.errors import CapacityError, FormatError
 from collogue.planning import cost
+from collogue.planning.algorithm import ALGORITHMS, Algorithm
 from collogue.planning.extent import MAX_CTAS, Memory, memory_of, round_up, wire_bytes, workspace_extent
 from collogue.planning.table import Candidate, Entry
 from collogue.planning.topology import Topology
-from collogue.planning.variant import QuantVariant, Variant, block_class
-
-Algorithm = Literal["reference", "local", "one_shot", "two_shot", "sharded", "all_gather"]
+from collogue.planning.variant import QuantVariant, Variant, block_class, source_type
 
 #: Cycles between a rank's last send and its first poll: about one NVLink hop.
 FIRST_POLL_CYCLES = 1000
@@ -113,7 +111,7 @@ def make_plan(topology: Topology, request: Request) -> Plan:
         candidate, why = _choose(topology, request)
         algorithm, measured = candidate.algorithm, _measured(topology, request, candidate)
         width = memory_of("two_shot", world, request.hidden_size, request.dtype, None, values=False).slot
-        sent = (world - 1) * tokens * (row if algorithm == "one_shot" else 2 * width)
+        sent = (world - 1) * tokens * (row if ALGORITHMS[algorithm].one_hop else 2 * width)
     else:
         rows = -(-tokens // world)
         wire = wire_bytes(request.hidden_size, request.dtype, request.quant, sends_values(request))
@@ -125,7 +123,7 @@ def make_plan(topology: Topology, request: Request) -> Plan:
     launches, used, least = 1, 0, rows
     if algorithm != "local":
         memory = launch_memory(topology, request, algorithm)
-        if algorithm != "one_shot":
+        if not ALGORITHMS[algorithm].one_hop:
             fits = max(1, (workspace_extent(topology).generation // (world - 1) - memory.flags) // (memory.slot + memory.gather))
             total, rows = rows, -(-rows // -(-rows // fits))
             launches = -(-total // rows)
@@ -142,7 +140,9 @@ def make_plan(topology: Topology, request: Request) -> Plan:
         why += f"; {topology.architecture} has no clusters: one CTA per row, no PDL"
     threads = candidate.cta_threads if candidate is not None else None
     # All launches have the grid of the last one, which may be shorter: every cluster has a row in each of them.
-    shape = launch_shape(topology, least, request.hidden_size, request.quant, algorithm, cta_threads=threads)
+    experts = request.prologue is not None
+    width, quant = request.hidden_size, request.quant
+    shape = launch_shape(topology, least, width, quant, algorithm, cta_threads=threads, experts=experts, branch=request.branch)
     return Plan(algorithm, why, shape, sent, predicted, floor, rows, launches, used, measured, table)
 
 
@@ -176,7 +176,7 @@ def _choose(topology: Topology, request: Request) -> tuple[Candidate, str]:
     message = request.tokens * request.hidden_size * request.dtype.itemsize
     world, asked = topology.world_size, topology.overrides
     fits = (world - 1) * message <= workspace_extent(topology).one_shot
-    if asked.algorithm is not None and (fits or asked.algorithm == "two_shot"):
+    if asked.algorithm is not None and (fits or not ALGORITHMS[asked.algorithm].one_hop):
         return Candidate(asked.algorithm, asked.cta_threads), "asked for"
     entry = _entry(topology, request)
     if entry is not None:
@@ -198,7 +198,8 @@ def _entry(topology: Topology, request: Request) -> Entry | None:
 def _measured(topology: Topology, request: Request, candidate: Candidate) -> float | None:
     """The time in the table, if this is the call that was measured: residual and norm, no quantisation."""
     entry = _entry(topology, request)
-    plain = request.residual and request.norm and not request.wide_weight and request.quant is None
+    plain = request.residual and request.norm and not request.wide_weight and request.quant is None and request.prologue is None
+    plain = plain and not request.branch
     return entry.us(candidate, request.tokens) if entry is not None and plain else None
 
 
@@ -217,7 +218,15 @@ def check_width(topology: Topology, hidden_size: int) -> None:
 
 
 def launch_shape(
-    topology: Topology, tokens: int, hidden_size: int, quant: Quant | None, algorithm: str = "one_shot", *, cta_threads: int | None = None
+    topology: Topology,
+    tokens: int,
+    hidden_size: int,
+    quant: Quant | None,
+    algorithm: str = "one_shot",
+    *,
+    cta_threads: int | None = None,
+    experts: bool = False,
+    branch: bool = False,
 ) -> LaunchShape:
     """Threads, vectors and clusters for ``tokens`` rows of this width.
 
@@ -231,13 +240,13 @@ def launch_shape(
     limit = topology.overrides.max_sms
     streams = algorithm == "local" and tokens > topology.multiprocessors and hidden_size <= MAX_HIDDEN_SIZE_OF_A_CTA
     if topology.has_clusters and not QuantVariant.of(quant).needs_one_cta and streams:
-        cluster, vectors = 1, 2 if vectors_in_row <= 2 * resident_threads(topology, algorithm, vectors=2) else 4
+        cluster, vectors = 1, 2 if vectors_in_row <= 2 * resident_threads(topology, algorithm, vectors=2, experts=experts) else 4
         threads = round_up(-(-vectors_in_row // vectors), 32)
     elif topology.has_clusters and not QuantVariant.of(quant).needs_one_cta:
         threads = 64 if hidden_size <= 2048 else 128
         wide = cta_threads or topology.overrides.cta_threads or (MAX_THREADS if limit else 0)
         if wide:
-            wide = min(wide, widest_cta(topology, algorithm))
+            wide = min(wide, widest_cta(topology, algorithm, experts=experts, branch=branch))
             threads = round_up(-(-vectors_in_row // -(-vectors_in_row // wide)), 32)
         elif vectors_in_row <= 64:
             threads = round_up(vectors_in_row, 32)
@@ -255,18 +264,18 @@ def launch_shape(
             raise FormatError(f"hidden size {hidden_size} is too large for one CTA per row", hint=hint)
         threads = round_up(-(-vectors_in_row // vectors), 32)
     clusters = max(tokens, 1)
-    resident = _resident_clusters(topology, LaunchShape(threads, vectors, cluster, clusters), algorithm)
+    resident = _resident_clusters(topology, LaunchShape(threads, vectors, cluster, clusters), algorithm, experts=experts)
     if limit:
         resident = max(1, min(resident, limit // cluster))
     if clusters > resident:
         # Where rows have owners, all that can be resident; else the same number of rows for all, as far as it goes.
-        clusters = resident if algorithm in ("sharded", "all_gather") else -(-tokens // -(-tokens // resident))
+        clusters = resident if ALGORITHMS[algorithm].owned else -(-tokens // -(-tokens // resident))
     return LaunchShape(threads, vectors, cluster, clusters)
 
 
-def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str) -> int:
+def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str, *, experts: bool) -> int:
     """Clusters that are expected to be on the GPU together: more would cost time (docs/design.md)."""
-    ctas = ctas_per_multiprocessor(topology, shape, algorithm)
+    ctas = ctas_per_multiprocessor(topology, shape, algorithm, experts=experts)
     if topology.fitting is not None:
         clusters = topology.fitting[ctas - 1][shape.cluster - 1]
     else:
@@ -279,15 +288,18 @@ def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str) -
     return max(1, min(clusters, MAX_CTAS // shape.cluster))
 
 
-def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1) -> int:
-    """Threads that a multiprocessor can hold, by the registers that each needs: a thread holds a vector of every rank."""
-    world, narrow, streams = topology.world_size, topology.dtype.itemsize == 2, algorithm not in ("one_shot", "local")
+def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1, experts: bool = False) -> int:
+    """Threads that a multiprocessor can hold, by the registers that each needs: a thread holds a vector of every rank.
+
+    ``experts``: terms are worked out, from four rows at a time.
+    """
+    world, narrow, streams = topology.world_size, topology.dtype.itemsize == 2, ALGORITHMS[algorithm].streams
     if algorithm == "local" and vectors in (2, 4) and topology.has_clusters:
         return 896 if narrow else 448
     if vectors > 1 or (streams and world > 4 and not narrow):
         return 256
     if narrow and world <= 2:
-        return 1024
+        return 1024 if not experts else 640 if streams else 896
     if narrow and world <= 4 and not streams:
         return 768
     if not narrow and streams and world >= 4:
@@ -295,19 +307,19 @@ def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1) ->
     return 512 if world <= 6 else 384
 
 
-def widest_cta(topology: Topology, algorithm: str) -> int:
+def widest_cta(topology: Topology, algorithm: str, *, experts: bool = False, branch: bool = False) -> int:
     """Threads of the widest CTA in which nothing spills: alone on a multiprocessor, and no compiler could give its threads more."""
-    threads = resident_threads(topology, algorithm)
-    return min(threads, 384) if topology.world_size > 4 and algorithm not in ("one_shot", "local") else threads
+    threads = min(resident_threads(topology, algorithm, experts=experts), 896 if branch else MAX_THREADS)
+    return min(threads, 384) if topology.world_size > 4 and ALGORITHMS[algorithm].streams else threads
 
 
-def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: str) -> int:
+def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: str, *, experts: bool = False) -> int:
     """CTAs that a multiprocessor is sure to hold: launch bounds ask for no more registers than that leaves to each thread.
 
     Few registers let the next kernel start beside this one and more rows be on their way at a time (docs/speed.md), as long as
     nothing spills. Where something does, the compiler is asked again with fewer CTAs (:func:`collogue.gpu.jit.compile_variant`).
     """
-    threads = resident_threads(topology, algorithm, vectors=shape.vectors)
+    threads = resident_threads(topology, algorithm, vectors=shape.vectors, experts=experts)
     # 16: as many CTAs as every architecture holds.
     return max(1, min(16, threads // shape.threads))
 
@@ -328,7 +340,7 @@ def make_kernels(topology: Topology, request: Request, plan: Plan) -> tuple[Kern
 
 def make_variant(topology: Topology, request: Request, shape: LaunchShape, algorithm: str) -> Variant:
     """The kernel that runs ``request`` in ``shape``."""
-    rows = request.tokens if algorithm in ("local", "one_shot", "two_shot") else -(-request.tokens // topology.world_size)
+    rows = -(-request.tokens // topology.world_size) if ALGORITHMS[algorithm].owned else request.tokens
     loop = rows > shape.clusters
     return Variant(
         kernel=algorithm,
@@ -344,8 +356,8 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         clustered=shape.cluster > 1,
         blocks=block_class(request.hidden_size),
         loop=loop,
-        ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, algorithm),
-        first_poll=FIRST_POLL_CYCLES if algorithm == "one_shot" else 0,
+        ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, algorithm, experts=request.prologue is not None),
+        first_poll=FIRST_POLL_CYCLES if ALGORITHMS[algorithm].one_hop else 0,
         ahead=int(
             loop
             and (shape.vectors <= 2 if algorithm == "local" else algorithm == "two_shot" and shape.threads > MAX_THREADS_OF_ROWS_IN_TURN)
@@ -354,4 +366,7 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         gather=request.operation == "sharded",
         late_weight=request.late_weight and request.norm and shape.vectors <= 2,  # more are read in their turn
         launch_late=topology.concurrent > 1 and algorithm != "local",  # which waits for nobody
+        source_type=source_type(request.prologue, request.dtype),
+        branch=request.branch,
+        branch_weight_dtype=torch.float32 if request.branch and request.wide_branch else None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -68,4 +69,14 @@ def _ask(shared_bytes: int) -> Fitting:
         rows.append(tuple(row))
     if not all(min(row) > 0 for row in rows):
         raise RuntimeError("the driver says that no cluster fits")
-    return tuple(rows)
+    return scaled(rows)
+
+
+def scaled(rows: Sequence[tuple[int, ...]]) -> Fitting:
+    """``rows``, with rows of the last full one in the place of those in which the driver's answer stops short of so many CTAs.
+
+    By its default split of an SM's memory the probe stops at 8 CTAs, also where registers and threads would hold 16.
+    """
+    full = max(ctas for ctas, row in enumerate(rows, 1) if row[0] >= ctas * rows[0][0])
+    beyond = range(full + 1, len(rows) + 1)
+    return (*rows[:full], *(tuple(clusters * ctas // full for clusters in rows[full - 1]) for ctas in beyond))

@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
 from collogue.cache import cache_directory
 from collogue.contract.spec import Operation
 from collogue.errors import ArgumentError
+from collogue.planning.algorithm import AllReduceBy
 
 #: What a file must say that it is.
 FORMAT = "collogue table 1"
@@ -34,11 +35,11 @@ TableArgument: TypeAlias = "str | os.PathLike[str] | Literal[False] | None"
 class Candidate:
     """A way to do an ``all_reduce``: the algorithm, and the most threads of a CTA (``None``: what the plan takes by itself)."""
 
-    algorithm: Literal["one_shot", "two_shot"]
+    algorithm: AllReduceBy
     cta_threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ("one_shot", "two_shot"):
+        if self.algorithm not in get_args(AllReduceBy):
             raise ValueError(f"there is no algorithm {self.algorithm!r}")
         if self.cta_threads is not None and (self.cta_threads not in range(32, 1025) or self.cta_threads % 32):
             raise ValueError(f"a CTA cannot have {self.cta_threads} threads")

@@ -6,7 +6,7 @@ import contextlib
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 
@@ -14,6 +14,7 @@ from collogue.calls.capacity import Capacity
 from collogue.contract.number import check_seconds, is_whole
 from collogue.errors import ArgumentError, PlatformError
 from collogue.group import Group
+from collogue.planning.algorithm import AllReduceBy
 from collogue.planning.residency import Fitting, agreed, fitting
 from collogue.planning.table import Table, TableArgument, check_alike, find, name_of
 
@@ -28,7 +29,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class Overrides:
     """What a user fixes of the plans: the algorithm of ``all_reduce``, how many multiprocessors a call may use, the widest CTA."""
 
-    algorithm: Literal["one_shot", "two_shot"] | None = None
+    algorithm: AllReduceBy | None = None
     max_sms: int | None = None
     cta_threads: int | None = None
 
@@ -38,8 +39,8 @@ class Overrides:
 
     def check(self) -> None:
         """Raise :class:`ArgumentError` for what cannot be meant."""
-        if self.algorithm not in (None, "one_shot", "two_shot"):
-            raise ArgumentError(f"algorithm is {self.algorithm!r}", hint="give 'one_shot', 'two_shot' or nothing")
+        if self.algorithm is not None and self.algorithm not in get_args(AllReduceBy):
+            raise ArgumentError(f"algorithm is {self.algorithm!r}", hint=f"give {', '.join(map(repr, get_args(AllReduceBy)))} or nothing")
         limit, threads = self.max_sms, self.cta_threads
         if limit is not None and (not is_whole(limit) or limit < 1):
             raise ArgumentError(f"max_sms is {limit!r}", hint="give a positive number or nothing")

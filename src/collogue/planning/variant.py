@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.planning.algorithm import ALGORITHMS
 
 _DTYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16", torch.float32: "Float32"}
 #: Compiled upper bounds of ``ceil(H / 256)``: the hidden size itself is a run-time value.
@@ -110,6 +112,16 @@ class QuantVariant:
         return hidden_size // 8 * row.code_bytes + 4 * scales
 
 
+def source_type(prologue: PrologueForm | None, dtype: torch.dtype) -> str:
+    """Where this rank's terms come from: a template of kernels/source.cuh, and its arguments behind the first."""
+    if prologue is None:
+        return "DirectSource"
+    weights = {"none": "NoWeight", "value": _DTYPES[dtype], "float32": "Float32"}[prologue.weights]
+    if prologue.kind == "expert_reduce":
+        return f"ExpertReduceSource, {weights}"
+    return f"ExpertCombineSource, {weights}, {_flag(prologue.shared)}"
+
+
 @dataclass(frozen=True)
 class Variant:
     """One kernel: ``kernel`` names its file in ``kernels/``. ``stream``: y is stored; ``gather``: finished rows go to every rank."""
@@ -135,23 +147,28 @@ class Variant:
     late_weight: bool = False
     launch_late: bool = False
     source_type: str = "DirectSource"
+    branch: bool = False
+    branch_weight_dtype: torch.dtype | None = None
 
     @property
     def name(self) -> str:
         """Short and unique enough for a profiler's list."""
-        parts = ["residual"] * self.residual + ["norm"] * self.norm
+        before = "experts_" * (self.source_type != "DirectSource")
+        parts = ["branch"] * self.branch + ["residual"] * self.residual + ["norm"] * self.norm
         if self.quant.row.kind is not None:
             parts.append("".join(filter(str.isalnum, self.quant.format)).lower())
         epilogue = "_".join(parts)
         kernel = "reduce_scatter" if self.kernel == "sharded" and not self.gather else self.kernel
-        return f"collogue_{kernel}_{self.world}_{epilogue or 'sum'}"
+        return f"collogue_{before}{kernel}_{self.world}_{epilogue or 'sum'}"
 
     def source(self) -> str:
         """The translation unit."""
         q = self.quant
+        source, *more = self.source_type.split(", ")
+        arguments = ", ".join(["C", *more])
         constants = {
             "int kWorld": self.world,
-            "bool kOneShot": _flag(self.kernel == "one_shot"),
+            "bool kOneShot": _flag(ALGORITHMS[self.kernel].one_hop),
             "bool kResidual": _flag(self.residual),
             "bool kStream": _flag(self.stream),
             "bool kNorm": _flag(self.norm),
@@ -166,6 +183,7 @@ class Variant:
             "bool kGather": _flag(self.gather),
             "bool kLateWeight": _flag(self.late_weight),
             "bool kLaunchLate": _flag(self.launch_late),
+            "bool kBranch": _flag(self.branch),
         }
         body = "\n".join(f"  static constexpr {name} = {value};" for name, value in constants.items())
         return (
@@ -175,10 +193,11 @@ class Variant:
             "struct Config {\n"
             f"  using D = {_DTYPES[self.dtype]};\n"
             f"  using WeightD = {_DTYPES[self.weight_dtype]};\n"
+            f"  using BranchWeightD = {_DTYPES[self.branch_weight_dtype or self.dtype]};\n"
             f"  using Format = collogue::{q.struct};\n"
             f"  using Layout = collogue::{LAYOUTS[q.layout][q.row.scale_bytes]};\n"
             "  template <class C>\n"
-            f"  using Source = collogue::{self.source_type}<C>;\n"
+            f"  using Source = collogue::{source}<{arguments}>;\n"
             f"{body}\n"
             "};\n"
             f"{q.row_as_asserted}"

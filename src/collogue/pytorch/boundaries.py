@@ -18,17 +18,20 @@ from collogue.pytorch.nn import FusedRMSNorm, changes_what_runs, finish, gather_
 class Untouched:
     """The modules inside a decoder layer that must stay as they are: between them run parts of sums, or parts of features.
 
-    Hooks there would see, and act on, what the unsharded model does not have. ``free``: the names of those that get whole tensors.
+    Hooks there would see, and act on, what the unsharded model does not have. ``free``: the names of those that get whole tensors; they
+    may be replaced as well where not ``held``.
     """
 
-    def __init__(self, layer: nn.Module, free: Iterable[str]) -> None:
-        self._places = [place for place in _places(layer, "") if place[1] not in free]
+    def __init__(self, layer: nn.Module, free: Iterable[str], *, held: bool) -> None:
+        self._places = [(*place, place[1] in free) for place in _places(layer, "") if held or place[1] not in free]
 
     def check(self) -> None:
         """Raise :class:`ArgumentError` where one was replaced, patched, or given hooks."""
-        for modules, name, module in self._places:
+        for modules, name, module, free in self._places:
             if modules.get(name.rpartition(".")[2]) is not module:
                 problem = "was replaced"
+            elif free:
+                continue
             elif module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
                 problem = own_ways(module)
             else:
@@ -37,10 +40,10 @@ class Untouched:
                 _reject(f"{name} of a decoder layer {problem}")
 
 
-def check_use(layers: list[Untouched], config: Any, kwargs: dict[str, Any]) -> None:
+def check_use(layers: list[Untouched], base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise :class:`ArgumentError` for uses of a parallel model that would show, or be changed by, one rank's part."""
     asked = kwargs.get("output_attentions")
-    if getattr(config, "output_attentions", False) if asked is None else asked:
+    if getattr(base.config, "output_attentions", False) if asked is None else asked:
         raise ArgumentError("output_attentions=True: each rank has the attention weights of its own heads", hint="use the unsharded model")
     if torch.compiler.is_compiling():
         return
@@ -70,9 +73,15 @@ class Boundaries:
 
     def __init__(self, layer: Any, form: Form, comm: Communicator, following: Any, next_norm: FusedRMSNorm) -> None:
         self.layer, self.comm, self.following, self.next_norm = layer, comm, following, next_norm
-        norms: list[Any] = [form.attention_in, form.attention_out, form.mlp_in, form.mlp_out]
-        self.attention_in, self.attention_out, self.mlp_in, self.mlp_out = (name and getattr(layer, name) for name in norms)
+        self._attention_in = form.attention_in
+        norms: list[Any] = [form.attention_out, form.mlp_in, form.mlp_out]
+        self.attention_out, self.mlp_in, self.mlp_out = (name and getattr(layer, name) for name in norms)
         self.forward = self.of_streams if self.attention_out is None else self.of_branches
+
+    @property
+    def attention_in(self) -> Any:
+        """The norm that the layer begins with, as it is now: it gets a whole stream, so another may take its place."""
+        return self._attention_in and getattr(self.layer, self._attention_in)
 
     def _hands_over(self, stream: Tensor) -> bool:
         """Whether nobody can change the stream between here and the norm without being noticed: not every tensor counts its changes."""

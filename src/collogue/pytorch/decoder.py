@@ -174,6 +174,17 @@ def _find(model: Any) -> tuple[Any, Any]:
     return model, base
 
 
+#: What models call the activation of their MLP.
+_ACTIVATIONS = ("act_fn", "activation_fn")
+_OF_SEVERAL = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.MultiheadAttention)
+
+
+def _is_elementwise(activation: nn.Module) -> bool:
+    """Whether it is one of transformers' or PyTorch's that acts on each element alone, whichever features it is given."""
+    known = type(activation).__module__ in ("transformers.activations", "torch.nn.modules.activation")
+    return known and not isinstance(activation, _OF_SEVERAL) and all(tensor.numel() == 1 for tensor in activation.parameters())
+
+
 def _check_code(base: Any, layer: nn.Module, name: str, fuse: bool) -> None:
     """Whether the layer, its attention and its MLP run transformers' own code for this type, and nothing beside it."""
     home = f"transformers.models.{base.config.model_type.removesuffix('_text')}."
@@ -183,6 +194,11 @@ def _check_code(base: Any, layer: nn.Module, name: str, fuse: bool) -> None:
             raise ArgumentError(
                 f"{inner} is a {type(module).__module__}.{type(module).__qualname__} with a forward that is not transformers'",
                 hint="pass the model as transformers made it; use collogue.nn or collogue.compile for layers of your own",
+            )
+        if inner.rpartition(".")[2] in _ACTIVATIONS and not _is_elementwise(module):
+            raise ArgumentError(
+                f"{inner} is a {type(module).__module__}.{type(module).__qualname__}, not an activation known to act on each element alone",
+                hint="each rank has a part of the features: use an activation of transformers or PyTorch, or collogue.nn",
             )
         problem = "has a forward of its own" * ("forward" in vars(module)) if module is layer else own_ways(module)
         if problem:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collogue.communicator import Communicator
+from collogue.contract.prologue import PROLOGUES, Prologue
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Output, RMSNorm
 from collogue.errors import ArgumentError
@@ -127,11 +128,12 @@ class RowParallelLinear(nn.Module):
         norm: RMSNorm | FusedRMSNorm | None = None,
         quant: Quant | None = None,
         keep_norm: bool = False,
+        branch_norm: RMSNorm | None = None,
     ) -> Output:
         """``x`` is ``[.., I / N]``. Everything else, and what comes back, is as in :meth:`collogue.Communicator.all_reduce`, with
         the leading dimensions of ``x``; ``codes`` and ``scales`` are those of ``[T, H]`` rows.
         """
-        return finish(self.comm, self.partial(x), residual=residual, norm=norm, quant=quant, keep_norm=keep_norm)
+        return finish(self.comm, self.partial(x), residual=residual, norm=norm, quant=quant, keep_norm=keep_norm, branch_norm=branch_norm)
 
 
 class FusedRMSNorm(nn.Module):
@@ -142,16 +144,16 @@ class FusedRMSNorm(nn.Module):
     takes the norm itself, with the contract's bits. PyTorch counts such changes, but not in inference mode or under ``torch.compile``.
     """
 
-    def __init__(self, weight: Tensor, comm: Communicator, eps: float = 1e-6, weight_offset: float = 0.0) -> None:
+    def __init__(self, weight: Tensor, comm: Communicator, eps: float = 1e-6, weight_offset: float = 0.0, prefetch: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach(), False)
-        self.comm, self.eps, self.weight_offset = comm, eps, weight_offset
+        self.comm, self.eps, self.weight_offset, self.prefetch = comm, eps, weight_offset, prefetch
         self._ready: tuple[Tensor, int | None, Tensor] | None = None
 
     @property
     def description(self) -> RMSNorm:
         """What a call takes as ``norm=``."""
-        return RMSNorm(self.weight, self.eps, self.weight_offset)
+        return RMSNorm(self.weight, self.eps, self.weight_offset, self.prefetch)
 
     def hand_over(self, stream: Tensor, normed: Tensor) -> None:
         """``normed`` is this norm of ``stream``; the next call will ask for it."""
@@ -188,33 +190,39 @@ def gather_columns(x: Tensor, comm: Communicator) -> Tensor:
 
 def finish(
     comm: Communicator,
-    partial: Tensor,
+    partial: Tensor | Prologue,
     *,
     residual: Tensor | None = None,
     norm: RMSNorm | FusedRMSNorm | None = None,
     quant: Quant | None = None,
     keep_norm: bool = False,
     hand_over: bool = False,
+    branch_norm: RMSNorm | None = None,
 ) -> Output:
     """:meth:`collogue.Communicator.all_reduce` for tensors with any number of leading dimensions, ``[.., H]``.
 
-    ``hand_over`` gives the result to ``norm``, a :class:`FusedRMSNorm`, for its next call.
+    ``partial`` may be a prologue; the leading dimensions are then those of ``residual``. ``hand_over`` gives the result to ``norm``,
+    a :class:`FusedRMSNorm`, for its next call.
     """
     taker = norm if hand_over and isinstance(norm, FusedRMSNorm) else None
     if taker is not None and quant is not None and not keep_norm:
         raise ArgumentError("hand_over=True with quant=: there is no norm to hand over", hint="pass keep_norm=True")
-    rows = (-1, partial.shape[-1])
+    if isinstance(partial, PROLOGUES):
+        rows, shape = (-1, partial.hidden_size), (partial.tokens, partial.hidden_size) if residual is None else residual.shape
+    else:
+        rows, shape = (-1, partial.shape[-1]), partial.shape
     out = comm.all_reduce(
-        partial.reshape(rows),
+        partial if isinstance(partial, PROLOGUES) else partial.reshape(rows),
         residual=None if residual is None else residual.reshape(rows),
         norm=norm.description if isinstance(norm, FusedRMSNorm) else norm,
         quant=quant,
         keep_norm=keep_norm,
+        branch_norm=branch_norm,
     )
     shaped = Output(
-        reduced=None if out.reduced is None else out.reduced.view(partial.shape),
-        residual=None if out.residual is None else out.residual.view(partial.shape),
-        norm=None if out.norm is None else out.norm.view(partial.shape),
+        reduced=None if out.reduced is None else out.reduced.view(shape),
+        residual=None if out.residual is None else out.residual.view(shape),
+        norm=None if out.norm is None else out.norm.view(shape),
         codes=out.codes,
         scales=out.scales,
     )

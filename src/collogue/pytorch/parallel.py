@@ -151,8 +151,8 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, undo: _Undo) -> Non
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             next_norm = base.norm if following is None or form.attention_in is None else getattr(following, form.attention_in)
             undo.set(layer, "forward", Boundaries(layer, form, comm, following, next_norm).forward)
-    untouched = [Untouched(layer, form.called if fuse else layer._modules) for layer in layers]
-    undo.hooks.append(base.register_forward_pre_hook(lambda _, args, kwargs: check_use(untouched, base.config, kwargs), with_kwargs=True))
+    untouched = [Untouched(layer, form.called if fuse else layer._modules, held=fuse) for layer in layers]
+    undo.hooks.append(base.register_forward_pre_hook(functools.partial(check_use, untouched), with_kwargs=True))
     if callable(getattr(decoder.model, "generate", None)):
         undo.set(decoder.model, "generate", functools.partial(generate, decoder.model, comm))
 

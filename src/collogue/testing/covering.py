@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import torch
 
 from collogue.calls.request import Request
-from collogue.contract.quant import parse
+from collogue.contract.prologue import PrologueForm
+from collogue.contract.quant import FAMILIES, parse, variants
 from collogue.contract.spec import VALUE_DTYPES, Operation, Wanted
 from collogue.planning.architecture import ARCHITECTURES
 from collogue.planning.plan import launch_shape, make_variant
@@ -28,21 +29,29 @@ Pair: TypeAlias = tuple[tuple[str, Any], tuple[str, Any]]
 
 
 def _labels() -> Iterator[str]:
+    layouts = ("128x4", "8x4", "linear")
+    every = [label for family in FAMILIES for label in variants(family)]
     yield "none"
-    for layout in ("128x4", "8x4", "linear"):
-        yield f"nvfp4/{layout}"
-        for family, rounding in itertools.product(("mxfp4", "mxfp8"), ("floor", "ceil")):
-            yield f"{family}/{rounding}/{layout}"
-    yield "fp8_static"
-    yield "fp8_per_token"
+    for layout in layouts:
+        yield from (label for label in every if label.endswith(f"/{layout}"))
+    yield from (label for label in every if not label.endswith(layouts))
     # The usual size, and one that a warp does not hold whole.
-    for size, scale_format, layout in itertools.product((128, 48), ("float32", "ue8m0"), ("row", "column")):
-        yield f"fp8_group{size}/{scale_format}/{layout}"
+    yield from (label.replace("128", "48") for label in variants("fp8_group"))
     yield from ("fp8_group16/float32/row", "fp8_group32/ue8m0/column", "fp8_group64/float32/row", "fp8_group256/ue8m0/column")
 
 
 #: The formats by label; ``None`` quantises nothing.
 FORMATS = {label: parse(label) for label in _labels()}
+
+#: What stands in the place of a partial, by label.
+PROLOGUES = {
+    "none": None,
+    "combine/float32/shared": PrologueForm("expert_combine", "float32", shared=True),
+    "combine/value": PrologueForm("expert_combine", "value"),
+    "combine/unweighted/shared": PrologueForm("expert_combine", "none", shared=True),
+    "reduce/float32": PrologueForm("expert_reduce", "float32", shared=True),
+    "reduce/value": PrologueForm("expert_reduce", "value", shared=True),
+}
 
 #: The factors and their levels. Hidden sizes stand for classes: below a block, one CTA, several, the largest cluster.
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -56,6 +65,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "keep_norm": (False, True),
     "wide_weight": (False, True),
     "residual": (True, False),
+    "prologue": tuple(PROLOGUES),
+    "branch": ("none", "value", "float32"),
     # One row a cluster, and many.
     "tokens": (1, 4096),
 }
@@ -80,6 +91,11 @@ def possible(choice: Choice) -> bool:
         return False
     if choice.get("wide_weight", False) and choice.get("dtype") is torch.float32:
         return False
+    branch = choice.get("branch", "none")
+    if branch != "none" and not choice.get("residual", True):
+        return False
+    if branch == "float32" and choice.get("dtype") is torch.float32:
+        return False
     kernel = choice.get("kernel")
     if kernel is None:
         return True
@@ -88,7 +104,9 @@ def possible(choice: Choice) -> bool:
     if kernel == "sharded":
         return choice.get("norm", True) or quant is not None or "format" not in choice
     # Moves what is finished: nothing is added or normalised.
-    return kernel != "all_gather" or not (choice.get("residual", False) or choice.get("norm", False))
+    adds = choice.get("residual", False) or choice.get("norm", False) or choice.get("prologue", "none") != "none"
+    adds = adds or branch != "none"
+    return kernel != "all_gather" or not adds
 
 
 def variant_of(choice: Choice) -> Variant:
@@ -101,8 +119,14 @@ def variant_of(choice: Choice) -> Variant:
     algorithm = "sharded" if choice["kernel"] == "reduce_scatter" else choice["kernel"]
     if algorithm == "all_gather":
         request = replace(request, wanted=replace(wanted, norm=quant is None, residual=False, reduced=False))
-    request = replace(request, operation=_OPERATIONS[choice["kernel"]])
-    return make_variant(topology, request, launch_shape(topology, tokens, hidden_size, quant, algorithm), algorithm)
+    prologue = PROLOGUES[choice.get("prologue", "none")]
+    if prologue is not None and prologue.weights == "float32" and dtype is torch.float32:
+        prologue = replace(prologue, weights="value")
+    request = replace(request, operation=_OPERATIONS[choice["kernel"]], prologue=prologue)
+    branch = choice.get("branch", "none")
+    request = replace(request, branch=branch != "none", wide_branch=branch == "float32")
+    shape = launch_shape(topology, tokens, hidden_size, quant, algorithm, experts=prologue is not None, branch=branch != "none")
+    return make_variant(topology, request, shape, algorithm)
 
 
 def pairs_of(choice: Choice) -> set[Pair]:

@@ -12,10 +12,12 @@ from typing import TypeAlias
 
 import torch
 
+from collogue.contract.prologue import ExpertCombine, ExpertReduce, Prologue, PrologueForm
+
 Tensor: TypeAlias = torch.Tensor
 
 #: Which stream of random bits a tensor takes; a partial takes its rank.
-_RESIDUAL, _WEIGHT = 1000, 1001
+_RESIDUAL, _WEIGHT, _EXPERTS = 1000, 1001, 2000
 
 #: Large and small value of "order": their ratio is 2**24, so a float32 sum loses the small one or not, by the order of terms.
 _ORDER = {torch.bfloat16: (2.0**24, 1.0), torch.float32: (2.0**24, 1.0), torch.float16: (2.0**15, 2.0**-9)}
@@ -66,6 +68,53 @@ def make_partials(
 ) -> list[Tensor]:
     """The partials of all ranks, as :func:`make_inputs` gives each."""
     return [KINDS[kind](_random((tokens, hidden_size), rank, seed, device), rank, dtype) for rank in range(world_size)]
+
+
+def make_prologue(
+    form: PrologueForm,
+    kind: str,
+    *,
+    rank: int,
+    tokens: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    count: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    wild: bool = False,
+) -> Prologue:
+    """What ``rank`` passes in the place of a partial: experts' rows of ``kind``, ``count`` slots of a token or experts.
+
+    Rows that nothing names, or whose weight is 0, are NaN. Slots are -1 here and there, every slot of every third token of odd ranks, and
+    of all tokens of rank 2, which has no rows at all; some rows are named twice. ``wild``: some indices lie outside of the tensor.
+    """
+    value, nan = (_EXPERTS + 4 * rank), torch.full((), torch.nan, dtype=dtype, device=device)
+    weight_dtype = torch.float32 if form.weights == "float32" else dtype
+    shared = KINDS[kind](_random((tokens, hidden_size), value + 1, seed, device), rank, dtype)
+    if form.kind == "expert_reduce":
+        bits = _random((count, tokens), value + 2, seed, device)
+        weights = torch.where(_field(bits, 60, 3) < 3, 0.0, _normal(bits)).to(weight_dtype)
+        rows = KINDS[kind](_random((count * tokens, hidden_size), value, seed, device), rank, dtype).view(count, tokens, hidden_size)
+        return ExpertReduce(torch.where((weights == 0)[..., None], nan, rows), weights, shared)
+    height = 0 if rank == 2 else tokens * count + 3
+    bits = _random((tokens, count), value + 2, seed, device)
+    index = _field(bits, 0, 30) % max(1, height if tokens < 3 else height // 2)
+    empty = _field(bits, 60, 2) == 0
+    if rank % 2:
+        empty |= (torch.arange(tokens, device=device) % 3 == 0)[:, None]
+    index = torch.where(empty | (rank == 2), -1, index)
+    if wild:
+        index = torch.where(
+            _field(bits, 40, 4) == 0, torch.tensor([height, -7, 2**31 - 1, -(2**31)], device=device)[_field(bits, 44, 2)], index
+        )
+    index = index.int()
+    rows = KINDS[kind](_random((height, hidden_size), value, seed, device), rank, dtype)
+    named = torch.zeros(height, dtype=torch.bool, device=device)
+    named[index[(index >= 0) & (index < height)].long()] = True
+    given = None if form.weights == "none" else _normal(_random((tokens, count), value + 3, seed, device)).to(weight_dtype)
+    return ExpertCombine(
+        torch.where(named[:, None], rows, nan), index, given, shared if form.shared else None, scaling=2.5 if count % 2 == 0 else 1.0
+    )
 
 
 def _random(shape: tuple[int, int], stream: int, seed: int, device: torch.device | str) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from collogue.contract import reference
+from collogue.contract.prologue import ExpertReduce, Prologue
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Output, RMSNorm
 from collogue.testing import scalar
@@ -21,14 +22,24 @@ _INTEGER = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
 
 
 def by_reference(
-    partials: list[torch.Tensor], residual: torch.Tensor | None, norm: RMSNorm | None, quant: Quant | None, keep_norm: bool
+    partials: list[torch.Tensor],
+    residual: torch.Tensor | None,
+    norm: RMSNorm | None,
+    quant: Quant | None,
+    keep_norm: bool,
+    branch_norm: RMSNorm | None = None,
 ) -> Output:
     """:func:`collogue.reference.all_reduce`, on the device of the partials."""
-    return reference.all_reduce(partials, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm)
+    return reference.all_reduce(partials, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm, branch_norm=branch_norm)
 
 
 def by_scalar(
-    partials: list[torch.Tensor], residual: torch.Tensor | None, norm: RMSNorm | None, quant: Quant | None, keep_norm: bool
+    partials: list[torch.Tensor],
+    residual: torch.Tensor | None,
+    norm: RMSNorm | None,
+    quant: Quant | None,
+    keep_norm: bool,
+    branch_norm: RMSNorm | None = None,
 ) -> Output:
     """:func:`collogue.testing.scalar.all_reduce` of CPU tensors, its bits as tensors."""
     dtype = partials[0].dtype
@@ -41,6 +52,7 @@ def by_scalar(
         weight_offset=0.0 if norm is None else norm.weight_offset,
         quant=quant,
         keep_norm=keep_norm,
+        branch=None if branch_norm is None else (branch_norm.weight.float().numpy(), branch_norm.eps, branch_norm.weight_offset),
     )
     codes = None
     if result.codes is not None and quant is not None:
@@ -53,6 +65,21 @@ def by_scalar(
         codes=codes,
         scales=None if result.scales is None else _scales(result.scales),
     )
+
+
+def scalar_term(given: Prologue) -> torch.Tensor:
+    """A rank's term by the scalar version, of CPU tensors."""
+    dtype = given.expert_output.dtype
+    name, rows = cast(scalar.DType, str(dtype).removeprefix("torch.")), _bits(given.expert_output)
+    if isinstance(given, ExpertReduce):
+        term = scalar.expert_reduce(rows, given.weights.float().numpy(), _bits(given.token_input), name)
+    else:
+        weights = None if given.weights is None else given.weights.float().numpy()
+        shared = None if given.shared_expert is None else _bits(given.shared_expert)
+        term = scalar.expert_combine(rows, given.index.numpy(), weights, shared, given.scaling, name)
+    values = _values(term, dtype)
+    assert values is not None
+    return values
 
 
 def by_rank(

@@ -113,6 +113,35 @@ def sum_in_rank_order(partials: list[Array]) -> Array:
     return total
 
 
+def expert_combine(rows: Array, index: Array, weights: Array | None, shared: Array | None, scaling: float, dtype: DType) -> Array:
+    """A rank's term as raw bits [T, H], token by token and slot by slot.
+
+    Args:
+        rows: the experts' rows, raw bits [P, H]. index: int32 [T, K]; what is no row of them contributes nothing.
+        weights: their values, float32 [T, K], or ``None``. shared: raw bits [T, H], or ``None``.
+    """
+    total = np.zeros((len(index), rows.shape[1]), F32)
+    with np.errstate(all="ignore"):
+        for t, slots in enumerate(index):
+            for k, row in enumerate(slots):
+                if 0 <= row < len(rows):
+                    x = widen(rows[row], dtype)
+                    total[t] = total[t] + (x if weights is None else x * weights[t, k])
+        if F32(scaling) != 1:
+            total = total * F32(scaling)
+        return narrow(total if shared is None else total + widen(shared, dtype), dtype)
+
+
+def expert_reduce(rows: Array, weights: Array, token_input: Array, dtype: DType) -> Array:
+    """A rank's term as raw bits [T, H] from raw bits [E, T, H], weights float32 [E, T] and raw bits [T, H]."""
+    total = np.zeros(token_input.shape, F32)
+    with np.errstate(all="ignore"):
+        for e, t in np.ndindex(weights.shape):
+            if weights[e, t] != 0:
+                total[t] = total[t] + widen(rows[e, t], dtype) * weights[e, t]
+        return narrow(total + widen(token_input, dtype), dtype)
+
+
 def mean_square(y: Array) -> Array:
     """Squares of 8 neighbours one after the other, 32 such sums folded by halves, blocks of 256 in index order: float32 [T]."""
     tokens, hidden_size = y.shape
@@ -243,6 +272,7 @@ def all_reduce(
     weight_offset: float = 0.0,
     quant: Quant | None = None,
     keep_norm: bool = False,
+    branch: tuple[Array, float, float] | None = None,
 ) -> Result:
     """The whole contract: sum in rank order, residual, RMSNorm, quantisation.
 
@@ -254,11 +284,14 @@ def all_reduce(
         eps, weight_offset: rounded to float32.
         quant: what to quantise to, or None.
         keep_norm: also return the norm beside its codes.
+        branch: weight, eps and offset of a norm of the sum, which the residual is added to.
     Returns:
         Raw bits of every output.
     """
     with np.errstate(all="ignore"):
         total = sum_in_rank_order([widen(partial, dtype) for partial in partials])
+        if branch is not None:
+            total = widen(narrow(rms_norm(widen(narrow(total, dtype), dtype), *branch), dtype), dtype)
         if residual is not None:
             total = total + widen(residual, dtype)
         y_bits = narrow(total, dtype)

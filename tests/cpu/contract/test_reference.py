@@ -14,7 +14,7 @@ from torch import Tensor
 from collogue import formats, reference
 from collogue.contract.quant import FP8Group, FP8PerToken, FP8Static, Quant
 from collogue.contract.spec import RMSNorm
-from collogue.errors import ArgumentError, FormatError
+from collogue.errors import ArgumentError, FormatError, PlatformError
 
 # Sum and prenorm
 
@@ -232,3 +232,19 @@ def test_wrong_arguments() -> None:
     for call in wrong:
         with pytest.raises(ArgumentError, match="\nhint: "):
             call()
+
+
+def test_flushing_subnormal_numbers_is_an_error() -> None:
+    x = torch.full((1, 8), 1e-39)
+    assert torch.set_flush_denormal(True)
+    try:
+        for call in (
+            lambda: reference.all_reduce([x]),
+            lambda: reference.quantize(x, FP8PerToken()),
+            lambda: reference.finish(x, quant=FP8PerToken()),
+        ):
+            with pytest.raises(PlatformError, match="flushes subnormal numbers to zero"):
+                call()
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(reference.all_reduce([x]).reduced, x)

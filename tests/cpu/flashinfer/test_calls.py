@@ -31,6 +31,7 @@ from collogue.errors import (
 )
 from collogue.flashinfer.workspace import workspace_of
 from collogue.formats import empty_scales, scale_storage
+from collogue.operations import Operations
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.inputs import make_inputs, make_partials
 
@@ -114,6 +115,25 @@ def check(out: dict[str, torch.Tensor], right: Output, pattern: int) -> None:
 
 
 # Results
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+def test_launch_with_pdl_says_when_the_weight_is_read(pdl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    all_reduce = Operations.all_reduce
+
+    def look(self: Operations, *given: Any, norm: RMSNorm, **named: Any) -> Output:
+        seen.append(norm.prefetch)
+        return all_reduce(self, *given, norm=norm, **named)
+
+    monkeypatch.setattr(Operations, "all_reduce", look)
+    run_virtual(
+        1,
+        lambda group: comm.allreduce_fusion(
+            workspace=make(group), pattern=P.kARResidualRMSNorm, launch_with_pdl=pdl, **inputs(group.rank), **buffers(None)
+        ),
+    )
+    assert seen == [pdl]
 
 
 @by_pattern

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from collogue import MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Output, Quant, RMSNorm
+from collogue import MXFP8, NVFP4, ExpertCombine, FP8Group, FP8PerToken, FP8Static, Output, Quant, RMSNorm
 from collogue.calls.call import Call, check_call
 from collogue.calls.capacity import Capacity
 from collogue.calls.outputs import check_out
@@ -355,3 +355,14 @@ def test_a_launch_that_fails_leaves_the_communicator_free() -> None:
     with pytest.raises(RuntimeError):
         bench.run(broken, bench.call(), None)
     assert bench.idle()
+
+
+def test_a_prologue_or_a_branch_norm_goes_the_long_way() -> None:
+    """A bound call cannot mistake a prologue for a partial, and a call with a branch norm never asks one."""
+    bench = Bench()
+    term = ExpertCombine(torch.zeros(3, H, dtype=BF16), torch.zeros(T, 1, dtype=torch.int32))
+    assert bench.bound(bench.call(partial=term), None) is None
+    assert not bench.launched
+    assert not bench.call(partial=term).bindable
+    assert not bench.call(branch_norm=RMSNorm(torch.ones(H))).bindable
+    assert bench.call().bindable

@@ -165,9 +165,10 @@ def test_a_kernel_that_cannot_be_loaded_is_an_error(loader: Driver, step: str) -
 @pytest.fixture
 def launcher(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Its ``errors`` are what the driver returns, launch by launch."""
+    errors: list[Any] = []
+    monkeypatch.setattr(launch.driver, "cuLaunchKernelEx", lambda *arguments: (errors.pop(0),))
     made: Any = launch.Launcher(SimpleNamespace(handle=KERNEL), LaunchShape(128, 1, 1, 1), dependent=False)
-    made.errors = []
-    monkeypatch.setattr(launch.driver, "cuLaunchKernelEx", lambda *arguments: (made.errors.pop(0),))
+    made.errors = errors
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     return made
 

@@ -13,18 +13,19 @@ import pytest
 import torch
 
 from collogue.calls.request import Request, make_request
+from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import MXFP8, FP8PerToken, Quant
 from collogue.contract.spec import Operation
 from collogue.errors import ArgumentError, CollectiveTimeout, CorruptedWorkspace, MismatchedCall, PlatformError
 from collogue.gpu.failure import MISMATCH, TIMEOUT, FailureRecord
-from collogue.gpu.header import Entry, bounded, moving, pack
+from collogue.gpu.header import Entry, bounded, combining, moving, pack
 from collogue.gpu.journal import Journal, default_path
 from collogue.gpu.workspace import CONTROL_WORDS, JOURNAL_OFFSET, MARKS_OFFSET, NOTES_END, NOTES_OFFSET, Control, Workspace, clean_control
 from collogue.planning.extent import CONTROL_BYTES
 from collogue.planning.topology import Topology
 
 
-def request(quant: Quant | None = None, operation: Operation = "all_reduce", dtype: torch.dtype = torch.bfloat16, **flags: bool) -> Request:
+def request(quant: Quant | None = None, operation: Operation = "all_reduce", dtype: torch.dtype = torch.bfloat16, **flags: Any) -> Request:
     options = {"residual": True, "norm": True, "wide_weight": False, "keep_norm": False} | flags
     return make_request(4, 64, dtype, quant=quant, operation=operation, **options)
 
@@ -475,3 +476,20 @@ def test_entries_tell_what_an_all_gather_moves_and_what_bounds_scales() -> None:
 def test_control_words_have_the_size_that_python_skips() -> None:
     assert ctypes.sizeof(ctypes.c_uint64) + 3 * 4 == CONTROL_WORDS
     assert Control.of(bytes(clean_control()[:JOURNAL_OFFSET])).marks[3][7] == (0, 0)
+
+
+def test_an_entry_names_the_prologue() -> None:
+    """Kind and K, which ranks must agree about; not what is each rank's own."""
+
+    def text(form: PrologueForm | None, slots: int = 0) -> str:
+        first, second = pack("two_shot", request(prologue=form))
+        entry = Entry.of(struct.pack("<6I2f", 1, 5, 64, 0, combining(first, slots) if slots else first, second, 0.0, 0.0))
+        assert entry is not None
+        return entry.text
+
+    assert "expert" not in text(None)
+    combine = PrologueForm("expert_combine", "float32", shared=True)
+    for slots in range(1, 17):
+        assert f", expert_combine(top_k={slots}), " in text(combine, slots)
+    assert text(combine, 3) == text(PrologueForm("expert_combine", "none"), 3)
+    assert ", expert_reduce, " in text(PrologueForm("expert_reduce", "value", shared=True))

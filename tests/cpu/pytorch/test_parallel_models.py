@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -231,6 +232,14 @@ def test_patched_before(name: str) -> None:
     check_refused(model, r"layers\.1\S* has a forward of its own")
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("kind", [nn.Softmax, nn.Flatten])
+def test_activations_that_may_mix_features(kind: Any, fuse: bool) -> None:
+    """Each rank has a part of the features only."""
+    model = replace(small_model("llama"), lambda _: kind(-1), "model.layers.1.mlp.act_fn")
+    check_refused(model, r"layers\.1\.mlp\.act_fn is a .* not an activation known to act on each element alone", fuse=fuse)
+
+
 def test_not_a_transformers_model() -> None:
     class Config:
         model_type = "llama"
@@ -345,6 +354,28 @@ def test_hooks_inside_a_layer_are_found(name: str, how: str) -> None:
         if undo is not None:
             undo.remove()
             mine(TOKENS)
+
+    run_virtual(2, rank)
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm"])
+def test_norms_that_are_replaced_later(name: str) -> None:
+    """The layer before has finished what the first one reads."""
+
+    def rank(group: VirtualGroup) -> None:
+        mine = collogue.parallelize(own(small_model("llama")), group, max_tokens=8)
+        mine.model.layers[1].set_submodule(name, small_model("llama").model.layers[0].get_submodule(name))
+        with pytest.raises(ArgumentError, match=f"{name} of a decoder layer was replaced after parallelize"):
+            mine(TOKENS)
+
+    run_virtual(2, rank)
+
+
+def test_a_parallel_model_cannot_be_pickled() -> None:
+    def rank(group: VirtualGroup) -> None:
+        mine = collogue.parallelize(own(small_model("llama")), group, max_tokens=8)
+        with pytest.raises(ArgumentError, match="a communicator cannot be copied or pickled"):
+            pickle.dumps(mine)
 
     run_virtual(2, rank)
 

@@ -44,12 +44,17 @@ def test_impossible_pairs_are_those_that_no_plan_makes() -> None:
     alone = {(("world", 1), ("kernel", kernel)) for kernel in FACTORS["kernel"] if kernel != "local"}
     together = {(("world", world), ("kernel", "local")) for world in range(2, 9)}
     moves = {(("kernel", "all_gather"), (name, True)) for name in ("norm", "keep_norm", "wide_weight", "residual")}
+    moves |= {(("kernel", "all_gather"), ("prologue", label)) for label in FACTORS["prologue"] if label != "none"}
+    moves |= {(("kernel", "all_gather"), ("branch", label)) for label in ("value", "float32")}
+    branches = {(("residual", False), ("branch", label)) for label in ("value", "float32")}
     assert impossible == (
         blocks
         | alone
         | together
         | moves
+        | branches
         | {
+            (("dtype", torch.float32), ("branch", "float32")),
             (("dtype", torch.float32), ("wide_weight", True)),
             (("norm", False), ("keep_norm", True)),
             (("norm", False), ("wide_weight", True)),
@@ -117,10 +122,11 @@ def test_e4m3_is_the_hardware_instruction_but_on_sm_80(architecture: str) -> Non
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-def test_no_contraction_and_nothing_approximate(architecture: str) -> None:
+@pytest.mark.parametrize("prologue", ["none", "combine/float32/shared", "reduce/value"])
+def test_no_contraction_and_nothing_approximate(architecture: str, prologue: str) -> None:
     """Every float operation is rounded by itself: no ``fma`` but the named ones, no ``approx``, no flush to zero."""
-    choice = next(c for c in covering_set()[0] if c["format"] == "none" and c["norm"] and c["kernel"] == "one_shot")
-    ptx = _ptx(variant_of({**choice, "architecture": architecture}), architecture)
+    choice = next(c for c in covering_set()[0] if c["norm"] and c["kernel"] == "one_shot" and c["dtype"] is torch.bfloat16)
+    ptx = _ptx(variant_of({**choice, "format": "none", "prologue": prologue, "architecture": architecture}), architecture)
     assert "fma.rn.f32" not in ptx
     assert ".approx" not in ptx
     assert ".ftz" not in ptx

@@ -14,9 +14,11 @@ import torch
 
 from collogue import kernels
 from collogue.calls.request import Request
+from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Wanted
 from collogue.planning import plan
+from collogue.planning.algorithm import ALGORITHMS, Algorithm
 from collogue.planning.topology import Topology
 from collogue.planning.variant import Variant
 
@@ -41,6 +43,9 @@ class Case:
     ``kernel``: ``one_shot``, ``two_shot``, ``local``, or an operation: ``sharded``, ``reduce_scatter``, ``all_gather`` (of the norm, or
     of codes where ``quant`` is given).
 
+    ``branch``: the sum is normed before the residual is added. ``prologue``: what stands in the place of partials, ``slots`` of each
+    token, or experts.
+
     ``prefetch`` as of :class:`collogue.RMSNorm`, ``concurrent`` as of :class:`collogue.Communicator`.
 
     ``rows`` clusters of CTAs do all rows of a call in turns; ``None``: one cluster a row. Each thread holds ``vectors`` times 8 elements.
@@ -61,6 +66,9 @@ class Case:
     launches: int = 1
     prefetch: bool = True
     concurrent: int = 1
+    prologue: PrologueForm | None = None
+    slots: int = 3
+    branch: bool = False
 
     @property
     def cluster(self) -> int:
@@ -74,10 +82,10 @@ class Case:
 
     @property
     def operation(self) -> Operation:
-        return "all_reduce" if self.kernel in ("one_shot", "two_shot", "local") else self.kernel  # type: ignore[return-value]
+        return self.kernel if ALGORITHMS[self.algorithm].owned else "all_reduce"  # type: ignore[return-value]
 
     @property
-    def algorithm(self) -> plan.Algorithm:
+    def algorithm(self) -> Algorithm:
         return "sharded" if self.kernel == "reduce_scatter" else self.kernel  # type: ignore[return-value]
 
     def request(self, tokens: int) -> Request:
@@ -85,23 +93,24 @@ class Case:
         moves = self.kernel == "all_gather"
         residual, norm = self.residual and not moves, self.norm and not moves
         late = norm and not self.prefetch
-        return Request(tokens, self.hidden_size, self.dtype, residual, norm, False, self.quant, self.wanted, self.operation, late)
+        shape = tokens, self.hidden_size, self.dtype
+        return Request(*shape, residual, norm, False, self.quant, self.wanted, self.operation, late, self.prologue, self.branch)
 
     def plan_of(self, tokens: int) -> plan.Plan:
         """Of one call: as many rows to a launch as in every other, of the call or of each owner."""
-        rows = tokens if self.kernel in ("one_shot", "two_shot", "local") else -(-tokens // self.world)
+        rows = -(-tokens // self.world) if ALGORITHMS[self.algorithm].owned else tokens
         rows_of_launch = -(-rows // self.launches)
         return plan.Plan(self.algorithm, "", None, 0, 0.0, 0.0, rows_of_launch, -(-rows // rows_of_launch))
 
     def clusters_of(self, tokens: int) -> int:
         """Of every launch of a call: as plans make it, no more than the last one has rows."""
         made = self.plan_of(tokens)
-        rows = tokens if self.kernel in ("one_shot", "two_shot", "local") else -(-tokens // self.world)
+        rows = -(-tokens // self.world) if ALGORITHMS[self.algorithm].owned else tokens
         return min(rows - (made.launches - 1) * made.rows, self.rows or rows)
 
     def memory_of(self, tokens: int) -> int:
         """Bytes of a generation that a call uses, and not one more."""
-        if self.kernel == "local":
+        if ALGORITHMS[self.algorithm].alone:
             return 0
         request, made = self.request(tokens), self.plan_of(tokens)
         memory = plan.launch_memory(self.topology, request, self.algorithm)

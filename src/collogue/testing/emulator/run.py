@@ -14,15 +14,17 @@ from collogue.calls.call import Call
 from collogue.calls.request import Signature
 from collogue.contract import reference
 from collogue.contract.formats import scale_storage
+from collogue.contract.prologue import Prologue
 from collogue.contract.spec import Output, RMSNorm, owned_rows
 from collogue.gpu.failure import FailureRecord
 from collogue.gpu.launch import Params, timeouts
 from collogue.gpu.parameters import fill_call, fill_shape, fill_shard, fill_workspace, later_launches
 from collogue.gpu.workspace import JOURNAL_OFFSET, SENTINELS, Control, clean_control
+from collogue.planning.algorithm import ALGORITHMS
 from collogue.planning.extent import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Extent
 from collogue.testing.compare import compare
 from collogue.testing.emulator.build import Case, Library
-from collogue.testing.inputs import make_inputs
+from collogue.testing.inputs import make_inputs, make_prologue
 
 #: What the adversary does, in the order of ``Mode`` in `machine.hpp`: treats all alike; holds a rank up; lets a rank run ahead;
 #: holds CTAs up; keeps a rank from launching one of its kernels until all others have ended.
@@ -171,8 +173,9 @@ def emulate(
             for params in _launches(case, rank, made[ask][0][rank], outputs[i][rank], memory, timeout):
                 shape = case.cluster, case.clusters_of(ask.tokens), case.threads
                 streams[stream].append((i, _Launch(0, 0, ask.case, stream, counted[stream], *shape), params))
-                counted[stream] += case.kernel != "local"
-                memory.left = case.kernel == "one_shot" or (memory.left and case.kernel == "local")
+                facts = ALGORITHMS[case.algorithm]
+                counted[stream] += not facts.alone
+                memory.left = facts.one_hop or (memory.left and facts.alone)
     queued = [launch for stream in streams for launch in stream]
     array = (_Launch * len(queued))(*(launch for _, launch, _ in queued))
     for launch, (_, _, params) in zip(array, queued, strict=True):
@@ -222,8 +225,8 @@ class _Memory:
     def __init__(self, library: Library, failures: int) -> None:
         self.failures = failures  # address of the first rank's record
         needs = {case: case.memory_of(case.max_tokens) for case in library.cases}
-        one_shot = max((n for case, n in needs.items() if case.kernel == "one_shot"), default=1)
-        others = max((n for case, n in needs.items() if case.kernel != "one_shot"), default=0)
+        one_shot = max((n for case, n in needs.items() if ALGORITHMS[case.algorithm].one_hop), default=1)
+        others = max((n for case, n in needs.items() if not ALGORITHMS[case.algorithm].one_hop), default=0)
         self.extent = Extent(-(-one_shot // _LEFT_UNIT) * _LEFT_UNIT, others)
         self.sentinel = SENTINELS[library.cases[0].dtype.itemsize] - (1 << 32)
         self.workspaces = [torch.full((self.extent.total // 4,), self.sentinel, dtype=torch.int32) for _ in range(library.world)]
@@ -297,20 +300,37 @@ def _written_late(
 
 def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> tuple[list[Call], list[Output]]:
     """What every rank calls, and what every rank must get."""
-    partials, residual, weight = _inputs(case, ask.tokens, kind, seed)
+    values, residual, weight = _inputs(case, ask.tokens, kind, seed)
     if terms is not None:
-        partials = [terms(rank, partial) for rank, partial in enumerate(partials)]
+        values = [terms(rank, partial) for rank, partial in enumerate(values)]
+    partials: list[torch.Tensor | Prologue] = [*values]
+    if case.prologue is not None:
+        partials = [
+            make_prologue(
+                case.prologue,
+                kind,
+                rank=rank,
+                tokens=ask.tokens,
+                hidden_size=case.hidden_size,
+                dtype=case.dtype,
+                count=case.slots,
+                seed=seed,
+                wild=True,
+            )
+            for rank in range(case.world)
+        ]
     norm = RMSNorm(weight, eps=ask.eps, weight_offset=1.0, prefetch=case.prefetch) if case.norm else None
-    epilogue = {"residual": residual, "norm": norm, "quant": case.quant, "keep_norm": case.keep_norm}
+    branch = RMSNorm(_inputs(case, 1, kind, seed + 1)[2], eps=2 * ask.eps, weight_offset=0.5) if case.branch else None
+    epilogue = {"residual": residual, "norm": norm, "quant": case.quant, "keep_norm": case.keep_norm, "branch_norm": branch}
     rows = [owned_rows(ask.tokens, case.world, rank) for rank in range(case.world)]
     request, device = case.request(ask.tokens), torch.device("cpu")
     whole = Signature(request, None, device)
-    if case.kernel == "local":
+    if ALGORITHMS[case.algorithm].alone:
         expected = [reference.all_reduce([p], **epilogue) for p in partials]  # type: ignore[arg-type]
-        return [Call(p, residual, norm, case.quant, signature=whole) for p in partials], expected
+        return [Call(p, residual, norm, case.quant, branch_norm=branch, signature=whole) for p in partials], expected
     if case.operation == "all_reduce":
         expected = [reference.all_reduce(partials, **epilogue)] * case.world  # type: ignore[arg-type]
-        return [Call(p, residual, norm, case.quant, signature=whole) for p in partials], expected
+        return [Call(p, residual, norm, case.quant, branch_norm=branch, signature=whole) for p in partials], expected
     scatter = reference.sharded if case.kernel == "sharded" else reference.reduce_scatter
     expected = scatter(partials, **epilogue)  # type: ignore[arg-type]
     if case.kernel == "all_gather":
@@ -325,7 +345,7 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> t
     own = [None if residual is None else residual[r.start : r.stop].clone() for r in rows]
     parts = [Signature(request, r, device) for r in rows]
     calls = [
-        Call(p, mine, norm, case.quant, operation=case.operation, signature=part)
+        Call(p, mine, norm, case.quant, operation=case.operation, branch_norm=branch, signature=part)
         for p, mine, part in zip(partials, own, parts, strict=True)
     ]
     return calls, expected

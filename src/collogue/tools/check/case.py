@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from collogue.contract.quant import FP8Static, Quant, parse
+from collogue.contract.quant import Quant, parse
 from collogue.contract.spec import Operation
+from collogue.testing.covering import PROLOGUES
 
 #: A multiplier and a divisor that suit values of deviation 1; neither is a power of two.
 GLOBAL_SCALE = 448.0 * 6.0 / 5.0
@@ -24,7 +25,11 @@ def dtype_of(name: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Case:
-    """One call to check: everything that decides its bits. ``format`` is a label as :func:`collogue.contract.quant.parse` takes."""
+    """One call to check: everything that decides its bits. ``format`` is a label as :func:`collogue.contract.quant.parse` takes.
+
+    ``branch``: the sum is normed before the residual is added. ``prologue``: a label of
+    :data:`collogue.testing.covering.PROLOGUES`; ``slots`` of each token, or experts.
+    """
 
     tokens: int
     hidden_size: int
@@ -41,6 +46,9 @@ class Case:
     scale_tensors: bool = False
     seed: int = 0
     operation: Operation = "all_reduce"
+    prologue: str = "none"
+    slots: int = 4
+    branch: bool = False
 
     def quant(self, device: torch.device | str) -> Quant | None:
         """The format with the check's own scales: numbers, or tensors on ``device``."""
@@ -76,7 +84,8 @@ class Case:
         """Operation, residual, norm and keep_norm as ``comm.explain`` takes them; of ``all_gather``, what the shard holds."""
         if self.operation == "all_gather":
             return {"residual": True, "norm": "norm" in self.outputs, "keep_norm": False, "operation": self.operation}
-        return {"residual": self.residual, "norm": self.norm, "keep_norm": self.keeps_norm, "operation": self.operation}
+        asked = {"residual": self.residual, "norm": self.norm, "keep_norm": self.keeps_norm, "operation": self.operation}
+        return {**asked, "prologue": PROLOGUES[self.prologue], "branch_norm": self.branch}
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -86,7 +95,7 @@ class Case:
         if self.norm and (quant is None or self.keep_norm):
             names.append("norm")
         if quant is not None:
-            names += ["codes"] if isinstance(quant, FP8Static) else ["codes", "scales"]
+            names += ["codes"] if quant.scale_dtype is None else ["codes", "scales"]
         return tuple(names)
 
     def __str__(self) -> str:

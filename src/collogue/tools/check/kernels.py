@@ -42,7 +42,9 @@ def request_of(case: Case) -> Request:
         case.value_dtype,
         wide_weight=case.norm and case.weight_dtype not in (None, case.dtype),
         quant=case.quant("cpu"),
-        **case.asked,
+        wide_branch=case.branch and case.weight_dtype not in (None, case.dtype),
+        **{name: value for name, value in case.asked.items() if name != "branch_norm"},
+        branch=case.branch,
     )
 
 

@@ -5,6 +5,7 @@ Inputs are functions of the case and the rank, so every rank can make the partia
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,12 +15,15 @@ from typing import Any
 import torch
 
 from collogue.communicator import Communicator
+from collogue.contract import reference
 from collogue.contract.formats import scale_storage
+from collogue.contract.prologue import Prologue
 from collogue.contract.spec import Output, RMSNorm, owned_rows
 from collogue.errors import CollogueError, FormatError
 from collogue.testing.compare import Difference, compare
-from collogue.testing.inputs import make_inputs, make_partials
-from collogue.testing.oracle import by_rank, by_reference, by_scalar
+from collogue.testing.covering import PROLOGUES
+from collogue.testing.inputs import make_inputs, make_partials, make_prologue
+from collogue.testing.oracle import by_rank, by_reference, by_scalar, scalar_term
 from collogue.testing.virtual import VirtualGroup
 from collogue.tools.check.case import Case, CaseResult, dtype_of
 from collogue.tools.check.kernels import capacity_of
@@ -54,18 +58,40 @@ class Answers:
 
     @staticmethod
     def _work_out(case: Case, device: torch.device) -> list[Output]:
-        partials = make_partials(
-            case.inputs,
-            case.world_size,
-            tokens=case.tokens,
-            hidden_size=case.hidden_size,
-            dtype=case.value_dtype,
-            seed=case.seed,
-            device=device,
-        )
+        if case.prologue != "none":
+            worked_out = scalar_term if device.type == "cpu" else reference.term_of
+            partials = [worked_out(_prologue(case, rank, device)) for rank in range(case.world_size)]
+        else:
+            partials = make_partials(
+                case.inputs,
+                case.world_size,
+                tokens=case.tokens,
+                hidden_size=case.hidden_size,
+                dtype=case.value_dtype,
+                seed=case.seed,
+                device=device,
+            )
         _, residual, norm = arguments(replace(case, operation="all_reduce"), 0, device)
         all_reduce = by_scalar if device.type == "cpu" else by_reference
+        all_reduce = functools.partial(all_reduce, branch_norm=branch_norm(case, device))
         return by_rank(all_reduce, case.operation, partials, residual, norm, case.quant(device), case.keeps_norm)
+
+
+def _prologue(case: Case, rank: int, device: torch.device) -> Prologue:
+    """What ``rank`` passes in the place of a partial."""
+    form = PROLOGUES[case.prologue]
+    assert form is not None
+    return make_prologue(
+        form,
+        case.inputs,
+        rank=rank,
+        tokens=case.tokens,
+        hidden_size=case.hidden_size,
+        dtype=case.value_dtype,
+        count=case.slots,
+        seed=case.seed,
+        device=device,
+    )
 
 
 def arguments(case: Case, rank: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None, RMSNorm | None]:
@@ -88,15 +114,25 @@ def arguments(case: Case, rank: int, device: torch.device) -> tuple[torch.Tensor
     return made.partial, residual, norm
 
 
+def branch_norm(case: Case, device: torch.device) -> RMSNorm | None:
+    """The norm of the sum, where the case has one."""
+    if not case.branch:
+        return None
+    dtype = case.value_dtype if case.weight_dtype is None else dtype_of(case.weight_dtype)
+    made = make_inputs("normal", rank=0, tokens=1, hidden_size=case.hidden_size, dtype=dtype, seed=case.seed + 1, device=device)
+    return RMSNorm(made.weight, eps=2 * case.eps, weight_offset=case.weight_offset)
+
+
 @dataclass
 class Given:
     """What one rank passes to the call of a case."""
 
     case: Case
-    partial: torch.Tensor
+    partial: torch.Tensor  # y of finish
     residual: torch.Tensor | None
     kwargs: dict[str, Any]  # norm, quant, keep_norm
     shard: Output | None = None  # of all_gather
+    prologue: Prologue | None = None
 
     @classmethod
     def of(cls, case: Case, rank: int, device: torch.device, answers: Answers) -> Given:
@@ -105,7 +141,10 @@ class Given:
         shard = None
         if case.operation == "all_gather":
             shard = answers(replace(case, operation="reduce_scatter"), device, rank) if case.possible else Output(residual=partial)
-        return cls(case, partial, residual, {"norm": norm, "quant": case.quant(device), "keep_norm": case.keeps_norm}, shard)
+        kwargs = {"norm": norm, "quant": case.quant(device), "keep_norm": case.keeps_norm}
+        if case.branch:
+            kwargs["branch_norm"] = branch_norm(case, device)
+        return cls(case, partial, residual, kwargs, shard, None if case.prologue == "none" else _prologue(case, rank, device))
 
     @property
     def in_place(self) -> torch.Tensor | None:
@@ -115,21 +154,26 @@ class Given:
     def prepare(self, comm: Communicator) -> None:
         """Build and load the kernels of the call. Collective."""
         norm = self.kwargs["norm"] if self.case.operation != "all_gather" or self.case.asked["norm"] else None
-        comm.prepare(self.case.tokens, hidden_size=self.case.hidden_size, quant=self.kwargs["quant"], **{**self.case.asked, "norm": norm})
+        comm.prepare(
+            self.case.tokens,
+            hidden_size=self.case.hidden_size,
+            quant=self.kwargs["quant"],
+            **{**self.case.asked, "norm": norm, "branch_norm": self.kwargs.get("branch_norm")},
+        )
 
     def call(self, comm: Communicator, out: Output | None = None) -> Output:
         """Make the call. Collective."""
-        operation = self.case.operation
+        operation, term = self.case.operation, self.partial if self.prologue is None else self.prologue
         if operation == "all_gather":
             assert self.shard is not None
             return comm.all_gather(self.shard, self.case.tokens, quant=self.kwargs["quant"], out=out)
         if operation == "finish":
             return comm.finish(self.partial, out=out, **self.kwargs)
         if operation == "reduce_scatter":
-            return comm.reduce_scatter(self.partial, residual=self.residual, out=out, **self.kwargs)
+            return comm.reduce_scatter(term, residual=self.residual, out=out, **self.kwargs)
         if operation == "sharded":
-            return comm.all_reduce(self.partial, residual=self.residual, sharded=True, out=out, **self.kwargs)
-        return comm.all_reduce(self.partial, residual=self.residual, out=out, **self.kwargs)
+            return comm.all_reduce(term, residual=self.residual, sharded=True, out=out, **self.kwargs)
+        return comm.all_reduce(term, residual=self.residual, out=out, **self.kwargs)
 
 
 def run_case(comm: Communicator, case: Case, answers: Answers, settle: Callable[[], None] | None = None) -> CaseResult:

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import cast, get_args
 
 import torch
 
-from collogue.contract.quant import describe, parse
+from collogue.contract.quant import FAMILIES, describe, parse, variants
 from collogue.contract.spec import Operation
 from collogue.errors import FormatError
+from collogue.testing.covering import PROLOGUES
 from collogue.testing.inputs import KINDS
 from collogue.tools.check.case import Case
 
 DTYPES = ("bfloat16", "float16", "float32")
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
-_BLOCK_LAYOUTS = ("128x4", "8x4", "linear")
-_MX = tuple(f"{rounding}/{layout}" for rounding, layout in product(("floor", "ceil"), _BLOCK_LAYOUTS))
-_GROUP = tuple(f"{scale}/{layout}" for scale, layout in product(("float32", "ue8m0"), ("row", "column")))
-
 #: Every option set of each format, by the name that stands for all of them.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "none": ("none",),
-    "nvfp4": tuple(f"nvfp4/{layout}" for layout in _BLOCK_LAYOUTS),
-    "mxfp4": tuple(f"mxfp4/{options}" for options in _MX),
-    "mxfp8": tuple(f"mxfp8/{options}" for options in _MX),
-    "fp8_static": ("fp8_static",),
-    "fp8_per_token": ("fp8_per_token",),
-    "fp8_group": tuple(f"fp8_group128/{options}" for options in _GROUP),
+    **{family: variants(family) for family in FAMILIES},
 }
 #: One option set of each format, for cases about something else.
 _ONE_EACH = ("none", "nvfp4", "mxfp4/floor", "mxfp8/ceil/8x4", "fp8_static", "fp8_per_token", "fp8_group64/ue8m0/column", "fp8_group16")
@@ -80,7 +73,9 @@ def default_sweep(device: str) -> list[Case]:
     worlds = [2, 3, 4]
     if device == "cuda":
         worlds = sorted({2, 3, max(2, min(8, torch.cuda.device_count()))})
-    cases = _formats(worlds) + _inputs(worlds) + _calls(worlds) + _shapes(worlds) + _operations(worlds)
+    cases = (
+        _formats(worlds) + _inputs(worlds) + _calls(worlds) + _shapes(worlds) + _operations(worlds) + _experts(worlds) + _branches(worlds)
+    )
     if device == "cuda":
         cases += [
             Case(t, 7168, format=f, world_size=n) for n in worlds for t in (1, 8, 64, 1025) for f in ("none", "nvfp4", "fp8_per_token")
@@ -134,6 +129,29 @@ def _shapes(worlds: list[int]) -> list[Case]:
     ]
     cases += [Case(0, 576, dtype, f, worlds[0]) for dtype, f in zip(DTYPES, ("none", "nvfp4", "fp8_group64/float32/column"), strict=True)]
     return cases + [Case(3, 24, "bfloat16", f, 2) for f in ("nvfp4", "mxfp4", "mxfp8", "fp8_group")]
+
+
+def _experts(worlds: list[int]) -> list[Case]:
+    """Every format once with each prologue: operations, dtypes, kinds of input and slots in turn."""
+    summing: tuple[Operation, ...] = ("all_reduce", "sharded", "reduce_scatter")
+    kinds, cases = list(KINDS), []
+    for (i, prologue), (j, label) in product(enumerate(name for name in PROLOGUES if name != "none"), enumerate(_ONE_EACH)):
+        n, t, slots = i + j, (3, 1, 130, 5, 0)[(2 * i + j) % 5], (2, 8, 1, 16, 5, 4)[(i + j) % 6]
+        shape = Case(t, 576, DTYPES[n % 3], label, worlds[n % len(worlds)], norm=label == "none" or n % 4 > 0, operation=summing[n % 3])
+        cases.append(replace(shape, inputs=kinds[n % len(kinds)], prologue=prologue, slots=slots, branch=(i + 2 * j) % 4 == 0))
+    return cases
+
+
+def _branches(worlds: list[int]) -> list[Case]:
+    """A norm of the sum: every format, with and without the norm behind it; operations, dtypes and kinds of input in turn."""
+    summing: tuple[Operation, ...] = ("all_reduce", "sharded", "reduce_scatter")
+    kinds, cases = list(KINDS), []
+    for (i, norm), (j, label) in product(enumerate((True, False)), enumerate(_ONE_EACH)):
+        operation = "all_reduce" if label == "none" and not norm else summing[(i + j) % 3]
+        n, wide = i + j, "float32" if (i + j) % 2 else None
+        shape = Case((3, 1, 130, 5)[n % 4], 576, DTYPES[j % 3], label, worlds[n % len(worlds)], norm=norm, weight_dtype=wide)
+        cases.append(replace(shape, operation=operation, inputs=kinds[n % len(kinds)], weight_offset=float(i), branch=True))
+    return cases
 
 
 def _operations(worlds: list[int]) -> list[Case]:

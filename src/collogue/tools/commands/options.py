@@ -42,16 +42,14 @@ WorldSizes = Annotated[Many, many("--world-size", "Ranks, 1 to 8.")]
 Tokens = Annotated[Many, many("--tokens", "Rows T.")]
 HiddenSizes = Annotated[Many, many("--hidden-size", "Row length H, a multiple of 8.")]
 DTypes = Annotated[Many, many("--dtype", "bfloat16, float16, float32.")]
-FORMAT_NAMES = (
-    "none, nvfp4, mxfp4, mxfp8, fp8_static, fp8_per_token, fp8_group; options follow, as in nvfp4/8x4 or fp8_group64/ue8m0/column."
-)
+FORMAT_NAMES = "none, nvfp4, mxfp4, mxfp8, fp8_static, fp8_per_token, fp8_group; options follow, as in nvfp4/8x4 or fp8_group64/column."
 Formats = Annotated[Many, many("--format", FORMAT_NAMES)]
 Operations = Annotated[Many, many("--operation", "all_reduce, sharded, reduce_scatter, all_gather, finish.")]
 
 
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
 OPERATION_NAMES = ("all_reduce", "sharded", "reduce_scatter", "all_gather", "finish")
-_FORMAT_NAME = re.compile("none|nvfp4|mxfp4|mxfp8|fp8_static|fp8_per_token|fp8_group[0-9]*")
+_FORMAT_NAME = re.compile(FORMAT_NAMES.partition(";")[0].replace(", ", "|") + "[0-9]*")
 
 
 def words(values: Many) -> list[str]:
