@@ -7,18 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm import envs
-from vllm.distributed import get_tp_group
-from vllm.logger import init_logger
 
 from collogue.communicator import Communicator
 from collogue.contract.quant import E4M3_MAX, SMALLEST_SCALE, FP8PerToken, FP8Static
 from collogue.contract.spec import VALUE_DTYPES, RMSNorm
+from collogue.engines.switch import logger_of
 from collogue.errors import CollogueError
 from collogue.flashinfer.workspace import TIMEOUT, WATCH_INTERVAL, failed
 from collogue.gpu.watch import Watch
 
-logger = init_logger("vllm.collogue")
+logger = logger_of("vllm.logger", "init_logger", "vllm.collogue")
 
 #: How many calls this process has made: ``fused``, and ``unfused`` where a call of the operator could not be.
 counts: Counter[str] = Counter()
@@ -26,8 +24,17 @@ counts: Counter[str] = Counter()
 _communicators: dict[tuple[str, torch.dtype, int], tuple[Communicator | None, Watch | None]] = {}
 
 
+def get_tp_group() -> Any:
+    """vLLM's tensor-parallel group."""
+    from vllm.distributed import get_tp_group
+
+    return get_tp_group()
+
+
 def why_not(config: Any) -> str:
     """Why an engine of this ``VllmConfig`` is not served; empty where it is. Needs vLLM's groups."""
+    from vllm import envs
+
     size = get_tp_group().world_size
     if size == 1:
         return "tensor-parallel size 1: there is nothing to reduce"
