@@ -240,7 +240,8 @@ def launch_shape(
     limit = topology.overrides.max_sms
     streams = algorithm == "local" and tokens > topology.multiprocessors and hidden_size <= MAX_HIDDEN_SIZE_OF_A_CTA
     if topology.has_clusters and not QuantVariant.of(quant).needs_one_cta and streams:
-        cluster, vectors = 1, 2 if vectors_in_row <= 2 * resident_threads(topology, algorithm, vectors=2, experts=experts) else 4
+        most = resident_threads(topology, algorithm, vectors=2, experts=experts or branch)
+        cluster, vectors = 1, 2 if vectors_in_row <= 2 * most else 4
         threads = round_up(-(-vectors_in_row // vectors), 32)
     elif topology.has_clusters and not QuantVariant.of(quant).needs_one_cta:
         threads = 64 if hidden_size <= 2048 else 128
@@ -295,7 +296,7 @@ def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1, ex
     """
     world, narrow, streams = topology.world_size, topology.dtype.itemsize == 2, ALGORITHMS[algorithm].streams
     if algorithm == "local" and vectors in (2, 4) and topology.has_clusters:
-        return 896 if narrow else 448
+        return (448 if experts else 896) // (1 if narrow else 2)
     if vectors > 1 or (streams and world > 4 and not narrow):
         return 256
     if narrow and world <= 2:
