@@ -62,8 +62,8 @@ def parallel_rank(group: dist.ProcessGroup, tell: Any, file: Path, tokens: torch
         model.config.num_hidden_layers = layers
         tell("first layers")
         fused, plain = part(True), part(False)
-        # The first norm follows no all-reduce: the pass leaves it to the model.
-        fused.model.layers[0].input_layernorm = plain.model.layers[0].input_layernorm
+        # The first norm follows no all-reduce: the pass leaves it to the model, which here gets the fused model's.
+        plain.model.layers[0].input_layernorm = fused.model.layers[0].input_layernorm
         eager = fused(tokens, use_cache=False).logits
         tell("compiled")
         step = collogue.compile(plain, backend="eager", fullgraph=True)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from ranks import communicator
 
+import collogue.flashinfer
 from collogue.contract.spec import Output
 from collogue.cpu import ReferenceEngine
 from collogue.engines import sglang, vllm
@@ -206,12 +207,13 @@ def test_who_never_calls_hears_of_a_failure(value: str | None, monkeypatch: pyte
 @pytest.mark.parametrize(("adapter", "switch"), [(vllm, "COLLOGUE_VLLM"), (sglang, "COLLOGUE_SGLANG")])
 @pytest.mark.parametrize("before", [None, "log"])
 def test_engines_end_unless_they_are_told_otherwise(adapter: Any, switch: str, before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(switch, "1")
+    monkeypatch.setenv(switch, "flashinfer" if adapter is vllm else "1")
     monkeypatch.setenv(workspace.ON_FAILURE, before or "")
     if before is None:
         monkeypatch.delenv(workspace.ON_FAILURE)
-    monkeypatch.setattr(adapter.flashinfer, "flashinfer_present", lambda: True)
-    monkeypatch.setattr(adapter.flashinfer, "install", lambda: None)
+    monkeypatch.setattr(collogue.flashinfer, "flashinfer_present", lambda: True)
+    monkeypatch.setattr(collogue.flashinfer, "install", lambda: None)
+    monkeypatch.setattr(adapter, "_registered", False, raising=False)
     adapter.register()
     assert os.environ[workspace.ON_FAILURE] == (before or "abort")
 

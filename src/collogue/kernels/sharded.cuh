@@ -43,24 +43,24 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
           if (row.active(i) && !ranks.stopped && at < p.slot_bytes) ranks.send_vector(ranks.target(k) + at, ranks.disguise(x));
         }
       }
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < C::kVectors; i++) {
-      const u32 at = offset + row.vector(i) * 8 * D::kBytes;
+      for (int i = 0; i < C::kVectors; i++) {
+        const u32 at = offset + row.vector(i) * 8 * D::kBytes;
 #pragma unroll
-      for (int first = 1; first < C::kWorld; first += kBatch) {
-        Vector x[kBatch];
+        for (int first = 1; first < C::kWorld; first += kBatch) {
+          Vector x[kBatch];
 #pragma unroll
-        for (int k = first; k < C::kWorld && k < first + kBatch; k++) {
-          const u32 t = ranks.next_peer(k) * p.block + of;
-          if (t < p.tokens) x[k - first] = source.term(t, i);
-        }
+          for (int k = first; k < C::kWorld && k < first + kBatch; k++) {
+            const u32 t = ranks.next_peer(k) * p.block + of;
+            if (t < p.tokens) x[k - first] = source.term(t, i);
+          }
 #pragma unroll
-        for (int k = first; k < C::kWorld && k < first + kBatch; k++) {
-          const u32 t = ranks.next_peer(k) * p.block + of;
-          if (t < p.tokens && row.active(i) && !ranks.stopped && at < p.slot_bytes)
-            ranks.send_vector(ranks.target(k) + at, ranks.disguise(x[k - first]));
+          for (int k = first; k < C::kWorld && k < first + kBatch; k++) {
+            const u32 t = ranks.next_peer(k) * p.block + of;
+            if (t < p.tokens && row.active(i) && !ranks.stopped && at < p.slot_bytes)
+              ranks.send_vector(ranks.target(k) + at, ranks.disguise(x[k - first]));
+          }
         }
       }
     }

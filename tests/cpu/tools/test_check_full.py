@@ -95,10 +95,9 @@ def test_topology_and_request_are_those_of_the_communicator() -> None:
         for case in cases:
             weight = torch.ones(case.hidden_size, dtype=torch.float32 if case.weight_dtype else torch.bfloat16)
             made = request_of(case)
-            norm = RMSNorm(weight) if case.asked["norm"] else None
-            asked = comm._capacity.request(
-                case.tokens, quant=case.quant("cpu"), hidden_size=case.hidden_size, **{**case.asked, "norm": norm}
-            )
+            norms = {name: RMSNorm(weight) for name in ("norm", "branch_norm") if case.asked.get(name)}
+            given = {name: norms.get(name) if name in ("norm", "branch_norm") else value for name, value in case.asked.items()}
+            asked = comm._capacity.request(case.tokens, quant=case.quant("cpu"), hidden_size=case.hidden_size, **given)
             assert {**vars(asked), "quant": None} == {**vars(made), "quant": None}
 
     run_virtual(3, rank)
