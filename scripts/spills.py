@@ -7,7 +7,7 @@ sizes, dtypes and formats of the covering set, every operation and epilogue, tok
 takes, with each that a user may ask for, and with few SMs. That is some four hundred thousand. Kernels that share algorithm, world size,
 width of the dtype, launch bounds and loop are a *family*: first some of every family are compiled, then whole families, those with
 the fewest registers to spare first. A run goes on where the one before has stopped: `--raw` has a line for each kernel that has been
-compiled, and is begun anew when a kernel source has changed. The result says of each family how many kernels it has and how many were
+compiled, and is restarted when a kernel source has changed. The result says of each family how many kernels it has and how many were
 compiled.
 
 A kernel counts as spilling if it does with the launch bounds that the plan asks for. What runs is then compiled with others
@@ -157,7 +157,7 @@ def summary(every: Sequence[Variant], raw: dict[str, dict[str, Any]]) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--raw", type=Path, required=True, help="a line for each kernel; begun anew when the sources change")
+    parser.add_argument("--raw", type=Path, required=True, help="a line for each kernel; restarted when the sources change")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
     parser.add_argument("--world", type=int, nargs="*", default=list(range(1, 9)))
     asked = parser.parse_args()

@@ -144,7 +144,7 @@ class Operations:
 
         Args:
             partial: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. This rank's term; not modified. Or
-                :class:`collogue.ExpertCombine` or ``ExpertReduce``: the term is worked out in the same kernel.
+                :class:`collogue.ExpertCombine` or ``ExpertReduce``: the term is computed in the same kernel.
             residual: ``[T, H]``, same dtype. The same values on every rank.
             norm: :class:`collogue.RMSNorm`. Without one, ``quant`` quantises ``y``.
             quant: a format: :class:`collogue.NVFP4`, ``FP8PerToken``, ...: the subclasses of :class:`collogue.Quant`.

@@ -23,7 +23,7 @@ ALIGNMENT = 16
 class Call:
     """The arguments of one call, as the user gave them. :func:`check_call` checks them and sets ``signature``.
 
-    ``partial``: this rank's term [T, H], or what it is worked out from; of ``finish``, y; of ``all_gather``, a tensor without memory
+    ``partial``: this rank's term [T, H], or what it is computed from; of ``finish``, y; of ``all_gather``, a tensor without memory
     (meta) that only says the shape and dtype of gathered values. ``shard``: what is gathered. A new argument of a call is a field here and
     a field of :class:`Request`.
     """

@@ -1,4 +1,4 @@
-"""What stands in the place of a partial: this rank's term is worked out in the kernel that sums it.
+"""What stands in the place of a partial: this rank's term is computed in the kernel that sums it.
 
 Plain data that checks itself when it is made, and knows nothing of devices or kernels.
 """

@@ -83,7 +83,7 @@ def expert_reduce(given: ExpertReduce) -> Tensor:
 
 
 def term_of(given: Tensor | Prologue) -> Tensor:
-    """A rank's term [T, H]: a partial as it is, a prologue worked out."""
+    """A rank's term [T, H]: a partial as it is, a prologue computed."""
     if isinstance(given, ExpertCombine):
         return expert_combine(given)
     return expert_reduce(given) if isinstance(given, ExpertReduce) else given

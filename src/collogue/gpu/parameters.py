@@ -83,7 +83,7 @@ def fill_call(params: Params, call: Call, out: Output) -> None:
 
 
 def _fill_term(params: Params, term: torch.Tensor | Prologue) -> None:
-    """The partial, or what it is worked out from."""
+    """The partial, or what it is computed from."""
     if isinstance(term, torch.Tensor):
         params.partial = term.data_ptr()
         return

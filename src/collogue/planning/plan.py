@@ -292,7 +292,7 @@ def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str, *
 def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1, experts: bool = False) -> int:
     """Threads that a multiprocessor can hold, by the registers that each needs: a thread holds a vector of every rank.
 
-    ``experts``: terms are worked out, from four rows at a time.
+    ``experts``: terms are computed, from four rows at a time.
     """
     world, narrow, streams = topology.world_size, topology.dtype.itemsize == 2, ALGORITHMS[algorithm].streams
     if algorithm == "local" and vectors in (2, 4) and topology.has_clusters:

@@ -1,4 +1,4 @@
-"""Kernels whose terms are worked out from experts' rows, on the CPU: every algorithm, no row read that nothing names."""
+"""Kernels whose terms are computed from experts' rows, on the CPU: every algorithm, no row read that nothing names."""
 
 from __future__ import annotations
 
