@@ -144,7 +144,7 @@ def bind(
             tensors += (norm.weight,)
         elif norm is not None:
             return None
-        if quant is not launcher.quant:
+        if quant is None or quant is not launcher.quant:  # launcher.quant is also None after a call that went the long way
             if quant.__class__ is not kind or (quant is not None and quant.label != label):
                 return None
             if has_scale and isinstance(quant.given_scale, torch.Tensor) is not has_scale_tensor:  # type: ignore[union-attr]

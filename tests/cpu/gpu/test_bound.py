@@ -116,6 +116,17 @@ def test_parameters_are_those_of_the_long_way(operation: Operation, quant: Quant
         pass
 
 
+@pytest.mark.parametrize("quant", [quant for quant in QUANTS if quant is not None], ids=lambda q: q.label)
+def test_a_call_without_a_format_is_not_taken_before_the_first_bound_call(quant: Quant) -> None:
+    """The long way leaves no format at the launcher: a call without one must not pass for a call with the bound's."""
+    bench = Bench(quant=quant)
+    assert bench.launcher.quant is None
+    plain = bench.call(quant=None)
+    assert bench.run(bench.fresh, plain, None) is None
+    assert bench.run(bench.into, plain, bench.first.signature.empty()) is None
+    assert bench.idle()
+
+
 def test_the_launch_of_the_last_stream_is_taken_as_it_is() -> None:
     bench, call = Bench(), None
     bench.launcher.stream = 7
