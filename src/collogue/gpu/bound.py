@@ -144,11 +144,13 @@ def bind(
             tensors += (norm.weight,)
         elif norm is not None:
             return None
-        if quant is None or quant is not launcher.quant:  # launcher.quant is also None after a call that went the long way
-            if quant.__class__ is not kind or (quant is not None and quant.label != label):
-                return None
-            if has_scale and isinstance(quant.given_scale, torch.Tensor) is not has_scale_tensor:  # type: ignore[union-attr]
-                return None
+        if (quant is None or quant is not launcher.quant) and (  # launcher.quant is also None after a call that went the long way
+            quant.__class__ is not kind or (quant is not None and quant.label != label)
+        ):
+            return None
+        # Not only for a new quant: calls with a scale as a number and as a tensor share the launcher.
+        if has_scale and isinstance(quant.given_scale, torch.Tensor) is not has_scale_tensor:  # type: ignore[union-attr]
+            return None
         if has_scale_tensor:
             tensors += (quant.given_scale,)  # type: ignore[union-attr,operator]
         if has_out:

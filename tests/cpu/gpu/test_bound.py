@@ -127,6 +127,23 @@ def test_a_call_without_a_format_is_not_taken_before_the_first_bound_call(quant:
     assert bench.idle()
 
 
+@pytest.mark.parametrize("scales", [(3.0, torch.tensor(2.0)), (torch.tensor(2.0), 3.0)], ids=["number", "tensor"])
+def test_a_scale_of_the_other_kind_is_not_taken_behind_a_bound_call_with_it(scales: tuple[Any, Any]) -> None:
+    """Calls with a number and with a tensor have one launcher, so the quant of the last launch may be of either kind."""
+    first, other = (NVFP4(scale) for scale in scales)
+    bench = Bench(quant=first)
+    bound_first, kept = bench.fresh, bench.first
+    bench.first = check_call(bench.capacity, bench.call(quant=other))
+    bound_other = bench.bind(bench.first.signature.empty())
+    bench.first = kept
+    call = bench.call(quant=other)
+    assert bench.run(bound_other, call, kept.signature.empty()) is not None
+    bench.launched.clear()
+    assert bench.launcher.quant is other
+    assert bench.run(bound_first, bench.call(quant=other), None) is None
+    assert bench.idle()
+
+
 def test_the_launch_of_the_last_stream_is_taken_as_it_is() -> None:
     bench, call = Bench(), None
     bench.launcher.stream = 7
