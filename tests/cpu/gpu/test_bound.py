@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import random
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -394,3 +395,69 @@ def test_a_prologue_or_a_branch_norm_goes_the_long_way() -> None:
     assert not bench.call(partial=term).bindable
     assert not bench.call(branch_norm=RMSNorm(torch.ones(H))).bindable
     assert bench.call().bindable
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_sequences_of_calls_run_with_the_parameters_of_the_long_way(seed: int) -> None:
+    """Calls of several signatures in any order, the latest bound call tried first, as by the engine; launchers are shared by signature."""
+    draw = random.Random(seed)
+    bench = Bench()
+    launchers: dict[Any, Any] = {}
+    kept: dict[Any, bound.Bound] = {}
+    latest: bound.Bound = bound.unbound
+    launched: list[bytes] = []
+    quants = [
+        None,
+        NVFP4(3.0),
+        NVFP4(5.0),
+        NVFP4(torch.tensor(2.0)),
+        FP8PerToken(),
+        FP8PerToken(2.0**-9),
+        FP8Static(0.5),
+        FP8Static(torch.tensor(4.0)),
+    ]
+    taken = 0
+
+    def read(params: bytes) -> bytes:
+        """What kernels read: ``scale_value`` only without a pointer to the scale."""
+        found = Params.from_buffer_copy(params)
+        if found.scale:
+            found.scale_value = 0.0
+        return bytes(found)
+
+    for _ in range(300):
+        quant, norm = draw.choice(quants), RMSNorm(torch.ones(H), eps=draw.choice([1e-5, 1e-6]))
+        call = bench.call(quant=quant, norm=norm if quant is not None or draw.random() < 0.5 else None)
+        if draw.random() < 0.3:
+            call = dataclasses.replace(call, residual=None)
+        checked = check_call(bench.capacity, call)
+        given = checked.signature.empty() if draw.random() < 0.5 else None
+        arguments = (call.operation, call.partial, call.residual, call.norm, call.quant, call.keep_norm, given)
+        out = latest(*arguments)
+        if out is None:
+            found = kept.get(bound.key_of(call, given))
+            if found is not None and found is not latest:
+                latest = found
+                out = found(*arguments)
+        if out is None:
+            out = checked.signature.empty() if given is None else given
+            if checked.signature not in launchers:
+                launchers[checked.signature] = SimpleNamespace(params=Params(), quant=None, stream=-1, launch=None)
+            launcher = launchers[checked.signature]
+            launcher.quant = None
+            fill_call(launcher.params, checked, out)
+
+            def launch(stream: int, params: Params = launcher.params) -> None:
+                launched.append(bytes(params))
+
+            launch(7)
+            made = bound.bind(bench.engine, checked, given, launcher, launch)
+            assert made is not None
+            latest = kept[bound.key_of(call, given)] = made
+        else:
+            taken += 1
+        assert given is None or out is given
+        check_out(checked, out)
+        assert read(launched.pop()) == read(bench.expected(call, out))
+        assert not launched
+    assert taken > 100
