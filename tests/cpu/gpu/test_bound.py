@@ -425,10 +425,13 @@ def test_random_sequences_of_calls_run_with_the_parameters_of_the_long_way(seed:
             found.scale_value = 0.0
         return bytes(found)
 
-    for _ in range(300):
-        quant, norm = draw.choice(quants), RMSNorm(torch.ones(H), eps=draw.choice([1e-5, 1e-6]))
-        call = bench.call(quant=quant, norm=norm if quant is not None or draw.random() < 0.5 else None)
-        if draw.random() < 0.3:
+    for _ in range(600):
+        quant = draw.choice(quants)
+        norm: RMSNorm | None = RMSNorm(torch.ones(H), eps=draw.choice([1e-5, 1e-6]))
+        operation = draw.choice(["all_reduce", "sharded", "reduce_scatter", "finish"])
+        norm = norm if quant is not None or operation in ("finish", "sharded") or draw.random() < 0.5 else None
+        call = bench.call(operation, quant=quant, norm=norm, keep_norm=quant is not None and draw.random() < 0.3)
+        if operation == "all_reduce" and draw.random() < 0.3:
             call = dataclasses.replace(call, residual=None)
         checked = check_call(bench.capacity, call)
         given = checked.signature.empty() if draw.random() < 0.5 else None
