@@ -30,21 +30,25 @@ def test_a_rank_hears_no_interrupt() -> None:
 def test_an_interrupted_program_with_virtual_ranks_does_not_abort() -> None:
     """A thread that is still in PyTorch when the interpreter ends would (SIGABRT)."""
     code = """
-import torch
+import os, torch
 from collogue.testing import run_virtual
 def rank(group):
     group.barrier()
-    print("started", flush=True)
+    if group.rank == 0:
+        os.write(1, b"started\\n")
     while True:
         torch.ones(300, 300) @ torch.ones(300, 300)
         group.barrier()
 run_virtual(3, rank)
 """
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "started\n"
-    time.sleep(0.5)
-    child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=60)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "started\n"
+            time.sleep(0.5)
+            child.send_signal(signal.SIGINT)
+            _, said = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert child.returncode == -signal.SIGINT, said
     assert "KeyboardInterrupt" in said

@@ -150,17 +150,22 @@ def test_what_an_interrupt_meets(what: str, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     body = textwrap.indent(textwrap.dedent(INTERRUPTED_PROGRAMS[what]), "    ")
     program.write_text(
-        "import sys, time, torch\nfrom collogue.tools import entry\n"
-        "def started():\n    print('started', flush=True)\n"
+        "import os, sys, time, torch\nfrom collogue.tools import entry\n"
+        "def started():\n    os.write(1, b'started\\n')\n"
         f"def work():\n{body}\n    return 0\n"
         "if __name__ == '__main__':\n    entry._run = work\n    entry.main()\n"
     )
-    child = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "started\n"
-    time.sleep(1.0)
-    os.killpg(child.pid, signal.SIGINT)
-    _, said = child.communicate(timeout=30)
+    with subprocess.Popen(
+        [sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "started\n"
+            time.sleep(1.0)
+            os.killpg(child.pid, signal.SIGINT)
+            _, said = child.communicate(timeout=30)
+        finally:
+            child.kill()
     assert (child.returncode, said) == (INTERRUPTED, "interrupted\n")
 
 
