@@ -40,6 +40,21 @@ class Cut:
         """Of the whole tensor along ``dim``."""
         return sum(section.size for section in self.sections)
 
+    def in_units(self, unit: int, what: str) -> Cut:
+        """The same cut of a tensor with one element for every ``unit`` features; where nothing is cut, the last unit may be smaller.
+
+        Raises :class:`ShapeError` where a part ends inside a unit.
+        """
+        if all(section.parts == 1 for section in self.sections):
+            return Cut(self.dim, (Section(-(-self.size // unit), 1),))
+        for section in self.sections:
+            if section.size % (section.parts * unit):
+                raise ShapeError(
+                    f"{what}: {section.size} features in {section.parts} parts do not end at blocks of {unit}",
+                    hint="use a world size whose parts are whole blocks, or load the checkpoint dequantized",
+                )
+        return Cut(self.dim, tuple(Section(section.size // unit, section.parts) for section in self.sections))
+
     def part(self, whole: Tensor, rank: int, world_size: int) -> Tensor:
         """What ``rank`` holds of ``whole``, in contiguous memory of its own."""
         pieces, start = [], 0

@@ -9,16 +9,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collogue.communicator import Communicator
 from collogue.contract.prologue import PROLOGUES, Prologue
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Output, RMSNorm
+from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat
 from collogue.errors import ArgumentError
 from collogue.ops import is_traced
 from collogue.pytorch.cut import Cut
+from collogue.pytorch.scaled import Linear, ScaledLinear
+
+__all__ = [
+    "ColumnParallelLinear",
+    "FP8Block",
+    "FusedRMSNorm",
+    "QuantizedWeight",
+    "RowParallelLinear",
+    "ScaledLinear",
+    "finish",
+    "gather_columns",
+]
 
 #: Modules of hooks that only watch, and that this package itself puts on modules.
 _HARMLESS = ("torch.utils.", "transformers.utils.output_capturing", "collogue.")
@@ -69,60 +81,98 @@ def _plain(linear: nn.Linear, comm: Communicator, dim: int) -> Cut:
     return Cut.even(linear.weight.shape[dim], dim, comm.world_size, "weight")
 
 
-class ColumnParallelLinear(nn.Module):
+def _part(linear: nn.Linear, comm: Communicator, cut: Cut, format: WeightFormat | None) -> Tensor | QuantizedWeight:
+    """This rank's part of the weight. It is quantized whole, so that no code depends on the number of ranks."""
+    if format is None:
+        return cut.part(linear.weight, comm.rank, comm.world_size)
+    return QuantizedWeight.of(linear.weight, format).part(cut, comm.rank, comm.world_size, "the layer's weight")
+
+
+class ColumnParallelLinear(Linear):
     """``x W_r^T + b_r``: this rank's output features of a linear layer, ``[.., O / N]``; with ``gather``, all of them, ``[.., O]``.
 
     Args:
-        weight: ``[O / N, I]``, this rank's rows. bias: ``[O / N]`` or ``None``.
+        weight: ``[O / N, I]``, this rank's rows, quantized or not. bias: ``[O / N]`` or ``None``.
         gather: put the ranks' features together (collective). Needs a ``torch.distributed`` group.
+        activation: the format of ``x``, as in :class:`ScaledLinear`; ``None``: it is not quantized.
+        dtype: of the result where ``x`` is an :class:`collogue.Output`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, comm: Communicator, *, gather: bool = False) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight, False), None if bias is None else nn.Parameter(bias, False)
+    def __init__(
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None,
+        comm: Communicator,
+        *,
+        gather: bool = False,
+        activation: Quant | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(weight, bias, activation, dtype)
         self.comm, self.gather = comm, gather
 
     @classmethod
-    def of(cls, linear: nn.Linear, comm: Communicator, *, gather: bool = False) -> ColumnParallelLinear:
-        """This rank's part of an unsharded layer.
+    def of(
+        cls,
+        linear: nn.Linear,
+        comm: Communicator,
+        *,
+        gather: bool = False,
+        format: WeightFormat | None = None,
+        activation: Quant | None = None,
+    ) -> ColumnParallelLinear:
+        """This rank's part of an unsharded layer, its weight quantized to ``format`` if that is given.
 
-        Raises :class:`ShapeError` where its features do not divide, :class:`ArgumentError` where it is not a plain ``nn.Linear``: a
-        subclass with a forward of its own, a quantized layer, one with hooks.
+        Raises :class:`ShapeError` where its features do not divide, or its parts do not end at blocks of scales,
+        :class:`ArgumentError` where it is not a plain ``nn.Linear``: a subclass with a forward of its own, a quantized layer, one with
+        hooks.
         """
         cut = _plain(linear, comm, 0)
         bias = None if linear.bias is None else cut.part(linear.bias, comm.rank, comm.world_size)
-        return cls(cut.part(linear.weight, comm.rank, comm.world_size), bias, comm, gather=gather)
+        return cls(_part(linear, comm, cut, format), bias, comm, gather=gather, activation=activation, dtype=linear.weight.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        mine = F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor | Output) -> Tensor:
+        mine = self.product(x, self.bias)
         return gather_columns(mine, self.comm) if self.gather else mine
 
 
-class RowParallelLinear(nn.Module):
-    """``sum_r x_r W_r^T + b``, finished in the same call: residual, RMSNorm, quantisation.
+class RowParallelLinear(Linear):
+    """``sum_r x_r W_r^T + b``, finished in the same call: residual, RMSNorm, quantization.
 
     Args:
-        weight: ``[H, I / N]``, this rank's columns. bias: ``[H]`` or ``None``, the same on every rank; rank 0 adds it to its partial.
+        weight: ``[H, I / N]``, this rank's columns, quantized or not. bias: ``[H]`` or ``None``, the same on every rank; rank 0 adds it
+            to its partial.
+        activation: the format of ``x``, as in :class:`ScaledLinear`; ``None``: it is not quantized.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, comm: Communicator) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight, False), None if bias is None else nn.Parameter(bias, False)
+    def __init__(
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None,
+        comm: Communicator,
+        *,
+        activation: Quant | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(weight, bias, activation, dtype)
         self.comm = comm
 
     @classmethod
-    def of(cls, linear: nn.Linear, comm: Communicator) -> RowParallelLinear:
+    def of(
+        cls, linear: nn.Linear, comm: Communicator, *, format: WeightFormat | None = None, activation: Quant | None = None
+    ) -> RowParallelLinear:
         """This rank's part of an unsharded layer. Raises as :meth:`ColumnParallelLinear.of`."""
         cut = _plain(linear, comm, 1)
-        return cls(cut.part(linear.weight, comm.rank, comm.world_size), None if linear.bias is None else linear.bias.detach(), comm)
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls(_part(linear, comm, cut, format), bias, comm, activation=activation, dtype=linear.weight.dtype)
 
-    def partial(self, x: Tensor) -> Tensor:
+    def partial(self, x: Tensor | Output) -> Tensor:
         """This rank's term of the sum, ``[.., H]``."""
-        return F.linear(x, self.weight, self.bias if self.comm.rank == 0 else None)
+        return self.product(x, self.bias if self.comm.rank == 0 else None)
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Output,
         *,
         residual: Tensor | None = None,
         norm: RMSNorm | FusedRMSNorm | None = None,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from collogue.communicator import Communicator
+from collogue.contract.spec import Output
 from collogue.errors import ArgumentError, CollogueError
 from collogue.group import Group, as_group
 from collogue.pytorch.boundaries import Boundaries, Untouched, WholeNorm, check_use
@@ -219,8 +220,8 @@ class _Row(RowParallelLinear):
         super().__init__(weight, bias, comm)
         self.factor, self.summed = factor, summed
 
-    def partial(self, x: Tensor) -> Tensor:
-        if self.factor == 1.0:
+    def partial(self, x: Tensor | Output) -> Tensor:
+        if self.factor == 1.0 or isinstance(x, Output):
             return super().partial(x)
         rows, bias = x.reshape(-1, x.shape[-1]), self.bias if self.comm.rank == 0 else None
         given, beta = (x.new_zeros(()), 0.0) if bias is None else (bias, self.factor)

@@ -1,0 +1,201 @@
+"""Quantized weights: codes and scales of a linear layer's ``[O, I]`` matrix, as checkpoints hold them, and their parts by rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from collogue.contract.formats import canonical_nan, code_spec, e4m3_decode, e4m3_encode
+from collogue.contract.number import is_whole
+from collogue.contract.quant import E4M3_MAX, MXFP4, MXFP8, NVFP4, SMALLEST_SCALE, FP8PerToken, FP8Static
+from collogue.contract.reference import dequantize, quantize
+from collogue.errors import FormatError, ScaleError, ShapeError
+
+
+@dataclass(frozen=True)
+class FP8Block:
+    """E4M3 weights, one float32 scale (a **divisor**) per block of ``size`` x ``size``; the last block of a row or column may be smaller.
+
+    ``scale = max(amax / 448, 2**-17 / 1.75)``, ``code = e4m3_sat(w / scale)``. Decoded: ``code * scale``. For weights only; the
+    activations of such checkpoints are :class:`collogue.FP8Group`.
+
+    Args:
+        size: a multiple of 16, usually 128.
+    """
+
+    size: int = 128
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.size) or self.size < 16 or self.size % 16:
+            raise FormatError(f"FP8Block.size is {self.size!r}", hint="use a multiple of 16, usually 128")
+
+
+#: How a weight may be quantized. FP8PerToken: one scale per output feature. NVFP4 and MX: along the input features, layout "linear".
+WeightFormat: TypeAlias = FP8Static | FP8PerToken | FP8Block | MXFP8 | MXFP4 | NVFP4
+
+
+class Slicer(Protocol):
+    """What cuts a tensor along one dimension (:class:`collogue.pytorch.cut.Cut`)."""
+
+    @property
+    def dim(self) -> int: ...
+
+    def in_units(self, unit: int, what: str) -> Slicer:
+        """The same cut of a tensor with one element for every ``unit`` features."""
+
+    def part(self, whole: Tensor, rank: int, world_size: int) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A quantized weight ``W`` of ``[O, I]``.
+
+    =====================  ======================================  ==============================================
+    format                 codes                                   scales
+    =====================  ======================================  ==============================================
+    ``FP8Static(scale)``   ``[O, I]`` E4M3                         ``None``: the format holds it
+    ``FP8PerToken()``      ``[O, I]`` E4M3                         ``[O, 1]`` float32, one per output feature
+    ``FP8Block(128)``      ``[O, I]`` E4M3                         ``[ceil(O / 128), ceil(I / 128)]`` float32
+    ``MXFP8(..)``          ``[O, I]`` E4M3                         ``[O, I / 32]`` E8M0
+    ``MXFP4(..)``          ``[O, I / 2]`` uint8, low nibble first  ``[O, I / 32]`` E8M0
+    ``NVFP4(g)``           ``[O, I / 2]`` uint8, low nibble first  ``[O, I / 16]`` E4M3; ``g`` is a multiplier
+    =====================  ======================================  ==============================================
+
+    All scales are divisors but NVFP4's ``g``. MX and NVFP4 have ``layout="linear"``.
+
+    Raises:
+        ShapeError: codes or scales of another shape or dtype. FormatError: another format or layout, or a block that does not divide I.
+        ScaleError: float32 scales that are not positive and finite (read on the CPU only).
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    format: WeightFormat
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.format, WeightFormat):
+            raise FormatError(
+                f"{type(self.format).__name__} is not a weight format",
+                hint="use FP8Static, FP8PerToken, FP8Block, MXFP8, MXFP4 or NVFP4",
+            )
+        if getattr(self.format, "layout", "linear") != "linear":
+            raise FormatError(f"a weight's scales are laid out as {self.format!r}", hint='pass layout="linear"')
+        if self.codes.ndim != 2:
+            raise ShapeError(f"the codes of a weight are {list(self.codes.shape)}", hint="pass two dimensions, [O, I]")
+        dtype = torch.uint8 if self._packed else torch.float8_e4m3fn
+        if self.codes.dtype != dtype:
+            raise ShapeError(f"the codes of a weight are {self.codes.dtype}, expected {dtype}", hint="pass codes as the format stores them")
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        shape, dtype = _scales(self.format, *self.shape)
+        given = None if self.scales is None else (tuple(self.scales.shape), self.scales.dtype)
+        if given != (None if dtype is None else (shape, dtype)):
+            raise ShapeError(
+                f"the scales of a weight of {list(self.shape)} are {given}, {type(self.format).__name__} has {(shape, dtype)}",
+                hint="pass scales as the format stores them",
+            )
+        scales = self.scales
+        if scales is None or dtype != torch.float32 or scales.device.type != "cpu":
+            return
+        if not bool(((scales > 0) & scales.isfinite()).all()):
+            raise ScaleError("a weight has scales that are not positive and finite", hint="check the checkpoint, and the scales' names")
+
+    @property
+    def _packed(self) -> bool:
+        return isinstance(self.format, MXFP4 | NVFP4)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(O, I)`` of the matrix."""
+        return self.codes.shape[0], self.codes.shape[1] * (2 if self._packed else 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @classmethod
+    def of(cls, weight: Tensor, format: WeightFormat) -> QuantizedWeight:
+        """Quantize ``weight`` ``[O, I]`` (bfloat16, float16 or float32), each row as :func:`collogue.quantize` does a token's."""
+        if not isinstance(format, FP8Block):
+            return cls(*quantize(weight.detach(), format), format)
+        blocks = _blocks(weight.detach().float(), format.size)
+        scales = torch.clamp(blocks.abs().nan_to_num(nan=0.0).amax((1, 3)) / E4M3_MAX, min=SMALLEST_SCALE)
+        codes = e4m3_encode(blocks / scales[:, None, :, None])
+        return cls(_unblocked(codes, *weight.shape).view(torch.float8_e4m3fn), scales, format)
+
+    def decode(self) -> Tensor:
+        """``W`` in float32: ``code * scale``; NVFP4: ``(code * scale) / g``."""
+        if not isinstance(self.format, FP8Block):
+            return dequantize(self.codes, self.scales, self.format, hidden_size=self.shape[1])
+        assert self.scales is not None
+        values = _blocks(e4m3_decode(self.codes.contiguous().view(torch.uint8)), self.format.size)
+        return canonical_nan(_unblocked(values * self.scales[:, None, :, None], *self.shape))
+
+    def times(self, factor: float) -> QuantizedWeight:
+        """``factor * W``, taken into the scales: rounded once to float32.
+
+        Raises:
+            FormatError: MX scales are powers of two; ``factor`` would have to be one.
+        """
+        if factor == 1.0:
+            return self
+        if isinstance(self.format, FP8Static):
+            return replace(self, format=replace(self.format, scale=self.format.scale * factor))
+        if isinstance(self.format, NVFP4):
+            return replace(self, format=replace(self.format, global_scale=self.format.global_scale / factor))
+        if self.scales is None or self.scales.dtype != torch.float32:
+            raise FormatError(f"the scales of {type(self.format).__name__} cannot hold the factor {factor}", hint="use another format")
+        return replace(self, scales=self.scales * factor)
+
+    def part(self, cut: Slicer, rank: int, world_size: int, name: str = "the weight") -> QuantizedWeight:
+        """What ``rank`` holds where the rows (``cut.dim == 0``) or columns of ``W`` are cut.
+
+        Raises:
+            ShapeError: a part does not end where a block of scales ends.
+        """
+        along = cut.dim
+        unit = (1, 2 if self._packed else 1)[along]
+        codes = _bytes(cut.in_units(unit, name), self.codes, rank, world_size)
+        scales, block = self.scales, _block(self.format, along)
+        if scales is not None and block:
+            scales = _bytes(cut.in_units(block, name), scales, rank, world_size)
+        return replace(self, codes=codes, scales=scales)
+
+
+def _bytes(cut: Slicer, whole: Tensor, rank: int, world_size: int) -> Tensor:
+    """A part of a tensor of any dtype of one byte: PyTorch does not join them all."""
+    if whole.element_size() > 1:
+        return cut.part(whole, rank, world_size)
+    return cut.part(whole.view(torch.uint8), rank, world_size).view(whole.dtype)
+
+
+def _block(format: WeightFormat, along: int) -> int:
+    """How many rows or columns of ``W`` share a scale; 0: all do."""
+    if isinstance(format, FP8Block):
+        return format.size
+    return 1 if along == 0 else format.block
+
+
+def _scales(format: WeightFormat, out_features: int, in_features: int) -> tuple[tuple[int, int] | None, torch.dtype | None]:
+    if isinstance(format, FP8Block):
+        return (-(-out_features // format.size), -(-in_features // format.size)), torch.float32
+    code_spec(format, out_features, in_features)
+    if format.scale_dtype is None:
+        return None, None
+    return (out_features, in_features // format.block if format.block else 1), format.scale_dtype
+
+
+def _blocks(matrix: Tensor, size: int) -> Tensor:
+    """``[O, I]`` as ``[blocks, size, blocks, size]``, zeros behind the end."""
+    rows, columns = matrix.shape
+    padded = torch.nn.functional.pad(matrix, (0, -columns % size, 0, -rows % size))
+    return padded.view(padded.shape[0] // size, size, padded.shape[1] // size, size)
+
+
+def _unblocked(blocks: Tensor, rows: int, columns: int) -> Tensor:
+    return blocks.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()

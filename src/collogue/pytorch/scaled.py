@@ -1,0 +1,231 @@
+"""Linear layers that take what a fused call gives: quantized activations, quantized weights, and the product of both."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.functional import ScalingType
+
+from collogue.contract.quant import FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.reference import dequantize, quantize
+from collogue.contract.spec import Output
+from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat
+from collogue.errors import ArgumentError, ShapeError
+
+_log = logging.getLogger("collogue")
+
+
+class Linear(nn.Module):
+    """``x W^T + b`` with a plain or a quantized ``W``; the base of this package's linear layers.
+
+    Args:
+        weight: ``[O, I]``, a tensor or a :class:`QuantizedWeight`. bias: ``[O]`` or ``None``.
+        activation: the format of ``x``; ``None``: ``x`` is not quantized.
+        dtype: of the result where ``x`` is an :class:`collogue.Output`; default: the weight's, or bfloat16 where that is quantized.
+    """
+
+    def __init__(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, activation: Quant | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        quantized = isinstance(weight, QuantizedWeight)
+        self.format: WeightFormat | None = weight.format if isinstance(weight, QuantizedWeight) else None
+        self.weight = nn.Parameter(weight.codes if isinstance(weight, QuantizedWeight) else weight, False)
+        scales = weight.scales if isinstance(weight, QuantizedWeight) else None
+        self.weight_scale = None if scales is None else nn.Parameter(scales, False)
+        self.bias = None if bias is None else nn.Parameter(bias, False)
+        self.activation = activation
+        self.dtype = dtype or (torch.bfloat16 if quantized else self.weight.dtype)
+        if activation is not None:
+            activation.check_hidden_size(weight.shape[1])
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight | None:
+        """The weight, where it is quantized."""
+        return None if self.format is None else QuantizedWeight(self.weight.data, self.weight_scale, self.format)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Codes and scales move with the module; ``.to(dtype)`` and ``.half()`` would change their meaning and leave them alone."""
+        if self.format is None:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        kept = {name: self._parameters.pop(name) for name in ("weight", "weight_scale")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, parameter in kept.items():
+            if parameter is not None:
+                parameter.data = fn(parameter.data.view(torch.uint8)).view(parameter.dtype)
+            self._parameters[name] = parameter
+        return self
+
+    def explain(self) -> str:
+        """How the product is computed on the device where the weight is, and why."""
+        if self.format is None:
+            quantized = "" if self.activation is None else f"activations quantized to {self.activation.label} and decoded, "
+            return f"{quantized}plain product in {self.weight.dtype}"
+        recipe = _recipe(self.activation, self.format, self.weight.device)
+        activation = "none" if self.activation is None else self.activation.label
+        what = f"weights {type(self.format).__name__}, activations {activation}"
+        if isinstance(recipe, str):
+            return f"{what}: decoded and multiplied in {_dtype_of_product(self.weight.device)}, because {recipe}"
+        return f"{what}: torch.nn.functional.scaled_mm"
+
+    def product(self, x: Tensor | Output, bias: Tensor | None) -> Tensor:
+        """``x W^T + bias``. ``x``: ``[.., I]`` of values, or an :class:`collogue.Output` with codes of ``activation``, ``[T, I]``."""
+        if isinstance(x, Output):
+            codes, scales, leading, dtype = *self._given(x), None, self.dtype
+        elif self.activation is None:
+            if self.format is None:
+                return F.linear(x, self.weight, bias)
+            codes, scales, leading, dtype = x, None, x.shape[:-1], x.dtype
+        else:
+            codes, scales = quantize(x.reshape(-1, x.shape[-1]), self.activation)
+            leading, dtype = x.shape[:-1], x.dtype
+        result = self._multiply(codes, scales, bias, dtype)
+        return result if leading is None else result.view(*leading, result.shape[-1])
+
+    def _given(self, x: Output) -> tuple[Tensor, Tensor | None]:
+        if self.activation is None or x.codes is None:
+            missing = "the layer has no activation format" if self.activation is None else "the output has no codes"
+            raise ArgumentError(missing, hint="pass out.norm, or give the call and the layer the same format")
+        return x.codes, x.scales
+
+    def _multiply(self, codes: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        recipe = "" if self.format is None else _recipe(self.activation, self.format, codes.device)
+        if not isinstance(recipe, str):
+            return recipe(codes, scales, self, bias, dtype)
+        if recipe:
+            _say_once(self.explain())
+        return self._decode_and_multiply(codes, scales, bias, dtype)
+
+    def _decode_and_multiply(self, codes: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """In float32 on the CPU, in bfloat16 on GPUs, rounded once to ``dtype``."""
+        compute = _dtype_of_product(codes.device)
+        weight = self.quantized_weight
+        matrix = (self.weight if weight is None else weight.decode()).to(compute)
+        if self.activation is not None:
+            codes = dequantize(codes, scales, self.activation, hidden_size=matrix.shape[1])
+        elif codes.shape[-1] != matrix.shape[1]:
+            raise ShapeError(f"x is {list(codes.shape)}, the weight {list(matrix.shape)}", hint="pass [.., I]")
+        return F.linear(codes.to(compute), matrix, None if bias is None else bias.to(compute)).to(dtype)
+
+    def extra_repr(self) -> str:
+        weight = self.quantized_weight
+        shape = tuple(self.weight.shape) if weight is None else weight.shape
+        kind = self.weight.dtype if self.format is None else self.format
+        return f"[O, I]={list(shape)}, weight={kind}, activation={'none' if self.activation is None else self.activation.label}"
+
+
+class ScaledLinear(Linear):
+    """``y = decode(x) decode(W)^T + b`` for quantized weights, and for quantized activations where the format has them.
+
+    >>> out = comm.all_reduce(partial, residual=residual, norm=norm, quant=collogue.FP8PerToken())
+    >>> layer = collogue.nn.ScaledLinear.of(linear, collogue.FP8PerToken(), activation=collogue.FP8PerToken())
+    >>> y = layer(out)  # reads out.codes and out.scales; nothing is quantized twice
+
+    Args:
+        weight: ``[O, I]`` codes and scales. bias: ``[O]`` or ``None``.
+        activation: the format of ``x``; ``None``: weights alone are quantized.
+        dtype: of the result where ``x`` is an :class:`collogue.Output`.
+    Product:
+        ``torch.nn.functional.scaled_mm`` on GPUs that have it for this pair of formats: FP8Static with FP8Static (sm_89 and later),
+        FP8PerToken with FP8PerToken (sm_90), FP8Group(128) with FP8Block(128) (sm_90). Elsewhere both are decoded and
+        multiplied, in float32 on the CPU and in bfloat16 on GPUs; a log line says so once, and :meth:`explain`.
+    Raises:
+        ArgumentError: an output without codes. ShapeError: codes or features of another shape. FormatError: a block that does not divide.
+    """
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None = None, *, activation: Quant | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        super().__init__(weight, bias, activation, dtype)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, format: WeightFormat, *, activation: Quant | None = None) -> ScaledLinear:
+        """A layer with the weight of ``linear``, quantized here."""
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls(QuantizedWeight.of(linear.weight, format), bias, activation=activation, dtype=linear.weight.dtype)
+
+    def forward(self, x: Tensor | Output) -> Tensor:
+        """``x``: ``[.., I]`` of values, which are quantized here, or an :class:`collogue.Output` of a call with ``quant=activation``.
+        Returns ``[.., O]``; for an output ``[T, O]``.
+        """
+        return self.product(x, self.bias)
+
+
+def _dtype_of_product(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    _log.info(text)
+
+
+# Products of the hardware
+
+_Recipe = Callable[[Tensor, Any, Linear, Any, torch.dtype], Tensor]
+
+
+def _recipe(activation: Quant | None, weight: WeightFormat, device: torch.device) -> _Recipe | str:
+    """The hardware's product for this pair of formats, or why there is none."""
+    if device.type != "cuda":
+        return f"a {device.type} has no such product"
+    if activation is None:
+        return "the activations are not quantized"
+    for kinds, least, most, recipe in _RECIPES:
+        if (type(activation), type(weight)) == kinds:
+            if isinstance(activation, FP8Group) and (activation.group_size, activation.scale_format) != (128, "float32"):
+                return "the product takes groups of 128 with float32 scales"
+            found = torch.cuda.get_device_capability(device)
+            return recipe if least <= found <= most else f"sm_{found[0]}{found[1]} has no product of these formats"
+    return "PyTorch has no product of these formats that is used here"
+
+
+def _tensor_wise(codes: Tensor, scales: None, layer: Linear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    assert isinstance(layer.activation, FP8Static)
+    assert isinstance(layer.format, FP8Static)
+    of_x, of_weight = (torch.as_tensor(each.scale, dtype=torch.float32, device=codes.device) for each in (layer.activation, layer.format))
+    return _scaled_mm(
+        codes, layer, of_x.reshape(1, 1), of_weight.reshape(1, 1), ScalingType.TensorWise, ScalingType.TensorWise, bias, dtype
+    )
+
+
+def _row_wise(codes: Tensor, scales: Tensor, layer: Linear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    assert layer.weight_scale is not None
+    return _scaled_mm(codes, layer, scales, layer.weight_scale.t(), ScalingType.RowWise, ScalingType.RowWise, bias, dtype)
+
+
+def _block_wise(codes: Tensor, scales: Tensor, layer: Linear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product wants the activations' scales column by column, as ``FP8Group(layout="column")`` gives them when T % 4 == 0."""
+    assert layer.weight_scale is not None
+    by_columns = scales.t().contiguous().t()
+    weights = layer.weight_scale.t()
+    return _scaled_mm(codes, layer, by_columns, weights, ScalingType.BlockWise1x128, ScalingType.BlockWise128x128, bias, dtype)
+
+
+def _scaled_mm(
+    codes: Tensor,
+    layer: Linear,
+    of_x: Tensor,
+    of_weight: Tensor,
+    x_scaling: ScalingType,
+    weight_scaling: ScalingType,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    exact = dtype if dtype != torch.float16 else torch.bfloat16
+    result: Tensor = F.scaled_mm(codes, layer.weight.t(), of_x, x_scaling, of_weight, weight_scaling, bias=bias, output_dtype=exact)
+    return result.to(dtype)
+
+
+_ANY = (99, 9)
+_RECIPES: tuple[tuple[tuple[type, type], tuple[int, int], tuple[int, int], _Recipe], ...] = (
+    ((FP8Static, FP8Static), (8, 9), _ANY, _tensor_wise),
+    ((FP8PerToken, FP8PerToken), (9, 0), _ANY, _row_wise),
+    ((FP8Group, FP8Block), (9, 0), (9, 0), _block_wise),
+)

@@ -1,0 +1,208 @@
+"""Linear layers of quantized weights: their products, what they take, and both ways of computing them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import collogue
+from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat
+from collogue.errors import ArgumentError, CollogueError, FormatError, ShapeError
+from collogue.nn import ScaledLinear
+from collogue.pytorch import scaled
+
+PAIRS: dict[str, tuple[WeightFormat, collogue.Quant | None]] = {
+    "tensor": (collogue.FP8Static(0.005), collogue.FP8Static(0.02)),
+    "channel": (collogue.FP8PerToken(), collogue.FP8PerToken()),
+    "block": (FP8Block(128), collogue.FP8Group(128)),
+    "mxfp8": (collogue.MXFP8("ceil", layout="linear"), collogue.MXFP8("ceil")),
+    "mxfp4": (collogue.MXFP4("ceil", layout="linear"), collogue.MXFP4("ceil")),
+    "nvfp4": (collogue.NVFP4(900.0, layout="linear"), collogue.NVFP4(500.0)),
+    "weights only": (collogue.MXFP4("ceil", layout="linear"), None),
+}
+pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+TOKENS, IN, OUT = 5, 256, 160
+
+
+def _layer(
+    pair: tuple[WeightFormat, collogue.Quant | None], bias: bool = True, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Linear, ScaledLinear]:
+    torch.manual_seed(5)
+    linear = nn.Linear(IN, OUT, bias=bias, dtype=dtype)
+    return linear, ScaledLinear.of(linear, pair[0], activation=pair[1])
+
+
+def _x(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(TOKENS, IN, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+def _exact(x: torch.Tensor, layer: ScaledLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product of what is stored in float64, and a bound of what a float32 product errs, with its rounding to the result."""
+    weight = layer.quantized_weight
+    assert weight is not None
+    values = x.double()
+    if layer.activation is not None:
+        codes, scales = collogue.quantize(x, layer.activation)
+        values = collogue.dequantize(codes, scales, layer.activation, hidden_size=IN).double()
+    matrix = weight.decode().double()
+    bias = torch.zeros(OUT) if layer.bias is None else layer.bias
+    size = values.abs() @ matrix.abs().t() + bias.abs()
+    return values @ matrix.t() + bias.double(), size * (IN + 1) * 2.0**-24
+
+
+@pairs
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product_is_that_of_the_decoded(pair: Any, bias: bool) -> None:
+    _, layer = _layer(pair, bias)
+    expected, bound = _exact(_x(), layer)
+    assert bool(((layer(_x()).double() - expected).abs() <= bound).all())
+
+
+@pairs
+def test_it_is_near_the_plain_layer(pair: Any) -> None:
+    linear, layer = _layer(pair)
+    plain = linear(_x()).detach()
+    assert float((layer(_x()) - plain).norm() / plain.norm()) < (0.3 if "FP4" in type(pair[0]).__name__ else 0.06)
+
+
+@pairs
+def test_an_inverted_scale_is_far_beyond_the_bound(pair: Any) -> None:
+    """A multiplier taken for a divisor must not pass."""
+    _, layer = _layer(pair)
+    expected, bound = _exact(_x(), layer)
+    weight = layer.quantized_weight
+    assert weight is not None
+    if isinstance(weight.format, collogue.FP8Static):
+        layer.format = collogue.FP8Static(1.0 / weight.format.scale)
+    elif isinstance(weight.format, collogue.NVFP4):
+        layer.format = collogue.NVFP4(1.0 / weight.format.global_scale, layout="linear")
+    else:
+        assert layer.weight_scale is not None
+        layer.weight_scale.data = (1.0 / layer.weight_scale.float()).to(layer.weight_scale.dtype)
+    error = (layer(_x()).double() - expected).abs()
+    assert bool((error > 10 * bound).float().mean() > 0.99)
+
+
+@pytest.mark.parametrize("name", [name for name in PAIRS if name != "weights only"])
+def test_an_output_is_read_and_not_quantized_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, layer = _layer(PAIRS[name])
+    assert layer.activation is not None
+    norm = collogue.RMSNorm(torch.ones(IN))
+    out = collogue.reference.finish(_x(), norm=norm, quant=layer.activation, keep_norm=True)
+    assert out.norm is not None
+    expected = layer(out.norm)
+    monkeypatch.setattr(scaled, "quantize", None)
+    assert torch.equal(layer(out), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_leading_dimensions_and_dtypes(dtype: torch.dtype) -> None:
+    _, layer = _layer(PAIRS["channel"], dtype=dtype)
+    x = _x(dtype)
+    rows = layer(x)
+    assert rows.dtype == dtype
+    assert torch.equal(layer(x.view(TOKENS, 1, IN)), rows.view(TOKENS, 1, OUT))
+    assert layer(x[:0]).shape == (0, OUT)
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("tensor", scaled._tensor_wise), ("channel", scaled._row_wise)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_hardware_way_gets_its_arguments_right(name: str, recipe: Any, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch has these two products on the CPU as well, so their operands can be checked here."""
+    _, layer = _layer(PAIRS[name], bias, torch.bfloat16)
+    x = _x(torch.bfloat16)
+    expected, bound = _exact(x, layer)
+    monkeypatch.setattr(scaled, "_recipe", lambda *_: recipe)
+    found = layer(x)
+    assert found.dtype == torch.bfloat16
+    assert bool(((found.double() - expected).abs() <= bound + expected.abs() * 2.0**-8 + 2.0**-8 * float(bias)).all())
+
+
+def test_which_product_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    table: dict[tuple[str, tuple[int, int]], bool] = {
+        ("tensor", (8, 0)): False,
+        ("tensor", (8, 9)): True,
+        ("tensor", (10, 0)): True,
+        ("channel", (8, 9)): False,
+        ("channel", (9, 0)): True,
+        ("block", (9, 0)): True,
+        ("block", (10, 0)): False,
+        ("nvfp4", (9, 0)): False,
+        ("weights only", (9, 0)): False,
+    }
+    for (name, capability), fast in table.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        weight, activation = PAIRS[name]
+        assert callable(scaled._recipe(activation, weight, gpu)) == fast, (name, capability)
+    wrong = collogue.FP8Group(64)
+    assert "groups of 128" in str(scaled._recipe(wrong, FP8Block(128), gpu))
+
+
+def test_what_is_done_instead_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    _, layer = _layer(PAIRS["nvfp4"])
+    scaled._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "collogue"):
+        layer(_x())
+        layer(_x())
+    assert [record.message for record in caplog.records] == [layer.explain()]
+    assert layer.explain() == (
+        "weights NVFP4, activations nvfp4/128x4: decoded and multiplied in torch.float32, because a cpu has no such product"
+    )
+
+
+def test_moving_changes_no_codes() -> None:
+    _, layer = _layer(PAIRS["channel"])
+    before = layer.quantized_weight
+    assert before is not None
+    moved = layer.to(torch.bfloat16).half().to("cpu").quantized_weight
+    assert moved is not None
+    assert torch.equal(moved.codes.view(torch.uint8), before.codes.view(torch.uint8))
+    assert torch.equal(moved.scales, before.scales)  # type: ignore[arg-type]
+    assert layer.bias is not None
+    assert layer.bias.dtype == torch.float16
+
+
+def test_deep_copies_and_state_dictionaries() -> None:
+    import copy
+
+    _, layer = _layer(PAIRS["block"])
+    _, other = _layer(PAIRS["block"])
+    with torch.no_grad():
+        other.weight.view(torch.uint8).zero_()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(_x()), layer(_x()))
+    assert torch.equal(copy.deepcopy(layer)(_x()), layer(_x()))
+
+
+def test_wrong_uses_are_named_errors() -> None:
+    _, plain = _layer(PAIRS["weights only"])
+    _, layer = _layer(PAIRS["channel"])
+    norm = collogue.RMSNorm(torch.ones(IN))
+    bare = collogue.reference.finish(_x(), norm=norm)
+    other = collogue.reference.finish(_x(), norm=norm, quant=collogue.MXFP4("ceil"))
+    cases: list[tuple[type[CollogueError], Any]] = [
+        (ArgumentError, lambda: layer(bare)),
+        (ArgumentError, lambda: plain(other)),
+        (ShapeError, lambda: layer(other)),
+        (ShapeError, lambda: plain(_x()[:, :64])),
+        (ShapeError, lambda: layer(_x()[:, :64])),
+        (FormatError, lambda: ScaledLinear.of(nn.Linear(24, 8), collogue.FP8PerToken(), activation=collogue.FP8Group(128))),
+        (FormatError, lambda: ScaledLinear.of(nn.Linear(24, 8), collogue.MXFP8("ceil", layout="linear"))),
+    ]
+    for error, call in cases:
+        with pytest.raises(error) as caught:
+            call()
+        assert caught.value.hint
+
+
+def test_a_tensor_that_is_plain_goes_into_the_parallel_layers_as_before() -> None:
+    linear = nn.Linear(IN, OUT)
+    weight = QuantizedWeight.of(linear.weight, collogue.FP8PerToken())
+    assert isinstance(weight.codes, torch.Tensor)
+    layer = scaled.Linear(linear.weight.detach(), None)
+    assert torch.equal(layer.product(_x(), None), torch.nn.functional.linear(_x(), linear.weight))
