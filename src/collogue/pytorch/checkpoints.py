@@ -1,0 +1,205 @@
+"""Quantized linear layers as checkpoints have them: which tensors a layer holds, what they mean, and how its input is quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from collogue.contract.formats import e8m0_decode
+from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.weight import FP8Block, QuantizedWeight
+from collogue.errors import ArgumentError, CollogueError, FormatError
+
+
+@dataclass(frozen=True)
+class Names:
+    """What one kind of checkpoint calls the tensors of a layer. ``multipliers``: NVFP4's two global scales are, not divisors."""
+
+    weight_scale: str
+    weight_global: str
+    input_scale: str
+    input_global: str
+    multipliers: bool
+    packed: str = "weight"
+
+
+#: By ``quant_method`` of the model's configuration. Scales are divisors in all of them; NVFP4's global scales are not.
+NAMES = {
+    "fp8": Names("weight_scale_inv", "", "activation_scale", "", False),
+    "compressed-tensors": Names("weight_scale", "weight_global_scale", "input_scale", "input_global_scale", True, "weight_packed"),
+    "modelopt": Names("weight_scale", "weight_scale_2", "input_scale", "input_scale", False),
+}
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A layer of a checkpoint: its weight, and the format that its input is quantized to (``None``: it is not)."""
+
+    weight: QuantizedWeight
+    activation: Quant | None
+
+
+def method_of(config: Any) -> str | None:
+    """``quant_method`` of a model's configuration; ``None`` for a model that is not quantized."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def is_quantized(linear: nn.Module) -> bool:
+    """Whether a layer holds codes and scales, whatever they are called."""
+    return any(tensor.dtype in (torch.float8_e4m3fn, torch.uint8, torch.int8, torch.int32) for tensor in _tensors(linear).values())
+
+
+def read(linear: nn.Module, name: str, method: str | None) -> QuantizedLinear:
+    """What the tensors of a quantized layer mean.
+
+    ==================  ==========================  ====================  =====================================
+    codes               scales                      weight                input
+    ==================  ==========================  ====================  =====================================
+    E4M3 ``[O, I]``     one                         FP8Static             FP8Static, or FP8PerToken if dynamic
+    E4M3 ``[O, I]``     ``[O]`` or ``[O, 1]``       FP8PerToken           FP8Static, or FP8PerToken if dynamic
+    E4M3 ``[O, I]``     one per block of 128 x 128  FP8Block              FP8Group(128)
+    E4M3 ``[O, I]``     E8M0 ``[O, I / 32]``        MXFP8                 MXFP8
+    uint8 ``[O, I/2]``  E8M0 ``[O, I / 32]``        MXFP4                 MXFP4
+    uint8 ``[O, I/2]``  E4M3 ``[O, I / 16]``        NVFP4                 NVFP4, with a global scale for inputs
+    ==================  ==========================  ====================  =====================================
+
+    Raises:
+        ArgumentError: a method or scheme that is not known, named; a layer whose tensors are not there. ShapeError, ScaleError.
+    """
+    if method not in NAMES:
+        raise ArgumentError(f"{name}: quantization method {method!r} is not known", hint=f"known are {', '.join(NAMES)}")
+    names, tensors = NAMES[method], _tensors(linear)
+    codes = tensors.get(names.packed, tensors.get("weight"))
+    scales = tensors.get(names.weight_scale)
+    if codes is None or scales is None:
+        raise ArgumentError(
+            f"{name} has {', '.join(tensors)}, but no {names.packed} and {names.weight_scale}",
+            hint="load the checkpoint compressed (not dequantized), with the package that wrote it",
+        )
+    try:
+        weight = _weight(codes, scales, tensors.get(names.weight_global), names, _block_size(linear))
+        ue8m0 = isinstance(weight.format, FP8Block) and scales.dtype != torch.float32
+        activation = _input_format(linear, weight, ue8m0, tensors, names)
+        return QuantizedLinear(per_channel(weight) if isinstance(activation, FP8PerToken) else weight, activation)
+    except CollogueError as error:
+        raise type(error)(f"{name}: {error.message}", hint=error.hint) from None
+
+
+def _tensors(linear: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in (*linear.named_parameters(recurse=False), *linear.named_buffers(recurse=False))}
+
+
+def _block_size(linear: Any) -> int:
+    """Rows and columns of a block of scales, where the layer says so."""
+    structure = getattr(linear, "block_size", None) or getattr(
+        getattr(getattr(linear, "quantization_scheme", None), "weights", None), "block_structure", None
+    )
+    if structure is None:
+        return 128
+    if structure[0] != structure[1]:
+        raise FormatError(f"blocks of {structure[0]} x {structure[1]} weights are not known", hint="known are square blocks, usually 128")
+    return int(structure[0])
+
+
+def _weight(codes: Tensor, scales: Tensor, factor: Tensor | None, names: Names, block: int) -> QuantizedWeight:
+    """Codes and scales in the form that :class:`QuantizedWeight` has, by their dtypes and shapes."""
+    if codes.dtype == torch.float8_e4m3fn:
+        if scales.dtype in (torch.uint8, torch.float8_e8m0fnu) and scales.shape[0] == codes.shape[0]:
+            return QuantizedWeight(codes, scales.view(torch.float8_e8m0fnu), MXFP8("floor", "linear"))
+        if scales.numel() == 1 and codes.numel() != 1:
+            return QuantizedWeight(codes, None, FP8Static(float(scales)))
+        if scales.numel() == codes.shape[0] and scales.ndim < 3 and scales.shape[0] == codes.shape[0]:
+            return QuantizedWeight(codes, scales.float().view(-1, 1), FP8PerToken())
+        exact = e8m0_decode(scales) if scales.dtype == torch.uint8 else scales.float()
+        return QuantizedWeight(codes, exact, FP8Block(block))
+    if codes.dtype == torch.uint8:
+        if scales.dtype == torch.float8_e4m3fn:
+            if factor is None:
+                raise ArgumentError(f"there is no {names.weight_global}", hint="NVFP4 weights have a global scale")
+            return QuantizedWeight(codes, scales, NVFP4(_global(factor, names), "linear"))
+        return QuantizedWeight(codes, scales.view(torch.float8_e8m0fnu), MXFP4("floor", "linear"))
+    raise ArgumentError(
+        f"weights of {codes.dtype} are not known",
+        hint="known are FP8 (per tensor, channel, block), MXFP8, MXFP4 and NVFP4; else dequantize",
+    )
+
+
+def _global(scale: Tensor, names: Names) -> float:
+    """The multiplier that a global scale is, or is the inverse of."""
+    return float(scale) if names.multipliers else float(1.0 / scale.float())
+
+
+def _input_format(linear: Any, weight: QuantizedWeight, ue8m0: bool, tensors: dict[str, Tensor], names: Names) -> Quant | None:
+    """How the layer's input is quantized: as its scheme says, else as its weight and the scales that are there say."""
+    scheme, format = getattr(linear, "quantization_scheme", None), weight.format
+    if scheme is not None:
+        return _of_arguments(scheme.input_activations, tensors, names)
+    if isinstance(format, NVFP4):
+        given = tensors.get(names.input_global)
+        return None if given is None else NVFP4(_global(given, names))
+    if isinstance(format, MXFP8 | MXFP4):
+        return type(format)("floor")
+    if isinstance(format, FP8Block):
+        return FP8Group(format.size, "ue8m0" if ue8m0 else "float32")
+    given = tensors.get(names.input_scale)
+    return FP8PerToken() if given is None else FP8Static(float(given))
+
+
+def _of_arguments(given: Any, tensors: dict[str, Tensor], names: Names) -> Quant | None:
+    """The format that compressed-tensors' arguments for inputs describe."""
+    if given is None:
+        return None
+    kind = str(getattr(given.type, "value", given.type)), given.num_bits, str(getattr(given.strategy, "value", given.strategy))
+    scale, factor = tensors.get(names.input_scale), tensors.get(names.input_global)
+    if kind == ("float", 8, "tensor") and not given.dynamic and scale is not None:
+        return FP8Static(float(scale))
+    if kind == ("float", 8, "token") and given.dynamic:
+        return FP8PerToken()
+    if kind == ("float", 8, "group") and given.dynamic:
+        return MXFP8("floor") if given.group_size == 32 else FP8Group(given.group_size)
+    if kind == ("float", 4, "tensor_group") and given.group_size == 16 and factor is not None:
+        return NVFP4(_global(factor, names))
+    if kind == ("float", 4, "group") and given.group_size == 32 and given.dynamic:
+        return MXFP4("floor")
+    how = "dynamic" if given.dynamic else "static"
+    raise ArgumentError(
+        f"inputs quantized to {kind[1]}-bit {kind[0]} per {kind[2]}, {how}, are not known",
+        hint="known are FP8 static per tensor, per token, per group; MXFP8; MXFP4; NVFP4",
+    )
+
+
+def per_channel(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same weight with its one scale repeated for every output feature: what a product with per-token activations takes."""
+    if not isinstance(weight.format, FP8Static):
+        return weight
+    scales = torch.full((weight.shape[0], 1), float(weight.format.scale), dtype=torch.float32, device=weight.codes.device)
+    return replace(weight, scales=scales, format=FP8PerToken())
+
+
+def shared_input(layers: dict[str, QuantizedLinear | None]) -> Quant | None:
+    """The one format for the input that several layers read. Static scales may differ: the widest range is taken, as nothing then clips.
+
+    Args:
+        layers: by name; ``None``: not quantized.
+    Raises:
+        ArgumentError: some are quantized, some are not, or to different formats.
+    """
+    formats = {name: None if layer is None else layer.activation for name, layer in layers.items()}
+    labels = {name: "none" if format is None else format.label for name, format in formats.items()}
+    if len(set(labels.values())) > 1:
+        said = ", ".join(f"{name} {label}" for name, label in labels.items())
+        raise ArgumentError(
+            f"layers that read the same input quantize it to different formats: {said}",
+            hint="quantize all of them alike, or put all of them into the checkpoint's list of layers to ignore",
+        )
+    static = [format for format in formats.values() if isinstance(format, FP8Static | NVFP4)]
+    if not static:
+        return next(iter(formats.values()), None)
+    return max(static, key=lambda each: float(each.scale) if isinstance(each, FP8Static) else -float(each.global_scale))

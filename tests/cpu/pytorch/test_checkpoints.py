@@ -1,0 +1,228 @@
+"""Quantized layers as libraries make them: what is read of them decodes as the library itself decodes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import collogue
+from collogue.contract.weight import FP8Block, QuantizedWeight
+from collogue.errors import ArgumentError, CollogueError, ScaleError
+from collogue.pytorch import checkpoints
+from collogue.pytorch.checkpoints import QuantizedLinear, read, shared_input
+
+IN, OUT = 256, 128
+
+
+def _linear() -> nn.Linear:
+    torch.manual_seed(11)
+    return nn.Linear(IN, OUT, bias=False)
+
+
+def compressed(preset: str) -> tuple[nn.Linear, torch.Tensor]:
+    """A layer that compressed-tensors has quantized and compressed, and the weight that it decompresses."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    model = nn.Sequential(_linear())
+    config = quantization.QuantizationConfig(config_groups={preset: ["Linear"]})
+    quantization.apply_quantization_config(model, config, show_progress=False)
+    linear: Any = model[0]
+    with torch.no_grad():
+        for name, tensor in linear.named_parameters():
+            if name == "weight_global_scale":
+                tensor.fill_(448 * 6 / linear.weight.abs().max())
+            elif name == "input_global_scale":
+                tensor.fill_(700.0)
+            elif name == "input_scale":
+                tensor.fill_(0.03)
+        scale = linear.weight_scale
+        blocks = (
+            linear.weight.view(scale.shape[0], OUT // scale.shape[0], -1, IN // scale.shape[-1])
+            if scale.ndim == 2
+            else linear.weight[None, None]
+        )
+        amax = blocks.abs().amax((1, 3)) if scale.ndim == 2 else linear.weight.abs().max()
+        if preset.startswith("NVFP4"):
+            scale.copy_((amax / 6 * linear.weight_global_scale).to(torch.float8_e4m3fn).float())
+        elif preset.startswith("MX"):
+            scale.copy_(2.0 ** torch.floor(torch.log2(amax)) / (4 if "FP4" in preset else 256))
+        else:
+            scale.copy_(amax / 448)
+    compressors.compress_module(linear)
+    import copy
+
+    whole = copy.deepcopy(linear)
+    compressors.decompress_module(whole)
+    return linear, whole.weight.detach()
+
+
+EXPECTED: dict[str, tuple[type, str]] = {
+    "FP8": (collogue.FP8Static, "fp8_static"),
+    "FP8_DYNAMIC": (collogue.FP8PerToken, "fp8_per_token"),
+    "FP8_BLOCK": (FP8Block, "fp8_group128/float32/row"),
+    "NVFP4": (collogue.NVFP4, "nvfp4/128x4"),
+    "NVFP4A16": (collogue.NVFP4, "none"),
+    "MXFP8": (collogue.MXFP8, "mxfp8/floor/128x4"),
+    "MXFP4": (collogue.MXFP4, "mxfp4/floor/128x4"),
+}
+
+
+@pytest.mark.parametrize("preset", EXPECTED)
+def test_compressed_tensors(preset: str) -> None:
+    linear, decompressed = compressed(preset)
+    assert checkpoints.is_quantized(linear)
+    found = read(linear, "q_proj", "compressed-tensors")
+    kind, label = EXPECTED[preset]
+    assert isinstance(found.weight.format, kind)
+    assert (found.activation.label if found.activation is not None else "none") == label
+    assert found.weight.shape == (OUT, IN)
+    # Of NVFP4 the library rounds the scale's quotient and the product to bfloat16.
+    rtol = 2.0**-20 if decompressed.dtype == torch.float32 else 2.0**-7
+    assert torch.allclose(found.weight.decode(), decompressed.float(), rtol=rtol, atol=0.0)
+    if isinstance(found.activation, collogue.FP8Static):
+        assert found.activation.scale == pytest.approx(0.03)
+    if isinstance(found.activation, collogue.NVFP4):
+        assert found.activation.global_scale == 700.0
+
+
+@pytest.mark.parametrize("preset", ["W8A8", "MXFP4XFP8", "INT8"])
+def test_schemes_that_are_not_known_are_named(preset: str) -> None:
+    try:
+        linear, _ = compressed(preset)
+    except (ValueError, KeyError, RuntimeError) as error:
+        pytest.skip(f"compressed-tensors makes no such layer here: {error}")
+    if preset == "MXFP4XFP8":
+        found = read(linear, "q_proj", "compressed-tensors")
+        assert isinstance(found.weight.format, collogue.MXFP4)
+        assert isinstance(found.activation, collogue.FP8Group)
+        return
+    with pytest.raises(ArgumentError, match=r"q_proj: .*(int8|8-bit int)") as caught:
+        read(linear, "q_proj", "compressed-tensors")
+    assert caught.value.hint
+
+
+def _layer(**tensors: torch.Tensor) -> nn.Module:
+    """A layer of the published layout: its tensors by name."""
+    module = nn.Module()
+    for name, tensor in tensors.items():
+        module.register_parameter(name, nn.Parameter(tensor, False))
+    return module
+
+
+def test_fine_grained_fp8_of_transformers() -> None:
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    linear = fp8.FP8Linear(IN, OUT, block_size=(128, 128))
+    weight = QuantizedWeight.of(_linear().weight, FP8Block(128))
+    linear.weight.data, linear.weight_scale_inv.data = weight.codes, weight.scales
+    found = read(linear, "q_proj", "fp8")
+    assert torch.equal(found.weight.decode(), weight.decode())
+    assert found.activation is not None
+    assert found.activation.label == "fp8_group128/float32/row"
+
+
+def test_fine_grained_fp8_with_one_scale() -> None:
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    weight = QuantizedWeight.of(_linear().weight, collogue.FP8Static(0.001))
+    dynamic = fp8.FP8Linear(IN, OUT, block_size=None)
+    dynamic.weight.data, dynamic.weight_scale_inv.data = weight.codes, torch.tensor(0.001)
+    found = read(dynamic, "q_proj", "fp8")
+    assert isinstance(found.activation, collogue.FP8PerToken)
+    assert torch.equal(found.weight.decode(), weight.decode())
+    static = fp8.FP8Linear(IN, OUT, block_size=None, activation_scheme="static")
+    static.weight.data, static.weight_scale_inv.data, static.activation_scale.data = weight.codes, torch.tensor(0.001), torch.tensor(0.25)
+    found = read(static, "q_proj", "fp8")
+    assert isinstance(found.activation, collogue.FP8Static)
+    assert found.activation.scale == 0.25
+
+
+def test_fine_grained_fp8_with_power_of_two_scales() -> None:
+    scales = torch.full((1, 2), 120, dtype=torch.uint8)
+    codes = QuantizedWeight.of(_linear().weight, collogue.FP8Static(0.01)).codes
+    for given in (scales, scales.view(torch.float8_e8m0fnu)):
+        found = read(_layer(weight=codes, weight_scale_inv=given), "q_proj", "fp8")
+        assert torch.equal(found.weight.decode(), codes.float() * 2.0 ** (120 - 127))
+        assert found.activation is not None
+        assert found.activation.label == "fp8_group128/ue8m0/row"
+
+
+def test_modelopt_fp8() -> None:
+    weight = QuantizedWeight.of(_linear().weight, collogue.FP8Static(0.001))
+    found = read(_layer(weight=weight.codes, weight_scale=torch.tensor(0.001), input_scale=torch.tensor(0.5)), "q_proj", "modelopt")
+    assert torch.equal(found.weight.decode(), weight.decode())
+    assert isinstance(found.activation, collogue.FP8Static)
+    assert found.activation.scale == 0.5
+
+
+def test_modelopt_nvfp4_global_scales_are_divisors() -> None:
+    weight = QuantizedWeight.of(_linear().weight, collogue.NVFP4(1024.0, "linear"))
+    assert weight.scales is not None
+    layer = _layer(
+        weight=weight.codes, weight_scale=weight.scales, weight_scale_2=torch.tensor(1 / 1024), input_scale=torch.tensor(1 / 512)
+    )
+    found = read(layer, "q_proj", "modelopt")
+    assert torch.equal(found.weight.decode(), weight.decode())
+    assert isinstance(found.activation, collogue.NVFP4)
+    assert found.activation.global_scale == 512.0
+
+
+_CODES = torch.zeros(OUT, IN, dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("method", "tensors", "error", "match"),
+    [
+        ("gptq", {"weight": _CODES}, ArgumentError, "layer: quantization method 'gptq' is not known"),
+        ("fp8", {"weight": _CODES}, ArgumentError, "layer has weight, but no weight and weight_scale_inv"),
+        ("fp8", {"weight": _CODES, "weight_scale_inv": torch.zeros(1, 2)}, ScaleError, "layer: .*not positive"),
+        ("fp8", {"weight": _CODES, "weight_scale_inv": torch.ones(3, 2)}, CollogueError, r"layer: .*\(3, 2\)"),
+        ("fp8", {"weight": _CODES, "weight_scale_inv": torch.tensor(-1.0)}, ScaleError, "layer: .*positive"),
+        (
+            "modelopt",
+            {"weight": _CODES, "weight_scale": torch.tensor(1.0), "input_scale": torch.tensor(0.0)},
+            ScaleError,
+            "layer: .*positive",
+        ),
+        (
+            "modelopt",
+            {"weight": torch.zeros(OUT, IN // 2, dtype=torch.uint8), "weight_scale": torch.ones(OUT, IN // 16).to(torch.float8_e4m3fn)},
+            ArgumentError,
+            "layer: there is no weight_scale_2",
+        ),
+        ("modelopt", {"weight": torch.zeros(OUT, IN, dtype=torch.int8), "weight_scale": torch.ones(OUT, 1)}, ArgumentError, "torch.int8"),
+    ],
+)
+def test_bad_layers_are_named_errors(method: str, tensors: dict[str, torch.Tensor], error: type[CollogueError], match: str) -> None:
+    with pytest.raises(error, match=match) as caught:
+        read(_layer(**tensors), "layer", method)
+    assert caught.value.hint
+
+
+def test_the_method_of_a_configuration() -> None:
+    class Config:
+        quantization_config: Any = None
+
+    config = Config()
+    assert checkpoints.method_of(config) is None
+    config.quantization_config = {"quant_method": "fp8"}
+    assert checkpoints.method_of(config) == "fp8"
+    transformers = pytest.importorskip("transformers")
+    config.quantization_config = transformers.FineGrainedFP8Config()
+    assert checkpoints.method_of(config) == "fp8"
+
+
+def _quantized(activation: collogue.Quant | None) -> QuantizedLinear:
+    return QuantizedLinear(QuantizedWeight.of(_linear().weight, collogue.FP8PerToken()), activation)
+
+
+def test_layers_that_share_an_input_share_its_format() -> None:
+    widest = collogue.FP8Static(0.3)
+    assert shared_input({"q": _quantized(collogue.FP8Static(0.1)), "k": _quantized(widest)}) is widest
+    widest4 = collogue.NVFP4(100.0)
+    assert shared_input({"q": _quantized(widest4), "k": _quantized(collogue.NVFP4(200.0))}) is widest4
+    assert shared_input({"q": None, "k": None}) is None
+    assert shared_input({"q": None, "k": _quantized(None)}) is None
+    with pytest.raises(ArgumentError, match="q fp8_per_token, k none"):
+        shared_input({"q": _quantized(collogue.FP8PerToken()), "k": None})
