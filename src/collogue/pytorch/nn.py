@@ -19,7 +19,7 @@ from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat
 from collogue.errors import ArgumentError
 from collogue.ops import is_traced
 from collogue.pytorch.cut import Cut
-from collogue.pytorch.scaled import Linear, ScaledLinear
+from collogue.pytorch.scaled import Handover, Linear, ScaledLinear
 
 __all__ = [
     "ColumnParallelLinear",
@@ -192,13 +192,28 @@ class FusedRMSNorm(nn.Module):
     :func:`finish` takes it as ``norm=`` and may hand the result over (``hand_over=True``); the module then returns it when it is
     called with the very stream tensor that belongs to it. Called with anything else, or with that tensor changed in place since, it
     takes the norm itself, with the contract's bits. PyTorch counts such changes, but not in inference mode or under ``torch.compile``.
+
+    With :attr:`handover`, the norm is quantized: what it returns are codes, for the layers that share the hand-over.
     """
 
     def __init__(self, weight: Tensor, comm: Communicator, eps: float = 1e-6, weight_offset: float = 0.0, prefetch: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach(), False)
         self.comm, self.eps, self.weight_offset, self.prefetch = comm, eps, weight_offset, prefetch
+        self.handover: Handover | None = None
         self._ready: tuple[Tensor, int | None, Tensor] | None = None
+
+    @property
+    def quant(self) -> Quant | None:
+        """The format of what it returns; ``None``: values."""
+        return None if self.handover is None else self.handover.quant
+
+    def result(self, out: Output, leading: tuple[int, ...]) -> Tensor:
+        """What the module returns, ``[*leading, ..]``, from the outputs of a call with its description and format."""
+        if self.handover is not None:
+            return self.handover.give(out, leading)
+        assert out.norm is not None
+        return out.norm.view(*leading, out.norm.shape[-1])
 
     @property
     def description(self) -> RMSNorm:
@@ -213,9 +228,8 @@ class FusedRMSNorm(nn.Module):
         ready, self._ready = self._ready, None
         if ready is not None and ready[0] is stream and ready[1] == _changes(stream):
             return ready[2]
-        normed = self.comm.finish(stream.reshape(-1, stream.shape[-1]), norm=self.description).norm
-        assert normed is not None
-        return normed.view(stream.shape)
+        out = self.comm.finish(stream.reshape(-1, stream.shape[-1]), norm=self.description, quant=self.quant)
+        return self.result(out, stream.shape[:-1])
 
 
 def _changes(tensor: Tensor) -> int | None:
@@ -252,10 +266,14 @@ def finish(
     """:meth:`collogue.Communicator.all_reduce` for tensors with any number of leading dimensions, ``[.., H]``.
 
     ``partial`` may be a prologue; the leading dimensions are then those of ``residual``. ``hand_over`` gives the result to ``norm``,
-    a :class:`FusedRMSNorm`, for its next call.
+    a :class:`FusedRMSNorm`, for its next call. Such a norm also says the format, where it has one.
     """
     taker = norm if hand_over and isinstance(norm, FusedRMSNorm) else None
-    if taker is not None and quant is not None and not keep_norm:
+    if isinstance(norm, FusedRMSNorm) and norm.quant is not None:
+        if quant is not None:
+            raise ArgumentError("the norm has a format of its own", hint="pass quant=None, or norm.description")
+        quant = norm.quant
+    elif taker is not None and quant is not None and not keep_norm:
         raise ArgumentError("hand_over=True with quant=: there is no norm to hand over", hint="pass keep_norm=True")
     if isinstance(partial, PROLOGUES):
         rows, shape = (-1, partial.hidden_size), (partial.tokens, partial.hidden_size) if residual is None else residual.shape
@@ -278,6 +296,5 @@ def finish(
     )
     if taker is not None:
         assert shaped.residual is not None
-        assert shaped.norm is not None
-        taker.hand_over(shaped.residual, shaped.norm)
+        taker.hand_over(shaped.residual, taker.result(out, shape[:-1]))
     return shaped

@@ -19,6 +19,39 @@ from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat
 from collogue.errors import ArgumentError, ShapeError
 
 _log = logging.getLogger("collogue")
+_CODES = (torch.float8_e4m3fn, torch.uint8)
+
+
+class Handover:
+    """Codes on their way from a norm to the linear layers that read them: inside a model's own code they are a tensor like any other.
+
+    Args:
+        quant: the format of the codes.
+    """
+
+    def __init__(self, quant: Quant) -> None:
+        self.quant = quant
+        self._given: tuple[Tensor, Tensor | None] | None = None
+
+    def give(self, out: Output, leading: tuple[int, ...]) -> Tensor:
+        """The codes of ``out`` as a tensor ``[*leading, ..]``, whose scales :meth:`take` finds."""
+        assert out.codes is not None
+        codes = out.codes.view(*leading, out.codes.shape[-1])
+        self._given = codes, out.scales
+        return codes
+
+    def take(self, codes: Tensor) -> Output:
+        """Codes and scales of a tensor of :meth:`give`.
+
+        Raises:
+            ArgumentError: another tensor: its scales are not known.
+        """
+        if self._given is None or self._given[0] is not codes:
+            raise ArgumentError(
+                f"codes {list(codes.shape)} are not those that the norm gave last",
+                hint="pass what the norm returned to the layer, unchanged",
+            )
+        return Output(codes=codes.view(-1, codes.shape[-1]), scales=self._given[1])
 
 
 class Linear(nn.Module):
@@ -41,6 +74,8 @@ class Linear(nn.Module):
         self.weight_scale = None if scales is None else nn.Parameter(scales, False)
         self.bias = None if bias is None else nn.Parameter(bias, False)
         self.activation = activation
+        #: Where the scales of codes are, for codes that come as a tensor.
+        self.handover: Handover | None = None
         self.dtype = dtype or (torch.bfloat16 if quantized else self.weight.dtype)
         if activation is not None:
             activation.check_hidden_size(weight.shape[1])
@@ -78,6 +113,8 @@ class Linear(nn.Module):
         """``x W^T + bias``. ``x``: ``[.., I]`` of values, or an :class:`collogue.Output` with codes of ``activation``, ``[T, I]``."""
         if isinstance(x, Output):
             codes, scales, leading, dtype = *self._given(x), None, self.dtype
+        elif self.handover is not None and x.dtype in _CODES:
+            codes, scales, leading, dtype = *self._given(self.handover.take(x)), x.shape[:-1], self.dtype
         elif self.activation is None:
             if self.format is None:
                 return F.linear(x, self.weight, bias)
