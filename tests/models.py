@@ -30,11 +30,39 @@ SMALL = {
 #: Types whose layers have other parts than Llama's.
 OTHER_FORMS = ("gemma2", "phi3", "glm4", "olmo2", "granite")
 
+#: What models with experts have more. Those that may have dense layers as well have one.
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+_LATENT = {
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "kv_lora_rank": 24,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "routed_scaling_factor": 1.5,
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": _EXPERTS,
+    "qwen2_moe": _EXPERTS | {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 96, "mlp_only_layers": [0]},
+    "qwen3_moe": _EXPERTS | {"moe_intermediate_size": 48, "mlp_only_layers": [1], "norm_topk_prob": True},
+    "olmoe": _EXPERTS | {"clip_qkv": 0.5},
+    "deepseek_v2": _EXPERTS | _LATENT | {"q_lora_rank": None, "topk_method": "greedy"},
+    "deepseek_v3": _EXPERTS | _LATENT | {"q_lora_rank": 40},
+    "gpt_oss": _EXPERTS,
+}
+
 
 def small_model(kind: str, **changed: Any) -> Any:
     """A tiny decoder with random weights, the same at every call."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **SMALL | changed)
+    config = transformers.AutoConfig.for_model(kind, **SMALL | EXPERTS.get(kind, {}) | changed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     for parameter in model.parameters():  # norms and biases that are not all the same
         parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -142,7 +170,8 @@ def state_rank(group: dist.ProcessGroup, tell: Any, folder: str, peft_folder: st
     tell("compiled")
     with torch.no_grad():
         told["compiled"] = True
-        for kind in ("llama", *OTHER_FORMS):
+        for kind in ("llama", *OTHER_FORMS, *EXPERTS):
+            torch.compiler.reset()
             model = collogue.parallelize(small_model(kind), group, max_tokens=16)
             step = torch.compile(model, backend="eager", fullgraph=True)
             told["compiled"] &= torch.equal(step(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
@@ -200,7 +229,7 @@ def _unfused(group: dist.ProcessGroup, tokens: torch.Tensor, peft_folder: str | 
     right = all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*seen, strict=True))
     model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, a, out: None)
     right &= "mlp.down_proj of a decoder layer has a forward hook" in _error(lambda: model(tokens))
-    for kind in OTHER_FORMS:
+    for kind in (*OTHER_FORMS, *EXPERTS):
         options = {"residual_multiplier": 0.22} if kind == "granite" else {}
         model, whole = collogue.parallelize(small_model(kind, **options), group, max_tokens=16, fuse=False), small_model(kind, **options)
         right &= torch.allclose(model(tokens).logits, whole(tokens).logits, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from models import small_model
 
 import collogue
 from collogue import RMSNorm
-from collogue.pytorch.decoder import FORMS
+from collogue.pytorch.forms import FORMS
 from collogue.testing import VirtualGroup, run_virtual
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"), pytest.mark.timeout(300)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from collogue.communicator import Communicator
 from collogue.errors import ArgumentError
 from collogue.pytorch.cut import Cut
-from collogue.pytorch.decoder import Form
+from collogue.pytorch.forms import Form
 from collogue.pytorch.nn import FusedRMSNorm, changes_what_runs, finish, gather_columns, own_ways
 
 
@@ -91,9 +91,9 @@ class Boundaries:
 
     def of_streams(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """A layer whose branches are added to the stream as they are: the norm of each boundary is the one that reads the new stream."""
-        attention, *_ = self.layer.self_attn(self.attention_in(hidden_states), *args, **kwargs)
+        attention = partial_of(self.layer.self_attn(self.attention_in(hidden_states), *args, **kwargs))
         middle = finish(self.comm, attention, residual=hidden_states, norm=self.mlp_in)
-        mlp = self.layer.mlp(middle.norm)
+        mlp = partial_of(self.layer.mlp(middle.norm))
         out = finish(self.comm, mlp, residual=middle.residual, norm=self.next_norm, hand_over=self._hands_over(mlp))
         assert out.residual is not None
         return out.residual
@@ -109,6 +109,12 @@ class Boundaries:
         second = finish(self.comm, mlp, norm=self.mlp_out).norm
         assert second is not None
         return stream + second
+
+
+def partial_of(returned: Any) -> Tensor:
+    """What a branch returned, without attention weights or router scores."""
+    partial: Tensor = returned[0] if isinstance(returned, tuple) else returned
+    return partial
 
 
 class WholeNorm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,27 @@ class Cut:
             start += step
         return torch.cat(pieces, self.dim)
 
+    def shape(self, part: Tensor) -> list[int]:
+        """Of the whole tensor that ``part`` is of."""
+        return [self.size if dim == self.dim else size for dim, size in enumerate(part.shape)]
+
+
+@dataclass(frozen=True)
+class OnFirst:
+    """A tensor that rank 0 has and the others have zeros for: a bias behind a row-parallel product inside other code."""
+
+    def part(self, whole: Tensor, rank: int, world_size: int) -> Tensor:
+        """What ``rank`` holds of ``whole``, in memory of its own."""
+        return whole.detach().clone() if rank == 0 else torch.zeros_like(whole.detach())
+
+    def whole(self, parts: list[Tensor]) -> Tensor:
+        """The tensor from every rank's part."""
+        return parts[0]
+
+    def shape(self, part: Tensor) -> list[int]:
+        """Of the whole tensor."""
+        return [*part.shape]
+
 
 _gathering = threading.local()
 
@@ -83,7 +105,9 @@ class Checkpoint:
     ``same_as``: the parameter of another module that was the same tensor before the cut (tied embeddings).
     """
 
-    def __init__(self, module: nn.Module, comm: Communicator, cuts: dict[str, Cut], same_as: tuple[nn.Module, str] | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, comm: Communicator, cuts: Mapping[str, Cut | OnFirst], same_as: tuple[nn.Module, str] | None = None
+    ) -> None:
         self.comm, self.cuts, self.same_as = comm, cuts, same_as
         module.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(self._load)  # type: ignore[no-untyped-call]
@@ -95,8 +119,7 @@ class Checkpoint:
             if not isinstance(given, Tensor):
                 continue
             own = getattr(module, name)
-            expected = [*own.shape]
-            expected[cut.dim] = cut.size
+            expected = cut.shape(own)
             if list(given.shape) != expected:
                 rest[-1].append(
                     f"size mismatch for {prefix}{name}: {list(given.shape)} in the checkpoint, {expected} in the unsharded model"

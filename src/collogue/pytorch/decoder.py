@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,66 +11,9 @@ from torch import Tensor, nn
 from collogue.contract import reference
 from collogue.contract.spec import RMSNorm
 from collogue.errors import ArgumentError, ShapeError
-from collogue.pytorch.cut import Cut, Section
-from collogue.pytorch.nn import check_linear, own_ways
-
-
-@dataclass(frozen=True)
-class Form:
-    """A kind of decoder layer: the names of its parts. Norms are named by what they stand before or behind; ``None``: there is none.
-
-    ``columns`` and ``rows``: the linear layers, each with what its cut dimension counts, a word for each section.
-    ``whole_norms``: of attention, over the features of all heads, by the linear layer in front of each.
-    """
-
-    attention_in: str | None = "input_layernorm"
-    attention_out: str | None = None
-    mlp_in: str | None = "post_attention_layernorm"
-    mlp_out: str | None = None
-    columns: dict[str, tuple[str, ...]] = field(
-        default_factory=lambda: {
-            "self_attn.q_proj": ("heads",),
-            "self_attn.k_proj": ("key-value heads",),
-            "self_attn.v_proj": ("key-value heads",),
-            "mlp.gate_proj": ("features",),
-            "mlp.up_proj": ("features",),
-        }
-    )
-    rows: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"self_attn.o_proj": ("heads",), "mlp.down_proj": ("features",)})
-    whole_norms: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def fused(self) -> tuple[str, ...]:
-        """The norms that fused calls take: behind branches, or else of the stream behind them."""
-        names = (self.attention_out, self.mlp_out) if self.attention_out else (self.attention_in, self.mlp_in)
-        return tuple(name for name in names if name is not None)
-
-    @property
-    def called(self) -> tuple[str, ...]:
-        """The norms that are called as modules, with whole tensors."""
-        names = (self.attention_in, self.mlp_in if self.attention_out else None)
-        return tuple(name for name in names if name is not None)
-
-
-_LLAMA = Form()
-_GEMMA_2 = Form(attention_out="post_attention_layernorm", mlp_in="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm")
-_GATE_UP = {"mlp.gate_up_proj": ("features", "features")}
-_SEPARATE = {name: counted for name, counted in _LLAMA.columns.items() if name.startswith("self_attn")}
-
-#: By ``model_type``. Other models may share names and yet differ (attention beside the MLP, say), so nothing is guessed.
-FORMS = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "granite"), _LLAMA),
-    "phi3": Form(columns={"self_attn.qkv_proj": ("heads", "key-value heads", "key-value heads"), **_GATE_UP}),
-    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA_2),
-    "glm4": Form(attention_out="post_self_attn_layernorm", mlp_out="post_mlp_layernorm", columns=_SEPARATE | _GATE_UP),
-    "olmo2": Form(
-        attention_in=None,
-        attention_out="post_attention_layernorm",
-        mlp_in=None,
-        mlp_out="post_feedforward_layernorm",
-        whole_norms={"q_norm": "q_proj", "k_norm": "k_proj"},
-    ),
-}
+from collogue.pytorch.cut import Cut, OnFirst, Section
+from collogue.pytorch.forms import FORMS, Block, Counted, Form
+from collogue.pytorch.nn import check_linear, odd_parameter, own_ways
 
 
 @dataclass(frozen=True)
@@ -89,16 +32,28 @@ class LinearPlan:
 
 
 @dataclass(frozen=True)
+class TensorPlan:
+    """A module of the base model that holds parameters itself, such as experts: the cut of each."""
+
+    name: str
+    module: nn.Module
+    cuts: dict[str, Cut | OnFirst]
+
+
+@dataclass(frozen=True)
 class Decoder:
     """A model that can be cut. ``model`` holds ``base`` and maybe an ``lm_head``.
 
-    ``norms``: eps and weight offset by name in ``base``. ``heads`` and ``key_value_heads``: of one rank.
+    ``sums``: the names of modules that add several partials. ``norms``: eps and weight offset by name in ``base``. ``heads`` and
+    ``key_value_heads``: of one rank.
     """
 
     model: Any
     base: Any
     form: Form
     linears: tuple[LinearPlan, ...]
+    tensors: tuple[TensorPlan, ...]
+    sums: tuple[str, ...]
     norms: dict[str, tuple[float, float]]
     heads: int
     key_value_heads: int
@@ -108,7 +63,8 @@ class Decoder:
     def summary(self) -> str:
         """What ranks must agree on."""
         shapes = [(each.name, each.cut, tuple(p.shape for p in each.linear.parameters())) for each in self.linears]
-        return repr((self.base.config.model_type, str(self.base.dtype), self.norms, self.head, shapes))
+        held = [(each.name, each.cuts, tuple(p.shape for p in each.module.parameters(recurse=False))) for each in self.tensors]
+        return repr((self.base.config.model_type, str(self.base.dtype), self.norms, self.head, shapes, held))
 
 
 def plan(model: Any, world_size: int, *, fuse: bool) -> Decoder:
@@ -128,22 +84,48 @@ def plan(model: Any, world_size: int, *, fuse: bool) -> Decoder:
             f"{queries} heads and {keys} key-value heads do not divide among {world_size} ranks",
             hint="use a world size that divides the heads, and divides the key-value heads or is a multiple of them",
         )
+    ranks = _Ranks(world_size, queries, keys)
     linears: list[LinearPlan] = []
+    tensors: list[TensorPlan] = []
+    sums: list[str] = []
     norms: dict[str, tuple[float, float]] = {}
     for index, layer in enumerate(base.layers):
-        _check_code(base, layer, f"layers.{index}", fuse)
-        for name, counted in (form.columns | form.rows).items():
-            parts = [min(keys, world_size) if each == "key-value heads" else world_size for each in counted]
-            shares = {"heads": queries, "key-value heads": keys, "features": 1}
-            of_all = sum(shares[each] for each in counted)
-            sections = [(shares[each], of_all, part) for each, part in zip(counted, parts, strict=True)]
-            linears.append(_linear(base, f"layers.{index}.{name}", name in form.columns, sections, world_size))
+        prefix, blocks = f"layers.{index}.", form.blocks(layer)
+        _check_code(base, layer, f"layers.{index}", blocks, fuse)
+        for block in blocks:
+            linears += [_linear(base, prefix + name, True, counted, ranks) for name, counted in block.columns.items()]
+            linears += [_linear(base, prefix + name, False, counted, ranks) for name, counted in block.rows.items()]
+            tensors += [_tensors(base, prefix + name, cuts, ranks) for name, cuts in block.tensors.items()]
+            sums += [prefix + block.sums] if block.sums is not None else []
         for name in form.fused if fuse else ():
-            norms[f"layers.{index}.{name}"] = _norm(getattr(layer, name), f"layers.{index}.{name}")
+            norms[prefix + name] = _norm(getattr(layer, name), prefix + name)
     if fuse:
         norms["norm"] = _norm(base.norm, "norm")
     heads = queries // world_size, max(1, keys // world_size)
-    return Decoder(whole, base, form, tuple(linears), norms, *heads, _head(whole, base, world_size))
+    return Decoder(whole, base, form, tuple(linears), tuple(tensors), tuple(sums), norms, *heads, _head(whole, base, world_size))
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """How many there are, and the heads of the model."""
+
+    size: int
+    queries: int
+    keys: int
+
+    def of(self, tensor: Tensor, how: tuple[int, Counted] | None, what: str) -> Cut | OnFirst:
+        """Of a parameter."""
+        return OnFirst() if how is None else self.cut(tensor.shape[how[0]], *how, what)
+
+    def cut(self, size: int, dim: int, counted: Counted, what: str) -> Cut:
+        """Of a dimension of ``size``. Raises :class:`ShapeError` where it does not divide."""
+        shares = [{"heads": self.queries, "key-value heads": self.keys}.get(each, 1) for each in counted]
+        parts = [min(self.keys, self.size) if each == "key-value heads" else self.size for each in counted]
+        sizes = [size * share // sum(shares) for share in shares]
+        steps = [2 * part if each == "pairs" else part for each, part in zip(counted, parts, strict=True)]
+        if sum(sizes) != size or any(section % step for section, step in zip(sizes, steps, strict=True)):
+            raise ShapeError(f"{what}: {size} features do not divide among {self.size} ranks", hint="use a world size that divides it")
+        return Cut(dim, tuple(Section(section, part) for section, part in zip(sizes, parts, strict=True)))
 
 
 def _find(model: Any) -> tuple[Any, Any]:
@@ -185,12 +167,12 @@ def _is_elementwise(activation: nn.Module) -> bool:
     return known and not isinstance(activation, _OF_SEVERAL) and all(tensor.numel() == 1 for tensor in activation.parameters())
 
 
-def _check_code(base: Any, layer: nn.Module, name: str, fuse: bool) -> None:
-    """Whether the layer, its attention and its MLP run transformers' own code for this type, and nothing beside it."""
+def _check_code(base: Any, layer: nn.Module, name: str, blocks: tuple[Block, Block], fuse: bool) -> None:
+    """Whether the layer, its attention, its MLP and its experts run transformers' own code for this type, and nothing beside it."""
+    ours = {name} | {f"{name}.{each}" for block in blocks for each in block.modules}
     home = f"transformers.models.{base.config.model_type.removesuffix('_text')}."
     for inner, module in layer.named_modules(prefix=name):
-        named = inner in (name, f"{name}.self_attn", f"{name}.mlp")
-        if named and not str(type(module).forward.__module__).startswith(home):
+        if inner in ours and not str(type(module).forward.__module__).startswith(home):
             raise ArgumentError(
                 f"{inner} is a {type(module).__module__}.{type(module).__qualname__} with a forward that is not transformers'",
                 hint="pass the model as transformers made it; use collogue.nn or collogue.compile for layers of your own",
@@ -206,24 +188,60 @@ def _check_code(base: Any, layer: nn.Module, name: str, fuse: bool) -> None:
             raise ArgumentError(f"{inner} {problem}", hint=hint + "; hooks on a decoder layer are fine")
 
 
-def _linear(base: nn.Module, name: str, column: bool, sections: list[tuple[int, int, int]], world_size: int) -> LinearPlan:
-    """``sections``: of each its share, of how much, and its parts."""
-    try:
-        linear = base.get_submodule(name)
-    except AttributeError:
-        raise ArgumentError(f"the model has no {name}", hint="pass the model as transformers made it") from None
+def _linear(base: nn.Module, name: str, column: bool, counted: Counted, ranks: _Ranks) -> LinearPlan:
+    linear = _submodule(base, name)
     lora = f"{type(linear).__module__}.{type(linear).__qualname__}" == "peft.tuners.lora.layer.Linear"
     if lora:
         _check_lora(linear, name)
     plain: Any = getattr(linear, "base_layer", linear) if lora else linear
     check_linear(plain, name)
     dim = 0 if column else 1
-    size = plain.weight.shape[dim]
-    sizes = [size * share // of_all for share, of_all, _ in sections]
-    if sum(sizes) != size or any(part_size % parts for part_size, (_, _, parts) in zip(sizes, sections, strict=True)):
-        raise ShapeError(f"{name}: {size} features do not divide among {world_size} ranks", hint="use a world size that divides it")
-    cut = tuple(Section(part_size, parts) for part_size, (_, _, parts) in zip(sizes, sections, strict=True))
-    return LinearPlan(name, linear, column, Cut(dim, cut))
+    return LinearPlan(name, linear, column, ranks.cut(plain.weight.shape[dim], dim, counted, name))
+
+
+def _submodule(base: nn.Module, name: str) -> nn.Module:
+    try:
+        return base.get_submodule(name)
+    except AttributeError:
+        raise ArgumentError(f"the model has no {name}", hint="pass the model as transformers made it") from None
+
+
+#: How transformers may multiply experts. Each gives, of a part of the features, a term of the sum.
+_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "deepgemm", "sonicmoe", None)
+
+
+def _tensors(base: nn.Module, name: str, cuts: dict[str, tuple[int, Counted] | None], ranks: _Ranks) -> TensorPlan:
+    module: Any = _submodule(base, name)
+    held = dict(module.named_parameters(recurse=False))
+    implementation = getattr(module.config, "_experts_implementation", None)
+    problem = next((f"{each} {problem}" for each, tensor in held.items() if (problem := odd_parameter(tensor))), "")
+    if set(held) != set(cuts):
+        problem = f"parameters {', '.join(held) or 'none'}, not {', '.join(cuts)}"
+    elif getattr(module, "_is_expert_parallel", False) or getattr(module, "has_post_expert_norm", False):
+        problem = "experts that are parallel already, or a norm behind each"
+    elif implementation not in _IMPLEMENTATIONS:
+        problem = f"an experts_implementation {implementation!r} that is not transformers'"
+    if problem:
+        raise ArgumentError(
+            f"{name} has {problem}", hint='load the model as transformers made it, unquantized, with experts_implementation="grouped_mm"'
+        )
+    planned = {
+        each: OnFirst() if how is None else ranks.cut(held[each].shape[how[0]], *how, f"{name}.{each}") for each, how in cuts.items()
+    }
+    if implementation == "grouped_mm" and "down_proj" in planned:
+        _check_grouped(held["down_proj"], planned["down_proj"], name, ranks.size)
+    return TensorPlan(name, module, planned)
+
+
+def _check_grouped(down: Tensor, cut: Cut | OnFirst, name: str, world_size: int) -> None:
+    """Rows of a grouped product are multiples of 16 bytes."""
+    assert isinstance(cut, Cut)
+    row = cut.size // world_size * down.element_size()
+    if row % 16:
+        raise ShapeError(
+            f"{name}: {cut.size} features among {world_size} ranks are rows of {row} bytes, no multiple of 16, which grouped_mm needs",
+            hint='use a smaller world size, or model.set_experts_implementation("batched_mm")',
+        )
 
 
 def _check_lora(linear: Any, name: str) -> None:

@@ -49,6 +49,13 @@ def own_ways(module: nn.Module) -> str:
     return "has a forward hook" if changes_what_runs(module._forward_hooks, module._forward_pre_hooks) else ""
 
 
+def odd_parameter(parameter: Tensor) -> str:
+    """Why a parameter cannot be cut, in words; empty where it can."""
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+        return f"of another type than Tensor ({type(parameter.data).__name__})"
+    return "" if parameter.is_floating_point() and not parameter.is_meta else f"of {parameter.dtype} on {parameter.device}"
+
+
 def check_linear(linear: object, name: str) -> None:
     """Raise :class:`ArgumentError` for what does anything but ``x W^T + b`` with a plain ``W``: its parts would not add up."""
     problem = ""
@@ -62,12 +69,11 @@ def check_linear(linear: object, name: str) -> None:
         weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
         if weight is None or bias is not linear.bias:
             problem = "computes its weight or bias"
-        elif any(type(p) is not nn.Parameter or type(p.data) is not Tensor for p in (weight, bias) if p is not None):
-            problem = f"has a weight or bias of another type than Tensor ({type(weight.data).__name__})"
-        elif weight.is_meta or not weight.is_floating_point():
-            problem = f"has a weight of {weight.dtype} on {weight.device}"
         else:
-            problem = own_ways(linear)
+            named = {"weight": weight} | ({} if bias is None else {"bias": bias})
+            named = {"weight": weight} | ({} if bias is None else {"bias": bias})
+            odd = [f"has a {each} {problem}" for each, parameter in named.items() if (problem := odd_parameter(parameter))]
+            problem = odd[0] if odd else own_ways(linear)
     if problem:
         raise ArgumentError(
             f"{name} {problem}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,9 @@ from collogue.communicator import Communicator
 from collogue.contract.spec import Output
 from collogue.errors import ArgumentError, CollogueError
 from collogue.group import Group, as_group
-from collogue.pytorch.boundaries import Boundaries, Untouched, WholeNorm, check_use
-from collogue.pytorch.cut import Checkpoint, Cut
-from collogue.pytorch.decoder import Decoder, LinearPlan, plan
+from collogue.pytorch.boundaries import Boundaries, Untouched, WholeNorm, check_use, partial_of
+from collogue.pytorch.cut import Checkpoint, Cut, OnFirst
+from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
 from collogue.pytorch.generation import generate
 from collogue.pytorch.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear
 
@@ -135,13 +135,18 @@ def _undone_by_errors(model: nn.Module) -> Iterator[_Undo]:
 
 def _apply(decoder: Decoder, comm: Communicator, fuse: bool, undo: _Undo) -> None:
     base, form, layers = decoder.base, decoder.form, list(decoder.base.layers)
+    for held in decoder.tensors:
+        _cut_tensors(held, base, comm, undo)
     for layer in layers:
         _fewer_heads(layer.self_attn, decoder, comm, undo)
     for each in decoder.linears:
         owner, _, name = each.name.rpartition(".")
         # Granite's factor on branches: the layer's own forward pass has it, the fused one leaves it to the matrix product.
         factor = float(getattr(base.config, "residual_multiplier", 1.0)) if fuse and not each.column else 1.0
-        _cut(each, base.get_submodule(owner), name, comm, factor, fuse, undo)
+        summed = not (fuse or each.column or each.name.startswith(tuple(f"{outer}." for outer in decoder.sums)))
+        _cut(each, base.get_submodule(owner), name, comm, factor, summed, undo)
+    for name in decoder.sums if not fuse else ():
+        undo.hooks.append(base.get_submodule(name).register_forward_hook(_summing(comm)))
     if decoder.head is not None:
         _cut_head(decoder, decoder.head, comm, undo)
     if fuse:
@@ -172,18 +177,32 @@ def _fewer_heads(attention: Any, decoder: Decoder, comm: Communicator, undo: _Un
         undo.set(norm, "forward", WholeNorm(norm, comm, cuts[getattr(attention, of)]).forward)
 
 
-def _cut(each: LinearPlan, owner: nn.Module, name: str, comm: Communicator, factor: float, fuse: bool, undo: _Undo) -> None:
+def _cut_tensors(each: TensorPlan, base: nn.Module, comm: Communicator, undo: _Undo) -> None:
+    """Put a copy of a module that holds parameters itself, with this rank's part of them, in its place."""
+    owner, _, name = each.name.rpartition(".")
+    part: Any = copy.copy(each.module)
+    for attribute, value in vars(each.module).items():
+        if isinstance(value, dict | set):
+            vars(part)[attribute] = value.copy()
+        elif attribute in ("intermediate_dim", "intermediate_size"):
+            vars(part)[attribute] = value // comm.world_size
+    for parameter, cut in each.cuts.items():
+        setattr(part, parameter, nn.Parameter(cut.part(getattr(part, parameter), comm.rank, comm.world_size), False))
+    undo.set(base.get_submodule(owner), name, _with_checkpoint(part, comm, each.cuts))
+
+
+def _cut(each: LinearPlan, owner: nn.Module, name: str, comm: Communicator, factor: float, summed: bool, undo: _Undo) -> None:
     """Put this rank's part in the place of a linear layer, or of the layer and the factors inside peft's LoRA."""
     linear: Any = each.linear
     if not each.lora:
-        undo.set(owner, name, _part(linear, each, comm, factor, summed=not fuse))
+        undo.set(owner, name, _part(linear, each, comm, factor, summed=summed))
         return
     undo.set(linear, "base_layer", _part(linear.base_layer, each, comm, factor, summed=False))
     factors = linear.lora_B if each.column else linear.lora_A
     for adapter, low_rank in list(factors.items()):
         undo.set(factors, adapter, _part(low_rank, each, comm, factor, summed=False))
-    if not (fuse or each.column):
-        undo.hooks.append(linear.register_forward_hook(lambda module, args, partial: _sum(partial, comm)))
+    if summed:
+        undo.hooks.append(linear.register_forward_hook(_summing(comm)))
 
 
 def _part(linear: nn.Linear, each: LinearPlan, comm: Communicator, factor: float, *, summed: bool) -> nn.Module:
@@ -204,7 +223,9 @@ def _cut_head(decoder: Decoder, cut: Cut, comm: Communicator, undo: _Undo) -> No
     undo.set(decoder.model, "lm_head", _with_checkpoint(part, comm, cuts, tied))
 
 
-def _with_checkpoint(part: nn.Module, comm: Communicator, cuts: dict[str, Cut], same_as: tuple[nn.Module, str] | None = None) -> nn.Module:
+def _with_checkpoint(
+    part: nn.Module, comm: Communicator, cuts: Mapping[str, Cut | OnFirst], same_as: tuple[nn.Module, str] | None = None
+) -> nn.Module:
     if comm.world_size > 1:
         vars(part)["checkpoint"] = Checkpoint(part, comm, cuts, same_as)
     return part
@@ -230,6 +251,16 @@ class _Row(RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         partial = self.partial(x)
         return _sum(partial, self.comm) if self.summed else partial
+
+
+def _summing(comm: Communicator) -> Any:
+    """A forward hook that puts the sum in the place of the partial."""
+
+    def hook(module: nn.Module, args: Any, returned: Any) -> Any:
+        summed = _sum(partial_of(returned), comm)
+        return (summed, *returned[1:]) if isinstance(returned, tuple) else summed
+
+    return hook
 
 
 def _sum(partial: Tensor, comm: Communicator) -> Tensor:

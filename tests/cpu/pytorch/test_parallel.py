@@ -16,7 +16,7 @@ import collogue
 from collogue import FP8PerToken, reference
 from collogue.errors import ArgumentError, ShapeError
 from collogue.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear, finish
-from collogue.pytorch.decoder import FORMS
+from collogue.pytorch.forms import FORMS
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.processes import run_processes
 from collogue.tools.demo.weights import read_model

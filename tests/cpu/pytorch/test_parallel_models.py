@@ -6,7 +6,6 @@ import copy
 import importlib
 import pickle
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ import pytest
 import torch
 import transformers
 from models import own, small_model, state_rank
+from parallel_checks import TOKENS, check_refused, check_right, parallel_logits, replace
 from torch import nn
 
 import collogue
-from collogue.errors import ArgumentError, CollectiveError, CollogueError, ShapeError
+from collogue.errors import ArgumentError, CollectiveError, ShapeError
 from collogue.nn import ColumnParallelLinear, RowParallelLinear
 from collogue.pytorch import parallel
 from collogue.testing import VirtualGroup, run_virtual
@@ -29,55 +29,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
 ]
 
-TOKENS = torch.tensor([[1, 5, 9, 100], [3, 3, 7, 2]])
-
 if PEFT_FOLDER := next((f for f in sys.path if (Path(f) / "peft").is_dir()), None):
     peft: Any = importlib.import_module("peft")
 with_peft = pytest.mark.skipif(PEFT_FOLDER is None, reason="peft is not installed")
-
-
-def parallel_logits(model: Any, world_size: int = 2, **options: Any) -> torch.Tensor:
-    """Of the sharded model, the same on every rank."""
-
-    def rank(group: VirtualGroup) -> torch.Tensor:
-        mine = collogue.parallelize(own(model), group, max_tokens=TOKENS.numel(), **options)
-        with torch.no_grad():
-            logits: torch.Tensor = mine(TOKENS).logits
-        return logits
-
-    found = run_virtual(world_size, rank)
-    assert all(torch.equal(found[0], other) for other in found)
-    return found[0]
-
-
-def check_right(model: Any, world_size: int = 2) -> None:
-    torch.testing.assert_close(parallel_logits(model, world_size), model(TOKENS).logits, rtol=1e-5, atol=1e-5)
-
-
-def check_refused(model: Any, message: str, world_size: int = 2, error: type[CollogueError] = ArgumentError, **options: Any) -> None:
-    """Every rank raises, and its model is unsharded, bit for bit."""
-    expected = model(TOKENS).logits
-    names = [name for name, _ in model.named_modules()]
-
-    def rank(group: VirtualGroup) -> None:
-        mine = own(model)
-        with pytest.raises(error, match=message) as raised:
-            collogue.parallelize(mine, group, max_tokens=TOKENS.numel(), **options)
-        assert raised.value.hint
-        assert torch.equal(mine(TOKENS).logits, expected)
-        assert [name for name, _ in mine.named_modules()] == names
-        assert not hasattr(mine, "comm")
-        assert mine.state_dict()
-
-    run_virtual(world_size, rank)
-
-
-def replace(model: Any, wrap: Callable[[Any], nn.Module], *names: str) -> Any:
-    """``wrap(module)`` in the place of every module whose name ends in one of ``names``."""
-    for name, module in list(model.named_modules()):
-        if name.endswith(names):
-            model.set_submodule(name, wrap(module))
-    return model
 
 
 # What is not a plain linear layer
