@@ -93,7 +93,7 @@ class Boundaries:
         """A layer whose branches are added to the stream as they are: the norm of each boundary is the one that reads the new stream."""
         attention = partial_of(self.layer.self_attn(self.attention_in(hidden_states), *args, **kwargs))
         middle = finish(self.comm, attention, residual=hidden_states, norm=self.mlp_in)
-        mlp = partial_of(self.layer.mlp(middle.norm))
+        mlp = partial_of(self.layer.mlp(self.mlp_in.result(middle, hidden_states.shape[:-1])))
         out = finish(self.comm, mlp, residual=middle.residual, norm=self.next_norm, hand_over=self._hands_over(mlp))
         assert out.residual is not None
         return out.residual

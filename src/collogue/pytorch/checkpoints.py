@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from collogue.contract.formats import e8m0_decode
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.contract.weight import FP8Block, QuantizedWeight
+from collogue.contract.weight import FP8Block, QuantizedWeight, Slicer
 from collogue.errors import ArgumentError, CollogueError, FormatError
 
 
@@ -40,6 +40,22 @@ class QuantizedLinear:
 
     weight: QuantizedWeight
     activation: Quant | None
+
+    @property
+    def label(self) -> str:
+        """Its formats and static scales, in words."""
+        return f"{self.weight.format} {self.activation}"
+
+    def check_part(self, cut: Slicer, world_size: int, name: str) -> None:
+        """Raise where a part of the weight, or of the input, does not end where a block of scales ends. Moves nothing."""
+        scales = self.weight.scales
+        shapes = replace(self.weight, codes=self.weight.codes.to("meta"), scales=None if scales is None else scales.to("meta"))
+        part = shapes.part(cut, 0, world_size, name)
+        if self.activation is not None:
+            try:
+                self.activation.check_hidden_size(part.shape[1])
+            except FormatError as error:
+                raise FormatError(f"{name}: {error.message}", hint=error.hint) from None
 
 
 def method_of(config: Any) -> str | None:

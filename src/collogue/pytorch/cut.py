@@ -135,6 +135,20 @@ class Checkpoint:
         return self.cuts[name].whole(list(every.cpu().unbind(0)))
 
 
+def no_checkpoint(module: nn.Module) -> nn.Module:
+    """Make state dictionaries of a quantized part an error, in and out: its tensors are not those of any checkpoint."""
+    module.register_state_dict_pre_hook(_quantized)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(_quantized)  # type: ignore[no-untyped-call]
+    return module
+
+
+def _quantized(module: nn.Module, *rest: Any) -> None:
+    raise ArgumentError(
+        "state dictionaries of a quantized parallel model are not known",
+        hint="keep the checkpoint that the model was loaded from; to load other weights, load them unsharded and parallelize again",
+    )
+
+
 def _refuse(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     if not getattr(_gathering, "now", False):
         raise ArgumentError(
@@ -155,7 +169,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Synchronization:
         Collective: every rank calls it, also where only one saves.
     Raises:
-        ArgumentError: ``model`` is not a module. CollectiveError.
+        ArgumentError: ``model`` is not a module, or is quantized. CollectiveError.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"expected a module, got {type(model).__name__}", hint="pass the model that parallelize returned")

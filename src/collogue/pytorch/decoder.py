@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from collogue.contract import reference
+from collogue.contract.quant import Quant
 from collogue.contract.spec import RMSNorm
 from collogue.errors import ArgumentError, ShapeError
+from collogue.pytorch.checkpoints import QuantizedLinear, is_quantized, method_of, read, shared_input
 from collogue.pytorch.cut import Cut, OnFirst, Section
 from collogue.pytorch.forms import FORMS, Block, Counted, Form
 from collogue.pytorch.nn import check_linear, odd_parameter, own_ways
+from collogue.pytorch.recipes import Recipe
 
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """One linear layer of the base model: ``nn.Linear``, or peft's LoRA around one."""
+    """One linear layer of the base model: ``nn.Linear``, peft's LoRA around one, or a quantized one."""
 
     name: str
     linear: nn.Module
     column: bool
     cut: Cut
+    quantized: QuantizedLinear | None = None
 
     @property
     def lora(self) -> bool:
         """Whether it is peft's wrapper."""
-        return not isinstance(self.linear, nn.Linear)
+        return self.quantized is None and not isinstance(self.linear, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class TensorPlan:
 class Decoder:
     """A model that can be cut. ``model`` holds ``base`` and maybe an ``lm_head``.
 
-    ``sums``: the names of modules that add several partials. ``norms``: eps and weight offset by name in ``base``. ``heads`` and
-    ``key_value_heads``: of one rank.
+    ``sums``: the names of modules that add several partials. ``norms``: eps and weight offset by name in ``base``. ``inputs``: the
+    format that a norm's result has for the linear layers behind it, and their names. ``heads`` and ``key_value_heads``: of one rank.
     """
 
     model: Any
@@ -55,6 +59,7 @@ class Decoder:
     tensors: tuple[TensorPlan, ...]
     sums: tuple[str, ...]
     norms: dict[str, tuple[float, float]]
+    inputs: dict[str, tuple[Quant, tuple[str, ...]]]
     heads: int
     key_value_heads: int
     head: Cut | None
@@ -62,13 +67,16 @@ class Decoder:
     @property
     def summary(self) -> str:
         """What ranks must agree on."""
-        shapes = [(each.name, each.cut, tuple(p.shape for p in each.linear.parameters())) for each in self.linears]
+        shapes = [
+            (each.name, each.cut, tuple(p.shape for p in each.linear.parameters()), each.quantized and each.quantized.label)
+            for each in self.linears
+        ]
         held = [(each.name, each.cuts, tuple(p.shape for p in each.module.parameters(recurse=False))) for each in self.tensors]
         return repr((self.base.config.model_type, str(self.base.dtype), self.norms, self.head, shapes, held))
 
 
-def plan(model: Any, world_size: int, *, fuse: bool) -> Decoder:
-    """How ``model`` is cut among so many ranks. Changes nothing.
+def plan(model: Any, world_size: int, *, fuse: bool, recipe: Recipe | None = None) -> Decoder:
+    """How ``model`` is cut among so many ranks, and quantized where there is a recipe. Changes nothing.
 
     Raises:
         ArgumentError: not a decoder that Collogue knows, or one whose layers are wrapped, quantized, hooked or patched.
@@ -84,25 +92,32 @@ def plan(model: Any, world_size: int, *, fuse: bool) -> Decoder:
             f"{queries} heads and {keys} key-value heads do not divide among {world_size} ranks",
             hint="use a world size that divides the heads, and divides the key-value heads or is a multiple of them",
         )
-    ranks = _Ranks(world_size, queries, keys)
+    ranks, source = _Ranks(world_size, queries, keys), _Source.of(whole, base, recipe)
     linears: list[LinearPlan] = []
     tensors: list[TensorPlan] = []
     sums: list[str] = []
     norms: dict[str, tuple[float, float]] = {}
+    inputs: dict[str, tuple[Quant, tuple[str, ...]]] = {}
     for index, layer in enumerate(base.layers):
         prefix, blocks = f"layers.{index}.", form.blocks(layer)
         _check_code(base, layer, f"layers.{index}", blocks, fuse)
-        for block in blocks:
-            linears += [_linear(base, prefix + name, True, counted, ranks) for name, counted in block.columns.items()]
-            linears += [_linear(base, prefix + name, False, counted, ranks) for name, counted in block.rows.items()]
+        for block, norm in zip(blocks, (form.attention_in, form.mlp_in), strict=True):
+            columns = [_linear(base, prefix + name, True, counted, ranks, source) for name, counted in block.columns.items()]
+            if block.alone:
+                columns, format = _shared(columns)
+                if format is not None and norm in form.fused:
+                    inputs[prefix + norm] = format, tuple(each.name for each in columns)
+            linears += columns
+            linears += [_linear(base, prefix + name, False, counted, ranks, source) for name, counted in block.rows.items()]
             tensors += [_tensors(base, prefix + name, cuts, ranks) for name, cuts in block.tensors.items()]
             sums += [prefix + block.sums] if block.sums is not None else []
+        _check_all_planned(layer, prefix, linears)
         for name in form.fused if fuse else ():
             norms[prefix + name] = _norm(getattr(layer, name), prefix + name)
     if fuse:
         norms["norm"] = _norm(base.norm, "norm")
     heads = queries // world_size, max(1, keys // world_size)
-    return Decoder(whole, base, form, tuple(linears), tuple(tensors), tuple(sums), norms, *heads, _head(whole, base, world_size))
+    return Decoder(whole, base, form, tuple(linears), tuple(tensors), tuple(sums), norms, inputs, *heads, _head(whole, base, world_size))
 
 
 @dataclass(frozen=True)
@@ -182,20 +197,70 @@ def _check_code(base: Any, layer: nn.Module, name: str, blocks: tuple[Block, Blo
                 f"{inner} is a {type(module).__module__}.{type(module).__qualname__}, not an activation known to act on each element alone",
                 hint="each rank has a part of the features: use an activation of transformers or PyTorch, or collogue.nn",
             )
-        problem = "has a forward of its own" * ("forward" in vars(module)) if module is layer else own_ways(module)
+        # The library that quantized a layer computes its product in its own way; here the layer is replaced.
+        known = ("compressed_tensors.",) if is_quantized(module) else ()
+        problem = "has a forward of its own" * ("forward" in vars(module)) if module is layer else own_ways(module, known)
         if problem:
             hint = "parallelize the model without it" + "; fuse=False lets hooks on attention, MLP and norms see whole tensors" * fuse
             raise ArgumentError(f"{inner} {problem}", hint=hint + "; hooks on a decoder layer are fine")
 
 
-def _linear(base: nn.Module, name: str, column: bool, counted: Counted, ranks: _Ranks) -> LinearPlan:
-    linear = _submodule(base, name)
+@dataclass(frozen=True)
+class _Source:
+    """Where quantized weights come from: the checkpoint's ``method``, or a ``recipe``; or from nowhere. ``prefix``: of the base model."""
+
+    method: str | None
+    recipe: Recipe | None
+    prefix: str
+
+    @classmethod
+    def of(cls, model: Any, base: Any, recipe: Recipe | None) -> _Source:
+        method = method_of(base.config)
+        if method is not None and recipe is not None:
+            raise ArgumentError(f"the model is quantized already ({method})", hint="leave quant= out")
+        return cls(method, recipe, "" if model is base else f"{model.base_model_prefix}.")
+
+    def quantized(self, linear: nn.Module, name: str) -> QuantizedLinear | None:
+        """The layer's weight and input format; ``None`` where it is not quantized."""
+        if is_quantized(linear):
+            return read(linear, name, self.method)
+        if self.recipe is None:
+            return None
+        check_linear(linear, name)
+        assert isinstance(linear, nn.Linear)
+        return self.recipe.quantize(linear.weight, self.prefix + name)
+
+
+def _shared(columns: list[LinearPlan]) -> tuple[list[LinearPlan], Quant | None]:
+    """Linear layers that read one input, with the one format of it."""
+    format = shared_input({each.name: each.quantized for each in columns})
+    shared = [each if each.quantized is None else replace(each, quantized=replace(each.quantized, activation=format)) for each in columns]
+    return shared, format
+
+
+def _check_all_planned(layer: nn.Module, prefix: str, linears: list[LinearPlan]) -> None:
+    """Raise :class:`ArgumentError` for a quantized layer that stays as it is: its own product may not run here."""
+    planned = {each.name for each in linears}
+    for name, module in layer.named_modules():
+        if is_quantized(module) and prefix + name not in planned:
+            raise ArgumentError(
+                f"{prefix}{name} is quantized, and stays whole on every rank",
+                hint="load the model dequantized: known are quantized layers that are cut",
+            )
+
+
+def _linear(base: nn.Module, name: str, column: bool, counted: Counted, ranks: _Ranks, source: _Source) -> LinearPlan:
+    linear, dim = _submodule(base, name), 0 if column else 1
+    quantized = source.quantized(linear, name)
+    if quantized is not None:
+        cut = ranks.cut(quantized.weight.shape[dim], dim, counted, name)
+        quantized.check_part(cut, ranks.size, name)
+        return LinearPlan(name, linear, column, cut, quantized)
     lora = f"{type(linear).__module__}.{type(linear).__qualname__}" == "peft.tuners.lora.layer.Linear"
     if lora:
         _check_lora(linear, name)
     plain: Any = getattr(linear, "base_layer", linear) if lora else linear
     check_linear(plain, name)
-    dim = 0 if column else 1
     return LinearPlan(name, linear, column, ranks.cut(plain.weight.shape[dim], dim, counted, name))
 
 
@@ -277,6 +342,8 @@ def _norm(module: Any, name: str) -> tuple[float, float]:
 def _head(model: Any, base: Any, world_size: int) -> Cut | None:
     """The output layer's cut, where it is a plain linear layer that divides; else every rank keeps it whole, which is as right."""
     head = getattr(model, "lm_head", None) if model is not base else None
+    if isinstance(head, nn.Module) and is_quantized(head):
+        raise ArgumentError("lm_head is quantized", hint="use a checkpoint whose list of layers to ignore has lm_head")
     try:
         check_linear(head, "lm_head")
         assert isinstance(head, nn.Linear)

@@ -17,13 +17,15 @@ class Block:
     """Attention or an MLP: the names of its parts in a decoder layer.
 
     ``columns`` and ``rows``: its linear layers. ``tensors``: modules that hold parameters themselves, and of each all of them with the
-    dimension of the cut; ``None``: a bias that only rank 0 adds. ``sums``: the module that adds several partials.
+    dimension of the cut; ``None``: a bias that only rank 0 adds. ``sums``: the module that adds several partials. ``alone``: whether
+    the columns are all that reads the block's input, which may then be quantized for them.
     """
 
     columns: dict[str, Counted]
     rows: dict[str, Counted]
     tensors: dict[str, dict[str, tuple[int, Counted] | None]] = field(default_factory=dict)
     sums: str | None = None
+    alone: bool = True
 
     @property
     def modules(self) -> set[str]:
@@ -84,7 +86,9 @@ _QKV: dict[str, Counted] = {
 }
 _ATTENTION = (Block(_QKV, _OUT),)
 #: DeepSeek's: latents are whole on every rank, heads are cut. The queries come from the input or from a latent of their own.
-_LATENT = tuple(Block({f"self_attn.{queries}": ("heads",), "self_attn.kv_b_proj": ("heads",)}, _OUT) for queries in ("q_proj", "q_b_proj"))
+_LATENT = tuple(
+    Block({f"self_attn.{queries}": ("heads",), "self_attn.kv_b_proj": ("heads",)}, _OUT, alone=False) for queries in ("q_proj", "q_b_proj")
+)
 _SINKS = (Block(_QKV, _OUT, {"self_attn": {"sinks": (0, ("heads",))}}),)
 _FUSED_ATTENTION = (Block({"self_attn.qkv_proj": ("heads", "key-value heads", "key-value heads")}, _OUT),)
 
@@ -101,7 +105,7 @@ def _experts(shared: str | None = None) -> Block:
     """Experts, each with its features cut, and maybe a shared one, whose partial the MLP adds to theirs."""
     with_shared = _gated(f"mlp.{shared}") if shared else Block({}, {})
     tensors = {"mlp.experts": {"gate_up_proj": (1, ("features", "features")), "down_proj": (2, ("features",))}}
-    return Block(with_shared.columns, with_shared.rows, tensors, sums="mlp")  # type: ignore[arg-type]
+    return Block(with_shared.columns, with_shared.rows, tensors, sums="mlp", alone=False)  # type: ignore[arg-type]
 
 
 #: gpt-oss's: gate and up features take turns, weights are transposed, and there are biases.
@@ -143,5 +147,5 @@ FORMS = {
     "qwen3_moe": Form(attention=_ATTENTION, mlp=(_experts(), *_MLP)),
     "olmoe": Form(attention=_ATTENTION, mlp=(_experts(),), whole_norms=_WHOLE_NORMS),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _DEEPSEEK),
-    "gpt_oss": Form(attention=_SINKS, mlp=(Block({}, {}, {"mlp.experts": _EXPERTS_IN_PAIRS}, sums="mlp"),)),
+    "gpt_oss": Form(attention=_SINKS, mlp=(Block({}, {}, {"mlp.experts": _EXPERTS_IN_PAIRS}, sums="mlp", alone=False),)),
 }

@@ -12,14 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from collogue.communicator import Communicator
+from collogue.contract.calibration import Calibration
 from collogue.contract.spec import Output
+from collogue.contract.weight import QuantizedWeight
 from collogue.errors import ArgumentError, CollogueError
 from collogue.group import Group, as_group
 from collogue.pytorch.boundaries import Boundaries, Untouched, WholeNorm, check_use, partial_of
-from collogue.pytorch.cut import Checkpoint, Cut, OnFirst
+from collogue.pytorch.checkpoints import QuantizedLinear
+from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, no_checkpoint
 from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
 from collogue.pytorch.generation import generate
 from collogue.pytorch.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear
+from collogue.pytorch.recipes import Recipe
+from collogue.pytorch.scaled import Handover, has_product
 
 
 def parallelize(
@@ -30,6 +35,9 @@ def parallelize(
     device: torch.device | str | None = None,
     timeout: float = 30.0,
     fuse: bool = True,
+    quant: str | None = None,
+    calibration: Calibration | None = None,
+    keep_packed: bool = False,
 ) -> Any:
     """Cut a transformers decoder among the ranks of ``group``, and end attention and MLP of every layer in one fused call each.
 
@@ -46,6 +54,12 @@ def parallelize(
         timeout: of the communicator, in seconds.
         fuse: ``False`` leaves norms and additions as they are and ends row-parallel layers in a functional all-reduce: a baseline,
             or something for :data:`collogue.compile`. Needs a ``torch.distributed`` group.
+        quant: quantize the linear layers inside decoder layers: ``"fp8_per_token"``, ``"fp8_block"``, ``"fp8_static"``, ``"mxfp8"`` or
+            ``"nvfp4"`` (:class:`collogue.pytorch.recipes.Recipe`). Default: as the model is; a quantized checkpoint (fine-grained FP8,
+            compressed-tensors, ModelOpt) says it itself.
+        calibration: the inputs' amax by layer, for ``"fp8_static"`` and ``"nvfp4"``.
+        keep_packed: keep quantized weights that the device has no product for, and decode them in every call. Default: they are
+            decoded once, here, to the model's dtype and take its memory.
     Returns:
         ``model``; its communicator is ``model.comm``, which stays open as long as the model is used. ``state_dict()`` and
         ``save_pretrained`` raise: :func:`collogue.full_state_dict` gives the whole. ``load_state_dict`` takes a whole checkpoint and
@@ -61,12 +75,12 @@ def parallelize(
         passes raise ArgumentError where modules inside a layer were replaced, patched or hooked since, and for ``output_attentions``.
     """
     known = as_group(group, device)
-    decoder = _agree(model, known, fuse)
+    decoder = _agree(model, known, fuse, Recipe.of(quant, calibration))
     config, dtype = decoder.base.config, decoder.base.dtype
     comm = Communicator(group, max_tokens=max_tokens, hidden_size=config.hidden_size, dtype=dtype, device=device, timeout=timeout)
     try:
         with _undone_by_errors(model) as undo:
-            _apply(decoder, comm, fuse, undo)
+            _apply(decoder, comm, fuse, keep_packed, undo)
             model.comm = comm
             return model.to(comm.device).requires_grad_(False).eval()
     except BaseException:
@@ -74,11 +88,11 @@ def parallelize(
         raise
 
 
-def _agree(model: Any, group: Group, fuse: bool) -> Decoder:
+def _agree(model: Any, group: Group, fuse: bool, recipe: Recipe | None) -> Decoder:
     """The plan for ``model``. An error of one rank is raised on all, before anything is changed. Collective."""
     decoder, problem = None, None
     try:
-        decoder = plan(model, group.size, fuse=fuse)
+        decoder = plan(model, group.size, fuse=fuse, recipe=recipe)
     except CollogueError as error:
         problem = error
     every = group.all_gather_object((problem and (problem.message, problem.hint), decoder and decoder.summary))
@@ -133,7 +147,7 @@ def _undone_by_errors(model: nn.Module) -> Iterator[_Undo]:
         raise
 
 
-def _apply(decoder: Decoder, comm: Communicator, fuse: bool, undo: _Undo) -> None:
+def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, undo: _Undo) -> None:
     base, form, layers = decoder.base, decoder.form, list(decoder.base.layers)
     for held in decoder.tensors:
         _cut_tensors(held, base, comm, undo)
@@ -144,7 +158,10 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, undo: _Undo) -> Non
         # Granite's factor on branches: the layer's own forward pass has it, the fused one leaves it to the matrix product.
         factor = float(getattr(base.config, "residual_multiplier", 1.0)) if fuse and not each.column else 1.0
         summed = not (fuse or each.column or each.name.startswith(tuple(f"{outer}." for outer in decoder.sums)))
-        _cut(each, base.get_submodule(owner), name, comm, factor, summed, undo)
+        if each.quantized is None:
+            _cut(each, base.get_submodule(owner), name, comm, factor, summed, undo)
+        else:
+            undo.set(base.get_submodule(owner), name, _quantized_part(each, each.quantized, comm, base.dtype, factor, summed, keep_packed))
     for name in decoder.sums if not fuse else ():
         undo.hooks.append(base.get_submodule(name).register_forward_hook(_summing(comm)))
     if decoder.head is not None:
@@ -154,6 +171,10 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, undo: _Undo) -> Non
             owner, _, name = name.rpartition(".")
             module = base.get_submodule(owner)
             undo.set(module, name, FusedRMSNorm(getattr(module, name).weight, comm, eps, offset))
+        for name, (format, readers) in decoder.inputs.items():
+            handover = Handover(format)
+            for module in (base.get_submodule(each) for each in (name, *readers)):
+                module.handover = handover
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             next_norm = base.norm if following is None or form.attention_in is None else getattr(following, form.attention_in)
             undo.set(layer, "forward", Boundaries(layer, form, comm, following, next_norm).forward)
@@ -214,6 +235,24 @@ def _part(linear: nn.Linear, each: LinearPlan, comm: Communicator, factor: float
     return _with_checkpoint(part, comm, cuts)
 
 
+def _quantized_part(
+    each: LinearPlan, quantized: QuantizedLinear, comm: Communicator, dtype: torch.dtype, factor: float, summed: bool, keep_packed: bool
+) -> nn.Module:
+    """This rank's part of a quantized layer. Where the device has no product for it, the weight is decoded unless it is to stay packed."""
+    rank, size, cut, activation = comm.rank, comm.world_size, each.cut, quantized.activation
+    packed = quantized.weight.times(factor).part(cut, rank, size, each.name)
+    keep = keep_packed or has_product(activation, packed.format, comm.device)
+    weight = packed if keep else packed.decode().to(dtype)
+    bias: Any = getattr(each.linear, "bias", None)
+    bias = None if bias is None else bias.detach()
+    part = (
+        ColumnParallelLinear(weight, None if bias is None else cut.part(bias, rank, size), comm, activation=activation, dtype=dtype)
+        if each.column
+        else _Row(weight, None if bias is None else bias * factor, comm, 1.0, summed, activation=activation, dtype=dtype)
+    )
+    return no_checkpoint(part)
+
+
 def _cut_head(decoder: Decoder, cut: Cut, comm: Communicator, undo: _Undo) -> None:
     head, embedding = decoder.model.lm_head, decoder.model.get_input_embeddings()
     bias = None if head.bias is None else cut.part(head.bias, comm.rank, comm.world_size)
@@ -237,8 +276,10 @@ class _Row(RowParallelLinear):
     ``factor``: of the partial, taken where the product is still in float32.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, comm: Communicator, factor: float, summed: bool) -> None:
-        super().__init__(weight, bias, comm)
+    def __init__(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, comm: Communicator, factor: float, summed: bool, **formats: Any
+    ) -> None:
+        super().__init__(weight, bias, comm, **formats)
         self.factor, self.summed = factor, summed
 
     def partial(self, x: Tensor | Output) -> Tensor:

@@ -63,6 +63,10 @@ class Linear(nn.Module):
         dtype: of the result where ``x`` is an :class:`collogue.Output`; default: the weight's, or bfloat16 where that is quantized.
     """
 
+    weight: nn.Parameter
+    weight_scale: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(
         self, weight: Tensor | QuantizedWeight, bias: Tensor | None, activation: Quant | None = None, dtype: torch.dtype | None = None
     ) -> None:
@@ -71,8 +75,8 @@ class Linear(nn.Module):
         self.format: WeightFormat | None = weight.format if isinstance(weight, QuantizedWeight) else None
         self.weight = nn.Parameter(weight.codes if isinstance(weight, QuantizedWeight) else weight, False)
         scales = weight.scales if isinstance(weight, QuantizedWeight) else None
-        self.weight_scale = None if scales is None else nn.Parameter(scales, False)
-        self.bias = None if bias is None else nn.Parameter(bias, False)
+        self.register_parameter("weight_scale", None if scales is None else nn.Parameter(scales, False))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
         self.activation = activation
         #: Where the scales of codes are, for codes that come as a tensor.
         self.handover: Handover | None = None
@@ -221,6 +225,11 @@ def _recipe(activation: Quant | None, weight: WeightFormat, device: torch.device
             found = torch.cuda.get_device_capability(device)
             return recipe if least <= found <= most else f"sm_{found[0]}{found[1]} has no product of these formats"
     return "PyTorch has no product of these formats that is used here"
+
+
+def has_product(activation: Quant | None, weight: WeightFormat, device: torch.device) -> bool:
+    """Whether ``device`` multiplies this pair of formats without decoding them."""
+    return not isinstance(_recipe(activation, weight, device), str)
 
 
 def _tensor_wise(codes: Tensor, scales: None, layer: Linear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,249 @@
+"""``collogue.parallelize`` on quantized models: checkpoints of every scheme, and models quantized on load."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import small_model
+from quantized_models import SIZES, TOKENS, calibrated, compressed, exact_logits, fine_grained, linears, modelopt
+
+import collogue
+from collogue.errors import ArgumentError, CollogueError, FormatError, ScaleError, ShapeError
+from collogue.pytorch.recipes import RECIPES, Recipe
+from collogue.pytorch.scaled import Linear
+from collogue.testing import VirtualGroup, run_virtual
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+#: The same product in float32 and in float64 differs by 2**-20 or so. An input that lies between two codes may then be rounded either
+#: way: it moves by at most 1/14 of its row's amax (E4M3: 32 of 448), which is about 1 % of a sum of 384 such terms. The bound is three
+#: of those in the same sum. Single products are held to float32's own bound in test_scaled.py.
+BOUND = 2.0**-5
+
+CHECKPOINTS: dict[str, Callable[[], Any]] = {
+    **{
+        preset: functools.partial(compressed, preset)
+        for preset in ("FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP8", "MXFP4")
+    },
+    "fine-grained block": fine_grained,
+    "fine-grained static": functools.partial(fine_grained, dynamic=False),
+    "modelopt FP8": functools.partial(modelopt, fp4=False),
+    "modelopt NVFP4": functools.partial(modelopt, fp4=True),
+}
+
+
+def logits(model: Any, world_size: int, **arguments: Any) -> torch.Tensor:
+    """Of every rank the same."""
+
+    def rank(group: VirtualGroup) -> torch.Tensor:
+        mine = collogue.parallelize(copy.deepcopy(model), group, max_tokens=TOKENS.numel(), **arguments)
+        with torch.no_grad():
+            found: torch.Tensor = mine(TOKENS).logits
+        return found
+
+    first, *others = run_virtual(world_size, rank)
+    assert all(torch.equal(first, other) for other in others)
+    return first
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative to the logits."""
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints(name: str) -> None:
+    model = CHECKPOINTS[name]()
+    for world_size in (1, 2, 3):
+        expected = exact_logits(model, world_size)
+        packed = logits(model, world_size, keep_packed=True)
+        assert error(packed, expected) < BOUND
+        assert torch.equal(logits(model, world_size), packed)  # float32 holds every decoded weight
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_an_inverted_scale_misses_the_bound_by_far(name: str) -> None:
+    model = CHECKPOINTS[name]()
+    expected = exact_logits(model, 1)
+    layer: Any = linears(model)["model.layers.0.mlp.up_proj"]
+    scale = layer.weight_scale_inv if hasattr(layer, "weight_scale_inv") else layer.weight_scale
+    for tensor in (getattr(layer, "weight_global_scale", None), getattr(layer, "weight_scale_2", None), scale):
+        if tensor is not None:
+            break
+    assert tensor is not None
+    tensor.data = 254 - tensor.data if tensor.dtype == torch.uint8 else (1.0 / tensor.data.float()).to(tensor.dtype)
+    assert error(logits(model, 1), expected) > 10 * BOUND
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_quantized_on_load(name: str) -> None:
+    model = small_model("llama", **SIZES)
+    calibration = calibrated(model) if name in ("fp8_static", "nvfp4") else None
+    for world_size in (1, 2, 3):
+        found = logits(model, world_size, quant=name, calibration=calibration)
+        assert error(found, exact_logits(model, world_size, Recipe.of(name, calibration))) < BOUND
+    assert 0 < error(found, model(TOKENS).logits) < (0.5 if name == "nvfp4" else 0.15)
+
+
+_CHANGED: dict[str, dict[str, Any]] = {"granite": {"residual_multiplier": 0.3}, "llama": {"attention_bias": True}}
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "phi3", "glm4", "olmo2", "smollm3"]
+)
+def test_other_models(kind: str) -> None:
+    model = small_model(kind, **SIZES | {"num_key_value_heads": 2} | _CHANGED.get(kind, {}))
+    for world_size in (1, 2):
+        expected = exact_logits(model, world_size, Recipe.of("fp8_per_token", None))
+        assert error(logits(model, world_size, quant="fp8_per_token"), expected) < BOUND
+
+
+def test_experts_stay_as_they_are() -> None:
+    model = small_model("qwen3_moe", **SIZES)
+    assert error(logits(model, 2, quant="fp8_per_token"), exact_logits(model, 2, Recipe.of("fp8_per_token", None))) < BOUND
+
+
+@pytest.mark.parametrize("name", ["fp8_per_token", "nvfp4"])
+def test_nothing_is_quantized_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused calls give the codes that q, k, v, gate and up read: only o and down quantize their inputs."""
+    from collogue.pytorch import scaled
+
+    model = small_model("llama", **SIZES)
+    calibration = calibrated(model) if name == "nvfp4" else None
+    counted: list[tuple[int, ...]] = []
+    original = scaled.quantize
+
+    def counting(x: torch.Tensor, quant: collogue.Quant) -> Any:
+        counted.append(tuple(x.shape))
+        return original(x, quant)
+
+    monkeypatch.setattr(scaled, "quantize", counting)
+    logits(model, 1, quant=name, calibration=calibration)
+    assert counted == [(18, 768), (18, 768)] * 2
+
+
+def test_generate() -> None:
+    model = small_model("llama", **SIZES)
+
+    def rank(group: VirtualGroup, cached: bool) -> torch.Tensor:
+        mine = collogue.parallelize(copy.deepcopy(model), group, max_tokens=64, quant="fp8_per_token")
+        found: torch.Tensor = mine.generate(TOKENS[:1], max_new_tokens=6, do_sample=False, use_cache=cached)
+        return found
+
+    cached, whole = (run_virtual(2, functools.partial(rank, cached=cached)) for cached in (True, False))
+    assert torch.equal(cached[0], cached[1])
+    assert torch.equal(cached[0], whole[0])
+
+
+def test_without_fusion() -> None:
+    """``fuse=False`` ends layers in functional collectives, which need a process group: world 1 has none to call."""
+    model = small_model("llama", **SIZES)
+    expected = exact_logits(model, 1, Recipe.of("fp8_per_token", None))
+    assert error(logits(model, 1, quant="fp8_per_token"), expected) < BOUND
+
+
+def test_memory() -> None:
+    """Codes and scales of the layers inside decoder layers, in bytes of bfloat16."""
+    for name, most in (("fp8_per_token", 0.51), ("fp8_block", 0.51), ("nvfp4", 0.29)):
+        model = small_model("llama", **SIZES)
+        calibration = calibrated(model) if name == "nvfp4" else None
+
+        def rank(group: VirtualGroup, model: Any = model, name: str = name, calibration: Any = calibration) -> float:
+            mine = collogue.parallelize(copy.deepcopy(model), group, max_tokens=8, quant=name, calibration=calibration, keep_packed=True)
+            weights = [module.quantized_weight for module in mine.modules() if isinstance(module, Linear) and module.quantized_weight]
+            assert len(weights) == 14
+            return sum(weight.nbytes for weight in weights) / sum(2 * weight.shape[0] * weight.shape[1] for weight in weights)
+
+        assert run_virtual(1, rank)[0] < most
+
+
+def _layer(model: Any) -> Any:
+    return linears(model)["model.layers.1.self_attn.k_proj"]
+
+
+def _break_scale(model: Any) -> None:
+    _layer(model).weight_scale.data[3] = 0.0
+
+
+def _break_shape(model: Any) -> None:
+    _layer(model).weight_scale.data = torch.ones(5, 1)
+
+
+def _dequantize_one(model: Any) -> None:
+    from quantized_models import put
+
+    put(model, "model.layers.1.self_attn.k_proj", torch.nn.Linear(384, 768, bias=False))
+
+
+def _quantize_head(model: Any) -> None:
+    model.lm_head.weight.data = model.lm_head.weight.data.to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("change", "error_type", "match"),
+    [
+        (_break_scale, ScaleError, "layers.1.self_attn.k_proj: .*not positive"),
+        (_break_shape, CollogueError, "layers.1.self_attn.k_proj: "),
+        (_dequantize_one, ArgumentError, "different formats: .*k_proj none"),
+        (lambda model: model.config.quantization_config.update(quant_method="gptq"), ArgumentError, "'gptq' is not known"),
+        (_quantize_head, ArgumentError, "lm_head is quantized"),
+    ],
+)
+def test_bad_checkpoints_change_nothing(change: Callable[[Any], None], error_type: type[CollogueError], match: str) -> None:
+    model = compressed("FP8_DYNAMIC")
+    change(model)
+    modules = dict(model.named_modules())
+    for world_size in (1, 2):
+
+        def rank(group: VirtualGroup) -> None:
+            with pytest.raises(error_type, match=match) as caught:
+                collogue.parallelize(model, group, max_tokens=8)
+            assert caught.value.hint
+
+        run_virtual(world_size, rank)
+    assert dict(model.named_modules()) == modules
+
+
+def test_bad_arguments() -> None:
+    model = small_model("llama", **SIZES)
+    seen = calibrated(model)
+    partial = collogue.Calibration({name: amax for name, amax in seen.amax.items() if "k_proj" not in name})
+    cases: list[tuple[type[CollogueError], str, dict[str, Any]]] = [
+        (ArgumentError, "unknown quant 'fp8'", {"quant": "fp8"}),
+        (ArgumentError, "needs calibration", {"quant": "nvfp4"}),
+        (ArgumentError, "takes no calibration", {"quant": "fp8_per_token", "calibration": seen}),
+        (ArgumentError, "no amax of model.layers.0.self_attn.k_proj", {"quant": "fp8_static", "calibration": partial}),
+        (ArgumentError, "calibration= is given without quant=", {"calibration": seen}),
+        (ArgumentError, "calibration is a dict", {"quant": "nvfp4", "calibration": {}}),
+    ]
+    for kind, match, arguments in cases:
+        with pytest.raises(kind, match=match):
+            run_virtual(1, lambda group, arguments=arguments: collogue.parallelize(model, group, **arguments))
+    with pytest.raises(ArgumentError, match="quantized already"):
+        run_virtual(1, lambda group: collogue.parallelize(compressed("FP8_DYNAMIC"), group, quant="fp8_per_token"))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("fp8_block", ShapeError), ("mxfp8", (ShapeError, FormatError))])
+def test_parts_that_end_inside_a_block(name: str, kind: Any) -> None:
+    """96 features among 2 ranks are 48: neither a block of 128 nor one of 32."""
+    model = small_model("llama")
+    with pytest.raises(kind, match=r"layers\.0\..*_proj"):
+        run_virtual(2, lambda group: collogue.parallelize(copy.deepcopy(model), group, max_tokens=8, quant=name))
+
+
+def test_state_dictionaries_are_errors() -> None:
+    model = small_model("llama", **SIZES)
+
+    def rank(group: VirtualGroup) -> None:
+        mine = collogue.parallelize(copy.deepcopy(model), group, max_tokens=8, quant="fp8_per_token")
+        for call in (mine.state_dict, lambda: collogue.full_state_dict(mine), lambda: mine.load_state_dict(model.state_dict())):
+            with pytest.raises(ArgumentError, match="state dictionaries of a quantized parallel model"):
+                call()
+
+    for world_size in (1, 2):
+        run_virtual(world_size, rank)
