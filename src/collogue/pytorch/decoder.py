@@ -97,7 +97,7 @@ def plan(model: Any, world_size: int, *, fuse: bool) -> Decoder:
             linears += [_linear(base, prefix + name, False, counted, ranks) for name, counted in block.rows.items()]
             tensors += [_tensors(base, prefix + name, cuts, ranks) for name, cuts in block.tensors.items()]
             sums += [prefix + block.sums] if block.sums is not None else []
-        for name in form.fused if fuse else ():
+        for name in form.norms if fuse else ():
             norms[prefix + name] = _norm(getattr(layer, name), prefix + name)
     if fuse:
         norms["norm"] = _norm(base.norm, "norm")
