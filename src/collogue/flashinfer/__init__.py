@@ -18,9 +18,8 @@ from collogue.flashinfer.calls import (
     allreduce_fusion,
     compute_fp4_swizzled_layout_sf_size,
     trtllm_allreduce_fusion,
-    trtllm_moe_allreduce_fusion,
-    trtllm_moe_finalize_allreduce_fusion,
 )
+from collogue.flashinfer.experts import trtllm_moe_allreduce_fusion, trtllm_moe_finalize_allreduce_fusion
 from collogue.flashinfer.patterns import AllReduceFusionPattern, QuantizationSFLayout
 from collogue.flashinfer.replace import Installation, flashinfer_present, replace
 from collogue.flashinfer.workspace import (

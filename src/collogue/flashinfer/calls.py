@@ -7,11 +7,12 @@ from typing import Any, Literal
 import torch
 
 from collogue.contract.formats import round_up
-from collogue.contract.spec import Output, RMSNorm, Wanted
-from collogue.errors import ArgumentError, ShapeError
-from collogue.flashinfer.outputs import ARGUMENTS, place
-from collogue.flashinfer.patterns import AllReduceFusionPattern, Form, form_of, quant_of, refuse_moe
-from collogue.flashinfer.workspace import AllReduceFusionWorkspace, NotOursError, TRTLLMAllReduceFusionWorkspace, workspace_of
+from collogue.errors import ShapeError
+from collogue.flashinfer.experts import fused
+from collogue.flashinfer.outputs import ARGUMENTS
+from collogue.flashinfer.patterns import WITH_EXPERTS, AllReduceFusionPattern, form_of
+from collogue.flashinfer.run import Epilogue, run, shaped, workspace_of_rank
+from collogue.flashinfer.workspace import AllReduceFusionWorkspace, NotOursError, TRTLLMAllReduceFusionWorkspace
 
 
 def allreduce_fusion(
@@ -51,7 +52,7 @@ def allreduce_fusion(
     Args:
         input: ``[T, H]``, this rank's term.
         workspace: from :func:`create_allreduce_fusion_workspace`.
-        pattern: a constant of :class:`AllReduceFusionPattern`: 0 to 5, 8 to 11, 13 and 14.
+        pattern: a constant of :class:`AllReduceFusionPattern`.
         output: ``[T, H]``, pattern 0. ``residual_out`` (y), ``norm_out`` (n): ``[T, H]``. May be ``input`` or ``residual_in`` themselves.
         quant_out: ``[T, H]`` E4M3 or ``[T, H / 2]`` E2M1, memory of any dtype.
         scale_out: required where the pattern has scales: NVFP4 and MXFP8 in the layout of ``layout_code``, padding included, memory of any
@@ -63,9 +64,12 @@ def allreduce_fusion(
         weight_bias: added to ``rms_gamma`` in float32; 1 for Gemma-style norms.
         launch_with_pdl: ``False``: ``rms_gamma`` may be written by the preceding kernel (``RMSNorm(prefetch=False)``).
         trigger_completion_at_end, use_oneshot, fp32_acc: accepted; they change nothing (docs/engines.md).
-        moe_...: belong to patterns that are not served.
+        moe_reduction_...: of pattern 6, as of :func:`trtllm_moe_allreduce_fusion`; ``input`` is then not read, ``output`` is the sum.
+        expanded_idx_to_permuted_idx, expert_scale_factor, shared_expert_output: of patterns 7 and 12, as of
+            :func:`trtllm_moe_finalize_allreduce_fusion`; ``input`` is then ``[P, H]``. Pattern 12 writes FP8 codes and no norm.
+        moe_finalize_backend: accepted; it changes nothing.
     Returns:
-        Pattern 0 ``output``, pattern 1 ``norm_out``, the others ``quant_out``; but, as FlashInfer's ``"trtllm"`` backend does,
+        Pattern 0 ``output``, patterns 1, 6 and 7 ``norm_out``, the others ``quant_out``; but, as FlashInfer's ``"trtllm"`` backend does,
         ``norm_out`` wherever the caller gave it, unless the workspace's backend is ``"mnnvl"`` or the pattern is 14.
         Outputs that were not given are allocated. Outputs that the pattern does not have are left as they are, and are returned so:
         ``norm_out`` of patterns 0, 2, 3, 8 and 10.
@@ -74,27 +78,42 @@ def allreduce_fusion(
     Synchronisation:
         As :meth:`collogue.Communicator.all_reduce`. For a CUDA graph, make each call once before the capture.
     Raises:
-        UnsupportedError: MoE patterns. ArgumentError and its subclasses before anything is launched; CollectiveError.
+        UnsupportedError: codes of pattern 7. ArgumentError and its subclasses before anything is launched; CollectiveError.
     """
     if not isinstance(workspace, TRTLLMAllReduceFusionWorkspace):
         raise NotOursError(
             f"the workspace is a {type(workspace).__name__}", hint="make it by collogue.flashinfer.create_allreduce_fusion_workspace"
         )
+    buffers = {"output": output, "residual_out": residual_out, "norm_out": norm_out, "quant_out": quant_out, "scale_out": scale_out}
+    if pattern in WITH_EXPERTS:
+        more = {
+            "input": input,
+            "launch_with_pdl": launch_with_pdl,
+            "residual_in": residual_in,
+            "rms_gamma": rms_gamma,
+            "rms_eps": rms_eps,
+            "weight_bias": weight_bias,
+            "scale_factor": scale_factor,
+            "layout_code": layout_code,
+            "moe_reduction_device_num_experts": moe_reduction_device_num_experts,
+            "moe_reduction_scale_input": moe_reduction_scale_input,
+            "moe_reduction_active_experts_token_input": moe_reduction_active_experts_token_input,
+            "moe_reduction_token_input": moe_reduction_token_input,
+            "expanded_idx_to_permuted_idx": expanded_idx_to_permuted_idx,
+            "expert_scale_factor": expert_scale_factor,
+            "shared_expert_output": shared_expert_output,
+            "moe_finalize_backend": moe_finalize_backend,
+        }
+        return fused(workspace, pattern, buffers, more)
     form = form_of(pattern)
     if input.ndim != 2:
         raise ShapeError(f"input has shape {list(input.shape)}", hint="flatten leading dimensions: x.view(-1, H)")
-    buffers = {"output": output, "residual_out": residual_out, "norm_out": norm_out, "quant_out": quant_out, "scale_out": scale_out}
-    made = _run(
+    scaling = (scale_factor, layout_code, block_quant_group_size)
+    made = run(
         workspace,
         form,
         input,
-        residual_in,
-        rms_gamma,
-        rms_eps,
-        weight_bias,
-        (scale_factor, layout_code, block_quant_group_size),
-        buffers,
-        prefetch=bool(launch_with_pdl),
+        Epilogue(residual_in, rms_gamma, rms_eps, weight_bias, scaling, buffers, bool(launch_with_pdl)),
     )
     name = "reduced" if not form.norm else "norm" if form.family == "none" else "codes"
     if norm_out is not None and workspace.backend != "mnnvl" and pattern != AllReduceFusionPattern.kARResidualRMSNormOutMXFP8Quant:
@@ -135,128 +154,25 @@ def trtllm_allreduce_fusion(
     ``workspace_ptrs`` is the tensor of :func:`trtllm_create_ipc_workspace_for_all_reduce_fusion`; ``metadata`` is not needed, the
     capacity is checked without it. ``None`` for ``rms_eps`` and ``weight_bias`` is 0.
     """
-    workspace = workspace_of(workspace_ptrs)
+    workspace = workspace_of_rank(workspace_ptrs, world_size, world_rank)
     form = form_of(pattern_code)
-    if (world_size, world_rank) != (workspace.world_size, workspace.rank):
-        raise ArgumentError(
-            f"rank {world_rank} of {world_size} calls with the workspace of rank {workspace.rank} of {workspace.world_size}",
-            hint="pass the workspace that this rank made",
-        )
     buffers = {"output": allreduce_out, "residual_out": residual_out, "norm_out": norm_out, "quant_out": quant_out, "scale_out": scale_out}
-    _run(
+    run(
         workspace,
         form,
-        _rows("allreduce_in", allreduce_in, token_num, hidden_dim),
-        None if residual_in is None else _rows("residual_in", residual_in, token_num, hidden_dim),
-        rms_gamma,
-        rms_eps or 0.0,
-        weight_bias or 0.0,
-        (scale_factor, layout_code, block_quant_group_size),
-        buffers,
-        prefetch=bool(launch_with_pdl),
+        shaped("allreduce_in", allreduce_in, token_num, hidden_dim),
+        Epilogue(
+            None if residual_in is None else shaped("residual_in", residual_in, token_num, hidden_dim),
+            rms_gamma,
+            rms_eps or 0.0,
+            weight_bias or 0.0,
+            (scale_factor, layout_code, block_quant_group_size),
+            buffers,
+            bool(launch_with_pdl),
+        ),
     )
-
-
-def trtllm_moe_allreduce_fusion(
-    world_size: int,
-    world_rank: int,
-    token_num: int,
-    hidden_dim: int,
-    workspace_ptrs: torch.Tensor,
-    launch_with_pdl: bool,
-    residual_in: torch.Tensor,
-    rms_gamma: torch.Tensor,
-    rms_eps: float,
-    scale_factor: float,
-    moe_reduction_device_num_experts: int,
-    moe_reduction_scale_input: torch.Tensor,
-    moe_reduction_active_experts_token_input: torch.Tensor,
-    moe_reduction_token_input: torch.Tensor,
-    layout_code: int | None,
-    moe_allreduce_out: torch.Tensor | None,
-    residual_out: torch.Tensor | None,
-    norm_out: torch.Tensor | None,
-    quant_out: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    weight_bias: float | None = None,
-    *,
-    backend: Literal["trtllm", "cake"] = "trtllm",
-) -> None:
-    """Not served: raises :class:`UnsupportedError`."""
-    workspace_of(workspace_ptrs)
-    refuse_moe(AllReduceFusionPattern.kMoEReductionARResidualRMSNorm)
-
-
-def trtllm_moe_finalize_allreduce_fusion(
-    allreduce_in: torch.Tensor,
-    residual_in: torch.Tensor,
-    norm_weight: torch.Tensor,
-    expanded_idx_to_permuted_idx: torch.Tensor,
-    norm_out: torch.Tensor | None,
-    residual_out: torch.Tensor | None,
-    quant_out: torch.Tensor | None,
-    scale_out: torch.Tensor | None,
-    workspace_ptrs: torch.Tensor,
-    launch_with_pdl: bool,
-    world_rank: int,
-    world_size: int,
-    eps: float,
-    shared_expert_output: torch.Tensor | None,
-    expert_scale_factor: torch.Tensor | None,
-    routed_scaling_factor: float | None,
-    weight_bias: float | None = None,
-    *,
-    backend: Literal["trtllm", "cake"] = "trtllm",
-) -> None:
-    """Not served: raises :class:`UnsupportedError`."""
-    workspace_of(workspace_ptrs)
-    refuse_moe(AllReduceFusionPattern.kMoEFinalizeARResidualRMSNorm)
 
 
 def compute_fp4_swizzled_layout_sf_size(total_row: int, total_column: int) -> int:
     """Elements of a scale tensor in the 128x4 layout: rows padded to 128, columns to 4."""
     return round_up(total_row, 128) * round_up(total_column, 4)
-
-
-def _run(
-    workspace: TRTLLMAllReduceFusionWorkspace,
-    form: Form,
-    partial: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    eps: float,
-    weight_bias: float,
-    scaling: tuple[torch.Tensor | float | None, int | None, int | None],
-    buffers: dict[str, torch.Tensor | None],
-    *,
-    prefetch: bool,
-) -> Output:
-    """One call of the communicator. FlashInfer records no gradients and takes weights that require them.
-
-    ``prefetch`` as of :class:`collogue.RMSNorm`.
-    """
-    with torch.no_grad():
-        quant = quant_of(form, *scaling)
-        norm = None
-        if not form.norm:
-            residual = None
-        elif residual is None or weight is None:
-            raise ArgumentError("residual_in and rms_gamma are required", hint="only pattern 0 (kAllReduce) goes without them")
-        else:
-            norm = RMSNorm(weight, eps, weight_bias, prefetch)
-        tokens, width = partial.shape
-        wanted = Wanted.of(has_residual=form.norm, has_norm=form.norm, quant=quant, keep_norm=form.keep_norm)
-        comm = workspace.communicator(tokens, width, partial.dtype)
-        placed = place(partial, residual, quant, wanted, buffers)
-        comm.all_reduce(partial, residual=residual, norm=norm, quant=quant, keep_norm=form.keep_norm, out=placed.out)
-        placed.finish()
-        return placed.out
-
-
-def _rows(name: str, tensor: torch.Tensor, tokens: int, width: int) -> torch.Tensor:
-    if tensor.numel() != tokens * width or not tensor.is_contiguous():
-        raise ShapeError(
-            f"{name} has shape {list(tensor.shape)} and strides {tensor.stride()}",
-            hint=f"pass a contiguous tensor of {tokens} * {width} elements",
-        )
-    return tensor.view(tokens, width)

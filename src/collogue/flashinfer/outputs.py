@@ -8,7 +8,7 @@ written to a fresh tensor and copied.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,30 +36,38 @@ class Placed:
 
 
 def place(
-    partial: torch.Tensor, residual: torch.Tensor | None, quant: Quant | None, wanted: Wanted, given: Mapping[str, torch.Tensor | None]
+    like: torch.Tensor,
+    read: Sequence[torch.Tensor],
+    residual: torch.Tensor | None,
+    quant: Quant | None,
+    wanted: Wanted,
+    given: Mapping[str, torch.Tensor | None],
 ) -> Placed:
-    """Outputs for a call of this shape, in the buffers that are ``given`` by FlashInfer's names, else fresh."""
+    """Outputs for a call on rows ``like`` these, in the buffers that are ``given`` by FlashInfer's names, else fresh.
+
+    ``read``: the tensors of this rank's term.
+    """
     placed = Placed(Output(), [])
     targets: list[tuple[str, torch.Tensor]] = []
-    tokens, width = partial.shape
+    tokens, width = like.shape
     for name, argument in ARGUMENTS.items():
         if not getattr(wanted, name):
             continue
         buffer = given[argument]
         if name == "scales":
             assert quant is not None
-            view, whole = _scales(buffer, quant, tokens, width, partial.device)
+            view, whole = _scales(buffer, quant, tokens, width, like.device)
         elif name == "codes":
             assert quant is not None
-            view, whole = _bytes(argument, buffer, *code_spec(quant, tokens, width), partial.device), True
+            view, whole = _bytes(argument, buffer, *code_spec(quant, tokens, width), like.device), True
         else:
-            view, whole = _values(argument, buffer, partial), True
+            view, whole = _values(argument, buffer, like), True
         if buffer is not None:
             targets.append((argument, view))
-        inputs = (partial,) if name == "residual" else (partial, residual)
+        inputs = read if name == "residual" else (*read, residual)
         if not whole:
             assert quant is not None
-            staged = empty_scales(quant, tokens, width, partial.device)
+            staged = empty_scales(quant, tokens, width, like.device)
             placed.copies.append((view, scale_storage(staged).view(staged.dtype)[: view.numel()]))
             view = staged
         elif any(other is not None and _overlap(view, other) for other in inputs):

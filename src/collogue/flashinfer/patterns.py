@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 
 from collogue.contract.quant import MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, ScaleLayout
-from collogue.errors import ArgumentError, FormatError, ScaleError, UnsupportedError
+from collogue.errors import ArgumentError, FormatError, ScaleError
 
 
 class AllReduceFusionPattern:
-    """Codes of the fusion patterns, as ``flashinfer.comm`` numbers them. 6, 7 and 12 (MoE) are not served."""
+    """Codes of the fusion patterns, as ``flashinfer.comm`` numbers them."""
 
     kAllReduce = 0
     kARResidualRMSNorm = 1
@@ -65,24 +65,17 @@ _FORMS = {
     13: Form(norm=True, family="mxfp8"),
     14: Form(norm=True, family="mxfp8", keep_norm=True),
 }
-_MOE = (6, 7, 12)
+#: Patterns whose term is computed from experts' outputs: ``experts.py``.
+WITH_EXPERTS = (6, 7, 12)
 _LAYOUTS: dict[int, ScaleLayout] = {0: "128x4", 1: "8x4", 2: "linear"}
 #: Smallest scale of the packed group formats; FlashInfer's own bound, before it rounds up to a power of two.
 _SMALLEST_GROUP_SCALE = 1e-10
 
 
-def refuse_moe(pattern: int) -> NoReturn:
-    """Raise :class:`UnsupportedError`."""
-    raise UnsupportedError(
-        f"pattern {pattern} fuses an MoE reduction, which Collogue does not do yet",
-        hint="reduce the experts first, then call with kARResidualRMSNorm",
-    )
-
-
 def form_of(pattern: int) -> Form:
-    """The form of a pattern code. Raises :class:`UnsupportedError` for the patterns that are not served."""
-    if pattern in _MOE:
-        refuse_moe(pattern)
+    """The form of a pattern code. Raises :class:`ArgumentError` for those with experts, which take other arguments."""
+    if pattern in WITH_EXPERTS:
+        raise ArgumentError(f"pattern {pattern} takes experts", hint="call allreduce_fusion, or one of the trtllm_moe_ functions")
     if pattern not in _FORMS:
         raise ArgumentError(f"there is no pattern {pattern!r}", hint="use a constant of AllReduceFusionPattern")
     return _FORMS[pattern]

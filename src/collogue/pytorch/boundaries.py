@@ -69,14 +69,15 @@ def _reject(problem: str) -> None:
 
 
 class Boundaries:
-    """What a decoder layer's forward pass needs. ``following``: the next layer, if there is one; ``next_norm``: its norm, or the last."""
+    """What a decoder layer's forward pass needs. ``following``: the next layer, if there is one; ``next_norm``: what it
+    begins with, or the last norm.
+    """
 
-    def __init__(self, layer: Any, form: Form, comm: Communicator, following: Any, next_norm: FusedRMSNorm) -> None:
+    def __init__(self, layer: Any, form: Form, comm: Communicator, following: Any, next_norm: FusedRMSNorm | None) -> None:
         self.layer, self.comm, self.following, self.next_norm = layer, comm, following, next_norm
         self._attention_in = form.attention_in
         norms: list[Any] = [form.attention_out, form.mlp_in, form.mlp_out]
         self.attention_out, self.mlp_in, self.mlp_out = (name and getattr(layer, name) for name in norms)
-        self.forward = self.of_streams if self.attention_out is None else self.of_branches
 
     @property
     def attention_in(self) -> Any:
@@ -89,26 +90,17 @@ class Boundaries:
             return True
         return not (self.layer._forward_hooks or (self.following is not None and self.following._forward_pre_hooks))
 
-    def of_streams(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """A layer whose branches are added to the stream as they are: the norm of each boundary is the one that reads the new stream."""
-        attention = partial_of(self.layer.self_attn(self.attention_in(hidden_states), *args, **kwargs))
-        middle = finish(self.comm, attention, residual=hidden_states, norm=self.mlp_in)
-        mlp = partial_of(self.layer.mlp(self.mlp_in.result(middle, hidden_states.shape[:-1])))
-        out = finish(self.comm, mlp, residual=middle.residual, norm=self.next_norm, hand_over=self._hands_over(mlp))
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Attention and MLP, each ended by one call: the branch's norm if there is one, the new stream, and the norm that reads it."""
+        given = hidden_states if self.attention_in is None else self.attention_in(hidden_states)
+        attention = partial_of(self.layer.self_attn(given, *args, **kwargs))
+        middle = finish(self.comm, attention, residual=hidden_states, norm=self.mlp_in, branch_norm=self.attention_out)
+        given = middle.residual if self.mlp_in is None else self.mlp_in.result(middle, hidden_states.shape[:-1])
+        mlp = partial_of(self.layer.mlp(given))
+        hands_over = self.next_norm is not None and self._hands_over(mlp)
+        out = finish(self.comm, mlp, residual=middle.residual, norm=self.next_norm, branch_norm=self.mlp_out, hand_over=hands_over)
         assert out.residual is not None
         return out.residual
-
-    def of_branches(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """A layer whose branches are normed before they are added: the sum and that norm are one call, the addition follows."""
-        given = hidden_states if self.attention_in is None else self.attention_in(hidden_states)
-        attention, *_ = self.layer.self_attn(given, *args, **kwargs)
-        first = finish(self.comm, attention, norm=self.attention_out).norm
-        assert first is not None
-        stream = hidden_states + first
-        mlp = self.layer.mlp(stream if self.mlp_in is None else self.mlp_in(stream))
-        second = finish(self.comm, mlp, norm=self.mlp_out).norm
-        assert second is not None
-        return stream + second
 
 
 def partial_of(returned: Any) -> Tensor:

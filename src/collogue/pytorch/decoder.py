@@ -105,14 +105,14 @@ def plan(model: Any, world_size: int, *, fuse: bool, recipe: Recipe | None = Non
             columns = [_linear(base, prefix + name, True, counted, ranks, source) for name, counted in block.columns.items()]
             if block.alone:
                 columns, format = _shared(columns)
-                if format is not None and norm in form.fused:
+                if format is not None and norm is not None:
                     inputs[prefix + norm] = format, tuple(each.name for each in columns)
             linears += columns
             linears += [_linear(base, prefix + name, False, counted, ranks, source) for name, counted in block.rows.items()]
             tensors += [_tensors(base, prefix + name, cuts, ranks) for name, cuts in block.tensors.items()]
             sums += [prefix + block.sums] if block.sums is not None else []
         _check_all_planned(layer, prefix, linears)
-        for name in form.fused if fuse else ():
+        for name in form.norms if fuse else ():
             norms[prefix + name] = _norm(getattr(layer, name), prefix + name)
     if fuse:
         norms["norm"] = _norm(base.norm, "norm")

@@ -61,16 +61,14 @@ class Form:
     whole_norms: dict[str, str] = field(default_factory=dict)
 
     @property
-    def fused(self) -> tuple[str, ...]:
-        """The norms that fused calls take: behind branches, or else of the stream behind them."""
-        names = (self.attention_out, self.mlp_out) if self.attention_out else (self.attention_in, self.mlp_in)
-        return tuple(name for name in names if name is not None)
+    def norms(self) -> tuple[str, ...]:
+        """All norms of the layer, which fused calls take."""
+        return tuple(name for name in (self.attention_in, self.attention_out, self.mlp_in, self.mlp_out) if name is not None)
 
     @property
     def called(self) -> tuple[str, ...]:
         """The norms that are called as modules, with whole tensors."""
-        names = (self.attention_in, self.mlp_in if self.attention_out else None)
-        return tuple(name for name in names if name is not None)
+        return () if self.attention_in is None else (self.attention_in,)
 
     def blocks(self, layer: nn.Module) -> tuple[Block, Block]:
         """Attention and MLP of a layer; where a layer is none of ours, the first of each, whose parts it lacks."""

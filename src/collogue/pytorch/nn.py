@@ -191,7 +191,7 @@ class RowParallelLinear(Linear):
         norm: RMSNorm | FusedRMSNorm | None = None,
         quant: Quant | None = None,
         keep_norm: bool = False,
-        branch_norm: RMSNorm | None = None,
+        branch_norm: RMSNorm | FusedRMSNorm | None = None,
     ) -> Output:
         """``x`` is ``[.., I / N]``. Everything else, and what comes back, is as in :meth:`collogue.Communicator.all_reduce`, with
         the leading dimensions of ``x``; ``codes`` and ``scales`` are those of ``[T, H]`` rows.
@@ -245,6 +245,10 @@ class FusedRMSNorm(nn.Module):
         return self.result(out, stream.shape[:-1])
 
 
+def _description(norm: RMSNorm | FusedRMSNorm | None) -> RMSNorm | None:
+    return norm.description if isinstance(norm, FusedRMSNorm) else norm
+
+
 def _changes(tensor: Tensor) -> int | None:
     """How many times the tensor was changed in place; ``None`` where nobody counts."""
     return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
@@ -274,7 +278,7 @@ def finish(
     quant: Quant | None = None,
     keep_norm: bool = False,
     hand_over: bool = False,
-    branch_norm: RMSNorm | None = None,
+    branch_norm: RMSNorm | FusedRMSNorm | None = None,
 ) -> Output:
     """:meth:`collogue.Communicator.all_reduce` for tensors with any number of leading dimensions, ``[.., H]``.
 
@@ -295,10 +299,10 @@ def finish(
     out = comm.all_reduce(
         partial if isinstance(partial, PROLOGUES) else partial.reshape(rows),
         residual=None if residual is None else residual.reshape(rows),
-        norm=norm.description if isinstance(norm, FusedRMSNorm) else norm,
+        norm=_description(norm),
         quant=quant,
         keep_norm=keep_norm,
-        branch_norm=branch_norm,
+        branch_norm=_description(branch_norm),
     )
     shaped = Output(
         reduced=None if out.reduced is None else out.reduced.view(shape),

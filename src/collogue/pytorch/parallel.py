@@ -176,7 +176,7 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, 
             for module in (base.get_submodule(each) for each in (name, *readers)):
                 module.handover = handover
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
-            next_norm = base.norm if following is None or form.attention_in is None else getattr(following, form.attention_in)
+            next_norm = base.norm if following is None else getattr(following, form.attention_in or "", None)
             undo.set(layer, "forward", Boundaries(layer, form, comm, following, next_norm).forward)
     untouched = [Untouched(layer, form.called if fuse else layer._modules, held=fuse) for layer in layers]
     undo.hooks.append(base.register_forward_pre_hook(functools.partial(check_use, untouched), with_kwargs=True))

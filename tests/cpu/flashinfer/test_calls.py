@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -510,9 +509,6 @@ def test_a_rank_may_destroy_its_workspace_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"pattern": 6}, UnsupportedError, "MoE"),
-        ({"pattern": 7}, UnsupportedError, "MoE"),
-        ({"pattern": 12}, UnsupportedError, "MoE"),
         ({"pattern": 13, "layout_code": LAYOUT.SWIZZLED_8x4}, FormatError, "8x4"),
         ({"pattern": 15}, ArgumentError, "AllReduceFusionPattern"),
         ({"residual_in": None}, ArgumentError, "residual_in"),
@@ -558,23 +554,6 @@ def test_outputs_that_share_memory_are_refused() -> None:
                 comm.allreduce_fusion(workspace=make(group), pattern=1, **given, norm_out=both, residual_out=both)
 
     run_virtual(2, rank, timeout=20)
-
-
-def call_moe(function: Callable[..., None], pointers: torch.Tensor) -> None:
-    names = [n for n, p in inspect.signature(function).parameters.items() if p.default is inspect.Parameter.empty]
-    function(**dict.fromkeys(names) | {"workspace_ptrs": pointers})
-
-
-def test_moe_functions_raise() -> None:
-    def rank(group: VirtualGroup) -> None:
-        workspace = make(group)
-        for function in (comm.trtllm_moe_allreduce_fusion, comm.trtllm_moe_finalize_allreduce_fusion):
-            with pytest.raises(NotImplementedError, match="MoE"):
-                call_moe(function, workspace.workspace_tensor)
-            with pytest.raises(UnsupportedError, match="workspace_ptrs"):
-                call_moe(function, torch.zeros(4))
-
-    run_virtual(1, rank)
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,11 @@ def test_what_collogue_refuses_does_not_go_to_flashinfer(package: Any) -> None:
         workspace = package.create_allreduce_fusion_workspace(
             world_size=1, rank=0, max_token_num=4, hidden_dim=64, dtype=torch.bfloat16, group=group
         )
-        with pytest.raises(NotImplementedError, match="MoE"):
-            package.allreduce_fusion(torch.ones(1, 64, dtype=torch.bfloat16), workspace, 7)
+        rows = torch.ones(1, 64, dtype=torch.bfloat16)
+        index = torch.zeros(1, 1, dtype=torch.int32)
+        more = {"residual_in": rows, "rms_gamma": rows[0], "expanded_idx_to_permuted_idx": index, "quant_out": rows}
+        with pytest.raises(NotImplementedError, match="pattern 7"):
+            package.allreduce_fusion(rows, workspace, 7, **more)
 
     with collogue.flashinfer.install():
         run_virtual(1, rank)

@@ -263,6 +263,87 @@ def test_a_sum_without_residual_and_the_next_one() -> None:
     assert [fused.residual for fused in collogue.compile.report().fused] == [False, True]
 
 
+# A norm before the residual
+
+
+def behind_branch(
+    given: tuple[torch.Tensor, ...], *, offset: float = 0.0, norm: bool = True, quant: Quant | None = None
+) -> list[torch.Tensor]:
+    """The contract's answer, with one weight for both norms."""
+    x, r, weight = given
+    each = RMSNorm(weight, EPS, offset)
+    out = collogue.reference.all_reduce([x.view(-1, H)], residual=r.view(-1, H), norm=each if norm else None, quant=quant, branch_norm=each)
+    return [t.view(*x.shape[:-1], -1) for _, t in out.items()]
+
+
+@pytest.mark.usefixtures("comm")
+@pytest.mark.parametrize("quant", [None, FP8PerToken(1e-6), FP8Static(torch.tensor(0.25))], ids=["none", "token", "tensor"])
+@pytest.mark.parametrize("form", NORMS)
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_norm_before_the_residual(form: str, quant: Any, backend: str) -> None:
+    given = tensors()
+
+    def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, s: Any) -> Any:
+        y = r + NORMS[form](functional(x), w)
+        n = NORMS[form](y, w)
+        return y, n if quant is None else per_token(n) if s is None else static(n, s)
+
+    offset = float(form == "gemma")
+    found = compiled(model, *given, None if quant is None else quant.given_scale, backend=backend)
+    assert same_bits(found, behind_branch(given, offset=offset, quant=quant))
+    fused = only_fused()
+    assert (fused.residual, fused.eps, fused.branch_eps) == (True, pytest.approx(EPS), pytest.approx(EPS))
+    assert (fused.weight_offset, fused.branch_offset, fused.quant) == (offset, offset, "none" if quant is None else quant.label)
+    assert fused.roundings.count("y * rstd to bfloat16 before the weight") == 2 * (form == "llama")
+    assert not any("before the residual" in rounding for rounding in fused.roundings)
+
+
+@pytest.mark.usefixtures("comm")
+def test_a_norm_before_the_residual_and_none_behind_it() -> None:
+    """OLMo 2: the next layer reads the stream itself."""
+    given = tensors()
+    found = compiled(lambda x, r, w: operator_norm(functional(x), w) + r, *given)
+    assert same_bits(found, behind_branch(given, norm=False))
+    assert " all_reduce + RMSNorm(eps=1e-05) + residual" in str(only_fused())
+
+
+@pytest.mark.usefixtures("comm")
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x, r, w: (lambda n: (n, n + r))(operator_norm(functional(x), w)),
+        lambda x, r, w: (lambda s: (s, operator_norm(s, w) + r))(functional(x)),
+        lambda x, r, w: (lambda s: operator_norm(s, w) + s * r)(functional(x)),
+        lambda x, r, w: operator_norm(functional(x), w) + w,
+        lambda x, r, w: operator_norm(functional(x), w) + r.float(),
+        lambda x, r, w: operator_norm(functional(x), w) + 1.0,
+    ],
+    ids=["norm is read", "sum is read", "residual of the sum", "no residual", "another dtype", "a number"],
+)
+def test_what_is_no_norm_before_a_residual(model: Callable[..., Any]) -> None:
+    """The first norm is fused, and what follows stays."""
+    given = tensors()
+    for a, b in zip(compiled(model, *given), tree_leaves(model(*given)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert only_fused().branch_eps is None
+
+
+@pytest.mark.usefixtures("comm")
+def test_layers_with_norms_on_both_sides_sharded() -> None:
+    given = tensors()
+
+    def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
+        y = r + operator_norm(functional(x), w)
+        z = y + operator_norm(functional(operator_norm(y, w)), w)
+        return z, operator_norm(z, w)
+
+    first = behind_branch(given)
+    expected = behind_branch((first[1], first[0], given[2]))
+    found = collogue.compile(model, backend="eager", fullgraph=True, sharded=True)(*given)
+    assert same_bits(tree_leaves(found), expected)
+    assert collogue.compile.report().remarks == ["residual sharded in 2 calls, gathered whole 1 times"]
+
+
 @pytest.mark.usefixtures("comm")
 def test_shapes_may_be_symbolic() -> None:
     def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import SMALL, own, parallel_rank, small_model
+from models import own, parallel_rank, small_model
 from ranks import HIDDEN_SIZE, MAX_TOKENS, arguments, communicator
 from torch import nn
 
@@ -47,20 +47,22 @@ def test_a_parallel_model_says_the_same(kind: str) -> None:
     torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_every_boundary_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = small_model("qwen3"), list[str]()
+@pytest.mark.parametrize("kind", FORMS)
+def test_every_boundary_is_one_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the norms before and behind the residual, and with the shared experts."""
+    model, calls = small_model(kind), list[str]()
 
     def counted(name: str, call: Any) -> Any:
         return lambda *args, **kwargs: (calls.append(name), call(*args, **kwargs))[1]
 
     def rank(group: VirtualGroup) -> None:
         mine = collogue.parallelize(own(model), group, max_tokens=4)
-        for name in ("all_reduce", "finish"):
+        for name in ("all_reduce", "finish", "reduce_scatter", "all_gather"):
             monkeypatch.setattr(mine.comm, name, counted(name, getattr(mine.comm, name)))
         mine(torch.tensor([[1, 2, 3]]))
 
     run_virtual(1, rank)
-    assert calls == ["finish", *["all_reduce"] * (2 * SMALL["num_hidden_layers"])]
+    assert calls == ["finish"] * (kind != "olmo2") + ["all_reduce"] * (2 * len(model.model.layers))
 
 
 def test_what_cannot_be_parallelized() -> None:

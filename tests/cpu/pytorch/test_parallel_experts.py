@@ -60,24 +60,6 @@ def test_more_ranks_than_key_value_heads() -> None:
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_every_boundary_is_one_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shared experts are part of the same partial."""
-    model, calls = small_model(kind), list[str]()
-
-    def counted(name: str, call: Any) -> Any:
-        return lambda *args, **kwargs: (calls.append(name), call(*args, **kwargs))[1]
-
-    def rank(group: VirtualGroup) -> None:
-        mine = collogue.parallelize(own(model), group, max_tokens=8)
-        for name in ("all_reduce", "finish", "reduce_scatter", "all_gather"):
-            monkeypatch.setattr(mine.comm, name, counted(name, getattr(mine.comm, name)))
-        mine(TOKENS)
-
-    run_virtual(1, rank)
-    assert calls == ["finish", *["all_reduce"] * (2 * len(model.model.layers))]
-
-
-@pytest.mark.parametrize("kind", EXPERTS)
 def test_checkpoints(kind: str) -> None:
     model = small_model(kind, attention_bias=True)
     expected = model.state_dict()

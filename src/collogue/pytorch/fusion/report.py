@@ -10,26 +10,33 @@ class Fused:
     """One all-reduce that became ``collogue::all_reduce`` with what follows it.
 
     ``roundings``: intermediate roundings of the model that the fused call does not have (or has in another place), and one that it adds
-    where the graph quantises a norm that is left in float32.
+    where the graph quantises a norm that is left in float32. ``eps``: ``None`` where no norm follows. ``branch_eps`` and
+    ``branch_offset``: of a norm before the residual.
     """
 
     where: str
     comm: str
     shape: str
     residual: bool
-    eps: float
+    eps: float | None
     weight_offset: float
     quant: str
     keeps_norm: bool
     roundings: tuple[str, ...]
+    branch_eps: float | None = None
+    branch_offset: float = 0.0
 
     def __str__(self) -> str:
-        parts = ["all_reduce", *(["residual"] if self.residual else []), f"RMSNorm(eps={self.eps:g}"]
-        parts[-1] += f", weight_offset={self.weight_offset:g})" if self.weight_offset else ")"
+        norm, branch = _norm(self.eps, self.weight_offset), _norm(self.branch_eps, self.branch_offset)
+        parts = ["all_reduce", *branch, *(["residual"] if self.residual else []), *norm]
         if self.quant != "none":
             parts.append(self.quant + (" and the norm" if self.keeps_norm else ""))
         rounded = f"; roundings that differ: {', '.join(self.roundings)}" if self.roundings else ""
         return f"fused   {self.where} {self.shape} on {self.comm}: {' + '.join(parts)}{rounded}"
+
+
+def _norm(eps: float | None, offset: float) -> list[str]:
+    return [] if eps is None else [f"RMSNorm(eps={eps:g}" + (f", weight_offset={offset:g})" if offset else ")")]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The rewriting: all-reduce, residual, RMSNorm and quantisation of a graph become one ``collogue::all_reduce``."""
+"""The rewriting: all-reduce, norm of the branch, residual, RMSNorm and quantisation of a graph become one ``collogue::all_reduce``."""
 
 from __future__ import annotations
 
@@ -26,14 +26,18 @@ class NotFused(Exception):
 
 @dataclass(frozen=True)
 class Boundary:
-    """An all-reduce with everything that one call can do of what follows it."""
+    """An all-reduce with everything that one call can do of what follows it.
+
+    ``branch``: the norm before the residual. With one, ``norm`` may be missing.
+    """
 
     reduce: Node
     wait: Node
     comm: Communicator
     stream: Node
     residual: Node | None
-    norm: Norm
+    branch: Norm | None
+    norm: Norm | None
     quant: Quantised | None
 
 
@@ -61,15 +65,42 @@ def _find(reduce: Node, report: Report) -> Boundary:
     comm = _communicator(reduce)
     stream, residual = _stream(wait)
     why: list[str] = []
-    norm = find_norm(stream, why)
+    norm, branch = find_norm(stream, why), None
     if norm is None:
         raise NotFused(why[-1] if why else "no RMSNorm reads the sum")
+    added = _added(wait, norm) if residual is None else None
+    if added is not None:
+        (stream, residual), branch = added, norm
+        norm = find_norm(stream, why)
     why.clear()
-    quant = find_quant(norm, why)
-    if quant is None and not norm.results:
-        raise NotFused(why[-1] if why else "the norm is not rounded to the sum's dtype")
+    quant = find_quant(norm, why) if norm is not None else None
+    if norm is not None and quant is None and not norm.results:
+        if branch is None:
+            raise NotFused(why[-1] if why else "the norm is not rounded to the sum's dtype")
+        norm = None
     report.remarks += [f"{_where(reduce)}: quantisation not fused: {reason}" for reason in why if quant is None]
-    return Boundary(reduce, wait, comm, stream, residual, norm, quant)
+    return Boundary(reduce, wait, comm, stream, residual, branch, norm, quant)
+
+
+def _added(wait: Node, norm: Norm) -> tuple[Node, Node] | None:
+    """The addition of a residual to the norm of the sum, and the residual, where nothing else reads the sum or that norm."""
+    found = [reader for result in norm.results for reader in readers(result)]
+    if len(found) != 1 or not is_sum(found[0][0]):
+        return None
+    add, operand = found[0]
+    residual = other_operand(add, operand)
+    tensors = [value(each) for each in (wait, residual, operand, add)]
+    if not isinstance(residual, Node) or any(each is None or each.dtype != tensors[0].dtype for each in tensors):  # type: ignore[union-attr]
+        return None
+    behind, open_ends = {wait}, [wait]
+    while open_ends:
+        for user in open_ends.pop().users:
+            if user.op == "output" or user.is_impure():
+                return None
+            if user is not add and user not in behind:
+                behind.add(user)
+                open_ends.append(user)
+    return (add, residual) if residual not in behind and same_shape(tensors[1], tensors[2]) else None  # type: ignore[arg-type]
 
 
 def _communicator(reduce: Node) -> Communicator:
@@ -116,18 +147,20 @@ def _rewrite(graph: Graph, found: Boundary, report: Report) -> None:
     divisor = found.quant.divisor if found.quant is not None else None
     if isinstance(divisor, Node) and not place.can_have(divisor):
         reason = "the FP8 scale is computed from the sum, or too far from its place"
-        if not found.norm.results:
+        if found.norm is None or not found.norm.results:
             raise NotFused(f"{reason}, and the norm is not rounded to the sum's dtype")
         report.remarks.append(f"{_where(found.reduce)}: quantisation not fused: {reason}")
         found = replace(found, quant=None)
-    partial, quant, norm = found.reduce.args[0], found.quant, found.norm
+    partial, quant = found.reduce.args[0], found.quant
     rows = value(partial)
     assert rows is not None
     assert isinstance(partial, Node)
     shapes = found.residual if found.residual is not None else partial
-    if not place.can_have(norm.weight):
+    norms = [norm for norm in (found.norm, found.branch) if norm is not None]
+    if not all(place.can_have(norm.weight) for norm in norms):
         raise NotFused("the norm's weight is computed from the sum, or too far from its place")
-    weight = place.have(norm.weight)
+    for norm in norms:
+        place.have(norm.weight)
     divisor = quant.divisor if quant is not None else None
     if isinstance(divisor, Node):
         place.have(divisor)
@@ -140,18 +173,18 @@ def _rewrite(graph: Graph, found: Boundary, report: Report) -> None:
             torch.ops.collogue.all_reduce.default,
             call_operator(graph, aten.reshape.default, partial, [-1, width]),
             None if found.residual is None else call_operator(graph, aten.reshape.default, found.residual, [-1, width]),
-            call_operator(graph, aten.reshape.default, weight, [width]) if weight.meta["val"].ndim != 1 else weight,
-            norm.eps,
-            norm.weight_offset,
+            *_arguments(graph, found.norm),
             label,
             scale if isinstance(scale, Node) else None,
             scale if isinstance(scale, float) else 1.0,
             0.0 if quant is None else quant.smallest,
             quant is not None,
             found.comm.name,
+            *([] if found.branch is None else [*_NO_PROLOGUE, *_arguments(graph, found.branch)]),
         )
-        out = Output(*(None if i is None else item(graph, call, i) for i in _places(quant)))
-        replaced: list[tuple[Node | None, Any]] = [(found.stream, out.residual), *((result, out.norm) for result in norm.results)]
+        out = Output(*(None if i is None else item(graph, call, i) for i in _places(found.norm, quant)))
+        results = () if found.norm is None else found.norm.results
+        replaced: list[tuple[Node | None, Any]] = [(found.stream, out.residual), *((result, out.norm) for result in results)]
         if quant is not None:
             replaced += [(quant.codes, out.codes), (quant.scales, out.scales)]
         shaped = [(old, _shaped(graph, new, old, shapes)) for old, new in replaced if old is not None]
@@ -164,10 +197,24 @@ def _rewrite(graph: Graph, found: Boundary, report: Report) -> None:
     report.fused.append(replace(told, keeps_norm=bool(call.args[9])))
 
 
-def _places(quant: Quantised | None) -> tuple[int | None, ...]:
+#: The operator's arguments between ``comm`` and the branch norm: ``prefetch``, and no experts.
+_NO_PROLOGUE = (True, "none", None, None, None, 1.0)
+
+
+def _arguments(graph: Graph, norm: Norm | None) -> tuple[Node | None, float, float]:
+    """Weight, eps and offset."""
+    if norm is None:
+        return None, 0.0, 0.0
+    held = value(norm.weight)
+    assert held is not None
+    weight = norm.weight if held.ndim == 1 else call_operator(graph, aten.reshape.default, norm.weight, [held.numel()])
+    return weight, norm.eps, norm.weight_offset
+
+
+def _places(norm: Norm | None, quant: Quantised | None) -> tuple[int | None, ...]:
     """Where each output of :class:`collogue.Output` stands in the operator's list, asked for with ``keep_norm``."""
     if quant is None:
-        return None, 0, 1, None, None
+        return None, 0, None if norm is None else 1, None, None
     return None, 0, 1, 2, 3 if quant.scales is not None else None
 
 
@@ -238,21 +285,24 @@ def _drop_norm(call: Node) -> None:
 def _describe(found: Boundary, label: str) -> Fused:
     rows = value(found.reduce.args[0])
     assert rows is not None
-    roundings = [*found.norm.roundings, *(found.quant.roundings if found.quant is not None else ())]
-    if found.residual is not None and rows.dtype != torch.float32:
+    branch, norm, quant = found.branch, found.norm, found.quant
+    roundings = [rounding for each in (branch, norm, quant) if each is not None for rounding in each.roundings]
+    if found.residual is not None and branch is None and rows.dtype != torch.float32:
         roundings.insert(0, f"the sum to {short(rows.dtype)} before the residual")
-    if not found.norm.results:  # Inductor may take a conversion and the one back out of the graph
+    if norm is not None and not norm.results:  # Inductor may take a conversion and the one back out of the graph
         roundings.append(f"the norm to {short(rows.dtype)} before its quantisation (added)")
     return Fused(
         where=_where(found.reduce),
         comm=found.comm.name,
         shape=str([str(size) if not isinstance(size, int) else size for size in rows.shape]).replace("'", ""),
         residual=found.residual is not None,
-        eps=found.norm.eps,
-        weight_offset=found.norm.weight_offset,
+        eps=None if norm is None else norm.eps,
+        weight_offset=0.0 if norm is None else norm.weight_offset,
         quant=label,
         keeps_norm=False,
         roundings=tuple(roundings),
+        branch_eps=None if branch is None else branch.eps,
+        branch_offset=0.0 if branch is None else branch.weight_offset,
     )
 
 

@@ -16,6 +16,9 @@ from collogue.pytorch.fusion.build import call_operator, item
 from collogue.pytorch.fusion.graph import aten, root, value
 from collogue.pytorch.fusion.report import Report
 
+#: Where the communicator's name stands among the operator's arguments.
+_COMM = 10
+
 
 def shard_streams(graph: Graph, report: Report) -> None:
     """Rewrite every ``collogue::all_reduce`` of ``graph``. Numbers of tokens must be fixed: they say which rows a rank owns."""
@@ -23,12 +26,12 @@ def shard_streams(graph: Graph, report: Report) -> None:
     calls = [node for node in graph.nodes if node.target is torch.ops.collogue.all_reduce.default]
     for call in calls:
         rows = value(call.args[0])
-        comm = registry.find(str(call.args[-1]))
+        comm = registry.find(str(call.args[_COMM]))
         if rows is None or not isinstance(rows.shape[0], int) or not comm.fits(rows.shape[0], int(rows.shape[1])):
             report.remarks.append(f"{call}: residual not sharded: the number of tokens is not fixed, or beyond the communicator's")
             continue
         if call.args[2] is None and call.args[5] == "none":
-            continue  # nothing to finish: it stays a plain sum
+            continue  # no norm behind the residual: the stream stays whole
         _shard(graph, call, rows.shape[0], comm.owned_rows(rows.shape[0]), shards)
     graph.eliminate_dead_code()
     left = sum(node.target is torch.ops.collogue.all_gather.default for node in graph.nodes)
@@ -45,7 +48,7 @@ def _shard(graph: Graph, call: Node, tokens: int, owned: range, shards: dict[Nod
         sharded = call_operator(graph, torch.ops.collogue.sharded.default, partial, mine, *rest)
         own = item(graph, sharded, 0)
         gathered = call_operator(
-            graph, torch.ops.collogue.all_gather.default, None, own, None, None, None, tokens, "none", 0.0, call.args[-1]
+            graph, torch.ops.collogue.all_gather.default, None, own, None, None, None, tokens, "none", 0.0, call.args[_COMM]
         )
         whole = item(graph, gathered, 0)
     shards[whole] = own
