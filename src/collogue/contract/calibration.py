@@ -7,11 +7,14 @@ multiplied by (**multiplier**); its name does not tell which. :data:`CONVENTIONS
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from collogue.contract.number import is_scale
 from collogue.contract.quant import E2M1_MAX, E4M3_MAX, GLOBAL_SCALE_BITS
@@ -55,7 +58,8 @@ class Calibration:
     ``"collogue"``, the default, gives.
 
     >>> seen = collogue.Calibration()
-    >>> seen.observe("model.layers.0.mlp.gate_proj", x)  # for each batch of a calibration text
+    >>> with seen.observing(model):  # or seen.observe(name, x), for each batch of a calibration text
+    ...     model(tokens)
     >>> scale = seen.scales("fp8_static")["model.layers.0.mlp.gate_proj.scale"]
 
     Args:
@@ -68,6 +72,29 @@ class Calibration:
         """Take ``tensor`` (any shape and dtype) into account. NaN is ignored, as amax ignores it everywhere. Synchronizes: reads it."""
         largest = float(tensor.float().abs().nan_to_num(nan=0.0, posinf=torch.inf).amax()) if tensor.numel() else 0.0
         self.amax[name] = max(self.amax.get(name, 0.0), largest)
+
+    def merge(self, other: Calibration) -> None:
+        """Take into account what ``other`` has seen: of another part of the data, or on another rank."""
+        for name, amax in other.amax.items():
+            self.amax[name] = max(self.amax.get(name, 0.0), amax)
+
+    @contextmanager
+    def observing(self, model: nn.Module) -> Iterator[None]:
+        """Observe the input of every ``nn.Linear`` of ``model`` under the layer's name while the context lasts.
+
+        >>> with seen.observing(model):
+        ...     model(tokens)
+        """
+        hooks = [
+            module.register_forward_pre_hook(lambda _, given, name=name: self.observe(name, given[0]))
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def scales(self, format: str, convention: str = "collogue") -> dict[str, float]:
         """``name.SUFFIX`` -> scale of every tensor: the quotient of the class's formula in float64, rounded once to float32.

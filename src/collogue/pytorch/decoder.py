@@ -215,14 +215,13 @@ class _Source:
 
     @classmethod
     def of(cls, model: Any, base: Any, recipe: Recipe | None) -> _Source:
-        method = method_of(base.config)
-        if method is not None and recipe is not None:
-            raise ArgumentError(f"the model is quantized already ({method})", hint="leave quant= out")
-        return cls(method, recipe, "" if model is base else f"{model.base_model_prefix}.")
+        return cls(method_of(base.config), recipe, "" if model is base else f"{model.base_model_prefix}.")
 
     def quantized(self, linear: nn.Module, name: str) -> QuantizedLinear | None:
-        """The layer's weight and input format; ``None`` where it is not quantized."""
+        """The layer's weight and input format; ``None`` where it is not quantized: a checkpoint may have been dequantized on load."""
         if is_quantized(linear):
+            if self.recipe is not None:
+                raise ArgumentError(f"{name} is quantized already ({self.method})", hint="leave quant= out")
             return read(linear, name, self.method)
         if self.recipe is None:
             return None

@@ -62,6 +62,13 @@ def _static(data: Data) -> Iterator[Sequence[str]]:
         yield [row["format"], f"{row['factor']:g}", *_scores(data, row), f"{row['sqnr_mean_db']:.1f} dB", f"{100 * row['clipped']:.3f} %"]
 
 
+def _layers(data: Data) -> Iterator[Sequence[str]]:
+    yield ["`quant=`", *_SCORES]
+    for row in data["quantized_layers"]:
+        scores = [row["error"], *("" for _ in _SCORES[1:])] if "error" in row else _scores(data, row)
+        yield [row["quant"], *scores]
+
+
 def _resources(data: Data) -> Iterator[Sequence[str]]:
     yield ["architecture", "kernels", "registers, least", "median", "most", "with local memory"]
     for name in dict.fromkeys(row["choice"]["architecture"] for row in data["kernels"]):
@@ -97,6 +104,7 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "accuracy-orders": _orders,
     "accuracy-formats": _formats,
     "accuracy-static": _static,
+    "accuracy-layers": _layers,
     "accuracy-noise": _noise,
     "resources": _resources,
     "ablation-compiled": _compiled,

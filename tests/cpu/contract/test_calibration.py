@@ -126,3 +126,20 @@ def test_formats_refuse_what_turns_zeros_into_other_numbers(kind: Any, least: fl
                 n[0, 0] = small
                 decoded = reference.dequantize(*reference.quantize(n, quant), quant, hidden_size=16)
                 assert torch.equal(decoded[0, 1:], torch.zeros(15)), (right, small)
+
+
+def test_parts_are_merged() -> None:
+    first, second = Calibration({"a": 1.0, "b": 2.0}), Calibration({"b": 3.0, "c": 0.5})
+    first.merge(second)
+    assert first.amax == {"a": 1.0, "b": 3.0, "c": 0.5}
+
+
+def test_the_inputs_of_linear_layers_are_observed_while_asked_for() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    seen = Calibration()
+    with torch.no_grad(), seen.observing(model):
+        model(torch.tensor([[1.0, -5.0, 2.0, 0.0]]))
+    with torch.no_grad():
+        model(torch.full((1, 4), 100.0))
+    assert seen.amax["0"] == 5.0
+    assert set(seen.amax) == {"0", "2"}

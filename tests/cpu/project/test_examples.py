@@ -19,6 +19,7 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "examples").glob("*.py"
 #: What rank 0 prints, in part.
 PRINTED = {
     "cuda_graph_decode": "5 steps, 1.0",
+    "fp8_generate": "activations quantized to fp8_per_token",
     "hugging_face": "rank 0: [1, 2, 3, ",
     "sharded_residual": "kept 5 of 10 rows",
     "tensor_parallel_mlp": "codes torch.float8_e4m3fn, scales [8, 1]",
@@ -36,7 +37,7 @@ def example_rank(group: dist.ProcessGroup, tell: Any, files: list[Path]) -> dict
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         with redirect_stdout(io.StringIO()) as text:
-            module.main(*([_tiny_model()] if file.stem == "hugging_face" else []))
+            module.main(*([_tiny_model()] if file.stem in ("hugging_face", "fp8_generate") else []))
         printed[file.stem] = text.getvalue()
     return printed
 

@@ -228,6 +228,15 @@ def test_bad_arguments() -> None:
         run_virtual(1, lambda group: collogue.parallelize(compressed("FP8_DYNAMIC"), group, quant="fp8_per_token"))
 
 
+def test_a_checkpoint_that_was_dequantized_on_load() -> None:
+    """Its configuration still names the method."""
+    model = small_model("llama", **SIZES)
+    plain = logits(model, 1)
+    model.config.quantization_config = {"quant_method": "gguf"}
+    assert torch.equal(logits(model, 1), plain)
+    assert error(logits(model, 1, quant="fp8_per_token"), plain) > 0
+
+
 @pytest.mark.parametrize(("name", "kind"), [("fp8_block", ShapeError), ("mxfp8", (ShapeError, FormatError))])
 def test_parts_that_end_inside_a_block(name: str, kind: Any) -> None:
     """96 features among 2 ranks are 48: neither a block of 128 nor one of 32."""

@@ -11,14 +11,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import collogue
 from collogue import FP8Static, reference
 from collogue.communicator import Communicator
 from collogue.contract.quant import NVFP4, FP8PerToken
 from collogue.contract.spec import RMSNorm
 from collogue.errors import FormatError
+from collogue.pytorch.recipes import RECIPES
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
-from collogue.tools.accuracy import calibrate, main
+from collogue.tools.accuracy import calibrate, layers, main
 from collogue.tools.accuracy.measure import clipped, forward, losses, score, sqnr
 from collogue.tools.accuracy.models import Model, random_model, random_shape
 from collogue.tools.accuracy.orders import ORDERS, OrderedSum, contract
@@ -160,6 +162,10 @@ def test_a_run_holds_what_is_promised(result: dict[str, Any]) -> None:
         (f, c) for f in ("fp8_static", "nvfp4", "fp8_per_token") for c in (0, 1)
     }
     assert [r["factor"] for r in result["static_scales"]] == list(main.FACTORS)
+    measured = {r["quant"]: r for r in result["quantized_layers"]}
+    assert list(measured) == ["none", *RECIPES]
+    assert measured["none"]["logit_rms"] == pytest.approx(result["formats"][0]["logit_rms"], rel=1.0)
+    assert measured["none"]["logit_rms"] < measured["fp8_per_token"]["logit_rms"] < measured["nvfp4"]["logit_rms"]
 
 
 def test_a_static_scale_that_is_too_small_saturates(result: dict[str, Any]) -> None:
@@ -172,7 +178,8 @@ def test_the_text_shows_every_row(result: dict[str, Any]) -> None:
     text = main.text(result)
     for row in (*result["orders"], *result["formats"], *result["static_scales"]):
         assert f"{row['perplexity']:.4f}" in text
-    assert text.count("\nfp8_static ") == 1 + len(main.FACTORS)
+    assert text.count("\nfp8_static ") == 2 + len(main.FACTORS)
+    assert "\nfp8_block: layers.0.self_attn.q_proj: FP8Group has blocks of 128" in text
     assert "SQNR (dB)" in text
 
 
@@ -192,11 +199,26 @@ def test_every_reader_of_a_norm_gets_its_scale(model: Model) -> None:
         *(f"model.layers.0.self_attn.{name}_proj" for name in "qkv"),
         "model.layers.0.mlp.gate_proj",
         "model.layers.0.mlp.up_proj",
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.down_proj",
     }
     norms = forward(model, model.calibration, world_size=1, dtype=BF16, order=contract, keep_norms=True).norms
     assert found.amax["model.layers.0.self_attn.q_proj"] == float(norms[0].abs().max())
     assert found.amax["model.layers.0.mlp.up_proj"] == float(norms[1].abs().max())
     assert calibrate.readers(model.shape, 2) == ("lm_head",)
+    # Ranks see parts of what row-parallel layers read: the amax is that of the whole but for roundings.
+    assert calibrate.calibrate(model, world_size=3).amax == pytest.approx(found.amax, rel=0.05)
+
+
+def test_the_model_in_transformers_is_the_same(model: Model) -> None:
+    """Its inputs have the amax that the sharded pass sees, but for roundings to bfloat16 in other places."""
+    seen = collogue.Calibration()
+    plain = layers.as_transformers(model, BF16)
+    with seen.observing(plain), torch.no_grad():
+        plain(model.calibration[None])
+    expected = calibrate.calibrate(model).amax
+    assert {name: seen.amax[name] for name in expected} == pytest.approx(expected, rel=0.05)
+    assert not any(module._forward_pre_hooks for module in plain.modules())
 
 
 # ---- commands
@@ -225,13 +247,13 @@ def test_calibrate_as_a_command(small: None, tmp_path: Path, suffix: str) -> Non
     target = tmp_path / f"scales{suffix}"
     result = call("calibrate", str(target), "--convention", "modelopt")
     assert result.exit_code == OK, result.stderr
-    assert "5 scales (input_scale, a divisor)" in result.stdout
+    assert "7 scales (input_scale, a divisor)" in result.stdout
     if suffix == ".json":
         data = json.loads(target.read_text())
         assert (data["direction"], data["divisor"], data["convention"]) == ("divisor", "amax / 2688", "modelopt")
         assert data["scales"].keys() == {f"{name}.input_scale" for name in calibrate.readers(random_shape(1, 96), 0)} | {
             f"{name}.input_scale" for name in calibrate.readers(random_shape(1, 96), 1)
-        }
+        } | {f"model.layers.0.{name}_proj.input_scale" for name in ("self_attn.o", "mlp.down")}
     else:
         from safetensors import safe_open
 

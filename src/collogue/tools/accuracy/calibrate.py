@@ -23,7 +23,7 @@ def readers(shape: ModelShape, call: int) -> tuple[str, ...]:
 def calibrate(model: Model, *, world_size: int = 1, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Calibration:
     """Run ``model`` over its calibration tokens, unquantized. The vocabulary projection's input is left out: it stays unquantized."""
     found = Calibration()
-    seen = forward(model, model.calibration, world_size=world_size, dtype=dtype, order=contract, keep_norms=True, device=device)
+    seen = forward(model, model.calibration, world_size=world_size, dtype=dtype, order=contract, keep_norms=True, rows=found, device=device)
     for call, norm in enumerate(seen.norms[:-1]):
         for name in readers(model.shape, call):
             found.observe(name, norm)

@@ -12,6 +12,8 @@ import torch
 
 from collogue.contract.quant import Quant, parse
 from collogue.errors import FormatError
+from collogue.pytorch.recipes import RECIPES
+from collogue.tools.accuracy import layers as quantized_layers
 from collogue.tools.accuracy.measure import Score, clipped, forward, score, sqnr
 from collogue.tools.accuracy.models import Model
 from collogue.tools.accuracy.orders import ORDERS, contract
@@ -29,7 +31,8 @@ METHOD = (
     "decoded, rounded to the dtype and read by the next projections; the last fused call, before the vocabulary projection, stays "
     "unquantised. logit_rms and logit_max are of differences less their row's mean; agreement is the share of positions with the same "
     "largest logit. sqnr_db: 10 log10(sum n^2 / sum (n - decoded)^2) of each fused call's norm in the unquantised pass. Static scales "
-    "come from other text."
+    "come from other text. quantized_layers: the transformers model through collogue.parallelize(quant=..) on one rank: weights and "
+    "inputs of all linear layers inside decoder layers are quantized, and multiplied by the device's product or decoded."
 )
 
 
@@ -37,7 +40,7 @@ def passes(formats: Sequence[str], static: Sequence[str]) -> int:
     """How many forward passes :func:`run` makes: what a progress bar counts to."""
     under_orders = ["none", *_four_bit(formats)]
     others = [name for name in formats if name not in under_orders]
-    return 4 + len(ORDERS) * len(under_orders) + len(others) + sum(len(FACTORS) - (name in formats) for name in static)
+    return 5 + len(RECIPES) + len(ORDERS) * len(under_orders) + len(others) + sum(len(FACTORS) - (name in formats) for name in static)
 
 
 def run(
@@ -58,7 +61,7 @@ def run(
         static: formats with a static scale whose choice is swept over :data:`FACTORS`.
         started: hears the name of each pass.
     Returns:
-        ``orders``, ``formats``, ``layers`` and ``static_scales``: lists of rows; ``seconds``.
+        ``orders``, ``formats``, ``layers``, ``static_scales`` and ``quantized_layers``: lists of rows; ``seconds``.
     """
     for name in {*formats, *static}:
         parse(name)
@@ -126,6 +129,7 @@ def run(
         "formats": by_format,
         "layers": layers,
         "static_scales": static_scales,
+        "quantized_layers": quantized_layers.run(model, expected, dtype=dtype, started=started),
         "seconds": time.perf_counter() - start,
     }
 
@@ -196,6 +200,11 @@ def text(data: Row) -> str:
             errors = [_decibel(row["sqnr_mean_db"]), _decibel(row["sqnr_worst_db"]), f"{100 * row['clipped']:.3f} %"]
             table.append([row["format"], f"{row['factor']:g}", *numbers(row), *errors])
         lines += ["", *aligned(table)]
+    if not data["quantized_layers"]:
+        return "\n".join([*lines, "", "parallelize(quant=): not measured, transformers is not installed"]) + "\n"
+    rows = [[row["quant"], *(numbers(row) if "error" not in row else [row["error"]])] for row in data["quantized_layers"]]
+    lines += ["", *aligned([["parallelize(quant=)", *head], *(row for row in rows if len(row) > 2)])]
+    lines += [f"{row[0]}: {row[1]}" for row in rows if len(row) == 2]
     return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from collogue.contract.calibration import Calibration
 from collogue.contract.quant import Quant
 from collogue.contract.reference import dequantize, quantize
 from collogue.testing import VirtualGroup, run_virtual
@@ -49,13 +50,20 @@ def forward(
     order: Order,
     quants: Sequence[Quant | None] | None = None,
     keep_norms: bool = False,
+    rows: Calibration | None = None,
     device: str = "cpu",
 ) -> Pass:
-    """Run ``model`` on ``tokens`` [T] over virtual ranks. Matrix products are worked out in float32 and rounded to ``dtype``."""
+    """Run ``model`` on ``tokens`` [T] over virtual ranks. Matrix products are computed in float32 and rounded to ``dtype``.
+
+    ``rows`` observes the inputs of row-parallel layers.
+    """
     norms: list[torch.Tensor] = []
+    parts = [Calibration() for _ in range(world_size)]
 
     def rank(group: VirtualGroup) -> torch.Tensor:
         llama = ShardedLlama(model.shape, model.weights, OrderedSum(group, dtype, order), gemm_dtype=torch.float32)
+        if rows is not None:
+            llama.observe_rows = parts[group.rank].observe
 
         def keep(call: int, normed: torch.Tensor) -> None:
             norms.append(normed.cpu())
@@ -64,8 +72,11 @@ def forward(
         observe = keep if keep_norms and group.rank == 0 else None
         return llama.forward(tokens.to(group.device), Cache(llama, len(tokens)), formats, observe).float().cpu()
 
-    parts = run_virtual(world_size, rank, device=device, timeout=600.0)
-    return Pass(torch.cat(parts, dim=1), norms)
+    logits = run_virtual(world_size, rank, device=device, timeout=600.0)
+    if rows is not None:
+        for part in parts:
+            rows.merge(part)
+    return Pass(torch.cat(logits, dim=1), norms)
 
 
 def losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

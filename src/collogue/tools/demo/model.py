@@ -22,6 +22,8 @@ from collogue.tools.demo.weights import ModelShape, Weights, columns, rows
 
 #: Sees the index of a fused call and the norm that came out of it.
 Observer = Callable[[int, torch.Tensor], None]
+#: Gets the name of every row-parallel layer and this rank's part of its input.
+RowObserver = Callable[[str, torch.Tensor], None]
 
 
 class Sum(Protocol):
@@ -107,6 +109,7 @@ class ShardedLlama:
         self.norms = [RMSNorm(weights[name].to(comm.device, comm.dtype), shape.eps) for name in [*norms, "model.norm.weight"]]
         self.vocab_start = comm.rank * self.embedding.shape[0]
         steps = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=comm.device)
+        self.observe_rows: RowObserver = lambda name, part: None
         self.frequencies = 1.0 / (shape.rope_theta ** (steps / shape.head_dim))  # [D / 2]
 
     @torch.inference_mode()
@@ -120,7 +123,9 @@ class ShardedLlama:
         for i, layer in enumerate(self.layers):
             partial = self._attention(i, layer, normed, turn, cache)
             normed, stream = self._finish(2 * i + 1, partial, stream, quants, observe)
-            partial = _linear(F.silu(_linear(normed, layer.gate)) * _linear(normed, layer.up), layer.down)
+            gated = F.silu(_linear(normed, layer.gate)) * _linear(normed, layer.up)
+            self.observe_rows(f"model.layers.{i}.mlp.down_proj", gated)
+            partial = _linear(gated, layer.down)
             normed, stream = self._finish(2 * i + 2, partial, stream, quants, observe)
         cache.length += tokens.shape[0]
         return F.linear(normed.to(self.head.dtype), self.head)
@@ -166,7 +171,9 @@ class ShardedLlama:
         seen = torch.ones(tokens, key.shape[1], dtype=torch.bool, device=normed.device).tril(key.shape[1] - tokens)
         query, key, value = (x[None].to(layer.query.dtype) for x in (query, key, value))
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)[0].to(self.comm.dtype)  # [heads, T, D]
-        return _linear(mixed.transpose(0, 1).reshape(tokens, -1), layer.output)
+        mixed = mixed.transpose(0, 1).reshape(tokens, -1)
+        self.observe_rows(f"model.layers.{i}.self_attn.o_proj", mixed)
+        return _linear(mixed, layer.output)
 
     def _rotation(self, start: int, tokens: int) -> torch.Tensor:
         """Cosine and sine of the rotary embedding for positions from ``start``: ``[2, T, D]``."""
