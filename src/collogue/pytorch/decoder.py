@@ -217,6 +217,8 @@ def _tensors(base: nn.Module, name: str, cuts: dict[str, tuple[int, Counted] | N
     problem = next((f"{each} {problem}" for each, tensor in held.items() if (problem := odd_parameter(tensor))), "")
     if set(held) != set(cuts):
         problem = f"parameters {', '.join(held) or 'none'}, not {', '.join(cuts)}"
+    elif not str(getattr(module, "_apply_gate", nn.Module.forward).__module__).startswith(("transformers.", "torch.")):
+        problem = "a gate of its own"
     elif getattr(module, "_is_expert_parallel", False) or getattr(module, "has_post_expert_norm", False):
         problem = "experts that are parallel already, or a norm behind each"
     elif implementation not in _IMPLEMENTATIONS:
