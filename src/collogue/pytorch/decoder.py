@@ -12,7 +12,7 @@ from collogue.contract import reference
 from collogue.contract.spec import RMSNorm
 from collogue.errors import ArgumentError, ShapeError
 from collogue.pytorch.cut import Cut, OnFirst, Section
-from collogue.pytorch.forms import FORMS, Block, Counted, Form
+from collogue.pytorch.forms import FORMS, Block, Counted, Cuts, Form
 from collogue.pytorch.nn import check_linear, odd_parameter, own_ways
 
 
@@ -210,7 +210,7 @@ def _submodule(base: nn.Module, name: str) -> nn.Module:
 _IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "deepgemm", "sonicmoe", None)
 
 
-def _tensors(base: nn.Module, name: str, cuts: dict[str, tuple[int, Counted] | None], ranks: _Ranks) -> TensorPlan:
+def _tensors(base: nn.Module, name: str, cuts: Cuts, ranks: _Ranks) -> TensorPlan:
     module: Any = _submodule(base, name)
     held = dict(module.named_parameters(recurse=False))
     implementation = getattr(module.config, "_experts_implementation", None)
