@@ -227,9 +227,7 @@ def _tensors(base: nn.Module, name: str, cuts: Cuts, ranks: _Ranks) -> TensorPla
         raise ArgumentError(
             f"{name} has {problem}", hint='load the model as transformers made it, unquantized, with experts_implementation="grouped_mm"'
         )
-    planned = {
-        each: OnFirst() if how is None else ranks.cut(held[each].shape[how[0]], *how, f"{name}.{each}") for each, how in cuts.items()
-    }
+    planned = {each: ranks.of(held[each], how, f"{name}.{each}") for each, how in cuts.items()}
     if implementation == "grouped_mm" and "down_proj" in planned:
         _check_grouped(held["down_proj"], planned["down_proj"], name, ranks.size)
     return TensorPlan(name, module, planned)

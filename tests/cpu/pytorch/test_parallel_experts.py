@@ -15,6 +15,7 @@ from torch import nn
 
 import collogue
 from collogue.errors import ShapeError
+from collogue.pytorch import parallel
 from collogue.testing import VirtualGroup, run_virtual
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -228,3 +229,27 @@ def test_experts_that_are_not_there() -> None:
     model = small_model("mixtral")
     model.model.layers[1].mlp = small_model("llama").model.layers[1].mlp
     check_refused(model, r"layers\.1\.mlp is a .*LlamaMLP with a forward that is not transformers'")
+
+
+@pytest.mark.parametrize("step", ["FusedRMSNorm", "Boundaries", "Untouched", "ColumnParallelLinear"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen2_moe"])
+def test_an_error_while_the_model_is_cut(kind: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experts and the attention that were replaced are back."""
+    model = small_model(kind)
+    expected = model(TOKENS).logits
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(parallel, step, failing)
+
+    def rank(group: VirtualGroup) -> None:
+        mine = own(model)
+        before = dict(mine.named_modules())
+        with pytest.raises(MemoryError):
+            collogue.parallelize(mine, group, max_tokens=8)
+        assert torch.equal(mine(TOKENS).logits, expected)
+        assert all(before[name] is module for name, module in mine.named_modules())
+        assert mine.state_dict().keys() == model.state_dict().keys()
+
+    run_virtual(2, rank)
