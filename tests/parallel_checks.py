@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,16 @@ from collogue.errors import ArgumentError, CollogueError
 from collogue.testing import VirtualGroup, run_virtual
 
 TOKENS = torch.tensor([[1, 5, 9, 100], [3, 3, 7, 2]])
+
+PEFT_FOLDER = next((f for f in sys.path if (Path(f) / "peft").is_dir()), None)
+peft: Any = None if PEFT_FOLDER is None else importlib.import_module("peft")
+with_peft = pytest.mark.skipif(PEFT_FOLDER is None, reason="peft is not installed")
+
+
+def with_lora(model: Any, **options: Any) -> Any:
+    torch.manual_seed(1)
+    config = peft.LoraConfig(**{"target_modules": "all-linear", "r": 4, "init_lora_weights": False, **options})
+    return peft.get_peft_model(model, config).eval()
 
 
 def parallel_logits(model: Any, world_size: int = 2, **options: Any) -> torch.Tensor:

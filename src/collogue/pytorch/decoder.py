@@ -14,7 +14,7 @@ from collogue.contract.spec import RMSNorm
 from collogue.errors import ArgumentError, ShapeError
 from collogue.pytorch.checkpoints import QuantizedLinear, is_quantized, method_of, read, shared_input
 from collogue.pytorch.cut import Cut, OnFirst, Section
-from collogue.pytorch.forms import FORMS, Block, Counted, Form
+from collogue.pytorch.forms import FORMS, Block, Counted, Cuts, Form
 from collogue.pytorch.nn import check_linear, odd_parameter, own_ways
 from collogue.pytorch.recipes import Recipe
 
@@ -274,13 +274,15 @@ def _submodule(base: nn.Module, name: str) -> nn.Module:
 _IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "deepgemm", "sonicmoe", None)
 
 
-def _tensors(base: nn.Module, name: str, cuts: dict[str, tuple[int, Counted] | None], ranks: _Ranks) -> TensorPlan:
+def _tensors(base: nn.Module, name: str, cuts: Cuts, ranks: _Ranks) -> TensorPlan:
     module: Any = _submodule(base, name)
     held = dict(module.named_parameters(recurse=False))
     implementation = getattr(module.config, "_experts_implementation", None)
     problem = next((f"{each} {problem}" for each, tensor in held.items() if (problem := odd_parameter(tensor))), "")
     if set(held) != set(cuts):
         problem = f"parameters {', '.join(held) or 'none'}, not {', '.join(cuts)}"
+    elif not str(getattr(module, "_apply_gate", nn.Module.forward).__module__).startswith(("transformers.", "torch.")):
+        problem = "a gate of its own"
     elif getattr(module, "_is_expert_parallel", False) or getattr(module, "has_post_expert_norm", False):
         problem = "experts that are parallel already, or a norm behind each"
     elif implementation not in _IMPLEMENTATIONS:
@@ -289,9 +291,7 @@ def _tensors(base: nn.Module, name: str, cuts: dict[str, tuple[int, Counted] | N
         raise ArgumentError(
             f"{name} has {problem}", hint='load the model as transformers made it, unquantized, with experts_implementation="grouped_mm"'
         )
-    planned = {
-        each: OnFirst() if how is None else ranks.cut(held[each].shape[how[0]], *how, f"{name}.{each}") for each, how in cuts.items()
-    }
+    planned = {each: ranks.of(held[each], how, f"{name}.{each}") for each, how in cuts.items()}
     if implementation == "grouped_mm" and "down_proj" in planned:
         _check_grouped(held["down_proj"], planned["down_proj"], name, ranks.size)
     return TensorPlan(name, module, planned)

@@ -10,27 +10,30 @@ from torch import nn
 #: What the dimension of a cut counts, a word for each section: "heads", "key-value heads", "features", or "pairs" of features that
 #: stay together.
 Counted = tuple[str, ...]
+#: How the parameters of a module are cut: each with the dimension; ``None``: a bias that only rank 0 adds.
+Cuts = dict[str, tuple[int, Counted] | None]
 
 
 @dataclass(frozen=True)
 class Block:
     """Attention or an MLP: the names of its parts in a decoder layer.
 
-    ``columns`` and ``rows``: its linear layers. ``tensors``: modules that hold parameters themselves, and of each all of them with the
-    dimension of the cut; ``None``: a bias that only rank 0 adds. ``sums``: the module that adds several partials. ``alone``: whether
-    the columns are all that reads the block's input, which may then be quantized for them.
+    ``columns`` and ``rows``: its linear layers. ``tensors``: modules that hold parameters themselves, and each one's. ``sums``: the
+    module that adds several partials. ``alone``: whether the columns are all that reads the block's input, which may then be quantized
+    for them.
     """
 
     columns: dict[str, Counted]
     rows: dict[str, Counted]
-    tensors: dict[str, dict[str, tuple[int, Counted] | None]] = field(default_factory=dict)
+    tensors: dict[str, Cuts] = field(default_factory=dict)
     sums: str | None = None
     alone: bool = True
 
     @property
     def modules(self) -> set[str]:
         """What must run transformers' own code: the modules that hold the parts."""
-        return {name.rpartition(".")[0] for name in self.columns | self.rows} | set(self.tensors) | {self.sums} - {None}  # type: ignore[operator]
+        parents = {name.rpartition(".")[0] for name in self.columns | self.rows}
+        return parents | set(self.tensors) | ({self.sums} if self.sums else set())
 
     def matches(self, layer: nn.Module) -> bool:
         """Whether the layer has all parts."""
@@ -101,13 +104,13 @@ _FUSED_MLP = (Block({"mlp.gate_up_proj": ("features", "features")}, {"mlp.down_p
 
 def _experts(shared: str | None = None) -> Block:
     """Experts, each with its features cut, and maybe a shared one, whose partial the MLP adds to theirs."""
-    with_shared = _gated(f"mlp.{shared}") if shared else Block({}, {})
-    tensors = {"mlp.experts": {"gate_up_proj": (1, ("features", "features")), "down_proj": (2, ("features",))}}
-    return Block(with_shared.columns, with_shared.rows, tensors, sums="mlp", alone=False)  # type: ignore[arg-type]
+    linear = _gated(f"mlp.{shared}") if shared else Block({}, {})
+    return Block(linear.columns, linear.rows, {"mlp.experts": _EXPERTS}, sums="mlp", alone=False)
 
 
+_EXPERTS: Cuts = {"gate_up_proj": (1, ("features", "features")), "down_proj": (2, ("features",))}
 #: gpt-oss's: gate and up features take turns, weights are transposed, and there are biases.
-_EXPERTS_IN_PAIRS: dict[str, tuple[int, Counted] | None] = {
+_EXPERTS_IN_PAIRS: Cuts = {
     "gate_up_proj": (2, ("pairs",)),
     "gate_up_proj_bias": (1, ("pairs",)),
     "down_proj": (1, ("features",)),

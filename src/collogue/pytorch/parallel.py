@@ -41,12 +41,14 @@ def parallelize(
 ) -> Any:
     """Cut a transformers decoder among the ranks of ``group``, and end attention and MLP of every layer in one fused call each.
 
-    ``y = sum of partials + residual; n = norm(y)``, where ``norm`` is the layer's next one, that of the next layer, or the last.
+    ``y = sum of partials + residual; n = norm(y)``, where ``norm`` is the layer's next one, that of the next layer, or the last; where
+    a model norms its branches, ``y = branch_norm(sum of partials) + residual``.
 
     Args:
         model: ``AutoModelForCausalLM`` of type Llama, Mistral, Qwen2, Qwen3, SmolLM (Llama), SmolLM3, Granite, Phi-3, Gemma, Gemma 2,
-            Gemma 3 (text), GLM-4 or OLMo 2, its base model, or either with peft's LoRA; the same weights on every rank.
-            Changed in place, for inference: no gradients.
+            Gemma 3 (text), GLM-4, OLMo 2, Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2, DeepSeek-V3 or gpt-oss, its base model, or
+            either with peft's LoRA; the same weights on every rank. Changed in place, for inference: no gradients. Every rank has a
+            part of every expert, and the whole router.
         group: the tensor-parallel process group. It divides the heads; key-value heads it divides, or is a multiple of (then
             neighboring ranks hold the same ones).
         max_tokens: most tokens (batch times sequence) of one forward pass.

@@ -11,6 +11,7 @@ import torch._functorch.config
 import torch._inductor.config
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
+from models import small_model
 from torch.utils._pytree import tree_leaves
 
 import collogue
@@ -326,6 +327,23 @@ def test_what_is_no_norm_before_a_residual(model: Callable[..., Any]) -> None:
     for a, b in zip(compiled(model, *given), tree_leaves(model(*given)), strict=True):
         torch.testing.assert_close(a, b)
     assert only_fused().branch_eps is None
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.usefixtures("comm")
+@pytest.mark.parametrize("kind", ["gemma2", "glm4", "olmo2", "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
+def test_models_that_end_in_plain_all_reduces(kind: str, group: Any) -> None:
+    """``parallelize(fuse=False)`` and the pass: one call for each boundary, with the norm of the branch where there is one."""
+    model, tokens = small_model(kind), torch.tensor([[1, 5, 9, 100], [3, 3, 7, 2]])
+    expected = model(tokens, use_cache=False).logits
+    plain = collogue.parallelize(model, group, max_tokens=8, fuse=False)
+    (found,) = compiled(lambda tokens: plain(tokens, use_cache=False).logits, tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    report = collogue.compile.report()
+    assert (len(report.fused), report.missed) == (2 * len(model.model.layers), []), str(report)
+    assert all((fused.branch_eps is not None) == (kind in ("gemma2", "glm4", "olmo2")) for fused in report.fused)
+    assert [fused.eps is None for fused in report.fused[:-1]] == [kind == "olmo2"] * (len(report.fused) - 1)
+    assert report.fused[-1].eps is not None
 
 
 @pytest.mark.usefixtures("comm")

@@ -10,12 +10,15 @@ import pytest
 import torch
 import transformers
 from models import EXPERTS, own, small_model
-from parallel_checks import TOKENS, check_refused, check_right, replace
+from parallel_checks import TOKENS, check_refused, check_right, parallel_logits, replace, with_lora, with_peft
 from torch import nn
 
 import collogue
 from collogue.errors import ShapeError
+from collogue.pytorch import parallel
 from collogue.testing import VirtualGroup, run_virtual
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 #: Three ranks, with heads and key-value heads that divide.
 THREE = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
@@ -109,6 +112,24 @@ def test_router_logits_are_whole() -> None:
     run_virtual(2, rank)
 
 
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_bfloat16(kind: str) -> None:
+    """As far from the float32 model as the unsharded one is, or less than half as far again."""
+    exact, model = small_model(kind)(TOKENS).logits, small_model(kind).to(torch.bfloat16)
+    far = (model(TOKENS).logits.float() - exact).abs().max()
+    assert (parallel_logits(model).float() - exact).abs().max() <= 1.5 * far
+
+
+@with_peft
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_lora(kind: str) -> None:
+    """Of attention, with DeepSeek's whole latents; adapters of experts are rejected."""
+    names = ["q_proj", "v_proj", "o_proj", "q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
+    check_right(with_lora(small_model(kind), target_modules=names))
+    model = with_lora(small_model(kind), target_modules=names, target_parameters=["mlp.experts.down_proj"])
+    check_refused(model, r"mlp\.experts is a peft\.\S+ParamWrapper with a forward that is not transformers'")
+
+
 # Errors
 
 
@@ -171,7 +192,19 @@ def _set(name: str) -> Callable[[Any], nn.Module]:
     return change
 
 
+class OwnGate(transformers.models.mixtral.modeling_mixtral.MixtralExperts):
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gate.softmax(-1) * up
+
+
+def _own_gate(experts: Any) -> nn.Module:
+    experts.__class__ = OwnGate
+    return experts
+
+
 ODD = {
+    "own gate": (_own_gate, "has a gate of its own"),
     "own class": (_own_class, r"OwnExperts with a forward that is not transformers'"),
     "other parameters": (_other_parameters, "has parameters gate_up_proj, down_proj, scale, not gate_up_proj, down_proj"),
     "of another type": (_integers, "has down_proj of another type than Tensor"),
@@ -196,3 +229,27 @@ def test_experts_that_are_not_there() -> None:
     model = small_model("mixtral")
     model.model.layers[1].mlp = small_model("llama").model.layers[1].mlp
     check_refused(model, r"layers\.1\.mlp is a .*LlamaMLP with a forward that is not transformers'")
+
+
+@pytest.mark.parametrize("step", ["FusedRMSNorm", "Boundaries", "Untouched", "ColumnParallelLinear"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen2_moe"])
+def test_an_error_while_the_model_is_cut(kind: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experts and the attention that were replaced are back."""
+    model = small_model(kind)
+    expected = model(TOKENS).logits
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(parallel, step, failing)
+
+    def rank(group: VirtualGroup) -> None:
+        mine = own(model)
+        before = dict(mine.named_modules())
+        with pytest.raises(MemoryError):
+            collogue.parallelize(mine, group, max_tokens=8)
+        assert torch.equal(mine(TOKENS).logits, expected)
+        assert all(before[name] is module for name, module in mine.named_modules())
+        assert mine.state_dict().keys() == model.state_dict().keys()
+
+    run_virtual(2, rank)

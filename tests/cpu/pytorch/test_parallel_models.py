@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from models import own, small_model, state_rank
-from parallel_checks import TOKENS, check_refused, check_right, parallel_logits, replace
+from parallel_checks import PEFT_FOLDER, TOKENS, check_refused, check_right, parallel_logits, peft, replace, with_lora, with_peft
 from torch import nn
 
 import collogue
@@ -28,10 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
 ]
-
-if PEFT_FOLDER := next((f for f in sys.path if (Path(f) / "peft").is_dir()), None):
-    peft: Any = importlib.import_module("peft")
-with_peft = pytest.mark.skipif(PEFT_FOLDER is None, reason="peft is not installed")
 
 
 # What is not a plain linear layer
@@ -515,12 +508,6 @@ def test_in_processes(told: list[dict[str, Any]], what: str) -> None:
 
 
 # LoRA
-
-
-def with_lora(model: Any, **options: Any) -> Any:
-    torch.manual_seed(1)
-    config = peft.LoraConfig(**{"target_modules": "all-linear", "r": 4, "init_lora_weights": False, **options})
-    return peft.get_peft_model(model, config).eval()
 
 
 @with_peft
