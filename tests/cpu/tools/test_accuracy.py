@@ -20,7 +20,7 @@ from collogue.errors import FormatError
 from collogue.pytorch.recipes import RECIPES
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
-from collogue.tools.accuracy import calibrate, layers, main
+from collogue.tools.accuracy import calibrate, main
 from collogue.tools.accuracy.measure import clipped, forward, losses, score, sqnr
 from collogue.tools.accuracy.models import Model, random_model, random_shape
 from collogue.tools.accuracy.orders import ORDERS, OrderedSum, contract
@@ -28,6 +28,7 @@ from collogue.tools.cli import app
 from collogue.tools.commands import accuracy as command
 from collogue.tools.commands.options import IMPOSSIBLE, OK, USAGE
 from collogue.tools.demo.model import Cache, ShardedLlama
+from collogue.tools.demo.weights import as_transformers
 
 BF16 = torch.bfloat16
 
@@ -213,7 +214,7 @@ def test_every_reader_of_a_norm_gets_its_scale(model: Model) -> None:
 def test_the_model_in_transformers_is_the_same(model: Model) -> None:
     """Its inputs have the amax that the sharded pass sees, but for roundings to bfloat16 in other places."""
     seen = collogue.Calibration()
-    plain = layers.as_transformers(model, BF16)
+    plain = as_transformers(model.shape, model.weights).to(BF16)
     with seen.observing(plain), torch.no_grad():
         plain(model.calibration[None])
     expected = calibrate.calibrate(model).amax

@@ -171,7 +171,9 @@ def test_three_processes_end_to_end(model: Any, task: worker.Task, weights: Weig
     unsharded = main.run_unsharded(model, task)
     assert len(set(unsharded.generated)) == task.new_tokens
     result = result_of(unsharded)
-    assert main.measure(result, task, weights, unsharded, lambda step: None) == unsharded.generated
+    generated, in_fp8 = main.measure(result, task, weights, unsharded, lambda step: None)
+    assert generated == unsharded.generated
+    assert len(in_fp8) == task.new_tokens
     assert result.passed, result
     table.save_json(result, tmp_path / "new" / "demo.json")
     saved = json.loads((tmp_path / "new" / "demo.json").read_text())
@@ -237,7 +239,7 @@ def test_ranks_that_end_early_leave_an_error_in_every_row(model: Any, task: work
     unsharded = main.run_unsharded(model, task)
     result = result_of(unsharded)
     broken = dataclasses.replace(task, prompt=torch.empty(0, dtype=torch.long))  # No token, so no logits to choose from.
-    assert main.measure(result, broken, weights, unsharded, lambda step: None) == []
+    assert main.measure(result, broken, weights, unsharded, lambda step: None) == ([], [])
     assert [row.format for row in result.rows] == list(task.formats)
     assert all(row.error is not None and row.error.startswith("rank ") for row in result.rows)
     assert not result.passed

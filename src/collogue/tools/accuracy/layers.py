@@ -17,30 +17,7 @@ from collogue.pytorch.recipes import RECIPES
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.tools.accuracy.measure import score
 from collogue.tools.accuracy.models import Model
-
-
-def as_transformers(model: Model, dtype: torch.dtype) -> Any:
-    """A transformers Llama with the model's weights."""
-    import transformers
-
-    shape = model.shape
-    config = transformers.LlamaConfig(
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab_size,
-        rms_norm_eps=shape.eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        max_position_embeddings=max(8192, len(model.tokens)),
-        tie_word_embeddings="lm_head.weight" not in model.weights,
-    )
-    made = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-    weights = {name: tensor.clone() for name, tensor in model.weights.items()}
-    made.load_state_dict({"lm_head.weight": weights["model.embed_tokens.weight"]} | weights)
-    return made.to(dtype)
+from collogue.tools.demo.weights import as_transformers
 
 
 def run(model: Model, expected: torch.Tensor, *, dtype: torch.dtype, started: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -50,7 +27,7 @@ def run(model: Model, expected: torch.Tensor, *, dtype: torch.dtype, started: Ca
     """
     if find_spec("transformers") is None:
         return []
-    plain = as_transformers(model, dtype)
+    plain = as_transformers(model.shape, model.weights).to(dtype)
     seen = Calibration()
     with seen.observing(plain), torch.inference_mode():
         plain(model.calibration[None])

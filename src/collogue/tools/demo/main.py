@@ -74,7 +74,7 @@ def run(
         parse(name)
     device = choose_device(device, world_size)
     print(f"SmolLM2-135M on {world_size} ranks in {len(formats)} formats: {_duration(device)}", file=sys.stderr)
-    with table.progress(steps=len(formats) + 3) as advance:
+    with table.progress(steps=len(formats) + 4) as advance:
         advance("reading SmolLM2-135M")
         model, tokenizer = read_model()
         shape = ModelShape.of(model.config)
@@ -106,8 +106,8 @@ def run(
             sharded=sharded,
         )
         advance("starting the ranks")
-        generated = measure(result, task, model.state_dict(), unsharded, advance)
-    result.generated = tokenizer.decode(generated)
+        generated, in_fp8 = measure(result, task, model.state_dict(), unsharded, advance)
+    result.generated, result.generated_in_fp8 = tokenizer.decode(generated), tokenizer.decode(in_fp8)
     result.same_text = generated == unsharded.generated
     result.seconds = time.perf_counter() - start
     table.show(result, quiet=str(json) == "-")
@@ -142,14 +142,15 @@ def run_unsharded(model: Any, task: Task) -> Unsharded:
     return Unsharded(math.exp(-float(losses.mean())), output[0, prompt.shape[1] :].tolist(), logits)
 
 
-def measure(result: Result, task: Task, weights: Weights, unsharded: Unsharded, advance: Any) -> list[int]:
-    """Start the ranks, fill ``result`` with what they report, and return the tokens they generated.
+def measure(result: Result, task: Task, weights: Weights, unsharded: Unsharded, advance: Any) -> tuple[list[int], list[int]]:
+    """Start the ranks, fill ``result`` with what they report, and return the tokens they generated: unquantized, and in FP8.
 
     Where ranks end early, every missing row gets the error that ended them.
     """
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()
     generated: list[int] = []
+    in_fp8: list[int] = []
     with tempfile.TemporaryDirectory(prefix="collogue-demo-") as name:
         folder = Path(name)
         share({**weights, "unsharded_logits": unsharded.logits}, folder)
@@ -163,10 +164,13 @@ def measure(result: Result, task: Task, weights: Weights, unsharded: Unsharded, 
                 if kind == "row":
                     result.rows.append(value)
                     following = task.formats[len(result.rows) : len(result.rows) + 1]
-                    advance(f"measuring {following[0]}" if following else "ending the ranks")
+                    advance(f"measuring {following[0]}" if following else "generating in FP8")
+                elif kind == "FP8 text":
+                    in_fp8 = value
+                    advance("ending the ranks")
                 elif kind == "text":
                     generated = value
-                    advance(f"measuring {task.formats[0]}" if task.formats else "ending the ranks")
+                    advance(f"measuring {task.formats[0]}" if task.formats else "generating in FP8")
                 elif kind == "logits":
                     result.logits_difference = value
                 elif kind == "error" and result.error is None:
@@ -177,7 +181,7 @@ def measure(result: Result, task: Task, weights: Weights, unsharded: Unsharded, 
                     process.terminate()
                     process.join()
     result.rows += [Row(name, error=result.error or "the ranks ended early") for name in task.formats[len(result.rows) :]]
-    return generated
+    return generated, in_fp8
 
 
 def _listen(ranks: Sequence[BaseProcess], reports: Any) -> Any:

@@ -26,6 +26,7 @@ class Result:
     rows: list[Row] = field(default_factory=list)
     generated: str = ""
     same_text: bool | None = None
+    generated_in_fp8: str = ""
     logits_difference: float | None = None
     logits_bound: float = LOGITS_BOUND
     seconds: float = 0.0

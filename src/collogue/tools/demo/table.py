@@ -46,6 +46,9 @@ def show(result: Result, *, quiet: bool = False) -> None:
     same = {True: "the same as", False: "not the same as", None: "not compared with"}[result.same_text]
     console.print(Text.assemble("\n", (result.prompt, "bold"), result.generated))
     console.print(f"({same} the unsharded model's greedy text)\n")
+    if result.generated_in_fp8:
+        console.print(Text.assemble((result.prompt, "bold"), result.generated_in_fp8))
+        console.print("(through linear layers with FP8 weights and inputs: parallelize(quant=))\n")
     how = f"{result.device}, {result.dtype}" + (", sharded residual" if result.sharded else "")
     console.print(f"SmolLM2-135M on {result.world_size} ranks ({how}), {result.tokens:,} tokens")
     console.print(f"Perplexity of the unsharded, unquantized model: {result.unsharded_perplexity:.4f}")

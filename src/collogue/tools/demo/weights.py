@@ -91,6 +91,28 @@ def read_model() -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def as_transformers(shape: ModelShape, weights: Weights) -> Any:
+    """A transformers Llama with these weights, copied."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        rms_norm_eps=shape.eps,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        max_position_embeddings=8192,
+        tie_word_embeddings="lm_head.weight" not in weights,
+    )
+    made = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    made.load_state_dict({"lm_head.weight": weights["model.embed_tokens.weight"]} | weights)
+    return made
+
+
 def share(weights: Weights, folder: Path) -> None:
     """Write the weights where :func:`attach` maps them: one copy in memory, however many ranks, and no need of ``/dev/shm``."""
     torch.save({name: tensor.detach() for name, tensor in weights.items()}, folder / _WEIGHTS_FILE)

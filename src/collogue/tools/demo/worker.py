@@ -10,12 +10,13 @@ import torch
 
 from collogue import Communicator, Quant
 from collogue.group import Group
+from collogue.pytorch.parallel import parallelize
 from collogue.tools.demo.formats import calibrate, quants_for
 from collogue.tools.demo.model import Cache, ShardedLlama
 from collogue.tools.demo.sequence import SequenceParallelLlama
-from collogue.tools.demo.weights import ModelShape, Weights
+from collogue.tools.demo.weights import ModelShape, Weights, as_transformers
 
-#: Receives ``("text", ids)``, ``("row", Row)`` and ``("logits", largest difference)`` on rank 0 as they come.
+#: Receives ``("text", ids)``, ``("row", Row)``, ``("logits", largest difference)`` and ``("FP8 text", ids)`` on rank 0 as they come.
 Report = Callable[[str, object], None]
 
 
@@ -90,6 +91,23 @@ def work(group: Group, task: Task, weights: Weights, unsharded_logits: torch.Ten
             errors = [error for error in group.all_gather_object(row.error) if error]
             row.error = errors[0] if errors else None
             tell("row", row)
+        del model
+    tell("FP8 text", generate_in_fp8(group, task, weights))
+
+
+def generate_in_fp8(group: Group, task: Task, weights: Weights) -> list[int]:
+    """The tokens behind the prompt by the transformers model, parallelized with FP8 weights and inputs in every linear layer."""
+    whole = as_transformers(task.shape, weights).to(task.dtype)
+    again = getattr(group, "process_group", group)  # the communicator before has closed the connections of the group's object
+    model = parallelize(whole, again, max_tokens=task.max_tokens, device=group.device, quant="fp8_per_token")
+    prompt = task.prompt[None].to(model.comm.device)
+    with torch.inference_mode():
+        found = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=task.new_tokens, min_new_tokens=task.new_tokens
+        )
+    model.comm.close()
+    ids: list[int] = found[0, prompt.shape[1] :].tolist()
+    return ids
 
 
 def generate(model: ShardedLlama, group: Group, prompt: torch.Tensor, count: int, quants: Sequence[Quant | None]) -> list[int]:
