@@ -382,10 +382,10 @@ def test_what_is_allocated_is_what_a_call_needs(quant: Quant) -> None:
         if operation == "all_gather":
             half = by_rank(by_reference, "reduce_scatter", [x] * 3, None, norm, quant, True)[1]
             call = check_gather(capacity, half, 7, quant)
-            assert (call.rows, call.signature.stream_rows, call.signature.finished_rows) == (range(3, 6), 7, 7)
+            assert (call.owned, call.signature.stream_rows, call.signature.finished_rows) == (range(3, 6), 7, 7)
         else:
             call = check_call(capacity, Call(x, None, norm, quant, True, operation))
-            assert (call.rows, call.signature.stream_rows, call.signature.finished_rows) == rows[operation]
+            assert (call.owned, call.signature.stream_rows, call.signature.finished_rows) == rows[operation]
         assert call.tokens == 7
         out = call.signature.empty()
         check_out(call, out)
