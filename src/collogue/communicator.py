@@ -154,8 +154,8 @@ class Communicator(Operations):
             operation: ``"all_reduce"``, ``"sharded"`` (:meth:`all_reduce` with ``sharded=True``), ``"reduce_scatter"``, ``"all_gather"`` or
                 ``"finish"``. For ``"all_gather"`` residual, norm and quant say what the shard holds (a residual or reduced; a norm; codes).
             prologue: what stands in the place of the partial, or its :class:`collogue.PrologueForm`.
-            rows: how many rows each rank owns, as the call takes it; their sum is T, and ``tokens`` may then be left out. One kernel does all
-                counts, but how many rows there are at most decides its launch: prepare the lists that a graph will hold.
+            rows: how many rows each rank owns, as the call takes it; their sum is T, and ``tokens`` may then be left out. One kernel does
+                all lists in which the largest block is more than a grid can do at once, another those in which it is not.
         """
         engine = self._open()
         self._refuse_capture("prepare")

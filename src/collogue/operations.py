@@ -158,8 +158,8 @@ class Operations:
             out: tensors to write, exactly those the call returns; ``out.residual`` may be ``residual``.
             branch_norm: a norm of the sum, before the residual is added (Gemma 2 and 3, OLMo 2, GLM-4):
                 ``y = round(residual + round(branch_norm(round(s))))``. Needs a residual. Its weight is read with the inputs.
-            rows: with ``sharded``: how many rows each rank owns (``owned_rows(rows=rows)``), in place of equal blocks. Python ints from 0, the
-                same list on every rank; their sum is T. A captured graph keeps them.
+            rows: with ``sharded``: how many rows each rank owns (``owned_rows(rows=rows)``), in place of equal blocks. Python ints from 0,
+                the same list on every rank; their sum is T. A captured graph keeps them.
         Returns:
             :class:`collogue.Output`: ``reduced`` or ``residual`` (y), ``norm``, ``codes``, ``scales``; identical bits on
             every rank, and the same bits whether ``sharded`` or not. The tensors are the caller's: no later call writes them.

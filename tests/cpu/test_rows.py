@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import math
-import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,20 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import collogue
 from collogue import FP8PerToken, Output, PrologueForm, RMSNorm, reference
-from collogue.calls.capacity import Capacity
-from collogue.calls.request import Request
 from collogue.contract.quant import NVFP4, Quant
-from collogue.contract.spec import Operation, owned_rows
+from collogue.contract.spec import OWNING, Operation, owned_rows
 from collogue.cpu import ReferenceEngine
 from collogue.errors import ArgumentError, CapacityError, CollogueError, MismatchedCall, ShapeError
-from collogue.gpu.header import Entry, pack
-from collogue.gpu.launch import Params
-from collogue.gpu.parameters import fill_shape, later_launches
-from collogue.gpu.workspace import BOUNDS, BOUNDS_OFFSET, JOURNAL_OFFSET, clean_control
-from collogue.gpu.workspace import _entries as entries
-from collogue.planning import explain as plans
-from collogue.planning.plan import make_kernels, make_plan
-from collogue.planning.topology import Topology
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 from collogue.testing.inputs import make_inputs, make_partials, make_prologue
@@ -39,7 +28,6 @@ from collogue.testing.processes import run_processes
 
 H, BF16 = HIDDEN_SIZE, torch.bfloat16
 MOST = 8
-OWNING: tuple[Operation, ...] = ("sharded", "reduce_scatter", "all_gather")
 
 
 def splits(world: int) -> list[list[int]]:
@@ -198,12 +186,14 @@ def test_ranks_with_other_lists_are_told(operation: Operation, theirs: list[int]
 
     def rank(group: VirtualGroup) -> None:
         comm, rows = communicator(group), mine if group.rank == 0 else theirs
-        partial = given(4, 2)[0][group.rank]
+        partial, norm = given(4, 2)[0][group.rank], RMSNorm(torch.ones(H))
+        calls: dict[Operation, Callable[[], object]] = {
+            "sharded": lambda: comm.all_reduce(partial, norm=norm, sharded=True, rows=rows),
+            "reduce_scatter": lambda: comm.reduce_scatter(partial, rows=rows),
+            "all_gather": lambda: comm.unshard(comm.shard(partial, rows=rows), 4, rows=rows),
+        }
         with pytest.raises(MismatchedCall, match="rows="):
-            if operation == "all_gather":
-                comm.unshard(comm.shard(partial, rows=rows), 4, rows=rows)
-            else:
-                comm.all_reduce(partial, norm=RMSNorm(torch.ones(H)), sharded=True, rows=rows)
+            calls[operation]()
 
     run_virtual(2, rank)
 
@@ -229,9 +219,7 @@ def test_compiled_calls() -> None:
             partials, residual, norm = given(5, 3)
             mine = comm.shard(residual, rows=rows).clone()
             with torch.no_grad():
-                for found, right in zip(
-                    compiled(partials[group.rank], mine, rows), body(partials[group.rank], mine, rows), strict=True
-                ):
+                for found, right in zip(compiled(partials[group.rank], mine, rows), body(partials[group.rank], mine, rows), strict=True):
                     equal(found, right)
 
     torch._dynamo.reset()
@@ -269,14 +257,14 @@ def test_operators_take_the_list_and_refuse_what_calls_refuse() -> None:
         assert same(y, expected.residual)  # type: ignore[arg-type]
         assert same(norm, expected.norm)  # type: ignore[arg-type]
         assert same(torch.ops.collogue.all_gather(None, partial, None, None, None, 4, "none", 0.0, comm.name, rows=[4])[0], partial)
-        for mode in (None, FakeTensorMode(allow_non_fake_inputs=True)):
-            for operator, rows, error in (("sharded", [3], ShapeError), ("sharded", [4, 0], ShapeError), ("all_reduce", [4], ArgumentError)):
-                with pytest.raises(error, match="rows"):
-                    if mode is None:
-                        getattr(torch.ops.collogue, operator)(partial, None, *rest, rows=rows)
-                    else:
-                        with mode:
-                            getattr(torch.ops.collogue, operator)(partial, None, *rest, rows=rows)
+        for mode in (contextlib.nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+            for operator, rows, error in (
+                ("sharded", [3], ShapeError),
+                ("sharded", [4, 0], ShapeError),
+                ("all_reduce", [4], ArgumentError),
+            ):
+                with mode, pytest.raises(error, match="rows"):
+                    getattr(torch.ops.collogue, operator)(partial, None, *rest, rows=rows)
 
     run_virtual(1, rank)
 
@@ -293,103 +281,7 @@ def test_opcheck() -> None:
     run_virtual(1, rank)
 
 
-# Plans and parameters
-
-
-def request(rows: tuple[int, ...] | None, operation: Operation = "sharded", quant: Quant | None = None) -> Request:
-    world = 4 if rows is None else len(rows)
-    tokens = 8 if rows is None else sum(rows)
-    capacity = Capacity(4096, 7168, BF16, torch.device("cpu"), world)
-    return capacity.request(tokens, True, True, quant, False, None, operation, rows=rows)
-
-
-def topology(world: int) -> Topology:
-    return Topology(world, 4096, 7168, BF16, "sm_90a", 132, 1)
-
-
-@pytest.mark.parametrize("operation", OWNING)
-def test_one_kernel_does_all_counts(operation: Operation) -> None:
-    """And not the kernel of equal blocks."""
-    made = []
-    for rows in ((2, 2, 2, 2), (8, 0, 0, 0), (0, 1, 3, 0), None):
-        asked = request(rows, operation)
-        made.append([kernel.variant for kernel in make_kernels(topology(4), asked, make_plan(topology(4), asked))])
-    assert made[0] == made[1] == made[2] != made[3]
-    assert [replace(variant, uneven=False) for variant in made[0]] == made[3]
-    assert all("uneven" in variant.name and "bool kUneven = true" in variant.source() for variant in made[0])
-
-
-@pytest.mark.parametrize("operation", OWNING)
-def test_the_largest_block_decides(operation: Operation) -> None:
-    """How many launches, and how many clusters in each; every launch has a row of some rank, and the last writes the padding."""
-    for rows in ((1024, 1024, 1024, 1024), (4096, 0, 0, 0), (0, 2000, 96, 2000)):
-        asked = request(rows, operation, NVFP4(2.0))
-        plan = make_plan(topology(4), asked)
-        assert plan.shape is not None
-        assert (plan.launches - 1) * plan.rows < max(rows) <= plan.launches * plan.rows
-        later = later_launches(topology(4), asked, plan, 1)
-        counts = [plan.rows, *(count for _, count, _ in later)][: plan.launches]
-        assert sum(counts[:-1]) + min(counts[-1], max(rows) - sum(counts[:-1])) == max(rows)
-        assert all(count >= plan.shape.clusters for count in counts if plan.launches > 1)
-        assert plan.workspace_bytes <= make_plan(topology(4), request((1024,) * 4, operation, NVFP4(2.0))).workspace_bytes * 4
-
-
-def test_bytes_are_those_of_the_rank_that_sends_most() -> None:
-    row = 2 * 7168
-    for rows in ((3, 0, 5, 1), (9, 0, 0, 0), (2, 2, 2, 2)):
-        tokens = sum(rows)
-        scatter, gather, both = (make_plan(topology(4), request(rows, operation)) for operation in ("reduce_scatter", "all_gather", "sharded"))
-        assert scatter.bytes_sent == (tokens - min(rows)) * row
-        assert gather.bytes_sent == 3 * max(rows) * row
-        assert both.bytes_sent == max(tokens - own + 3 * own for own in rows) * row
-        # What arrives at one rank is waited for as well.
-        received = max(scatter.bytes_sent, 3 * max(rows) * row)
-        assert math.isclose(scatter.floor_us, 1.23 + received / 367e3)
-        assert f"; {min(rows)} to {max(rows)} rows each" in both.why
-    even = make_plan(topology(4), request(None))
-    assert even.bytes_sent == make_plan(topology(4), request((2, 2, 2, 2))).bytes_sent
-    assert "rows each" not in even.why
-
-
-@pytest.mark.parametrize("rank", range(3))
-def test_the_table_in_the_parameters(rank: int) -> None:
-    rows = (3, 0, 6)
-    asked = request(rows, "reduce_scatter")
-    params = Params()
-    fill_shape(params, topology(3), asked, make_plan(topology(3), asked), rank)
-    assert list(params.bounds) == [0, 3, 3, 9, 9, 9, 9, 9, 9]
-    assert (params.tokens, params.count, params.scale_rows) == (9, 6, rows[rank])
-    assert (params.column_stride, params.shard_column_stride) == (-(-rows[rank] // 4) * 4,) * 2
-
-
-def test_journals_name_the_rows() -> None:
-    """Those of the last calls, which lie in a table of their own; of older calls only that they were uneven."""
-    first, second = pack("sharded", request((3, 0, 5)))
-    even, _ = pack("sharded", request(None))
-    assert first != even
-    page = clean_control()
-    numbers = (0, BOUNDS, BOUNDS + 1)
-    for number in numbers:
-        at, table = JOURNAL_OFFSET + number % 64 * 32, BOUNDS_OFFSET + number % BOUNDS * 32
-        page[at : at + 32] = struct.pack("<6I2f", number + 1, 8, 64, 0, first, second, 1e-6, 0.0)
-        page[table : table + 32] = struct.pack("<8I", 3, 3, 8, 8, 8, 8, 8, 8) if number % 2 == 0 else struct.pack("<8I", 0, 7, *[8] * 6)
-    texts = {entry.call: entry.text for entry in entries(bytes(page), 3)}
-    assert "sharded by sharded, tokens=8, hidden_size=64, dtype=bfloat16, rows=uneven, residual" in texts[0]
-    assert "rows=[3, 0, 5], residual" in texts[BOUNDS]
-    assert "rows=[0, 7, 1], residual" in texts[BOUNDS + 1]
-    plain = Entry.of(struct.pack("<6I2f", 1, 8, 64, 0, even, second, 1e-6, 0.0), (3, 0, 5))
-    assert plain is not None
-    assert "rows" not in plain.text
-    for operation in OWNING:
-        told = Entry.of(struct.pack("<6I2f", 1, 8, 64, 0, *pack("sharded", request((8, 0), operation)), 1e-6, 0.0))
-        assert told is not None
-        assert f"{operation} " in told.text
-
-
-def test_explain_without_a_communicator() -> None:
-    found = plans.explain(plans.Machine.named("sm_90a"), None, hidden_size=7168, world_size=3, operation="sharded", rows=[3, 0, 5])
-    assert "8 x 7168 bfloat16, 3 ranks with 3, 0, 5 rows on sm_90a" in found.call
-    assert "0 to 5 rows each" in found.plan.why
+# Without a call
 
 
 def test_prepare_and_explain() -> None:

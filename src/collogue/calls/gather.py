@@ -15,9 +15,7 @@ from collogue.contract.spec import Output, Wanted, as_rows, check_split, owned_r
 from collogue.errors import ArgumentError, FormatError, ShapeError
 
 
-def check_gather(
-    capacity: Capacity, shard: Output, tokens: int | None, quant: Quant | None, rows: Sequence[int] | None = None
-) -> Call:
+def check_gather(capacity: Capacity, shard: Output, tokens: int | None, quant: Quant | None, rows: Sequence[int] | None = None) -> Call:
     """Check the arguments of one ``all_gather``: what ``shard`` holds must be this rank's rows of ``tokens``."""
     if not isinstance(shard, Output):
         raise ArgumentError(f"shard is a {type(shard).__name__}", hint="pass what comm.reduce_scatter returned, or collogue.Output(...)")

@@ -20,7 +20,17 @@ from collogue.errors import ArgumentError, CollectiveTimeout, CorruptedWorkspace
 from collogue.gpu.failure import MISMATCH, TIMEOUT, FailureRecord
 from collogue.gpu.header import Entry, bounded, combining, moving, pack
 from collogue.gpu.journal import Journal, default_path
-from collogue.gpu.workspace import BOUNDS_OFFSET, CONTROL_WORDS, JOURNAL_OFFSET, MARKS_OFFSET, NOTES_END, NOTES_OFFSET, Control, Workspace, clean_control
+from collogue.gpu.workspace import (
+    BOUNDS_OFFSET,
+    CONTROL_WORDS,
+    JOURNAL_OFFSET,
+    MARKS_OFFSET,
+    NOTES_END,
+    NOTES_OFFSET,
+    Control,
+    Workspace,
+    clean_control,
+)
 from collogue.planning.extent import CONTROL_BYTES
 from collogue.planning.topology import Topology
 

@@ -141,7 +141,7 @@ class Given:
         shard = None
         if case.operation == "all_gather":
             shard = answers(replace(case, operation="reduce_scatter"), device, rank) if case.possible else Output(residual=partial)
-        kwargs = {"norm": norm, "quant": case.quant(device), "keep_norm": case.keeps_norm}
+        kwargs: dict[str, Any] = {"norm": norm, "quant": case.quant(device), "keep_norm": case.keeps_norm}
         if case.branch:
             kwargs["branch_norm"] = branch_norm(case, device)
         if case.rows is not None:

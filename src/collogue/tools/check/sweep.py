@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 
@@ -153,12 +153,15 @@ def _branches(worlds: list[int]) -> list[Case]:
 
 
 def _uneven(worlds: list[int]) -> list[Case]:
-    """Rows that are not shared out evenly: every operation that has owners and every format; all rows on one rank, on none but two, none."""
+    """Rows that are not shared out evenly: every operation that has owners, every format; all rows on one rank, on none but two, none."""
     cases = []
     for (i, operation), (j, label) in product(enumerate(OWNING), enumerate(_ONE_EACH)):
         n = worlds[(i + j) % len(worlds)]
         rows = {0: 5, 1: 3, 2: 0}.get((i + j) % 4, 1), *[0] * (n - 2), (0, 129, 0, 6)[(i + j) % 4]
-        options = {"norm": label == "none" or j % 3 != 1, "prologue": ("none", "combine/value")[(i + j) % 5 == 4 and operation != "all_gather"]}
+        options: dict[str, Any] = {
+            "norm": label == "none" or j % 3 != 1,
+            "prologue": ("none", "combine/value")[(i + j) % 5 == 4 and operation != "all_gather"],
+        }
         shape = Case(sum(rows), 576, DTYPES[(i + j) % 3], label, n, j % 2 == 0, operation=operation, rows=rows, **options)
         cases.append(replace(shape, inputs=("order", "nan")[j % 2], branch=shape.residual and operation != "all_gather" and j % 4 == 0))
     return cases
