@@ -286,7 +286,7 @@ def gloo_operations(group: Any, tell: Any, cases: list[Case]) -> list[str]:
 
 @pytest.mark.slow
 def test_processes_over_gloo() -> None:
-    cases = [replace(c, world_size=3) for c in default_sweep("cpu") if c.operation != "all_reduce"][::2]
+    cases = [c.in_world(3) for c in default_sweep("cpu") if c.operation != "all_reduce"][::2]
     assert {c.operation for c in cases} == set(OPERATIONS) - {"all_reduce"}
     assert run_processes(3, gloo_operations, list(dict.fromkeys(cases))) == [[]] * 3
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,13 @@ class Case:
     def value_dtype(self) -> torch.dtype:
         """``dtype`` itself."""
         return dtype_of(self.dtype)
+
+    def in_world(self, size: int) -> Case:
+        """The same call of so many ranks. Of uneven rows those of rank 0 stay, and the last rank has all others."""
+        if self.rows is None:
+            return replace(self, world_size=size)
+        first = self.rows[0] if size > 1 else 0
+        return replace(self, world_size=size, rows=(first, *[0] * (size - 2), self.tokens - first)[-size:])
 
     @property
     def family(self) -> str:
