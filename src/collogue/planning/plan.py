@@ -82,7 +82,7 @@ class Plan:
             "floor": "-" if self.algorithm == "reference" else f"{self.floor_us:.2f} us, likewise",
             "measured": measured,
             "table": self.table,
-            "bytes sent": f"{self.bytes_sent:,} from each rank",
+            "bytes sent": f"at most {self.bytes_sent:,} from each rank",
             "workspace": f"{self.workspace_bytes:,} bytes in use",
         }
         width = max(map(len, facts)) + 2
