@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from collogue.testing.compare import compare
 from collogue.testing.covering import FORMATS
 from collogue.testing.inputs import KINDS, make_inputs, make_partials, make_prologue
 from collogue.tools.check.case import GLOBAL_SCALE, STATIC_SCALE
+from collogue.tools.check.rank import poisoned
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"), pytest.mark.timeout(300)]
 
@@ -107,16 +109,29 @@ def splits(world: int, most: int) -> list[tuple[int, ...]]:
     ]
 
 
-def call(comm: collogue.Communicator, case: Case, made: Made, out: Output | None = None) -> Output:
-    """This rank's call."""
+def own_stream(comm: collogue.Communicator, case: Case, made: Made) -> torch.Tensor | None:
+    """The rows of the residual that this rank owns."""
+    own = owned_rows(case.tokens, case.world, comm.rank, case.rows)
+    return None if made.stream is None else made.stream[own.start : own.stop].clone()
+
+
+def call(comm: collogue.Communicator, case: Case, made: Made, residual: torch.Tensor | None, out: Output | None = None) -> Output:
+    """This rank's call. Nothing but the call: what might wait for a GPU that other ranks' kernels wait on comes before."""
     if case.operation == "all_gather":
         return comm.all_gather(made.shards[comm.rank], quant=case.quant, rows=case.rows, out=out)
-    own = owned_rows(case.tokens, case.world, comm.rank, case.rows)
-    residual = None if made.stream is None else made.stream[own.start : own.stop].clone()
     given = {**made.epilogue, "residual": residual, "rows": case.rows, "out": out}
     if case.operation == "reduce_scatter":
         return comm.reduce_scatter(made.terms[comm.rank], **given)
     return comm.all_reduce(made.terms[comm.rank], sharded=True, **given)
+
+
+def in_turn(group: VirtualGroup, action: Callable[[], object]) -> None:
+    """What waits for a whole GPU, rank by rank while nothing runs."""
+    for rank in range(group.size):
+        group.settle()
+        if rank == group.rank:
+            action()
+    group.settle()
 
 
 def check(cases: list[Case], **options: Any) -> list[str]:
@@ -141,9 +156,10 @@ def check(cases: list[Case], **options: Any) -> list[str]:
                     asked |= {"residual": True, "keep_norm": False, "norm": made.epilogue["norm"] if case.quant is None else None}
                     asked |= {"prologue": None, "branch_norm": None}
                 comm.prepare(**asked)
-                group.settle()
-                for out in (None, poisoned(made.expected[group.rank])):
-                    result = call(comm, case, made, out)
+                residual, spoiled = own_stream(comm, case, made), poisoned(made.expected[group.rank])
+                for out in (None, spoiled):
+                    group.settle()
+                    result = call(comm, case, made, residual, out)
                     group.settle()
                     comm.check()
                     differences = compare(result, made.expected[group.rank])
@@ -154,13 +170,6 @@ def check(cases: list[Case], **options: Any) -> list[str]:
 
         found += [text for texts in run_virtual(world, rank, device="cuda", timeout=120.0) for text in texts]
     return found
-
-
-def poisoned(like: Output) -> Output:
-    """Outputs of that form with every byte spoiled, padding too."""
-    from collogue.tools.check.rank import poisoned as spoiled
-
-    return spoiled(like)
 
 
 @pytest.mark.parametrize("world", range(2, 9))
@@ -216,27 +225,29 @@ def test_a_graph_keeps_its_list_and_other_lists_go_on_beside_it() -> None:
         for case, made in zip(cases, shared, strict=True):
             comm.prepare(rows=case.rows, operation=case.operation, hidden_size=1152, **made.epilogue)
         group.settle()
-        captured = []
-        for case, made in zip(cases[:2], shared, strict=False):
-            out, graph = (
-                comm.empty(rows=case.rows, operation=case.operation, residual=True, hidden_size=1152, **made.epilogue),
-                torch.cuda.CUDAGraph(),
-            )
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                call(comm, case, made, out)
-            captured.append((graph, out))
-        group.settle()
+        streams = [own_stream(comm, case, made) for case, made in zip(cases, shared, strict=True)]
+        captured: list[tuple[torch.cuda.CUDAGraph, Output]] = []
+
+        def capture() -> None:
+            for case, made, residual in zip(cases[:2], shared, streams, strict=False):
+                asked = {**made.epilogue, "residual": True, "rows": case.rows, "operation": case.operation, "hidden_size": 1152}
+                out, graph = comm.empty(**asked), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                    call(comm, case, made, residual, out)
+                captured.append((graph, out))
+
+        in_turn(group, capture)
         texts = []
         for _ in range(3):
             results = []
             for graph, out in captured:
                 graph.replay()
                 results.append(out)
-            results.append(call(comm, cases[2], shared[2]))
+            results.append(call(comm, cases[2], shared[2], streams[2]))
             group.settle()
             for case, made, result in zip(cases, shared, results, strict=True):
                 texts += [f"{case}: {d.first}" for d in compare(result, made.expected[group.rank]).values() if d.count]
-        group.settle()
+        in_turn(group, lambda: [graph.reset() for graph, _ in captured])
         comm.close()
         return texts
 
@@ -262,6 +273,7 @@ def test_lists_that_differ_are_told_with_both(operation: Operation) -> None:
         group.settle()
         with pytest.raises(MismatchedCall) as raised:
             comm.check()
+        group.settle()  # each rank reads the others' journals
         comm.close(collective=False)
         return str(raised.value)
 
