@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -11,11 +11,11 @@ import torch
 
 from collogue import registry
 from collogue.calls.call import Call
-from collogue.calls.capacity import Capacity, check_tokens
+from collogue.calls.capacity import Capacity, count_tokens
 from collogue.contract.number import is_whole
 from collogue.contract.prologue import Prologue, PrologueForm
 from collogue.contract.quant import Quant
-from collogue.contract.spec import Operation, Output, RMSNorm, owned_rows
+from collogue.contract.spec import Operation, Output, RMSNorm, as_rows, check_split, owned_rows
 from collogue.engine import Engine, make_engine, run
 from collogue.errors import ArgumentError, CaptureError, ClosedError, CollogueError, ShapeError
 from collogue.gpu.journal import Journal
@@ -98,36 +98,41 @@ class Communicator(Operations):
     def _run(self, call: Call, out: Output | None = None) -> Output:
         return run(self._open(), self._capacity, call, out)
 
-    def owned_rows(self, tokens: int, rank: int | None = None) -> range:
+    def owned_rows(self, tokens: int | None = None, rank: int | None = None, *, rows: Sequence[int] | None = None) -> range:
         """The rows of ``tokens`` that ``rank`` (default: this rank) owns.
 
         ``[min(rank * B, T), min((rank + 1) * B, T))``, ``B = ceil(T / N)``: blocks in rank order, the last ones shorter or empty. A pure
         function of T, N and the rank, the same for :meth:`all_reduce` with ``sharded``, :meth:`reduce_scatter` and :meth:`all_gather`.
+
+        With ``rows``, how many each rank owns: ``[S, S + rows[rank])``, ``S = rows[0] + .. + rows[rank - 1]``. Python ints from 0, the same
+        list on every rank; their sum is T, and ``tokens`` may then be left out.
         """
-        check_tokens(tokens)
+        split = as_rows(rows, self.world_size)
+        tokens = count_tokens(tokens, split)
+        check_split("sharded", tokens, split)
         if rank is not None and not (is_whole(rank) and 0 <= rank < self.world_size):
             raise ArgumentError(f"there is no rank {rank!r}", hint=f"ranks of this group are 0 to {self.world_size - 1}")
-        return owned_rows(tokens, self.world_size, self.rank if rank is None else rank)
+        return owned_rows(tokens, self.world_size, self.rank if rank is None else rank, split)
 
-    def shard(self, x: torch.Tensor) -> torch.Tensor:
-        """The rows of ``x`` (``[T, ..]``) that this rank owns: a view, ``[R, ..]``. No communication."""
+    def shard(self, x: torch.Tensor, *, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """The rows of ``x`` (``[T, ..]``) that this rank owns: a view, ``[R, ..]``. ``rows`` as in :meth:`owned_rows`. No communication."""
         if not isinstance(x, torch.Tensor) or x.ndim == 0:
             raise ShapeError("shard takes a tensor of rows", hint="pass [T, H], T the tokens of the whole")
-        rows = self.owned_rows(x.shape[0])
-        return x[rows.start : rows.stop]
+        own = self.owned_rows(x.shape[0], rows=rows)
+        return x[own.start : own.stop]
 
-    def unshard(self, shard: torch.Tensor, tokens: int) -> torch.Tensor:
+    def unshard(self, shard: torch.Tensor, tokens: int | None = None, *, rows: Sequence[int] | None = None) -> torch.Tensor:
         """The inverse of :meth:`shard`: ``[T, H]`` from every rank's ``[R, H]``, in the communicator's dtype, bit for bit.
 
-        Synchronisation and errors are those of :meth:`all_gather`. The tensor is the caller's.
+        ``rows``, synchronisation and errors are those of :meth:`all_gather`. The tensor is the caller's.
         """
-        whole = self.all_gather(Output(residual=shard), tokens).residual
+        whole = self.all_gather(Output(residual=shard), tokens, rows=rows).residual
         assert whole is not None
         return whole
 
     def prepare(
         self,
-        tokens: int | Iterable[int],
+        tokens: int | Iterable[int] | None = None,
         *,
         residual: bool = True,
         norm: RMSNorm | None = None,
@@ -137,6 +142,7 @@ class Communicator(Operations):
         operation: Operation = "all_reduce",
         prologue: Prologue | PrologueForm | None = None,
         branch_norm: RMSNorm | bool | None = None,
+        rows: Sequence[int] | None = None,
     ) -> None:
         """Build and load the kernels that calls of these shapes need, on all ranks. Collective.
 
@@ -148,12 +154,14 @@ class Communicator(Operations):
             operation: ``"all_reduce"``, ``"sharded"`` (:meth:`all_reduce` with ``sharded=True``), ``"reduce_scatter"``, ``"all_gather"`` or
                 ``"finish"``. For ``"all_gather"`` residual, norm and quant say what the shard holds (a residual or reduced; a norm; codes).
             prologue: what stands in the place of the partial, or its :class:`collogue.PrologueForm`.
+            rows: how many rows each rank owns, as the call takes it; their sum is T, and ``tokens`` may then be left out. One kernel does
+                all lists in which the largest block is more than a grid can do at once, another those in which it is not.
         """
         engine = self._open()
         self._refuse_capture("prepare")
         counts = list(tokens) if isinstance(tokens, Iterable) else [tokens]
         requests = [
-            self._capacity.request(t, residual, norm, quant, keep_norm, hidden_size, operation, prologue, branch_norm or None)
+            self._capacity.request(t, residual, norm, quant, keep_norm, hidden_size, operation, prologue, branch_norm or None, rows)
             for t in counts
         ]
         engine.prepare(map(self._capacity.signature, requests))
@@ -161,7 +169,7 @@ class Communicator(Operations):
 
     def empty(
         self,
-        tokens: int,
+        tokens: int | None = None,
         *,
         residual: torch.Tensor | bool | None = None,
         norm: RMSNorm | bool | None = None,
@@ -171,13 +179,14 @@ class Communicator(Operations):
         operation: Operation = "all_reduce",
         prologue: Prologue | PrologueForm | None = None,
         branch_norm: RMSNorm | bool | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Output:
         """Outputs of such a call, uninitialised: allocated once, to be passed as ``out=`` to many calls.
 
         They lie in ordinary memory: every call writes each output once, straight to where it stays, so symmetric memory would save no copy.
 
         Args:
-            tokens, operation: as in :meth:`prepare`.
+            tokens, operation, rows: as in :meth:`prepare`.
             residual, norm, quant, keep_norm: as the call itself takes them; ``True`` stands for any residual or norm.
             hidden_size: H, default: the communicator's.
             prologue: as in :meth:`prepare`.
@@ -190,9 +199,10 @@ class Communicator(Operations):
         """
         self._open()
         there = isinstance(residual, torch.Tensor) or bool(residual)
-        return self._capacity.signature(
-            self._capacity.request(tokens, there, norm or None, quant, keep_norm, hidden_size, operation, prologue, branch_norm or None)
-        ).empty()
+        request = self._capacity.request(
+            tokens, there, norm or None, quant, keep_norm, hidden_size, operation, prologue, branch_norm or None, rows
+        )
+        return self._capacity.signature(request).empty()
 
     def fits(self, tokens: int, hidden_size: int | None = None) -> bool:
         """Whether a call of this many tokens (and this hidden size) is within the capacity. Exact, but for what a format asks of the width.
@@ -204,7 +214,7 @@ class Communicator(Operations):
 
     def explain(
         self,
-        tokens: int,
+        tokens: int | None = None,
         *,
         residual: bool = True,
         norm: RMSNorm | bool = True,
@@ -214,17 +224,18 @@ class Communicator(Operations):
         operation: Operation = "all_reduce",
         prologue: Prologue | PrologueForm | None = None,
         branch_norm: RMSNorm | bool | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Plan:
         """The frozen plan of such a call: algorithm, why, launch shape and launches, predicted, least and measured time, bytes sent and
         bytes of workspace. ``print`` shows it line by line.
 
-        ``tokens``, ``operation`` and ``prologue`` are as in :meth:`prepare`.
+        ``tokens``, ``operation``, ``prologue`` and ``rows`` are as in :meth:`prepare`.
         """
         self._open()
-        return make_plan(
-            self.topology,
-            self._capacity.request(tokens, residual, norm or None, quant, keep_norm, hidden_size, operation, prologue, branch_norm or None),
+        request = self._capacity.request(
+            tokens, residual, norm or None, quant, keep_norm, hidden_size, operation, prologue, branch_norm or None, rows
         )
+        return make_plan(self.topology, request)
 
     def check(self) -> None:
         """Raise what was found in an earlier call; return if there is nothing. Waits for no kernel.

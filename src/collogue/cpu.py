@@ -17,7 +17,7 @@ from collogue.contract import reference
 from collogue.contract.formats import place_scales, read_scales
 from collogue.contract.prologue import ExpertCombine, ExpertReduce
 from collogue.contract.quant import describe
-from collogue.contract.spec import Output
+from collogue.contract.spec import Output, largest_block, owned_rows
 from collogue.errors import CollectiveError
 from collogue.gpu.exclusive import Exclusive
 from collogue.gpu.journal import Journal
@@ -78,8 +78,8 @@ class ReferenceEngine:
         if call.operation == "finish":
             return reference.finish(own_term, norm=call.norm, quant=call.quant, keep_norm=keep_norm)
         partials = self._exchange(own_term).unbind(0)
-        if call.rows is not None:
-            partials = tuple(partial[call.rows.start : call.rows.stop] for partial in partials)
+        if (owned := call.owned) is not None:
+            partials = tuple(partial[owned.start : owned.stop] for partial in partials)
         epilogue = {"norm": call.norm, "quant": call.quant, "keep_norm": keep_norm, "branch_norm": call.branch_norm}
         own = reference.all_reduce(partials, residual=call.residual, **epilogue)  # type: ignore[arg-type]
         if call.operation != "sharded":
@@ -93,18 +93,20 @@ class ReferenceEngine:
         for name, tensor in shard.items():
             if name == "scales":
                 assert call.quant is not None
-                assert call.rows is not None
-                rows = self._gather_rows(read_scales(tensor, call.quant, len(call.rows), call.hidden_size), call.tokens)
+                assert call.owned is not None
+                rows = self._gather_rows(read_scales(tensor, call.quant, len(call.owned), call.hidden_size), call)
                 whole.scales = place_scales(rows, call.quant, call.tokens, call.hidden_size)
             else:
-                setattr(whole, name, self._gather_rows(tensor, call.tokens))
+                setattr(whole, name, self._gather_rows(tensor, call))
         return whole
 
-    def _gather_rows(self, own: torch.Tensor, tokens: int) -> torch.Tensor:
+    def _gather_rows(self, own: torch.Tensor, call: Call) -> torch.Tensor:
         """The rows that each rank owns, in one new tensor: blocks of one size travel, short ones padded at the end."""
-        block = own.new_zeros(-(-tokens // self.group.size), own.shape[1])
+        world = self.group.size
+        block = own.new_zeros(largest_block(call.tokens, world, call.rows), own.shape[1])
         block[: len(own)] = own
-        return self._exchange(block).flatten(0, 1)[:tokens]
+        every = self._exchange(block)
+        return torch.cat([every[rank, : len(owned_rows(call.tokens, world, rank, call.rows))] for rank in range(world)])
 
     def _exchange(self, own: torch.Tensor) -> torch.Tensor:
         """Every rank's tensor: ``[N, *own.shape]``."""
@@ -145,6 +147,8 @@ def _describe(call: Call, number: int) -> str:
     """What must agree between ranks, as text. ``number``: of the communicator among those of the group object."""
     parts = [call.operation, f"tokens={call.tokens}", f"hidden_size={call.hidden_size}"]
     parts.append(f"dtype={str(call.signature.request.dtype).removeprefix('torch.')}")
+    if call.rows is not None:
+        parts.append(f"rows={list(call.rows)}")
     if isinstance(call.partial, ExpertCombine):
         parts.append(f"expert_combine(top_k={call.partial.count})")
     elif isinstance(call.partial, ExpertReduce):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, TypedDict, Unpack, overload
 
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from collogue import ops
 from collogue.calls.call import Call
-from collogue.calls.capacity import Capacity
+from collogue.calls.capacity import Capacity, count_tokens
 from collogue.calls.gather import check_gather
 from collogue.contract.prologue import Prologue
 from collogue.contract.quant import FP8Static, Quant, Scaled
-from collogue.contract.spec import Operation, Output, RMSNorm
+from collogue.contract.spec import Operation, Output, RMSNorm, as_rows
 from collogue.engine import Engine
 from collogue.ops import is_traced
 
@@ -23,6 +24,7 @@ _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 class _Given(TypedDict, total=False):
     out: Output | None
     branch_norm: RMSNorm | None
+    rows: Sequence[int] | None
 
 
 class _Sharded(_Given, total=False):
@@ -137,6 +139,7 @@ class Operations:
         sharded: bool = False,
         out: Output | None = None,
         branch_norm: RMSNorm | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Output:
         """Sum ``partial`` over the group, add the residual, normalise and quantise each row.
 
@@ -155,6 +158,8 @@ class Operations:
             out: tensors to write, exactly those the call returns; ``out.residual`` may be ``residual``.
             branch_norm: a norm of the sum, before the residual is added (Gemma 2 and 3, OLMo 2, GLM-4):
                 ``y = round(residual + round(branch_norm(round(s))))``. Needs a residual. Its weight is read with the inputs.
+            rows: with ``sharded``: how many rows each rank owns (``owned_rows(rows=rows)``), in place of equal blocks. Python ints from 0,
+                the same list on every rank; their sum is T. A captured graph keeps them.
         Returns:
             :class:`collogue.Output`: ``reduced`` or ``residual`` (y), ``norm``, ``codes``, ``scales``; identical bits on
             every rank, and the same bits whether ``sharded`` or not. The tensors are the caller's: no later call writes them.
@@ -170,7 +175,7 @@ class Operations:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        return self._call("sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm, out, branch_norm)
+        return self._call("sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm, out, branch_norm, rows)
 
     @overload
     def reduce_scatter(
@@ -272,15 +277,17 @@ class Operations:
         keep_norm: bool = False,
         out: Output | None = None,
         branch_norm: RMSNorm | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Output:
         """The rows of :meth:`all_reduce` that this rank owns, and no others: its first half, for engines that gather later.
 
-        ``y = round(s[rows] + residual); n = norm(y); codes, scales = quant(n)``, ``rows = owned_rows(T)``, R of them.
+        ``y = round(s[own] + residual); n = norm(y); codes, scales = quant(n)``, ``own = owned_rows(T)``, R of them.
 
         Args:
             partial: ``[T, H]``, all rows of this rank's term, as for :meth:`all_reduce`.
             residual: ``[R, H]``, same dtype: the rows of the residual that this rank owns.
             norm, quant, keep_norm, branch_norm: as for :meth:`all_reduce`.
+            rows: how many rows each rank owns, in place of equal blocks, as for :meth:`all_reduce`; then ``own = owned_rows(rows=rows)``.
             out: tensors to write, exactly those the call returns; ``out.residual`` may be ``residual``.
         Returns:
             :class:`collogue.Output`, each tensor with R rows: the bits that :meth:`all_reduce` has in these rows. Scales are in the layout
@@ -292,9 +299,17 @@ class Operations:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        return self._call("reduce_scatter", partial, residual, norm, quant, keep_norm, out, branch_norm)
+        return self._call("reduce_scatter", partial, residual, norm, quant, keep_norm, out, branch_norm, rows)
 
-    def all_gather(self, shard: Output, tokens: int, *, quant: Quant | None = None, out: Output | None = None) -> Output:
+    def all_gather(
+        self,
+        shard: Output,
+        tokens: int | None = None,
+        *,
+        quant: Quant | None = None,
+        out: Output | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> Output:
         """Give every rank the rows of all ranks: the second half of ``all_reduce(sharded=True)``.
 
         ``x = [shard of rank 0; shard of rank 1; ..]`` for every tensor that the shard holds.
@@ -302,9 +317,10 @@ class Operations:
         Args:
             shard: :class:`collogue.Output` with any of ``reduced``, ``residual``, ``norm`` (``[R, H]``, the communicator's dtype), and
                 ``codes`` with their ``scales`` as :meth:`reduce_scatter` returns them; R is the length of ``owned_rows(tokens)``.
-            tokens: T, the rows of all ranks together.
+            tokens: T, the rows of all ranks together. May be left out where ``rows`` is given.
             quant: the format of codes and scales; its own scale is not read. ``None`` where the shard has no codes.
             out: tensors to write, exactly those that the shard holds; they share no memory with it.
+            rows: how many rows each rank owns, in place of equal blocks, as for :meth:`all_reduce`.
         Returns:
             :class:`collogue.Output` with the tensors that the shard holds, of T rows, the same on every rank. Scales go from the layout
             of R rows into that of T rows; all padding is zero. The tensors are the caller's.
@@ -316,9 +332,10 @@ class Operations:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
         if is_traced():
-            return ops.gather(self.name, shard, tokens, quant, out)
+            split = as_rows(rows, self._capacity.world_size)
+            return ops.gather(self.name, shard, count_tokens(tokens, split), quant, out, split)
         self._open()  # closed is the first thing that can be wrong
-        return self._run(check_gather(self._capacity, shard, tokens, quant), out)
+        return self._run(check_gather(self._capacity, shard, tokens, quant, rows), out)
 
     @overload
     def finish(
@@ -392,13 +409,15 @@ class Operations:
         keep_norm: bool,
         out: Output | None,
         branch_norm: RMSNorm | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Output:
         engine = None if _is_dynamo_compiling() else self._engine
+        split = None if rows is None else as_rows(rows, self._capacity.world_size)
         if engine is not None and branch_norm is None:  # what most calls come to: its arguments are not put together first
-            done = engine.latest(operation, partial, residual, norm, quant, keep_norm, out)
+            done = engine.latest(operation, partial, residual, norm, quant, keep_norm, out, split)
             if done is not None:
                 return done
-        call = Call(partial, residual, norm, quant, keep_norm, operation, branch_norm=branch_norm)
+        call = Call(partial, residual, norm, quant, keep_norm, operation, branch_norm=branch_norm, rows=split)
         if engine is not None:
             done = engine.quick(call, out)
             if done is not None:

@@ -12,7 +12,7 @@ scales belong to one row each.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from collogue.calls.outputs import write_traced
 from collogue.contract.formats import code_spec, empty_scales
 from collogue.contract.prologue import PROLOGUES, ExpertCombine, ExpertReduce, Prologue
 from collogue.contract.quant import NVFP4, FP8Static, Quant, describe, parse
-from collogue.contract.spec import OUTPUTS, Operation, Output, RMSNorm, Wanted
+from collogue.contract.spec import OUTPUTS, OWNING, Operation, Output, RMSNorm, Wanted, as_rows, check_split
 from collogue.errors import ArgumentError
 
 #: Of every operator but ``all_gather``. ``partial`` is y for ``finish``; ``scale_value`` counts where ``scale`` is ``None``. Of a prologue
@@ -33,10 +33,11 @@ ARGUMENTS = (
     "Tensor partial, Tensor? residual, Tensor? weight, float eps, float weight_offset, str quant, Tensor? scale, "
     "float scale_value, float smallest, bool keep_norm, str comm, bool prefetch=True, str prologue='none', Tensor? expert_index=None, "
     "Tensor? expert_weights=None, Tensor? shared_expert=None, float scaling=1.0, "
-    "Tensor? branch_weight=None, float branch_eps=0.0, float branch_offset=0.0"
+    "Tensor? branch_weight=None, float branch_eps=0.0, float branch_offset=0.0, int[]? rows=None"
 )
 _GATHERED = (
-    "Tensor? reduced, Tensor? residual, Tensor? norm, Tensor? codes, Tensor? scales, SymInt tokens, str quant, float smallest, str comm"
+    "Tensor? reduced, Tensor? residual, Tensor? norm, Tensor? codes, Tensor? scales, SymInt tokens, str quant, float smallest, str comm, "
+    "int[]? rows=None"
 )
 _SUMMING: tuple[Operation, ...] = ("all_reduce", "sharded", "reduce_scatter", "finish")
 
@@ -67,6 +68,7 @@ def call(comm: str, asked: Call, out: Output | None = None) -> Output:
         None if branch is None else branch.weight,
         0.0 if branch is None else branch.eps,
         0.0 if branch is None else branch.weight_offset,
+        None if asked.rows is None else list(asked.rows),
     )
     return _output(tensors, asked.wants(), out, asked.inputs())
 
@@ -93,10 +95,13 @@ def _together(
     return partial
 
 
-def gather(comm: str, shard: Output, tokens: int, quant: Quant | None, out: Output | None = None) -> Output:
+def gather(
+    comm: str, shard: Output, tokens: int, quant: Quant | None, out: Output | None = None, rows: Sequence[int] | None = None
+) -> Output:
     """:meth:`collogue.Communicator.all_gather` through the operator."""
     given = (shard.reduced, shard.residual, shard.norm, shard.codes, shard.scales)
-    tensors = torch.ops.collogue.all_gather.default(*given, tokens, describe(quant), getattr(quant, "smallest", 0.0), comm)
+    split = None if rows is None else list(rows)
+    tensors = torch.ops.collogue.all_gather.default(*given, tokens, describe(quant), getattr(quant, "smallest", 0.0), comm, split)
     there = [tensor is not None for tensor in given]
     return _output(tensors, Wanted(*there), out, [(f"shard.{name}", tensor) for name, tensor in shard.items()])
 
@@ -147,6 +152,7 @@ def _run(
     branch_weight: Tensor | None = None,
     branch_eps: float = 0.0,
     branch_offset: float = 0.0,
+    rows: Sequence[int] | None = None,
 ) -> list[Tensor]:
     given = _together(partial, prologue, expert_index, expert_weights, shared_expert, scaling)
     format = _format(quant, scale_value, smallest)
@@ -156,19 +162,19 @@ def _run(
         format = FP8Static(scale)
     norm = None if weight is None else RMSNorm(weight, eps, weight_offset, prefetch)
     owner = registry.find(comm)
-    engine = owner._engine
+    engine, split = owner._engine, as_rows(rows, owner.world_size)
     branch = None if branch_weight is None else RMSNorm(branch_weight, branch_eps, branch_offset)
     if engine is None or branch is not None:
         done = None
     else:
-        done = engine.latest(operation, given, residual, norm, format, keep_norm, None)
+        done = engine.latest(operation, given, residual, norm, format, keep_norm, None, split)
         if done is None:
-            done = engine.quick(Call(given, residual, norm, format, keep_norm, operation), None)
+            done = engine.quick(Call(given, residual, norm, format, keep_norm, operation, rows=split), None)
     if done is not None:
         return _tensors(done)
     term = given if isinstance(given, PROLOGUES) else given.contiguous()
     parts = _parts(operation, term, residual, format, owner.max_tokens)
-    calls = (Call(rows, theirs, norm, format, keep_norm, operation, branch_norm=branch) for rows, theirs in parts)
+    calls = (Call(part, theirs, norm, format, keep_norm, operation, branch_norm=branch, rows=split) for part, theirs in parts)
     outs = [owner._run(call) for call in calls]
     if len(outs) == 1:
         return _tensors(outs[0])
@@ -184,7 +190,7 @@ def _parts(
     if tokens <= most:
         return [(partial, residual)]
     # Other operations share rows out among ranks, other formats lay the scales of several rows out together.
-    if operation not in ("all_reduce", "finish") or hasattr(format, "layout"):
+    if operation in OWNING or hasattr(format, "layout"):
         return [(partial, residual)]
     starts = range(0, tokens, most)
     terms = [partial.rows(i, i + most) if isinstance(partial, PROLOGUES) else partial[i : i + most] for i in starts]
@@ -203,13 +209,14 @@ class _Gathered(NamedTuple):
     quant: str
     smallest: float
     comm: str
+    rows: Sequence[int] | None = None
 
 
 def _run_gather(*given: Any) -> list[Tensor]:
     asked = _Gathered(*given)
     shard = Output(asked.reduced, asked.residual, asked.norm, asked.codes, asked.scales)
     format = _format(asked.quant, 1.0, asked.smallest)
-    return _tensors(registry.find(asked.comm).all_gather(shard, asked.tokens, quant=format))
+    return _tensors(registry.find(asked.comm).all_gather(shard, asked.tokens, quant=format, rows=asked.rows))
 
 
 # ---- what tracers see
@@ -238,6 +245,11 @@ class _Arguments(NamedTuple):
     branch_weight: Tensor | None = None
     branch_eps: float = 0.0
     branch_offset: float = 0.0
+    rows: Sequence[int] | None = None
+
+
+#: Where the communicator stands among :data:`ARGUMENTS`.
+COMMUNICATOR = _Arguments._fields.index("comm")
 
 
 def _fake(operation: Operation, *given: Any, **named: Any) -> list[Tensor]:
@@ -246,7 +258,7 @@ def _fake(operation: Operation, *given: Any, **named: Any) -> list[Tensor]:
     has_residual, has_norm = asked.residual is not None, asked.weight is not None
     wanted = Wanted.of(has_residual=has_residual, has_norm=has_norm, quant=format, keep_norm=asked.keep_norm, operation=operation)
     tokens, width = partial.shape[-2:] if asked.expert_index is None else (asked.expert_index.shape[0], partial.shape[1])
-    owned = _owned(tokens, comm) if operation in ("sharded", "reduce_scatter") else tokens
+    owned = _owned(operation, tokens, comm, asked.rows)
     finished = owned if operation == "reduce_scatter" else tokens
     out = []
     if wanted.reduced or wanted.residual:
@@ -256,9 +268,16 @@ def _fake(operation: Operation, *given: Any, **named: Any) -> list[Tensor]:
     return [*out, *_fake_codes(format, finished, width, partial.device)]
 
 
-def _owned(tokens: int, comm: str) -> int:
-    """Length of ``owned_rows``, for a number of tokens that need not be known."""
+def _owned(operation: Operation, tokens: int, comm: str, rows: Sequence[int] | None) -> int:
+    """How many rows a rank keeps: the length of ``owned_rows`` where rows have owners, for a number of tokens that need not be known."""
+    if operation not in OWNING:
+        check_split(operation, tokens, rows)
+        return tokens
     owner = registry.find(comm)
+    split = as_rows(rows, owner.world_size)
+    check_split(operation, tokens, split)
+    if split is not None:
+        return split[owner.rank]
     block = -(-tokens // owner.world_size)
     smaller: Any = torch.sym_min
     owned: int = smaller((owner.rank + 1) * block, tokens) - smaller(owner.rank * block, tokens)
@@ -276,6 +295,8 @@ def _fake_codes(format: Quant | None, rows: int, width: int, device: torch.devic
 def _fake_gather(*given: Any, **named: Any) -> list[Tensor]:
     asked = _Gathered(*given, **named)
     tokens, codes = asked.tokens, asked.codes
+    if asked.rows is not None:
+        _owned("all_gather", tokens, asked.comm, asked.rows)
     values = [x.new_empty(tokens, x.shape[1]) for x in (asked.reduced, asked.residual, asked.norm) if x is not None]
     if codes is None:
         return values

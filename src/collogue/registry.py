@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -27,9 +28,17 @@ class Communicator(Protocol):
     _engine: Engine | None
 
     def fits(self, tokens: int, hidden_size: int | None = None) -> bool: ...
-    def owned_rows(self, tokens: int, rank: int | None = None) -> range: ...
+    def owned_rows(self, tokens: int | None = None, rank: int | None = None, *, rows: Sequence[int] | None = None) -> range: ...
     def _run(self, call: Call, out: Output | None = None) -> Output: ...
-    def all_gather(self, shard: Output, tokens: int, *, quant: Quant | None = None, out: Output | None = None) -> Output: ...
+    def all_gather(
+        self,
+        shard: Output,
+        tokens: int | None = None,
+        *,
+        quant: Quant | None = None,
+        out: Output | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> Output: ...
 
 
 _COMMUNICATORS: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()

@@ -286,7 +286,7 @@ def gloo_operations(group: Any, tell: Any, cases: list[Case]) -> list[str]:
 
 @pytest.mark.slow
 def test_processes_over_gloo() -> None:
-    cases = [replace(c, world_size=3) for c in default_sweep("cpu") if c.operation != "all_reduce"][::2]
+    cases = [c.in_world(3) for c in default_sweep("cpu") if c.operation != "all_reduce"][::2]
     assert {c.operation for c in cases} == set(OPERATIONS) - {"all_reduce"}
     assert run_processes(3, gloo_operations, list(dict.fromkeys(cases))) == [[]] * 3
 
@@ -382,10 +382,10 @@ def test_what_is_allocated_is_what_a_call_needs(quant: Quant) -> None:
         if operation == "all_gather":
             half = by_rank(by_reference, "reduce_scatter", [x] * 3, None, norm, quant, True)[1]
             call = check_gather(capacity, half, 7, quant)
-            assert (call.rows, call.signature.stream_rows, call.signature.finished_rows) == (range(3, 6), 7, 7)
+            assert (call.owned, call.signature.stream_rows, call.signature.finished_rows) == (range(3, 6), 7, 7)
         else:
             call = check_call(capacity, Call(x, None, norm, quant, True, operation))
-            assert (call.rows, call.signature.stream_rows, call.signature.finished_rows) == rows[operation]
+            assert (call.owned, call.signature.stream_rows, call.signature.finished_rows) == rows[operation]
         assert call.tokens == 7
         out = call.signature.empty()
         check_out(call, out)

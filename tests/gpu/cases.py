@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+from collogue.contract.spec import OWNING
 from collogue.planning.topology import Overrides
 from collogue.tools.check import Case, default_sweep, full_sweep
 from collogue.tools.check.sweep import DTYPES, OPERATIONS
@@ -15,9 +16,9 @@ ROWS, MANY_ROWS, WIDTH = 32, 300, 7168
 
 def sweep_of(size: int, *, thorough: bool) -> list[Case]:
     """Every format, dtype and kind of input, hidden sizes from 8 to 16384, no tokens, and calls beyond one-shot."""
-    default = list(dict.fromkeys(replace(case, world_size=size) for case in default_sweep("cuda")))
+    default = list(dict.fromkeys(case.in_world(size) for case in default_sweep("cuda")))
     full = [case for case in full_sweep() if case.world_size == max(2, size)]
-    full = [replace(case, world_size=size) for case in full[:: max(1, len(full) // 90)]]
+    full = [case.in_world(size) for case in full[:: max(1, len(full) // 90)]]
     return [*(default if thorough else default[size % 3 :: 3]), *full]
 
 
@@ -75,6 +76,8 @@ def operation_cases(size: int) -> list[Case]:
         for i, operation in enumerate(OPERATIONS)
         for j, (t, width) in enumerate(((1, WIDTH), (2, 576), (3, 2880), (5, WIDTH), (7, 576), (129, WIDTH), (1000, 2880)))
     ]
+    uneven = [case for case in cases if case.operation in OWNING][::2]
+    cases += [replace(case, rows=(case.tokens // 2, case.tokens - case.tokens // 2), world_size=2).in_world(size) for case in uneven]
     cases = [case if case.possible else replace(case, hidden_size=WIDTH) for case in cases]
     random.Random(size).shuffle(cases)
     return cases

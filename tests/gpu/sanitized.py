@@ -13,7 +13,7 @@ import torch
 from cuda.bindings import driver
 
 from collogue import Communicator, RMSNorm
-from collogue.contract.spec import Output
+from collogue.contract.spec import OWNING, Output
 from collogue.formats import scale_storage
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare
@@ -34,6 +34,7 @@ def cases(world: int) -> dict[Literal["one_shot", "two_shot"], list[Case]]:
     owned: list[Case] = []
     for operation in ("sharded", "reduce_scatter", "all_gather", "finish"):
         owned += [replace(case, operation=operation, seed=10 + case.seed) for case in plain[:3]]  # type: ignore[arg-type]
+    owned += [replace(case, rows=(*[0] * (world - 1), case.tokens)) for case in owned if case.operation in OWNING]
     many = Case(300, WIDTH, world_size=world, seed=30)
     sums = Case(2, 24, world_size=world, residual=False, norm=False, seed=31)
     return {

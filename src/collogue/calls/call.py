@@ -12,7 +12,7 @@ from collogue.calls.capacity import Capacity, check_hidden_size, check_kinds, ch
 from collogue.calls.request import Signature, make_request
 from collogue.contract.prologue import PROLOGUES, ExpertCombine, Prologue
 from collogue.contract.quant import Quant
-from collogue.contract.spec import Operation, Output, RMSNorm, Wanted, owned_rows
+from collogue.contract.spec import OWNING, Operation, Output, RMSNorm, Wanted, check_split, owned_rows
 from collogue.errors import ArgumentError, DeviceError, DTypeError, GradError, IndexRangeError, LayoutError, ShapeError
 
 #: Bytes to which rows and tensors must be aligned: kernels move 16 bytes at a time.
@@ -24,8 +24,8 @@ class Call:
     """The arguments of one call, as the user gave them. :func:`check_call` checks them and sets ``signature``.
 
     ``partial``: this rank's term [T, H], or what it is computed from; of ``finish``, y; of ``all_gather``, a tensor without memory
-    (meta) that only says the shape and dtype of gathered values. ``shard``: what is gathered. A new argument of a call is a field here and
-    a field of :class:`Request`.
+    (meta) that only says the shape and dtype of gathered values. ``shard``: what is gathered. ``rows``: how many each rank owns, as
+    :func:`.spec.as_rows` returns them. A new argument of a call is a field here and a field of :class:`Request`.
     """
 
     partial: torch.Tensor | Prologue
@@ -36,6 +36,7 @@ class Call:
     operation: Operation = "all_reduce"
     shard: Output | None = None
     branch_norm: RMSNorm | None = None
+    rows: tuple[int, ...] | None = None
     signature: Signature = None  # type: ignore[assignment]  # set by check_call
 
     @property
@@ -52,9 +53,9 @@ class Call:
         return self.signature.request.wanted
 
     @property
-    def rows(self) -> range | None:
+    def owned(self) -> range | None:
         """Which of the T rows this rank owns, where it gives or gets a shard."""
-        return self.signature.rows
+        return self.signature.owned
 
     @property
     def bindable(self) -> bool:
@@ -110,9 +111,10 @@ def check_call(capacity: Capacity, call: Call) -> Call:
     if hidden_size > capacity.hidden_size or tokens > capacity.max_tokens:
         raise_capacity(name, tokens, hidden_size, capacity)
     check_hidden_size(hidden_size)
+    check_split(call.operation, tokens, call.rows)  # before the residual's shape, which follows from them
     if residual is not None:
         check_values("residual", residual, capacity)
-        _check_residual(residual, name, (tokens, hidden_size), capacity, call.operation)
+        _check_residual(residual, name, (tokens, hidden_size), capacity, call)
     check_kinds(norm, quant)
     branch = call.branch_norm
     check_norm_kind("branch_norm", branch)
@@ -139,6 +141,7 @@ def check_call(capacity: Capacity, call: Call) -> Call:
         prologue=partial.form if isinstance(partial, PROLOGUES) else None,
         branch=branch is not None,
         wide_branch=branch is not None and branch.weight.dtype != capacity.dtype,
+        rows=call.rows,
     )
     call.signature = capacity.signature(request)
     return call
@@ -175,15 +178,15 @@ def check_indices(given: torch.Tensor | Prologue) -> None:
         )
 
 
-def _check_residual(residual: torch.Tensor, name: str, shape: tuple[int, int], capacity: Capacity, operation: Operation) -> None:
+def _check_residual(residual: torch.Tensor, name: str, shape: tuple[int, int], capacity: Capacity, call: Call) -> None:
     tokens, hidden_size = shape
-    if operation in ("sharded", "reduce_scatter"):
-        rows = owned_rows(tokens, capacity.world_size, capacity.rank)
+    if call.operation in OWNING:
+        rows = owned_rows(tokens, capacity.world_size, capacity.rank, call.rows)
         if residual.shape != (len(rows), hidden_size):
             raise ShapeError(
                 f"residual has shape {list(residual.shape)}; rank {capacity.rank} of {capacity.world_size} owns {len(rows)} rows of "
                 f"{name} {list(shape)}",
-                hint="give the rows that this rank owns: comm.shard(residual)",
+                hint=f"give the rows that this rank owns: comm.shard(residual{', rows=rows' * (call.rows is not None)})",
             )
     elif residual.shape != shape:
         raise ShapeError(

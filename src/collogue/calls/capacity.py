@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NoReturn, get_args
 
@@ -11,7 +12,7 @@ from collogue.calls.request import Request, Signature, keep, make_request
 from collogue.contract.number import is_whole
 from collogue.contract.prologue import Prologue, PrologueForm, form_of
 from collogue.contract.quant import FAMILIES, Quant, parse
-from collogue.contract.spec import VALUE_DTYPES, Operation, RMSNorm, owned_rows
+from collogue.contract.spec import OWNING, VALUE_DTYPES, Operation, RMSNorm, as_rows, owned_rows
 from collogue.errors import ArgumentError, CapacityError, DTypeError, FormatError, ShapeError
 
 
@@ -45,7 +46,7 @@ class Capacity:
 
     def request(
         self,
-        tokens: int,
+        tokens: int | None,
         residual: bool,
         norm: RMSNorm | bool | None,
         quant: Quant | None,
@@ -54,11 +55,13 @@ class Capacity:
         operation: Operation,
         prologue: Prologue | PrologueForm | None = None,
         branch_norm: RMSNorm | bool | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Request:
         """What is planned for such a call. Raises :class:`ArgumentError` (its subclasses) for calls that cannot be."""
         if operation not in get_args(Operation):
             raise ArgumentError(f"there is no operation {operation!r}", hint=f"choose one of {', '.join(get_args(Operation))}")
-        check_tokens(tokens)
+        split = as_rows(rows, self.world_size)
+        tokens = count_tokens(tokens, split)
         check_kinds(norm if not isinstance(norm, bool) else None, quant)
         check_norm_kind("branch_norm", branch_norm if not isinstance(branch_norm, bool) else None)
         width = self.hidden_size if hidden_size is None else hidden_size
@@ -83,6 +86,7 @@ class Capacity:
             prologue=form_of(prologue),
             branch=branch_norm if isinstance(branch_norm, bool) else branch_norm is not None,
             wide_branch=isinstance(branch_norm, RMSNorm) and branch_norm.weight.dtype != self.dtype,
+            rows=split,
         )
 
     def signature(self, request: Request) -> Signature:
@@ -91,11 +95,11 @@ class Capacity:
         key = replace(request, quant=None), label
         found = self._signatures.get(key)
         if found is None:
-            rows = None
-            if request.operation in ("sharded", "reduce_scatter", "all_gather"):
-                rows = owned_rows(request.tokens, self.world_size, self.rank)
+            owned = None
+            if request.operation in OWNING:
+                owned = owned_rows(request.tokens, self.world_size, self.rank, request.rows)
             plain = request if label is None else replace(request, quant=parse(label))  # without tensors, which it would keep alive
-            found = keep(self._signatures, key, Signature(plain, rows, self.device))
+            found = keep(self._signatures, key, Signature(plain, owned, self.device))
         return found
 
 
@@ -105,10 +109,13 @@ def check_hidden_size(hidden_size: int) -> None:
         raise ShapeError(f"hidden size {hidden_size!r} is not a positive multiple of 8", hint="pad the hidden size to a multiple of 8")
 
 
-def check_tokens(tokens: int) -> None:
-    """Raise :class:`ShapeError` unless ``tokens`` is a number of rows."""
+def count_tokens(tokens: int | None, rows: tuple[int, ...] | None = None) -> int:
+    """T: ``tokens``, or, where that is left out, all ``rows``. Raises :class:`ShapeError` unless it is a number of rows."""
+    if tokens is None and rows is not None:
+        return sum(rows)
     if not is_whole(tokens) or tokens < 0:
         raise ShapeError(f"tokens is {tokens!r}", hint="give the number of rows of the whole tensor")
+    return tokens
 
 
 def check_kinds(norm: RMSNorm | None, quant: Quant | None) -> None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from collogue.calls.call import Call, check_no_grad, check_values
-from collogue.calls.capacity import Capacity, check_hidden_size, check_tokens, raise_capacity
+from collogue.calls.capacity import Capacity, check_hidden_size, count_tokens, raise_capacity
 from collogue.calls.outputs import check_forms
 from collogue.calls.request import Request, forms_of
 from collogue.contract.quant import Quant, describe
-from collogue.contract.spec import Output, Wanted, owned_rows
+from collogue.contract.spec import Output, Wanted, as_rows, check_split, owned_rows
 from collogue.errors import ArgumentError, FormatError, ShapeError
 
 
-def check_gather(capacity: Capacity, shard: Output, tokens: int, quant: Quant | None) -> Call:
+def check_gather(capacity: Capacity, shard: Output, tokens: int | None, quant: Quant | None, rows: Sequence[int] | None = None) -> Call:
     """Check the arguments of one ``all_gather``: what ``shard`` holds must be this rank's rows of ``tokens``."""
     if not isinstance(shard, Output):
         raise ArgumentError(f"shard is a {type(shard).__name__}", hint="pass what comm.reduce_scatter returned, or collogue.Output(...)")
-    check_tokens(tokens)
-    rows = owned_rows(tokens, capacity.world_size, capacity.rank)
+    split = as_rows(rows, capacity.world_size)
+    tokens = count_tokens(tokens, split)
+    check_split("all_gather", tokens, split)
+    mine = len(owned_rows(tokens, capacity.world_size, capacity.rank, split))
     held = dict(shard.items())
     if not held:
         raise ShapeError("the shard holds nothing", hint="give it at least one of reduced, residual, norm, codes")
@@ -43,13 +47,13 @@ def check_gather(capacity: Capacity, shard: Output, tokens: int, quant: Quant | 
         quant.check_hidden_size(hidden_size)
     wanted = Wanted.held(shard)
     whole = torch.empty(tokens, hidden_size, dtype=capacity.dtype, device="meta")
-    request = Request(tokens, hidden_size, capacity.dtype, False, False, False, quant, wanted, "all_gather")
-    owned = f"rank {capacity.rank} of {capacity.world_size} owns {len(rows)} of {tokens} rows"
-    forms = forms_of(request, len(rows), len(rows))
+    request = Request(tokens, hidden_size, capacity.dtype, False, False, False, quant, wanted, "all_gather", rows=split)
+    owned = f"rank {capacity.rank} of {capacity.world_size} owns {mine} of {tokens} rows"
+    forms = forms_of(request, mine, mine)
     check_forms("shard", held, forms, capacity.device, hint=f"{owned}; pass its shard as comm.reduce_scatter or comm.shard returns it")
     if torch.is_grad_enabled():
         check_no_grad(*((f"shard.{name}", tensor) for name, tensor in held.items()))
-    return Call(whole, quant=quant, operation="all_gather", shard=shard, signature=capacity.signature(request))
+    return Call(whole, quant=quant, operation="all_gather", shard=shard, rows=split, signature=capacity.signature(request))
 
 
 def _packed(quant: Quant | None) -> set[str]:

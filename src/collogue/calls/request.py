@@ -13,7 +13,7 @@ import torch
 from collogue.contract.formats import code_spec, scale_spec
 from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import Quant
-from collogue.contract.spec import Operation, Output, Wanted
+from collogue.contract.spec import Operation, Output, Wanted, check_split
 from collogue.errors import ArgumentError
 
 #: Entries of each cache of a communicator: every number of tokens is an entry, and a prefill may have any.
@@ -36,7 +36,8 @@ def keep(cache: dict[K, V], key: K, value: V) -> V:
 class Request:
     """What a plan is made for: the shape of a call, not its tensors.
 
-    ``late_weight``: the kernel before may write the weight. It makes another kernel, and no difference between ranks.
+    ``late_weight``: the kernel before may write the weight. It makes another kernel, and no difference between ranks. ``rows``: of each
+    rank; ``None``: equal blocks, or no owners.
     """
 
     tokens: int
@@ -52,6 +53,7 @@ class Request:
     prologue: PrologueForm | None = None
     branch: bool = False
     wide_branch: bool = False
+    rows: tuple[int, ...] | None = None
 
 
 def make_request(
@@ -69,9 +71,11 @@ def make_request(
     prologue: PrologueForm | None = None,
     branch: bool = False,
     wide_branch: bool = False,
+    rows: tuple[int, ...] | None = None,
 ) -> Request:
     """What is planned for such a call. For ``all_gather`` residual, norm and quant say what the shard holds."""
     wanted = Wanted.of(has_residual=residual, has_norm=norm, quant=quant, keep_norm=keep_norm, operation=operation)
+    check_split(operation, tokens, rows)
     if prologue is not None and operation in ("finish", "all_gather"):
         raise ArgumentError(f"{operation} sums nothing and takes no prologue", hint="pass it to all_reduce or reduce_scatter")
     if branch and operation in ("finish", "all_gather"):
@@ -84,7 +88,7 @@ def make_request(
     if prologue is not None and prologue.weights == "float32" and dtype == torch.float32:
         prologue = replace(prologue, weights="value")
     return Request(
-        tokens, hidden_size, dtype, residual, norm, wide_weight, quant, wanted, operation, late_weight, prologue, branch, wide_branch
+        tokens, hidden_size, dtype, residual, norm, wide_weight, quant, wanted, operation, late_weight, prologue, branch, wide_branch, rows
     )
 
 
@@ -138,22 +142,22 @@ def forms_of(request: Request, stream_rows: int, finished_rows: int) -> dict[str
 class Signature:
     """What calls have in common that differ in their tensors and scalars alone. Two are equal if they are one object.
 
-    ``rows``: which of the T rows this rank owns, where it gives or gets a shard. ``device``: of every tensor.
+    ``owned``: which of the T rows this rank owns, where it gives or gets a shard. ``device``: of every tensor.
     """
 
     request: Request
-    rows: range | None
+    owned: range | None
     device: torch.device
 
     @property
     def stream_rows(self) -> int:
         """Rows of ``reduced`` or ``residual``, out and in."""
-        return self.request.tokens if self.rows is None or self.request.operation == "all_gather" else len(self.rows)
+        return self.request.tokens if self.owned is None or self.request.operation == "all_gather" else len(self.owned)
 
     @property
     def finished_rows(self) -> int:
         """Rows of ``norm``, ``codes`` and ``scales``."""
-        return len(self.rows) if self.rows is not None and self.request.operation == "reduce_scatter" else self.request.tokens
+        return len(self.owned) if self.owned is not None and self.request.operation == "reduce_scatter" else self.request.tokens
 
     @functools.cached_property
     def input_bytes(self) -> tuple[int, int, int]:

@@ -37,7 +37,7 @@ from collogue.contract.formats import (
 )
 from collogue.contract.prologue import ExpertCombine, ExpertReduce, Prologue
 from collogue.contract.quant import E2M1_MAX, E4M3_MAX, MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
-from collogue.contract.spec import VALUE_DTYPES, Output, RMSNorm, Wanted, owned_rows
+from collogue.contract.spec import VALUE_DTYPES, Operation, Output, RMSNorm, Wanted, as_rows, check_split, owned_rows
 from collogue.errors import ArgumentError, DTypeError, FormatError, PlatformError, ShapeError
 
 #: Shape of the mean square: a lane adds 8 elements, 32 lanes are folded by halves into the sum of one block.
@@ -331,20 +331,22 @@ def sharded(
     quant: Quant | None = None,
     keep_norm: bool = False,
     branch_norm: RMSNorm | None = None,
+    rows: Sequence[int] | None = None,
 ) -> list[Output]:
     """What ``comm.all_reduce(.., sharded=True)`` returns, by rank: :func:`all_reduce`, of whose y each rank keeps the rows it owns.
 
-    Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first.
+    Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first. ``rows``: how many
+    each rank owns, in place of equal blocks; their sum is T.
     """
     terms = _terms(partials)
     whole = all_reduce(terms, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm, branch_norm=branch_norm)
     return [
         replace(
             whole,
-            reduced=None if whole.reduced is None else whole.reduced[rows],
-            residual=None if whole.residual is None else whole.residual[rows],
+            reduced=None if whole.reduced is None else whole.reduced[own],
+            residual=None if whole.residual is None else whole.residual[own],
         )
-        for rows in _owned(len(terms[0]), len(terms))
+        for own in _owned("sharded", len(terms[0]), len(terms), rows)
     ]
 
 
@@ -356,39 +358,43 @@ def reduce_scatter(
     quant: Quant | None = None,
     keep_norm: bool = False,
     branch_norm: RMSNorm | None = None,
+    rows: Sequence[int] | None = None,
 ) -> list[Output]:
     """What :meth:`collogue.Communicator.reduce_scatter` returns, by rank: :func:`all_reduce` of the rows that each rank owns.
 
-    Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first.
+    Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first. ``rows``: how many
+    each rank owns, in place of equal blocks; their sum is T.
     """
     terms = _terms(partials)
     _check_partials(terms, residual, norm)
     return [
         all_reduce(
-            [p[rows] for p in terms],
-            residual=None if residual is None else residual[rows],
+            [p[own] for p in terms],
+            residual=None if residual is None else residual[own],
             norm=norm,
             quant=quant,
             keep_norm=keep_norm,
             branch_norm=branch_norm,
         )
-        for rows in _owned(len(terms[0]), len(terms))
+        for own in _owned("reduce_scatter", len(terms[0]), len(terms), rows)
     ]
 
 
-def _owned(tokens: int, world_size: int) -> list[slice]:
-    """The rows of each rank."""
-    blocks = (owned_rows(tokens, world_size, rank) for rank in range(world_size))
-    return [slice(rows.start, rows.stop) for rows in blocks]
+def _owned(operation: Operation, tokens: int, world_size: int, rows: Sequence[int] | None) -> list[slice]:
+    """The rows of each rank. Raises where ``rows`` cannot be."""
+    check_split(operation, tokens, as_rows(rows, world_size))
+    blocks = (owned_rows(tokens, world_size, rank, rows) for rank in range(world_size))
+    return [slice(own.start, own.stop) for own in blocks]
 
 
-def all_gather(shards: Sequence[Output], *, quant: Quant | None = None) -> Output:
+def all_gather(shards: Sequence[Output], *, quant: Quant | None = None, rows: Sequence[int] | None = None) -> Output:
     """What :meth:`collogue.Communicator.all_gather` returns on every rank: the rows of all shards, bit for bit as they are.
 
     Args:
         shards: every rank's, in rank order, all with the same tensors; as many rows on each rank as
         :meth:`collogue.Communicator.owned_rows` says.
         quant: the format of codes and scales. Scales come in the layout of a shard's rows and go into that of all rows.
+        rows: how many each rank owns, in place of equal blocks.
     Raises:
         ShapeError, FormatError: shards that do not fit together, codes without a format.
     """
@@ -409,9 +415,9 @@ def all_gather(shards: Sequence[Output], *, quant: Quant | None = None) -> Outpu
         parts = [read_scales(s.scales, quant, len(s.codes), hidden_size) for s in shards if s.scales is not None and s.codes is not None]
         gathered.scales = place_scales(torch.cat(parts), quant, tokens, hidden_size)
     for name in held[0]:
-        rows = [len(getattr(shard, name)) for shard in shards]
-        if name != "scales" and rows != [s.stop - s.start for s in _owned(sum(rows), len(shards))]:
-            raise ShapeError(f"the shards' {name} have {rows} rows", hint="cut rows as collogue.contract.spec.owned_rows does")
+        held_rows = [len(getattr(shard, name)) for shard in shards]
+        if name != "scales" and held_rows != [own.stop - own.start for own in _owned("all_gather", sum(held_rows), len(shards), rows)]:
+            raise ShapeError(f"the shards' {name} have {held_rows} rows", hint="cut rows as comm.shard does, or say how: rows=")
     return gathered
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Generic, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 from typing_extensions import TypeVar
 
-from collogue.contract.number import is_number
+from collogue.contract.number import is_number, is_whole
 from collogue.contract.quant import FP8Static, Quant
 from collogue.errors import ArgumentError, DTypeError, FormatError, ScaleError, ShapeError
 
@@ -121,10 +121,57 @@ register_pytree_node(
 Operation = Literal["all_reduce", "sharded", "reduce_scatter", "all_gather", "finish"]
 
 
-def owned_rows(tokens: int, world_size: int, rank: int) -> range:
-    """The rows of ``tokens`` that ``rank`` owns: blocks of ``ceil(tokens / world_size)`` in rank order, the last ones shorter or empty."""
+#: Operations in which rows have owners.
+OWNING: tuple[Operation, ...] = ("sharded", "reduce_scatter", "all_gather")
+
+
+def owned_rows(tokens: int, world_size: int, rank: int, rows: Sequence[int] | None = None) -> range:
+    """The rows of ``tokens`` that ``rank`` owns, blocks in rank order: of ``rows[rank]`` rows, or of ``ceil(tokens / world_size)``, the
+    last ones shorter or empty.
+    """
+    if rows is not None:
+        first = sum(rows[:rank])
+        return range(first, first + rows[rank])
     block = -(-tokens // world_size)
     return range(min(rank * block, tokens), min((rank + 1) * block, tokens))
+
+
+def largest_block(tokens: int, world_size: int, rows: Sequence[int] | None = None) -> int:
+    """The most rows that a rank owns."""
+    return -(-tokens // world_size) if rows is None else max(rows)
+
+
+def as_rows(rows: Sequence[int] | None, world_size: int) -> tuple[int, ...] | None:
+    """``rows=`` as calls keep it. Raises :class:`ArgumentError` for what are no Python ints, :class:`ShapeError` for what is no number of
+    rows for each rank.
+    """
+    if rows is None:
+        return None
+    if not isinstance(rows, list | tuple) or not all(is_whole(each) for each in rows):
+        raise ArgumentError(
+            f"rows is {rows if isinstance(rows, list | tuple) else type(rows).__name__}; expected a list of Python ints",
+            hint="give how many rows each rank owns, the same list on every rank: rows=[3, 0, 5]",
+        )
+    if len(rows) != world_size:
+        raise ShapeError(f"rows has {len(rows)} entries: {list(rows)}", hint=f"give one number for each of the {world_size} ranks")
+    if any(each < 0 for each in rows):
+        raise ShapeError(f"rows is {list(rows)}; expected numbers from 0", hint="give 0 for a rank that owns no rows")
+    return tuple(int(each) for each in rows)
+
+
+def check_split(operation: Operation, tokens: int, rows: Sequence[int] | None) -> None:
+    """Raise :class:`ArgumentError` for ``rows`` of an operation in which rows have no owners, :class:`ShapeError` where they are not
+    ``tokens`` rows in all.
+    """
+    if rows is None:
+        return
+    if operation not in OWNING:
+        raise ArgumentError(
+            f"{operation} leaves no rows to owners and takes no rows=",
+            hint="pass it to all_reduce(sharded=True), reduce_scatter or all_gather",
+        )
+    if sum(rows) != tokens:
+        raise ShapeError(f"rows {list(rows)} add up to {sum(rows)}; the call has {tokens} tokens", hint="their sum is T, on every rank")
 
 
 @dataclass(frozen=True)

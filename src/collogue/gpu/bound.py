@@ -38,7 +38,7 @@ _FIELDS = {"reduced": "stream", "residual": "stream", "norm": "norm", "codes": "
 _ADDRESSES = [name for name, *_ in Params._fields_[:8]]
 assert all(getattr(Params, name).offset == 8 * place for place, name in enumerate(_ADDRESSES))
 
-#: Takes operation, partial, residual, norm, quant, keep_norm and out.
+#: Takes operation, partial, residual, norm, quant, keep_norm, out and rows.
 Bound = Callable[..., "Output | None"]
 
 
@@ -54,6 +54,7 @@ def key_of(call: Call, out: Output | None) -> tuple[Any, ...]:
         call.keep_norm,
         out is None,
         torch.is_inference_mode_enabled(),
+        call.rows,
     )
 
 
@@ -72,6 +73,7 @@ def bind(
     forms, index, quant = call.signature.forms, engine.index, call.quant
     named = [name for name in OUTPUTS if name in forms]
     absent = [name for name in OUTPUTS if name not in forms]
+    split = call.rows
     operation, keep_norm, kind, label = call.operation, call.keep_norm, type(quant), None if quant is None else quant.label
     prefetch = None if call.norm is None else call.norm.prefetch
     in_place = out is not None and out.residual is not None and out.residual is call.residual
@@ -128,8 +130,9 @@ def bind(
         quant: Quant | None,
         keeps: bool,
         out: Output | None,
+        rows: tuple[int, ...] | None = None,
     ) -> Output | None:
-        if asked != operation or keeps is not keep_norm:
+        if asked != operation or keeps is not keep_norm or rows != split:
             return None
         tensors: tuple[Any, ...]
         if has_residual:

@@ -39,7 +39,8 @@ def pack(algorithm: str, request: Request) -> tuple[int, int]:
     q = QuantVariant.of(request.quant)
     fields = (
         (_ALGORITHMS.index(algorithm), 4),
-        (_OPERATIONS.index(request.operation), 4),
+        (_OPERATIONS.index(request.operation), 3),
+        (request.rows is not None, 1),
         (_DTYPES.index(request.dtype), 2),
         (request.residual, 1),
         (request.norm, 1),
@@ -83,16 +84,18 @@ class Entry:
     stage: str = ""
 
     @classmethod
-    def of(cls, entry: bytes) -> Entry | None:
-        """``None`` where nothing has been written yet, or something that no kernel writes."""
+    def of(cls, entry: bytes, rows: tuple[int, ...] | None = None) -> Entry | None:
+        """``None`` where nothing has been written yet, or something that no kernel writes. ``rows``: of each rank, where they are known
+        and the call's were uneven.
+        """
         (number,) = struct.unpack_from("<I", entry)
         if number:
             with contextlib.suppress(IndexError):
-                return cls(number - 1, _text(entry))
+                return cls(number - 1, _text(entry, rows))
         return None
 
 
-def _text(entry: bytes) -> str:
+def _text(entry: bytes, rows: tuple[int, ...] | None) -> str:
     """The arguments in an entry. Raises :class:`IndexError` for options that there are not."""
     _, tokens, hidden, first, options, group, eps, offset = struct.unpack("<6I2f", entry)
     word = int(options)
@@ -102,7 +105,7 @@ def _text(entry: bytes) -> str:
         value, word = word & ((1 << bits) - 1), word >> bits
         return value
 
-    algorithm, operation, dtype = _ALGORITHMS[take(4)], _OPERATIONS[take(4)], _DTYPES[take(2)]
+    algorithm, operation, uneven, dtype = _ALGORITHMS[take(4)], _OPERATIONS[take(3)], take(1), _DTYPES[take(2)]
     residual, norm, keep_norm, quant, layout, ceil, wide = take(1), take(1), take(1), take(4), take(3), take(1), take(1)
     moved = [name for name in _MOVED if take(1)]
     branch, wide_branch = operation != "all_gather" and "reduced" in moved, "residual" in moved
@@ -115,6 +118,7 @@ def _text(entry: bytes) -> str:
         f"hidden_size={hidden}",
         f"dtype={str(dtype).removeprefix('torch.')}",
     ]
+    parts += [f"rows={'uneven' if rows is None else list(rows)}"] * uneven
     parts += [f"expert_combine(top_k={slots})" if prologue == "expert_combine" else "expert_reduce"] * (prologue is not None)
     parts += [f"branch_norm{' in float32' * wide_branch}"] * branch
     parts += ["residual"] * residual + [f"norm(eps={_shortest(eps)}, weight_offset={_shortest(offset)})"] * norm

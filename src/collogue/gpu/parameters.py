@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from collogue.calls.call import Call
 from collogue.calls.request import Request
 from collogue.contract.prologue import ExpertReduce, Prologue
-from collogue.contract.spec import Output, owned_rows
+from collogue.contract.spec import Output, largest_block, owned_rows
 from collogue.gpu import header
 from collogue.gpu.launch import Params
 from collogue.planning.algorithm import ALGORITHMS
@@ -19,9 +21,12 @@ from collogue.planning.topology import Topology
 def fill_shape(params: Params, topology: Topology, request: Request, plan: Plan, rank: int) -> None:
     """What follows from the shape of a call: extents and places in the workspace. The first launch, where there are several."""
     world, tokens, algorithm = topology.world_size, request.tokens, plan.algorithm
-    owned = len(owned_rows(tokens, world, rank))
+    owned = len(owned_rows(tokens, world, rank, request.rows))
     params.hidden, params.tokens, params.rank = request.hidden_size, tokens, rank
     params.first, params.count, params.block = 0, plan.rows, -(-tokens // world)
+    if request.rows is not None:
+        ends = list(itertools.accumulate(request.rows))
+        params.bounds[:] = [0, *ends, *[tokens] * (len(params.bounds) - 1 - len(ends))]
     rows = rows_of_scales(topology, request, rank)
     params.scale_rows = rows if plan.launches == 1 else 0
     params.column_stride, params.shard_column_stride = -(-rows // 4) * 4, -(-owned // 4) * 4
@@ -102,13 +107,14 @@ def _fill_term(params: Params, term: torch.Tensor | Prologue) -> None:
 def rows_of_scales(topology: Topology, request: Request, rank: int) -> int:
     """Rows of the scale tensor that a call writes on ``rank``."""
     if request.operation == "reduce_scatter":
-        return len(owned_rows(request.tokens, topology.world_size, rank))
+        return len(owned_rows(request.tokens, topology.world_size, rank, request.rows))
     return request.tokens
 
 
 def later_launches(topology: Topology, request: Request, plan: Plan, rank: int) -> tuple[tuple[int, int, int], ...]:
     """First row, number of rows and padding of the launches after the first; the last one writes the padding."""
-    total = -(-request.tokens // topology.world_size) if ALGORITHMS[plan.algorithm].owned else request.tokens
+    owned = ALGORITHMS[plan.algorithm].owned
+    total = largest_block(request.tokens, topology.world_size, request.rows) if owned else request.tokens
     starts = range(plan.rows, plan.rows * plan.launches, plan.rows) if plan.launches > 1 else ()
     pad = rows_of_scales(topology, request, rank)
     return tuple((first, min(plan.rows, total - first), pad if first + plan.rows >= total else 0) for first in starts)

@@ -7,6 +7,7 @@ generations (:class:`collogue.planning.extent.Extent`).
 from __future__ import annotations
 
 import ctypes
+import itertools
 import struct
 import time
 import weakref
@@ -29,11 +30,12 @@ SENTINELS = {
     kernels.constant_of("values.cuh", of, "kBytes"): kernels.constant_of("values.cuh", of, "kSentinel") for of in ("BFloat16", "Float32")
 }
 _PROTOCOL, MAX_RANKS = kernels.constants("protocol.cuh"), kernels.constants("params.cuh")["kMaxWorld"]
-#: Bytes of the control words, and where the marks, the notes and the journal lie; between them, canaries.
+#: Bytes of the control words, and where the marks, the notes, the bounds of uneven rows and the journal lie; between them, canaries.
 CONTROL_WORDS = kernels.size_of("protocol.cuh", "Control")
 MARKS_OFFSET, MARKS = _PROTOCOL["kMarksOffset"], _PROTOCOL["kMarks"]
 NOTES_OFFSET = _PROTOCOL["kNotesOffset"]
 NOTES_END = NOTES_OFFSET + MAX_RANKS * kernels.size_of("protocol.cuh", "Note")
+BOUNDS_OFFSET, BOUNDS = _PROTOCOL["kBoundsOffset"], _PROTOCOL["kBounds"]
 JOURNAL_OFFSET, JOURNAL = _PROTOCOL["kJournalOffset"], _PROTOCOL["kJournal"]
 _CANARY = b"\xc0\x11\x09\xbe"
 #: Seconds in which a kernel that has claimed the failure record fills it.
@@ -64,7 +66,7 @@ class Control:
         _, calls, stop, left, claimed = struct.unpack_from("<5I", page)
         pairs = [(int(a), int(b)) for a, b in struct.iter_unpack("<2I", page[MARKS_OFFSET:NOTES_END])]
         marks = tuple(tuple(pairs[m * MAX_RANKS : (m + 1) * MAX_RANKS]) for m in range(MARKS))
-        canaries = page[CONTROL_WORDS:MARKS_OFFSET] + page[NOTES_END:]
+        canaries = page[CONTROL_WORDS:MARKS_OFFSET] + page[NOTES_END:BOUNDS_OFFSET]
         return cls(calls, stop, left, claimed, marks, tuple(pairs[MARKS * MAX_RANKS :]), canaries)
 
     @property
@@ -86,7 +88,7 @@ class Control:
 def clean_control() -> bytearray:
     """The first bytes of a workspace in which nothing has been called: zeros, and canaries between them."""
     page = bytearray(_CANARY * (CONTROL_BYTES // len(_CANARY)))
-    for first, end in ((0, CONTROL_WORDS), (MARKS_OFFSET, NOTES_END), (JOURNAL_OFFSET, CONTROL_BYTES)):
+    for first, end in ((0, CONTROL_WORDS), (MARKS_OFFSET, NOTES_END), (BOUNDS_OFFSET, CONTROL_BYTES)):
         page[first:end] = bytes(end - first)
     return page
 
@@ -266,8 +268,7 @@ class Workspace:
         for rank, pointer in enumerate(self.buffer.pointers):
             if not (page := self._read(pointer, CONTROL_BYTES)):
                 continue
-            entries = (Entry.of(page[at : at + ENTRY_BYTES]) for at in range(JOURNAL_OFFSET, len(page), ENTRY_BYTES))
-            made = sorted(filter(None, entries), key=lambda entry: entry.call)
+            made = _entries(page, world)
             control = Control.of(page[:JOURNAL_OFFSET])
             calls[rank] = with_stages(rank, made, record if rank == own else stopped(rank, control.stop, control.notes, world))
         started = max((entry.call + 1 for entry in calls.get(own, ())), default=0)
@@ -276,6 +277,20 @@ class Workspace:
     def _read(self, pointer: int, nbytes: int) -> bytes:
         """Bytes of device memory; empty where they cannot be had. Waits for no kernel."""
         return self._reader.read(pointer, nbytes)
+
+
+def _entries(page: bytes, world: int) -> list[Entry]:
+    """The journal in the first bytes of a workspace, oldest call first. Uneven rows are known of the last :data:`BOUNDS` calls."""
+    places = range(JOURNAL_OFFSET, len(page), ENTRY_BYTES)
+    numbers = [struct.unpack_from("<I", page, at)[0] for at in places]
+    last, entries = max(numbers), []
+    for number, at in zip(numbers, places, strict=True):
+        rows = None
+        if number + BOUNDS > last:
+            bounds = struct.unpack_from(f"<{world}I", page, BOUNDS_OFFSET + (number - 1) % BOUNDS * 4 * MAX_RANKS)
+            rows = tuple(end - first for first, end in itertools.pairwise((0, *bounds)))
+        entries.append(Entry.of(page[at : at + ENTRY_BYTES], rows))
+    return sorted(filter(None, entries), key=lambda entry: entry.call)
 
 
 def _mismatch(journal: Journal, finder: int, call: int) -> str:

@@ -30,8 +30,8 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
 
   // Own rows: to their place here and to every peer.
   for (u32 r = p.first + grid_row(); r < end; r += step) {
-    const u32 t = p.rank * p.block + r, at = (r - p.first) * p.wire_bytes;
-    if (t >= p.tokens) break;
+    const u32 t = ranks.row_of(p.rank, r), at = (r - p.first) * p.wire_bytes;
+    if (!ranks.owns(p.rank, t)) break;
     row.aim_finished(t);
     u8* targets[C::kWorld];
 #pragma unroll
@@ -71,7 +71,7 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
     u32* const flag = reinterpret_cast<u32*>(ranks.own + p.data_offset + ranks.generation + flags_offset) + ranks.position(lane, p.rank) * ctas + cta;
     const auto missing = [&] { return peer && load_peer_written_word(flag) == D::kSentinel; };
     ranks.wait(missing, [&] { return missing() ? lane : kNobody; }, kStageShard,
-               smaller(lane * p.block + p.first + grid_row(), p.tokens - 1));
+               smaller(ranks.row_of(C::kUneven && !peer ? p.rank : lane, p.first + grid_row()), p.tokens - 1));
     fence_system();
     if (peer && !ranks.stopped) store_word(reinterpret_cast<u8*>(flag), D::kSentinel);
     // To the other warps it is their rank that has stopped.
@@ -84,8 +84,8 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
   for (u32 r = p.first + grid_row(); r < end && !ranks.stopped; r += step) {
 #pragma unroll 1
     for (u32 k = 1; k < C::kWorld; k++) {
-      const u32 owner = ranks.next_peer(k), t = owner * p.block + r;
-      if (t >= p.tokens) continue;
+      const u32 owner = ranks.next_peer(k), t = ranks.row_of(owner, r);
+      if (!ranks.owns(owner, t)) continue;
       row.aim_finished(t);
 #pragma unroll
       for (int i = 0; i < C::kVectors; i++) {

@@ -4,7 +4,7 @@
 
 namespace collogue {
 
-constexpr int kMaxWorld = 8;
+constexpr int kMaxWorld = 8, kMaxBounds = 9;
 
 struct Failure;
 
@@ -37,7 +37,7 @@ struct Params {
   u32 slot_bytes;            // what one rank may send another in one step of this call
   u32 gather_bytes;          // the same in the second step
   u32 first, count;          // rows that this launch does; of each owner, where rows have owners
-  u32 block;                 // rows of one owner: rank r owns rows r * block, ...
+  u32 block;                 // rows of one owner: rank r owns rows r * block, ...; not of kUneven
   u32 width;                 // two-shot: vectors of a row that one rank owns
   u32 wire_bytes;            // of one finished row on its way to the other ranks
   u32 scale_rows;            // of the scale tensor, whose padding this launch writes; 0: another launch does
@@ -53,6 +53,7 @@ struct Params {
   float scale_value;
   float smallest;            // lower bound of dynamic FP8 scales
   u32 header[2];             // what the kernel cannot tell of itself (collogue/gpu/header.py)
+  u32 bounds[kMaxBounds];    // kUneven: rank r owns rows bounds[r] to bounds[r + 1] - 1; `tokens` behind the last
 };
 
 // struct Config {                        generated per variant
@@ -71,6 +72,7 @@ struct Params {
 //   kLateWeight                          whether the weight is read behind the wait for the previous kernel
 //   kLaunchLate                          whether the next kernel is launched at the end of this one
 //   kGather                              whether the finished rows of an owner go to every rank
+//   kUneven                              whether Params::bounds says who owns which rows; else blocks of one size do
 // };
 
 }  // namespace collogue

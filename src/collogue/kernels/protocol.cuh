@@ -15,6 +15,8 @@ constexpr u32 kGenerations = 2, kOneShotGenerations = 4;
 constexpr u32 kMarksOffset = 256;        // of the marks of the last calls in the workspace: [call % kMarks][rank]
 constexpr u32 kMarks = 4;
 constexpr u32 kNotesOffset = 512;        // of what ranks that stopped the group had found: [rank]
+constexpr u32 kBoundsOffset = 1024;      // of who owned which rows in the last calls, where rows were uneven: [call % kBounds][rank]
+constexpr u32 kBounds = 32;
 constexpr u32 kJournalOffset = 2048;     // of this rank's last calls: [call % kJournal]
 constexpr u32 kJournal = 64;
 constexpr u32 kDataOffset = 4096;        // of what one-shot uses; the other kernels' memory lies behind
@@ -92,6 +94,9 @@ struct Ranks {
   COLLOGUE_DEVICE u32 next_peer(u32 k) const { return p.rank + k < C::kWorld ? p.rank + k : p.rank + k - C::kWorld; }
   // Slots lie one behind the other in order of their senders; nobody has one for itself.
   static COLLOGUE_DEVICE u32 position(u32 sender, u32 receiver) { return C::kWorld == 2 ? 0 : sender < receiver ? sender : sender - 1; }
+  // Row `of` of those that `rank` owns. Where it owns fewer, owns() says no.
+  COLLOGUE_DEVICE u32 row_of(u32 rank, u32 of) const { return (C::kUneven ? p.bounds[rank] : rank * p.block) + of; }
+  COLLOGUE_DEVICE bool owns(u32 rank, u32 t) const { return t < (C::kUneven ? p.bounds[rank + 1] : p.tokens); }
   // Where what this rank sends its k-th next peer goes, in the current generation.
   COLLOGUE_DEVICE u8* target(u32 k) const {
     return p.workspace[next_peer(k)] + p.data_offset + generation + position(p.rank, next_peer(k)) * p.slot_bytes;
@@ -168,6 +173,17 @@ struct Ranks {
     if constexpr (C::kBranch) {
       hash = (hash ^ bits(p.branch_eps)) * 0x9e3779b1u;
       hash = (hash ^ bits(p.branch_offset)) * 0x9e3779b1u;
+    }
+    if constexpr (C::kUneven) {
+      Words ends[kMaxWorld / 4];
+#pragma unroll
+      for (int r = 0; r < kMaxWorld; r++) {
+        ends[r / 4].w[r % 4] = p.bounds[r + 1];
+        hash = (hash ^ p.bounds[r + 1]) * 0x9e3779b1u;
+      }
+      u8* const kept = own + kBoundsOffset + call % kBounds * sizeof(ends);
+      store(kept, ends[0]);
+      store(kept + 16, ends[1]);
     }
     const u32 place = mark_offset(call, p.rank);
 #pragma unroll

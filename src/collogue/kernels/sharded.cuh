@@ -34,8 +34,8 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
     if constexpr (C::template Source<C>::kWorkedOut) {
 #pragma unroll 1
       for (u32 k = 1; k < C::kWorld; k++) {
-        const u32 t = ranks.next_peer(k) * p.block + of;
-        if (t >= p.tokens) continue;
+        const u32 peer = ranks.next_peer(k), t = ranks.row_of(peer, of);
+        if (!ranks.owns(peer, t)) continue;
 #pragma unroll 1
         for (int i = 0; i < C::kVectors; i++) {
           const u32 at = offset + row.vector(i) * 8 * D::kBytes;
@@ -52,13 +52,13 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
           Vector x[kBatch];
 #pragma unroll
           for (int k = first; k < C::kWorld && k < first + kBatch; k++) {
-            const u32 t = ranks.next_peer(k) * p.block + of;
-            if (t < p.tokens) x[k - first] = source.term(t, i);
+            const u32 peer = ranks.next_peer(k), t = ranks.row_of(peer, of);
+            if (ranks.owns(peer, t)) x[k - first] = source.term(t, i);
           }
 #pragma unroll
           for (int k = first; k < C::kWorld && k < first + kBatch; k++) {
-            const u32 t = ranks.next_peer(k) * p.block + of;
-            if (t < p.tokens && row.active(i) && !ranks.stopped && at < p.slot_bytes)
+            const u32 peer = ranks.next_peer(k), t = ranks.row_of(peer, of);
+            if (ranks.owns(peer, t) && row.active(i) && !ranks.stopped && at < p.slot_bytes)
               ranks.send_vector(ranks.target(k) + at, ranks.disguise(x[k - first]));
           }
         }
@@ -69,8 +69,8 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
   const auto take = [&](u32 of) {
 #pragma unroll 1
     for (u32 k = 1; k < C::kWorld; k++) {
-      const u32 owner = ranks.next_peer(k), t = owner * p.block + of;
-      if (t >= p.tokens) continue;
+      const u32 owner = ranks.next_peer(k), t = ranks.row_of(owner, of);
+      if (!ranks.owns(owner, t)) continue;
       u8* const place = ranks.own + p.data_offset + ranks.generation + gather_offset + ranks.position(owner, p.rank) * p.gather_bytes;
       row.aim_finished(t);
 #pragma unroll
@@ -87,8 +87,8 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
 
   u32 turn = 0;
   for (; r < end; r += step) {
-    const u32 t = p.rank * p.block + r;
-    const bool mine = t < p.tokens;
+    const u32 t = ranks.row_of(p.rank, r);
+    const bool mine = ranks.owns(p.rank, t);
     Vector x[C::kVectors], residual{};
     if constexpr (C::kVectors == 1)
       if (mine) {

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import torch
 
-from collogue.calls.capacity import Capacity, check_hidden_size
+from collogue.calls.capacity import Capacity, check_hidden_size, count_tokens
 from collogue.calls.request import make_request
 from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import describe, parse
-from collogue.contract.spec import VALUE_DTYPES, Operation
+from collogue.contract.spec import VALUE_DTYPES, Operation, as_rows
 from collogue.errors import ArgumentError, DTypeError
 from collogue.group import check_gpus
 from collogue.planning.architecture import MULTIPROCESSORS, architecture_of
@@ -101,7 +102,7 @@ class Explanation:
 
 def explain(
     machine: Machine,
-    tokens: int,
+    tokens: int | None,
     *,
     hidden_size: int,
     world_size: int,
@@ -114,8 +115,9 @@ def explain(
     max_tokens: int | None = None,
     table: TableArgument = None,
     prologue: PrologueForm | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Explanation:
-    """The plan that ``comm.explain`` would give on every rank of such a communicator.
+    """The plan that ``comm.explain`` would give on every rank of such a communicator. ``tokens`` may be left out where ``rows`` are given.
 
     Raises :class:`ArgumentError` (its subclasses) for calls that cannot be, and for a table that cannot be read.
     """
@@ -123,6 +125,8 @@ def explain(
         raise ArgumentError(f"there is no operation {operation!r}", hint=f"choose one of {', '.join(get_args(Operation))}")
     known: Operation = operation  # type: ignore[assignment]
     check_hidden_size(hidden_size)
+    split = as_rows(rows, world_size)
+    tokens = count_tokens(tokens, split)
     most, value_dtype, quant = max(tokens, max_tokens or 0), dtype_named(dtype), parse(format)
     if quant is not None:
         quant.check_hidden_size(hidden_size)
@@ -138,9 +142,11 @@ def explain(
         keep_norm=keep_norm,
         operation=known,
         prologue=prologue,
+        rows=split,
     )
     epilogue = [name for name, there in (("residual", residual and operation != "finish"), ("norm", norm)) if there]
     before = [] if prologue is None else [str(prologue)]
     parts = " + ".join([*before, operation, *epilogue, *([describe(quant)] if quant is not None else [])])
+    ranks = f"{world_size} ranks" + ("" if split is None else f" with {', '.join(map(str, split))} rows")
     where = "on the CPU" if topology.architecture is None else f"on {machine.device or machine.architecture}"
-    return Explanation(f"{parts}, {tokens} x {hidden_size} {dtype}, {world_size} ranks {where}", topology, make_plan(topology, request))
+    return Explanation(f"{parts}, {tokens} x {hidden_size} {dtype}, {ranks} {where}", topology, make_plan(topology, request))

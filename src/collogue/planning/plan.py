@@ -12,7 +12,7 @@ import torch
 
 from collogue.calls.request import Request
 from collogue.contract.quant import Quant
-from collogue.contract.spec import Wanted
+from collogue.contract.spec import Wanted, largest_block
 from collogue.errors import CapacityError, FormatError
 from collogue.planning import cost
 from collogue.planning.algorithm import ALGORITHMS, Algorithm
@@ -50,7 +50,8 @@ class LaunchShape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call will do, and why. ``bytes_sent`` leave each rank per call; times are microseconds.
+    """What a call will do, and why. ``bytes_sent`` leave each rank per call, or, where rows are uneven, the rank that sends most; times
+    are microseconds.
 
     ``rows`` of the call are done by one launch (with the sharded residual and its halves: rows of each owner), ``launches`` in all;
     a launch uses ``workspace_bytes`` of each rank's workspace. ``measured_us`` is read off ``table``, the measured table that was
@@ -81,7 +82,7 @@ class Plan:
             "floor": "-" if self.algorithm == "reference" else f"{self.floor_us:.2f} us, likewise",
             "measured": measured,
             "table": self.table,
-            "bytes sent": f"{self.bytes_sent:,} from each rank",
+            "bytes sent": f"at most {self.bytes_sent:,} from each rank",
             "workspace": f"{self.workspace_bytes:,} bytes in use",
         }
         width = max(map(len, facts)) + 2
@@ -103,7 +104,7 @@ def make_plan(topology: Topology, request: Request) -> Plan:
     world, row = topology.world_size, request.hidden_size * request.dtype.itemsize
     tokens, rows = request.tokens, request.tokens
     algorithm: Algorithm
-    sent, candidate, measured = 0, None, None
+    sent, busiest, candidate, measured = 0, None, None, None
     if world == 1 or tokens == 0 or request.operation == "finish":
         algorithm = "local"
         why = "a world of one communicates nothing" if world == 1 else "no tokens" if tokens == 0 else "nothing is summed"
@@ -113,13 +114,16 @@ def make_plan(topology: Topology, request: Request) -> Plan:
         width = memory_of("two_shot", world, request.hidden_size, request.dtype, None, values=False).slot
         sent = (world - 1) * tokens * (row if ALGORITHMS[algorithm].one_hop else 2 * width)
     else:
-        rows = -(-tokens // world)
+        rows = largest_block(tokens, world, request.rows)
         wire = wire_bytes(request.hidden_size, request.dtype, request.quant, sends_values(request))
         if request.operation == "all_gather":
-            algorithm, why, sent = "all_gather", "rows go to every rank as they are", (world - 1) * rows * wire
+            algorithm, why, term, finished = "all_gather", "rows go to every rank as they are", 0, wire
         else:
-            gathered = wire if request.operation == "sharded" else 0
-            algorithm, why, sent = "sharded", "rows have owners who add and finish them", (world - 1) * rows * (row + gathered)
+            algorithm, why, term = "sharded", "rows have owners who add and finish them", row
+            finished = wire if request.operation == "sharded" else 0
+        sent, busiest = _owners_bytes(request, world, term, finished)
+        if request.rows is not None:
+            why += f"; {min(request.rows)} to {rows} rows each"
     launches, used, least = 1, 0, rows
     if algorithm != "local":
         memory = launch_memory(topology, request, algorithm)
@@ -131,7 +135,7 @@ def make_plan(topology: Topology, request: Request) -> Plan:
         if launches > 1:
             why += f"; {launches} launches of {rows} rows, as many as the workspace holds"
         used = memory.generation(world, rows)
-    predicted, floor = cost.predict(algorithm, world, sent)
+    predicted, floor = cost.predict(algorithm, world, sent if busiest is None else busiest)
     table = "none" if topology.table is None else topology.table.about(request.hidden_size, request.operation)
     if topology.architecture is None:
         why = f"a CPU group works out the reference; on GPUs: {algorithm}, {why}"
@@ -144,6 +148,18 @@ def make_plan(topology: Topology, request: Request) -> Plan:
     width, quant = request.hidden_size, request.quant
     shape = launch_shape(topology, least, width, quant, algorithm, cta_threads=threads, experts=experts, branch=request.branch)
     return Plan(algorithm, why, shape, sent, predicted, floor, rows, launches, used, measured, table)
+
+
+def _owners_bytes(request: Request, world: int, term: int, finished: int) -> tuple[int, int]:
+    """Bytes that leave the rank that sends most, and those on the busiest way from or to a rank. ``term`` and ``finished``: bytes of a row
+    on its way to its owner and from it.
+    """
+    if request.rows is None:
+        sent = (world - 1) * largest_block(request.tokens, world) * (term + finished)
+        return sent, sent
+    shares = [(own * (world - 1), request.tokens - own) for own in request.rows]
+    sent = max(others * term + own * finished for own, others in shares)
+    return sent, max(sent, *(own * term + others * finished for own, others in shares))
 
 
 def sends_values(request: Request) -> bool:
@@ -341,7 +357,8 @@ def make_kernels(topology: Topology, request: Request, plan: Plan) -> tuple[Kern
 
 def make_variant(topology: Topology, request: Request, shape: LaunchShape, algorithm: str) -> Variant:
     """The kernel that runs ``request`` in ``shape``."""
-    rows = -(-request.tokens // topology.world_size) if ALGORITHMS[algorithm].owned else request.tokens
+    owned = ALGORITHMS[algorithm].owned
+    rows = largest_block(request.tokens, topology.world_size, request.rows) if owned else request.tokens
     loop = rows > shape.clusters
     return Variant(
         kernel=algorithm,
@@ -370,4 +387,5 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         source_type=source_type(request.prologue, request.dtype),
         branch=request.branch,
         branch_weight_dtype=torch.float32 if request.branch and request.wide_branch else None,
+        uneven=owned and request.rows is not None,
     )

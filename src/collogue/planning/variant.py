@@ -124,7 +124,10 @@ def source_type(prologue: PrologueForm | None, dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel: ``kernel`` names its file in ``kernels/``. ``stream``: y is stored; ``gather``: finished rows go to every rank."""
+    """One kernel: ``kernel`` names its file in ``kernels/``. ``stream``: y is stored; ``gather``: finished rows go to every rank.
+
+    ``uneven``: how many rows each rank owns is a parameter.
+    """
 
     kernel: str
     world: int
@@ -149,11 +152,12 @@ class Variant:
     source_type: str = "DirectSource"
     branch: bool = False
     branch_weight_dtype: torch.dtype | None = None
+    uneven: bool = False
 
     @property
     def name(self) -> str:
         """Short and unique enough for a profiler's list."""
-        before = "experts_" * (self.source_type != "DirectSource")
+        before = "experts_" * (self.source_type != "DirectSource") + "uneven_" * self.uneven
         parts = ["branch"] * self.branch + ["residual"] * self.residual + ["norm"] * self.norm
         if self.quant.row.kind is not None:
             parts.append("".join(filter(str.isalnum, self.quant.format)).lower())
@@ -184,6 +188,7 @@ class Variant:
             "bool kLateWeight": _flag(self.late_weight),
             "bool kLaunchLate": _flag(self.launch_late),
             "bool kBranch": _flag(self.branch),
+            "bool kUneven": _flag(self.uneven),
         }
         body = "\n".join(f"  static constexpr {name} = {value};" for name, value in constants.items())
         return (

@@ -67,6 +67,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "residual": (True, False),
     "prologue": tuple(PROLOGUES),
     "branch": ("none", "value", "float32"),
+    "rows": ("equal", "uneven"),
     # One row a cluster, and many.
     "tokens": (1, 4096),
 }
@@ -97,6 +98,8 @@ def possible(choice: Choice) -> bool:
     if branch == "float32" and choice.get("dtype") is torch.float32:
         return False
     kernel = choice.get("kernel")
+    if choice.get("rows") == "uneven" and (choice.get("world") == 1 or kernel in ("one_shot", "two_shot", "local")):
+        return False
     if kernel is None:
         return True
     if (kernel == "local") != (choice.get("world", 1 if kernel == "local" else 2) == 1):
@@ -124,7 +127,8 @@ def variant_of(choice: Choice) -> Variant:
         prologue = replace(prologue, weights="value")
     request = replace(request, operation=_OPERATIONS[choice["kernel"]], prologue=prologue)
     branch = choice.get("branch", "none")
-    request = replace(request, branch=branch != "none", wide_branch=branch == "float32")
+    split = (tokens, *[0] * (choice["world"] - 1)) if choice.get("rows") == "uneven" else None
+    request = replace(request, rows=split, branch=branch != "none", wide_branch=branch == "float32")
     shape = launch_shape(topology, tokens, hidden_size, quant, algorithm, experts=prologue is not None, branch=branch != "none")
     return make_variant(topology, request, shape, algorithm)
 

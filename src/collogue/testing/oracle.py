@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
@@ -90,15 +90,17 @@ def by_rank(
     norm: RMSNorm | None,
     quant: Quant | None,
     keep_norm: bool,
+    split: Sequence[int] | None = None,
 ) -> list[Output]:
     """What ``operation`` returns on each rank, from nothing but ``all_reduce`` and the rule of who owns which rows.
 
     Args:
         residual: [T, H], the shards of all ranks one below the other.
         operation: ``all_gather`` gathers what ``reduce_scatter`` of the same arguments returns; ``finish`` takes a rank's partial for y.
+        split: how many rows each rank owns, in place of equal blocks.
     """
     world, tokens = len(partials), partials[0].shape[0]
-    rows = [torch.from_numpy(scalar.rows_of(rank, tokens, world)).to(partials[0].device) for rank in range(world)]
+    rows = [torch.from_numpy(scalar.rows_of(rank, tokens, world, split)).to(partials[0].device) for rank in range(world)]
     if operation == "finish":
         return [replace(all_reduce([y], None, norm, quant, keep_norm), reduced=None, residual=None) for y in partials]
     if operation == "reduce_scatter":

@@ -8,6 +8,7 @@ walks it. Values travel as raw bits (uint16 or uint32), so that no conversion ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -311,8 +312,9 @@ def all_reduce(
     )
 
 
-def rows_of(rank: int, tokens: int, world_size: int) -> Array:
-    """Indices of the rows that ``rank`` owns: row t belongs to rank ``t // ceil(T / N)``."""
+def rows_of(rank: int, tokens: int, world_size: int, rows: Sequence[int] | None = None) -> Array:
+    """Indices of the rows that ``rank`` owns: row t belongs to rank ``t // ceil(T / N)``, or to the one whose turn it is in ``rows``."""
     t = np.arange(tokens)
-    own: Array = t[t // max(1, -(-tokens // world_size)) == rank]
+    owners = t // max(1, -(-tokens // world_size)) if rows is None else np.repeat(np.arange(world_size), rows)
+    own: Array = t[owners == rank]
     return own

@@ -61,7 +61,7 @@ class Bench:
 
     @staticmethod
     def run(made: bound.Bound, call: Call, out: Output | None) -> Output | None:
-        return made(call.operation, call.partial, call.residual, call.norm, call.quant, call.keep_norm, out)
+        return made(call.operation, call.partial, call.residual, call.norm, call.quant, call.keep_norm, out, call.rows)
 
     def call(self, operation: Operation = "all_reduce", **changes: Any) -> Call:
         """A call with fresh tensors."""
@@ -464,3 +464,20 @@ def test_random_sequences_of_calls_run_with_the_parameters_of_the_long_way(seed:
         assert read(launched.pop()) == read(bench.expected(call, out))
         assert not launched
     assert taken > 100
+
+
+@pytest.mark.parametrize("operation", ["sharded", "reduce_scatter"])
+def test_rows_are_part_of_what_is_bound(operation: Operation) -> None:
+    """The same list is taken; another one, and none, go the long way even where every tensor is alike."""
+    rows, alike = (3, 3), {"residual": torch.zeros(3, H, dtype=BF16)}
+    bench = Bench(operation, rows=rows, **alike)
+    call = bench.call(operation, rows=rows)
+    out = bench.bound(call, None)
+    assert out is not None
+    assert bench.launched.pop() == bench.expected(call, out)
+    plain = Bench(operation, **alike)
+    for made, other in ((bench, None), (bench, (4, 2)), (plain, rows)):
+        assert made.bound(made.call(operation, rows=other), None) is None
+        assert made.idle()
+    keys = {bound.key_of(bench.call(operation, rows=each), None) for each in (None, rows, (4, 2))}
+    assert len(keys) == 3

@@ -20,7 +20,17 @@ from collogue.errors import ArgumentError, CollectiveTimeout, CorruptedWorkspace
 from collogue.gpu.failure import MISMATCH, TIMEOUT, FailureRecord
 from collogue.gpu.header import Entry, bounded, combining, moving, pack
 from collogue.gpu.journal import Journal, default_path
-from collogue.gpu.workspace import CONTROL_WORDS, JOURNAL_OFFSET, MARKS_OFFSET, NOTES_END, NOTES_OFFSET, Control, Workspace, clean_control
+from collogue.gpu.workspace import (
+    BOUNDS_OFFSET,
+    CONTROL_WORDS,
+    JOURNAL_OFFSET,
+    MARKS_OFFSET,
+    NOTES_END,
+    NOTES_OFFSET,
+    Control,
+    Workspace,
+    clean_control,
+)
 from collogue.planning.extent import CONTROL_BYTES
 from collogue.planning.topology import Topology
 
@@ -91,7 +101,7 @@ def test_a_clean_page_has_whole_canaries() -> None:
     work.raise_failure(control)
 
 
-@pytest.mark.parametrize("at", [CONTROL_WORDS, MARKS_OFFSET - 1, NOTES_END, JOURNAL_OFFSET - 1])
+@pytest.mark.parametrize("at", [CONTROL_WORDS, MARKS_OFFSET - 1, NOTES_END, BOUNDS_OFFSET - 1])
 def test_a_flipped_canary_is_seen(at: int, journals: Path) -> None:
     work = Fake(1, 2)
     work.pages[1][at] ^= 4

@@ -643,6 +643,23 @@ def test_a_sharded_stream_is_gathered_where_it_is_read() -> None:
     assert collogue.compile.report().remarks == ["residual sharded in 2 calls, gathered whole 1 times"]
 
 
+@pytest.mark.parametrize("more", [{}, {"prefetch": False}, {"branch": True}], ids=str)
+def test_calls_that_a_graph_makes_itself_are_sharded_too(more: dict[str, bool], comm: collogue.Communicator) -> None:
+    """Whatever arguments follow the communicator's name. A call that says who owns which rows stays as it is."""
+    x, r, weight = (t.view(-1, t.shape[-1]) if t.dim() > 1 else t for t in tensors())
+    norm = RMSNorm(weight, EPS, prefetch=more.get("prefetch", True))
+    branch = RMSNorm(weight, EPS) if "branch" in more else None
+    calls = (
+        lambda x, r: comm.all_reduce(x, residual=r, norm=norm, branch_norm=branch),
+        lambda x, r: comm.all_reduce(x, residual=r, norm=norm, branch_norm=branch, sharded=True, rows=[len(x)]),
+    )
+    with torch.no_grad():
+        for call, sharded in zip(calls, (1, 0), strict=True):
+            found = collogue.compile(call, backend="eager", fullgraph=True, sharded=True)(x, r)
+            assert collogue.compile.report().remarks[-1] == f"residual sharded in {sharded} calls, gathered whole {sharded} times"
+            assert same_bits(*([tensor for _, tensor in out.items()] for out in (found, call(x, r))))
+
+
 def test_the_pass_is_part_of_the_cache_key(comm: collogue.Communicator, group: Any) -> None:
     from collogue.pytorch.fusion import FusionPass
 

@@ -46,6 +46,7 @@ def test_impossible_pairs_are_those_that_no_plan_makes() -> None:
     moves = {(("kernel", "all_gather"), (name, True)) for name in ("norm", "keep_norm", "wide_weight", "residual")}
     moves |= {(("kernel", "all_gather"), ("prologue", label)) for label in FACTORS["prologue"] if label != "none"}
     moves |= {(("kernel", "all_gather"), ("branch", label)) for label in ("value", "float32")}
+    even = {(("kernel", kernel), ("rows", "uneven")) for kernel in ("one_shot", "two_shot", "local")} | {(("world", 1), ("rows", "uneven"))}
     branches = {(("residual", False), ("branch", label)) for label in ("value", "float32")}
     assert impossible == (
         blocks
@@ -53,6 +54,7 @@ def test_impossible_pairs_are_those_that_no_plan_makes() -> None:
         | together
         | moves
         | branches
+        | even
         | {
             (("dtype", torch.float32), ("branch", "float32")),
             (("dtype", torch.float32), ("wide_weight", True)),

@@ -351,3 +351,12 @@ def test_cases_in_processes_equal_those_in_threads() -> None:
     results = merge(run_processes(2, _process, cases, heard=lambda rank, stage: heard.append(stage)))
     assert all(r.passed for r in results)
     assert str(cases[0]) in heard
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_a_case_in_another_world_has_all_its_rows(size: int) -> None:
+    for case in default_sweep("cpu"):
+        moved = case.in_world(size)
+        assert (moved.world_size, moved.tokens) == (size, case.tokens)
+        assert (moved.rows is None) == (case.rows is None)
+        assert moved.rows is None or (len(moved.rows), sum(moved.rows)) == (size, case.tokens)

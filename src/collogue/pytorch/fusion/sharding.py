@@ -12,12 +12,10 @@ import torch
 from torch.fx import Graph, Node
 
 from collogue import registry
+from collogue.ops import COMMUNICATOR
 from collogue.pytorch.fusion.build import call_operator, item
 from collogue.pytorch.fusion.graph import aten, root, value
 from collogue.pytorch.fusion.report import Report
-
-#: Where the communicator's name stands among the operator's arguments.
-_COMM = 10
 
 
 def shard_streams(graph: Graph, report: Report) -> None:
@@ -26,7 +24,7 @@ def shard_streams(graph: Graph, report: Report) -> None:
     calls = [node for node in graph.nodes if node.target is torch.ops.collogue.all_reduce.default]
     for call in calls:
         rows = value(call.args[0])
-        comm = registry.find(str(call.args[_COMM]))
+        comm = registry.find(str(call.args[COMMUNICATOR]))
         if rows is None or not isinstance(rows.shape[0], int) or not comm.fits(rows.shape[0], int(rows.shape[1])):
             report.remarks.append(f"{call}: residual not sharded: the number of tokens is not fixed, or beyond the communicator's")
             continue
@@ -48,7 +46,7 @@ def _shard(graph: Graph, call: Node, tokens: int, owned: range, shards: dict[Nod
         sharded = call_operator(graph, torch.ops.collogue.sharded.default, partial, mine, *rest)
         own = item(graph, sharded, 0)
         gathered = call_operator(
-            graph, torch.ops.collogue.all_gather.default, None, own, None, None, None, tokens, "none", 0.0, call.args[_COMM]
+            graph, torch.ops.collogue.all_gather.default, None, own, None, None, None, tokens, "none", 0.0, call.args[COMMUNICATOR]
         )
         whole = item(graph, gathered, 0)
     shards[whole] = own

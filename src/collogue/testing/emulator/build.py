@@ -16,7 +16,7 @@ from collogue import kernels
 from collogue.calls.request import Request
 from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import Quant
-from collogue.contract.spec import Operation, Wanted
+from collogue.contract.spec import Operation, Wanted, largest_block
 from collogue.planning import plan
 from collogue.planning.algorithm import ALGORITHMS, Algorithm
 from collogue.planning.topology import Topology
@@ -49,6 +49,8 @@ class Case:
     ``prefetch`` as of :class:`collogue.RMSNorm`, ``concurrent`` as of :class:`collogue.Communicator`.
 
     ``rows`` clusters of CTAs do all rows of a call in turns; ``None``: one cluster a row. Each thread holds ``vectors`` times 8 elements.
+
+    ``uneven``: calls say how many rows each rank owns; where they do not, rank 0 owns all.
     """
 
     world: int
@@ -69,6 +71,7 @@ class Case:
     prologue: PrologueForm | None = None
     slots: int = 3
     branch: bool = False
+    uneven: bool = False
 
     @property
     def cluster(self) -> int:
@@ -88,24 +91,33 @@ class Case:
     def algorithm(self) -> Algorithm:
         return "sharded" if self.kernel == "reduce_scatter" else self.kernel  # type: ignore[return-value]
 
-    def request(self, tokens: int) -> Request:
+    def split(self, tokens: int, split: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
+        """How many rows each rank owns in a call of so many tokens, ``split`` if given; ``None``: equal blocks."""
+        return (tokens, *[0] * (self.world - 1)) if self.uneven and split is None else split
+
+    def request(self, tokens: int, split: tuple[int, ...] | None = None) -> Request:
         """Of one call."""
         moves = self.kernel == "all_gather"
         residual, norm = self.residual and not moves, self.norm and not moves
         late = norm and not self.prefetch
         shape = tokens, self.hidden_size, self.dtype
-        return Request(*shape, residual, norm, False, self.quant, self.wanted, self.operation, late, self.prologue, self.branch)
+        plain = Request(*shape, residual, norm, False, self.quant, self.wanted, self.operation, late, self.prologue, self.branch)
+        return replace(plain, rows=self.split(tokens, split))
 
-    def plan_of(self, tokens: int) -> plan.Plan:
+    def _rows(self, tokens: int, split: tuple[int, ...] | None) -> int:
+        """Of one call, or of its largest owner."""
+        owned = ALGORITHMS[self.algorithm].owned
+        return largest_block(tokens, self.world, self.split(tokens, split)) if owned else tokens
+
+    def plan_of(self, tokens: int, split: tuple[int, ...] | None = None) -> plan.Plan:
         """Of one call: as many rows to a launch as in every other, of the call or of each owner."""
-        rows = -(-tokens // self.world) if ALGORITHMS[self.algorithm].owned else tokens
+        rows = self._rows(tokens, split)
         rows_of_launch = -(-rows // self.launches)
         return plan.Plan(self.algorithm, "", None, 0, 0.0, 0.0, rows_of_launch, -(-rows // rows_of_launch))
 
-    def clusters_of(self, tokens: int) -> int:
+    def clusters_of(self, tokens: int, split: tuple[int, ...] | None = None) -> int:
         """Of every launch of a call: as plans make it, no more than the last one has rows."""
-        made = self.plan_of(tokens)
-        rows = -(-tokens // self.world) if ALGORITHMS[self.algorithm].owned else tokens
+        made, rows = self.plan_of(tokens, split), self._rows(tokens, split)
         return min(rows - (made.launches - 1) * made.rows, self.rows or rows)
 
     def memory_of(self, tokens: int) -> int:

@@ -62,11 +62,15 @@ class _Job(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Ask:
-    """What a rank is called with: a number of tokens, which case of the library, and what is not compiled in."""
+    """What a rank is called with: a number of tokens, which case of the library, and what is not compiled in.
+
+    ``rows``: how many each rank owns, where the case is of uneven rows.
+    """
 
     tokens: int
     case: int = 0
     eps: float = 1e-6
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,8 +174,8 @@ def emulate(
         for rank, ask in enumerate(asked):
             case, stream = library.cases[ask.case], c * world + rank
             streams[stream] += [(i, launch, params) for launch, params in others[rank]]
-            for params in _launches(case, rank, made[ask][0][rank], outputs[i][rank], memory, timeout):
-                shape = case.cluster, case.clusters_of(ask.tokens), case.threads
+            for params in _launches(case, ask, rank, made[ask][0][rank], outputs[i][rank], memory, timeout):
+                shape = case.cluster, case.clusters_of(ask.tokens, ask.rows), case.threads
                 streams[stream].append((i, _Launch(0, 0, ask.case, stream, counted[stream], *shape), params))
                 facts = ALGORITHMS[case.algorithm]
                 counted[stream] += not facts.alone
@@ -251,9 +255,9 @@ class _Memory:
         return total
 
 
-def _launches(case: Case, rank: int, call: Call, out: Output, memory: _Memory, timeout: float) -> Iterator[Params]:
+def _launches(case: Case, ask: Ask, rank: int, call: Call, out: Output, memory: _Memory, timeout: float) -> Iterator[Params]:
     """The parameters of the launches of one call."""
-    request, made = case.request(call.tokens), case.plan_of(call.tokens)
+    request, made = call.signature.request, case.plan_of(ask.tokens, ask.rows)
     for more in (None, *later_launches(case.topology, request, made, rank)):
         p = Params()
         fill_shape(p, case.topology, request, made, rank)
@@ -322,8 +326,8 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> t
     norm = RMSNorm(weight, eps=ask.eps, weight_offset=1.0, prefetch=case.prefetch) if case.norm else None
     branch = RMSNorm(_inputs(case, 1, kind, seed + 1)[2], eps=2 * ask.eps, weight_offset=0.5) if case.branch else None
     epilogue = {"residual": residual, "norm": norm, "quant": case.quant, "keep_norm": case.keep_norm, "branch_norm": branch}
-    rows = [owned_rows(ask.tokens, case.world, rank) for rank in range(case.world)]
-    request, device = case.request(ask.tokens), torch.device("cpu")
+    request, device = case.request(ask.tokens, ask.rows), torch.device("cpu")
+    rows = [owned_rows(ask.tokens, case.world, rank, request.rows) for rank in range(case.world)]
     whole = Signature(request, None, device)
     if ALGORITHMS[case.algorithm].alone:
         expected = [reference.all_reduce([p], **epilogue) for p in partials]  # type: ignore[arg-type]
@@ -332,7 +336,7 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> t
         expected = [reference.all_reduce(partials, **epilogue)] * case.world  # type: ignore[arg-type]
         return [Call(p, residual, norm, case.quant, branch_norm=branch, signature=whole) for p in partials], expected
     scatter = reference.sharded if case.kernel == "sharded" else reference.reduce_scatter
-    expected = scatter(partials, **epilogue)  # type: ignore[arg-type]
+    expected = scatter(partials, rows=request.rows, **epilogue)  # type: ignore[arg-type]
     if case.kernel == "all_gather":
         names = ("codes", "scales") if case.quant is not None else ("norm",)
         shards = [Output(**{name: getattr(one, name) for name in names}) for one in expected]
@@ -341,7 +345,7 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> t
             Call(shape, quant=case.quant, operation="all_gather", shard=s, signature=Signature(request, r, device))
             for r, s in zip(rows, shards, strict=True)
         ]
-        return calls, [reference.all_gather(shards, quant=case.quant)] * case.world
+        return calls, [reference.all_gather(shards, quant=case.quant, rows=request.rows)] * case.world
     own = [None if residual is None else residual[r.start : r.stop].clone() for r in rows]
     parts = [Signature(request, r, device) for r in rows]
     calls = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Case:
     """One call to check: everything that decides its bits. ``format`` is a label as :func:`collogue.contract.quant.parse` takes.
 
     ``branch``: the sum is normed before the residual is added. ``prologue``: a label of
-    :data:`collogue.testing.covering.PROLOGUES`; ``slots`` of each token, or experts.
+    :data:`collogue.testing.covering.PROLOGUES`; ``slots`` of each token, or experts. ``rows``: how many each rank owns.
     """
 
     tokens: int
@@ -49,6 +49,7 @@ class Case:
     prologue: str = "none"
     slots: int = 4
     branch: bool = False
+    rows: tuple[int, ...] | None = None
 
     def quant(self, device: torch.device | str) -> Quant | None:
         """The format with the check's own scales: numbers, or tensors on ``device``."""
@@ -61,6 +62,13 @@ class Case:
     def value_dtype(self) -> torch.dtype:
         """``dtype`` itself."""
         return dtype_of(self.dtype)
+
+    def in_world(self, size: int) -> Case:
+        """The same call of so many ranks. Of uneven rows those of rank 0 stay, and the last rank has all others."""
+        if self.rows is None:
+            return replace(self, world_size=size)
+        first = self.rows[0] if size > 1 else 0
+        return replace(self, world_size=size, rows=(first, *[0] * (size - 2), self.tokens - first)[-size:])
 
     @property
     def family(self) -> str:
@@ -81,11 +89,11 @@ class Case:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """Operation, residual, norm and keep_norm as ``comm.explain`` takes them; of ``all_gather``, what the shard holds."""
+        """Operation, rows, residual, norm and keep_norm as ``comm.explain`` takes them; of ``all_gather``, what the shard holds."""
         if self.operation == "all_gather":
-            return {"residual": True, "norm": "norm" in self.outputs, "keep_norm": False, "operation": self.operation}
+            return {"residual": True, "norm": "norm" in self.outputs, "keep_norm": False, "operation": self.operation, "rows": self.rows}
         asked = {"residual": self.residual, "norm": self.norm, "keep_norm": self.keeps_norm, "operation": self.operation}
-        return {**asked, "prologue": PROLOGUES[self.prologue], "branch_norm": self.branch}
+        return {**asked, "prologue": PROLOGUES[self.prologue], "branch_norm": self.branch, "rows": self.rows}
 
     @property
     def outputs(self) -> tuple[str, ...]:

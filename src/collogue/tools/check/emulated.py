@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from collogue.cache import cache_directory
@@ -26,7 +26,9 @@ WORLD_SIZES = (2, 3)
 #: Tokens of consecutive calls: more and fewer than before, and than ranks.
 TOKENS = (5, 1, 2, 4, 1, 3)
 _MODES = {"calls": "fair", "calls, a late rank": "late", "calls, a rank ahead": "ahead", "calls, slow CTAs": "slow_ctas"}
-_ABSENT, _DIFFER = "a rank that never comes", "calls that differ"
+_UNEVEN, _ABSENT, _DIFFER = "calls, uneven rows", "a rank that never comes", "calls that differ"
+#: Kernels whose rows have owners; their cases of uneven rows stand behind those of :data:`KERNELS`.
+_OWNING = ("sharded", "reduce_scatter", "all_gather")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ PROGRAMS = tuple(
     Program(kernel, world, what)
     for world in WORLD_SIZES
     for kernel in KERNELS
-    for what in (*_MODES, *(() if kernel == "local" else (_ABSENT, _DIFFER)))
+    for what in (*_MODES, *((_UNEVEN,) if kernel in _OWNING else ()), *(() if kernel == "local" else (_ABSENT, _DIFFER)))
 )
 
 
@@ -86,6 +88,7 @@ def _compile(world_size: int) -> Library:
     from collogue.testing.emulator import Case, compile_cases
 
     cases = [Case(world_size, 288, 32, kernel, quant=NVFP4(37.5), max_tokens=max(TOKENS)) for kernel in KERNELS]
+    cases += [replace(cases[KERNELS.index(kernel)], uneven=True) for kernel in _OWNING]
     try:
         return compile_cases(cases, cache_directory() / "emulator")
     except RuntimeError as error:
@@ -101,6 +104,10 @@ def run_program(program: Program, library: Library) -> str:
     if program.what in _MODES:
         calls = [Ask(tokens, case) for tokens in TOKENS]
         return emulate(library, calls, seed=case, mode=_MODES[program.what], victim=victim).problem()
+    if program.what == _UNEVEN:
+        place, rest = len(KERNELS) + _OWNING.index(program.kernel), [0] * (world - 2)
+        lists = ((0, *rest, 5), (1, *rest, 0), (3, *rest, 1), (0, *rest, 2))
+        return emulate(library, [Ask(sum(rows), place, rows=rows) for rows in lists], seed=case, mode="late", victim=victim).problem()
     if program.what == _ABSENT:
         run = emulate(library, [Ask(3, case)] * 3, seed=case, mode="absent", victim=victim, absent_call=1, timeout=0.1)
         return run.error or _not_told(run, TIMEOUT, victim, set(range(world)) - {victim})

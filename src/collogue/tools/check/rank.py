@@ -74,7 +74,7 @@ class Answers:
         _, residual, norm = arguments(replace(case, operation="all_reduce"), 0, device)
         all_reduce = by_scalar if device.type == "cpu" else by_reference
         all_reduce = functools.partial(all_reduce, branch_norm=branch_norm(case, device))
-        return by_rank(all_reduce, case.operation, partials, residual, norm, case.quant(device), case.keeps_norm)
+        return by_rank(all_reduce, case.operation, partials, residual, norm, case.quant(device), case.keeps_norm, case.rows)
 
 
 def _prologue(case: Case, rank: int, device: torch.device) -> Prologue:
@@ -109,7 +109,7 @@ def arguments(case: Case, rank: int, device: torch.device) -> tuple[torch.Tensor
     norm = RMSNorm(made.weight, eps=case.eps, weight_offset=case.weight_offset) if case.norm else None
     residual = made.residual if case.residual else None
     if residual is not None and case.operation in ("sharded", "reduce_scatter"):
-        rows = owned_rows(case.tokens, case.world_size, rank)
+        rows = owned_rows(case.tokens, case.world_size, rank, case.rows)
         residual = residual[rows.start : rows.stop].clone()
     return made.partial, residual, norm
 
@@ -130,7 +130,7 @@ class Given:
     case: Case
     partial: torch.Tensor  # y of finish
     residual: torch.Tensor | None
-    kwargs: dict[str, Any]  # norm, quant, keep_norm
+    kwargs: dict[str, Any]  # norm, quant, keep_norm, what is seldom given
     shard: Output | None = None  # of all_gather
     prologue: Prologue | None = None
 
@@ -141,9 +141,11 @@ class Given:
         shard = None
         if case.operation == "all_gather":
             shard = answers(replace(case, operation="reduce_scatter"), device, rank) if case.possible else Output(residual=partial)
-        kwargs = {"norm": norm, "quant": case.quant(device), "keep_norm": case.keeps_norm}
+        kwargs: dict[str, Any] = {"norm": norm, "quant": case.quant(device), "keep_norm": case.keeps_norm}
         if case.branch:
             kwargs["branch_norm"] = branch_norm(case, device)
+        if case.rows is not None:
+            kwargs["rows"] = case.rows
         return cls(case, partial, residual, kwargs, shard, None if case.prologue == "none" else _prologue(case, rank, device))
 
     @property
@@ -166,7 +168,7 @@ class Given:
         operation, term = self.case.operation, self.partial if self.prologue is None else self.prologue
         if operation == "all_gather":
             assert self.shard is not None
-            return comm.all_gather(self.shard, self.case.tokens, quant=self.kwargs["quant"], out=out)
+            return comm.all_gather(self.shard, self.case.tokens, quant=self.kwargs["quant"], out=out, rows=self.case.rows)
         if operation == "finish":
             return comm.finish(self.partial, out=out, **self.kwargs)
         if operation == "reduce_scatter":

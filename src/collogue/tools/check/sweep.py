@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 
 from collogue.contract.quant import FAMILIES, describe, parse, variants
-from collogue.contract.spec import Operation
+from collogue.contract.spec import OWNING, Operation
 from collogue.errors import FormatError
 from collogue.testing.covering import PROLOGUES
 from collogue.testing.inputs import KINDS
@@ -73,9 +73,7 @@ def default_sweep(device: str) -> list[Case]:
     worlds = [2, 3, 4]
     if device == "cuda":
         worlds = sorted({2, 3, max(2, min(8, torch.cuda.device_count()))})
-    cases = (
-        _formats(worlds) + _inputs(worlds) + _calls(worlds) + _shapes(worlds) + _operations(worlds) + _experts(worlds) + _branches(worlds)
-    )
+    cases = [case for part in (_formats, _inputs, _calls, _shapes, _operations, _experts, _branches, _uneven) for case in part(worlds)]
     if device == "cuda":
         cases += [
             Case(t, 7168, format=f, world_size=n) for n in worlds for t in (1, 8, 64, 1025) for f in ("none", "nvfp4", "fp8_per_token")
@@ -151,6 +149,21 @@ def _branches(worlds: list[int]) -> list[Case]:
         n, wide = i + j, "float32" if (i + j) % 2 else None
         shape = Case((3, 1, 130, 5)[n % 4], 576, DTYPES[j % 3], label, worlds[n % len(worlds)], norm=norm, weight_dtype=wide)
         cases.append(replace(shape, operation=operation, inputs=kinds[n % len(kinds)], weight_offset=float(i), branch=True))
+    return cases
+
+
+def _uneven(worlds: list[int]) -> list[Case]:
+    """Rows that are not shared out evenly: every operation that has owners, every format; all rows on one rank, on none but two, none."""
+    cases = []
+    for (i, operation), (j, label) in product(enumerate(OWNING), enumerate(_ONE_EACH)):
+        n = worlds[(i + j) % len(worlds)]
+        rows = {0: 5, 1: 3, 2: 0}.get((i + j) % 4, 1), *[0] * (n - 2), (0, 129, 0, 6)[(i + j) % 4]
+        options: dict[str, Any] = {
+            "norm": label == "none" or j % 3 != 1,
+            "prologue": ("none", "combine/value")[(i + j) % 5 == 4 and operation != "all_gather"],
+        }
+        shape = Case(sum(rows), 576, DTYPES[(i + j) % 3], label, n, j % 2 == 0, operation=operation, rows=rows, **options)
+        cases.append(replace(shape, inputs=("order", "nan")[j % 2], branch=shape.residual and operation != "all_gather" and j % 4 == 0))
     return cases
 
 

@@ -16,6 +16,7 @@ from collogue.tools.commands.options import (
     DTypes,
     HiddenSizes,
     Json,
+    Many,
     Tokens,
     check_target,
     check_word,
@@ -23,6 +24,8 @@ from collogue.tools.commands.options import (
     exit_codes,
     format_words,
     lists,
+    many,
+    numbers,
     progress,
     write_json,
 )
@@ -56,7 +59,7 @@ def tune(
 
 
 def explain(
-    tokens: Annotated[int, typer.Option(min=1, help="Rows T of the call.")] = 1,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Rows T of the call; default: 1, or all --rows.")] = None,
     hidden_size: Annotated[int, typer.Option(min=8, help="Row length H, a multiple of 8.")] = 7168,
     world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks.")] = 2,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
@@ -65,6 +68,7 @@ def explain(
     residual: Annotated[bool, typer.Option(help="Whether the call adds a residual.")] = True,
     norm: Annotated[bool, typer.Option(help="Whether the call has an RMSNorm.")] = True,
     keep_norm: Annotated[bool, typer.Option(help="Whether the norm is also returned beside its codes.")] = False,
+    rows: Annotated[Many, many("--rows", "Rows that each rank owns, in place of equal blocks, as in 3,0,5.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Capacity of the communicator; default: this call.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     architecture: Annotated[str | None, typer.Option(help="Plan for GPUs that need not be here, such as sm_90a.")] = None,
@@ -83,12 +87,13 @@ def explain(
     ):
         check_word(flag, word, *known)
     format_words([format])
+    split = numbers("--rows", rows, low=0) or None
     with exit_codes():
         from collogue.planning import explain as plans
 
         found = plans.explain(
             plans.Machine.of(device, architecture),
-            tokens,
+            1 if tokens is None and split is None else tokens,
             hidden_size=hidden_size,
             world_size=world_size,
             dtype=dtype,
@@ -99,6 +104,7 @@ def explain(
             keep_norm=keep_norm,
             max_tokens=max_tokens,
             table=table,
+            rows=split,
         )
         write_json(found.as_json(), json)
         console(json).print(str(found), highlight=False, markup=False, soft_wrap=True)
