@@ -207,7 +207,7 @@ def test_who_never_calls_hears_of_a_failure(value: str | None, monkeypatch: pyte
 @pytest.mark.parametrize(("adapter", "switch"), [(vllm, "COLLOGUE_VLLM"), (sglang, "COLLOGUE_SGLANG")])
 @pytest.mark.parametrize("before", [None, "log"])
 def test_engines_end_unless_they_are_told_otherwise(adapter: Any, switch: str, before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(switch, "flashinfer" if adapter is vllm else "1")
+    monkeypatch.setenv(switch, "flashinfer")
     monkeypatch.setenv(workspace.ON_FAILURE, before or "")
     if before is None:
         monkeypatch.delenv(workspace.ON_FAILURE)

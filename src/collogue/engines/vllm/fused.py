@@ -11,17 +11,16 @@ from torch import Tensor
 from collogue.communicator import Communicator
 from collogue.contract.quant import E4M3_MAX, SMALLEST_SCALE, FP8PerToken, FP8Static
 from collogue.contract.spec import VALUE_DTYPES, RMSNorm
+from collogue.engines.pool import Pool
 from collogue.engines.switch import logger_of
-from collogue.errors import CollogueError
-from collogue.flashinfer.workspace import TIMEOUT, WATCH_INTERVAL, failed
-from collogue.gpu.watch import Watch
+from collogue.errors import GroupError
 
 logger = logger_of("vllm.logger", "init_logger", "vllm.collogue")
 
 #: How many calls this process has made: ``fused``, and ``unfused`` where a call of the operator could not be.
 counts: Counter[str] = Counter()
 
-_communicators: dict[tuple[str, torch.dtype, int], tuple[Communicator | None, Watch | None]] = {}
+_pool = Pool(logger)
 
 
 def get_tp_group() -> Any:
@@ -49,27 +48,14 @@ def why_not(config: Any) -> str:
 
 def communicator(group: str, like: Tensor, most: int) -> Communicator | None:
     """The communicator of vLLM's tensor-parallel group for rows like these. Collective at the first call. ``None`` where there is none."""
-    key = (group, like.dtype, like.shape[-1])
-    if key not in _communicators:
-        _communicators[key] = _make(group, like, most)
-    return _communicators[key][0]
 
+    def of() -> Any:
+        coordinator = get_tp_group()
+        if coordinator.unique_name != group:
+            raise GroupError(f"{group} is not vLLM's tensor-parallel group", hint="set COLLOGUE_VLLM=0")
+        return coordinator.cpu_group
 
-def _make(group: str, like: Tensor, most: int) -> tuple[Communicator | None, Watch | None]:
-    coordinator = get_tp_group()
-    reason = f"{group} is not vLLM's tensor-parallel group" if coordinator.unique_name != group else ""
-    if not reason:
-        try:
-            made = Communicator(
-                coordinator.cpu_group, max_tokens=most, hidden_size=like.shape[-1], dtype=like.dtype, device=like.device, timeout=TIMEOUT
-            )
-        except CollogueError as error:
-            reason = str(error).splitlines()[0]
-        else:
-            logger.info("served by Collogue: all-reduce + residual + RMSNorm in one call, %r", made)
-            return made, made.watch(failed, WATCH_INTERVAL) if made.device.type == "cuda" else None
-    logger.warning("not served by Collogue, all-reduce and norm stay apart: %s", reason)
-    return None, None
+    return _pool.make(group, of, dtype=like.dtype, width=like.shape[-1], most=most, device=like.device)
 
 
 def all_reduce_norm(
