@@ -86,7 +86,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--world", type=int, default=2)
-    parser.add_argument("--switch", default="eager", help="value of COLLOGUE_VLLM")
+    parser.add_argument("--switch", default="auto", help="value of COLLOGUE_VLLM")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--fused-a-forward", type=int, required=True, help="fused calls that a forward pass must make")

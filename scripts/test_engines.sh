@@ -26,8 +26,8 @@ run() { # name, model, ranks, fused calls of a forward pass, what else
     "$folder/bin/python" scripts/run_vllm.py "$folder/$2" --world "$3" --fused-a-forward "$4" --commit "$commit" --json "$out/$1.json" \
         "${@:5}" 2>"$folder/$1.log"
 }
-run vllm-eager-2 smollm2-12-heads 2 61 --switch eager
-run vllm-eager-3 smollm2-9-heads 3 61 --switch auto
+run vllm-eager-2 smollm2-12-heads 2 61 --switch auto
+run vllm-eager-3 smollm2-9-heads 3 61 --switch eager
 run vllm-compiled-2 smollm2-12-heads 2 61 --switch auto --compiled
 run vllm-compiled-3 smollm2-9-heads 3 61 --switch compile --compiled
 # Attention's 30 sums are read by something else: vLLM's own all-reduce takes them.

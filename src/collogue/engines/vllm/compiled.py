@@ -20,6 +20,7 @@ _PASS = "AllReduceFusionPass"
 _BASE = "vllm.compilation.passes.vllm_inductor_pass"
 _CONFIG = "vllm.config.vllm"
 _OPTION = "fuse_allreduce_rms"
+_THEIRS = "vllm.compilation.passes.fusion.allreduce_rms_fusion"
 HOOKS = (
     Hook(_MANAGER, "PostGradPassManager.configure", ("config",)),
     Hook(_BASE, "VllmInductorPass.__init__", ("config",)),
@@ -62,7 +63,16 @@ def _wanted(config: Any) -> bool:
     from vllm.platforms import current_platform
 
     size: int = config.parallel_config.tensor_parallel_size
-    return 2 <= size <= 8 and not envs.VLLM_BATCH_INVARIANT and not current_platform.is_rocm()
+    return 2 <= size <= 8 and not envs.VLLM_BATCH_INVARIANT and not current_platform.is_rocm() and _theirs_can_be_imported()
+
+
+def _theirs_can_be_imported() -> bool:
+    """Where the option is on, vLLM imports its own pass, whose module needs operators that not every build of vLLM has."""
+    try:
+        importlib.import_module(_THEIRS)
+    except Exception:  # an operator that is not there
+        return False
+    return True
 
 
 def _maker(theirs: Any) -> Any:
