@@ -8,8 +8,8 @@ The sizes by which such kernels are judged, on GPUs:
 
     python scripts/serve_vllm.py MODEL --world 8 --prompts 1000 --input 1000 --output 1000 --turns 3
 
-What follows `--` goes to `vllm serve`. Runs in the environment that has vLLM. Every request must succeed, the perplexities must agree within
-`--bound`, and every rank must say that it is served; else the script ends with 1 and says what is wrong.
+What follows `--` goes to `vllm serve`. Runs in the environment that has vLLM. Every request must succeed, the perplexities must agree
+within `--bound`, and every rank must say that it is served; else the script ends with 1 and says what is wrong.
 """
 
 from __future__ import annotations
