@@ -72,7 +72,7 @@ def engine(asked: argparse.Namespace) -> None:
     processes = llm.collective_rpc("process")
     began = time.monotonic()
     if asked.engine == "late":
-        llm.collective_rpc("be_late", args=(asked.world - 1, 20 * asked.timeout, 5))
+        llm.collective_rpc("be_late", args=(asked.world - 1, 6 * asked.timeout, 5))
     else:
         threading.Timer(0.5, lambda: os.kill(processes[-1], signal.SIGKILL)).start()
         began += 0.5

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from collogue.communicator import Communicator
-from collogue.contract.quant import FP8Group
+from collogue.contract.quant import E4M3_MAX, FP8Group
 from collogue.contract.spec import VALUE_DTYPES, Output, RMSNorm
 from collogue.engines.pool import Pool
 from collogue.engines.switch import Hook, logger_of, problems
@@ -28,8 +28,8 @@ _GROUPS = "sglang.srt.distributed.parallel_state"
 _RUNNER = "sglang.srt.model_executor.runner.base_runner"
 _REGISTRY = "sglang.srt.plugins.hook_registry"
 _CONTEXT = "sglang.srt.runtime_context"
-#: The lower bound of the scales that SGLang's own quantization in groups has.
-_SMALLEST = 1e-10
+#: The lower bound of scales in SGLang's own quantization in groups: the bound of the largest magnitude, over E4M3's largest number.
+_SMALLEST = 1e-10 / E4M3_MAX
 #: Numbers of tokens up to which every one is prepared; beyond it, powers of two. Captured batches are padded to few sizes.
 _EACH = 256
 

@@ -10,6 +10,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.fx import Graph
 
 from collogue.engines.switch import Hook, problems
@@ -90,13 +91,30 @@ def _maker(theirs: Any) -> Any:
     return make
 
 
+#: vLLM's quantizations, in the order of :class:`.Operators`. Not every build and version has all.
+_QUANTS = (
+    "_C.static_scaled_fp8_quant.default",
+    "_C.dynamic_per_token_scaled_fp8_quant.default",
+    "_C.per_token_group_fp8_quant.default",
+    "_C.scaled_fp4_quant.out",
+    "vllm.mxfp8_quantize.default",
+)
+
+
+def _operator(name: str) -> Any:
+    found: Any = torch.ops
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
 def _pass() -> Any:
-    import torch
     import vllm.ir.ops
     from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass
     from vllm.distributed import get_tp_group
 
     from collogue.engines.vllm import fused
+    from collogue.engines.vllm.quantized import Operators
     from collogue.engines.vllm.rewrite import Names, rewrite
 
     class AllReducePass(VllmInductorPass):  # type: ignore[misc]
@@ -106,11 +124,8 @@ def _pass() -> Any:
             super().__init__(config)
             self.most = most
             add_norm, norm = (getattr(vllm.ir.ops, name).torch_op for name in ("fused_add_rms_norm", "rms_norm"))
-            quants = (
-                getattr(getattr(torch.ops._C, name, None), "default", None)
-                for name in ("static_scaled_fp8_quant", "dynamic_per_token_scaled_fp8_quant")
-            )
-            self.names = Names(torch.ops.vllm.all_reduce.default, norm, add_norm, get_tp_group().unique_name, most, *quants)
+            group = get_tp_group().unique_name
+            self.names = Names(torch.ops.vllm.all_reduce.default, norm, add_norm, group, most, Operators(*map(_operator, _QUANTS)))
             self.range = ""
 
         def is_applicable_for_range(self, compile_range: Any) -> bool:
