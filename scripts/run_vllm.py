@@ -10,72 +10,47 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import sys
-import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
-#: Of the processes and the caches: small, quiet, and nothing outside.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-    "HF_HUB_OFFLINE": "1",
-    "MASTER_ADDR": "127.0.0.1",
-    "VLLM_DISABLE_COMPILE_CACHE": "1",
-    "TORCHINDUCTOR_COMPILE_THREADS": "1",
-}
+from vllm_ranks import calls, engine, model_runner, quiet, run_ranks  # type: ignore[import-not-found]  # beside this file
+
 #: What vLLM compiles with on a GPU, as far as it concerns the pass.
 COMPILED: dict[str, Any] = {"mode": 3, "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False}}
 PROMPTS = ("The capital of France is", "Water is made of", "Once upon a time there was")
 
 
-def rank_run(rank: int, port: int, asked: argparse.Namespace, switch: str) -> dict[str, Any]:
+def rank_run(asked: argparse.Namespace) -> dict[str, Any]:
     """One rank: an engine, the prompts, and what was counted."""
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": asked.world, "LOCAL_WORLD_SIZE": asked.world, "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in own.items()})
-    os.environ["COLLOGUE_VLLM"] = switch
-    import torch
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    torch.set_num_threads(1)
-    forwards = 0
-    llm = LLM(
-        str(asked.model),
-        tensor_parallel_size=asked.world,
-        distributed_executor_backend="external_launcher",
-        dtype=asked.dtype,
+    llm = engine(
+        asked.model,
+        asked.world,
+        asked.dtype,
         max_model_len=64,
         max_num_seqs=4,
         max_num_batched_tokens=64,
         enforce_eager=not asked.compiled,
-        seed=0,
         **({"compilation_config": COMPILED} if asked.compiled else {}),
     )
-    counts: Any = {}
-    if "collogue.engines.vllm.fused" in sys.modules:
-        counts = sys.modules["collogue.engines.vllm.fused"].counts
-        counts.clear()
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    counts = calls()
+    counts.clear()
+    model = model_runner(llm).model
     if asked.read_between:
-        for name, module in runner.model.named_modules():
+        for name, module in model.named_modules():
             if name.endswith("o_proj"):
                 module.register_forward_hook(lambda module, inputs, output: (output[0] * 1.0, *output[1:]))
-    whole = runner.model.forward
+    forwards, whole = 0, model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal forwards
         forwards += 1
         return whole(*args, **kwargs)
 
-    runner.model.forward = forward
+    model.forward = forward
     began = time.perf_counter()
     done = llm.generate(list(PROMPTS), SamplingParams(temperature=0, max_tokens=asked.tokens, logprobs=1), use_tqdm=False)
     outputs = [each.outputs[0] for each in done]
@@ -87,47 +62,6 @@ def rank_run(rank: int, port: int, asked: argparse.Namespace, switch: str) -> di
         "forwards": forwards,
         "seconds": round(time.perf_counter() - began, 2),
     }
-
-
-def forget_shared_memory() -> None:
-    """Remove what ranks of an earlier run, which end without ceremony, have left: vLLM names it by nothing but the group and the rank."""
-    for file in Path("/dev/shm").glob("-tp:0-*-cpushm_*"):
-        file.unlink()
-
-
-def group_run(asked: argparse.Namespace, switch: str) -> list[dict[str, Any]]:
-    """All ranks, as forks of this process; what each returned. Raises where one failed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        forget_shared_memory()
-        children = []
-        for rank in range(asked.world):
-            child = os.fork()
-            if child == 0:
-                code = 1
-                try:
-                    Path(folder, f"{rank}.json").write_text(json.dumps(rank_run(rank, port, asked, switch)))
-                    code = 0
-                except BaseException:
-                    traceback.print_exc()
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-            children.append(child)
-        failed = False
-        while children:
-            child, status = os.wait()
-            children.remove(child)
-            if status and not failed:
-                failed = True
-                for other in children:
-                    os.kill(other, 15)
-        forget_shared_memory()
-        if failed:
-            raise SystemExit(f"a rank failed with COLLOGUE_VLLM={switch!r}")
-        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(asked.world)]
 
 
 def differences(stock: list[dict[str, Any]], ours: list[dict[str, Any]], a_forward: int) -> list[str]:
@@ -152,7 +86,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--world", type=int, default=2)
-    parser.add_argument("--switch", default="eager", help="value of COLLOGUE_VLLM")
+    parser.add_argument("--switch", default="auto", help="value of COLLOGUE_VLLM")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--fused-a-forward", type=int, required=True, help="fused calls that a forward pass must make")
@@ -162,8 +96,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     began = time.perf_counter()
-    os.environ.update(ENVIRONMENT)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    quiet()
     if asked.compiled:
         from vllm_compiled_cpu import install  # type: ignore[import-not-found]  # beside this file
 
@@ -172,7 +105,7 @@ def main() -> int:
     import vllm.v1.worker.cpu_worker
 
     imported = time.perf_counter() - began
-    stock, ours = group_run(asked, ""), group_run(asked, asked.switch)
+    stock, ours = (run_ranks(asked.world, switch, lambda rank: rank_run(asked)) for switch in ("", asked.switch))
     wrong = differences(stock, ours, asked.fused_a_forward)
     near = max(abs(a - b) for s, o in zip(stock[0]["logprobs"], ours[0]["logprobs"], strict=True) for a, b in zip(s, o, strict=True))
     way = ("compiled" if asked.compiled else "eager") + ", read between" * asked.read_between

@@ -5,6 +5,7 @@
 #   PYTHON=python3                     which Python (3.11 to 3.13).
 #   ENGINES=~/.cache/collogue-engines  where.
 #   HEADS="12"                         which models: SmolLM2-135M with 12 heads (two or four ranks), with 9 (three ranks).
+#   SGLANG=1                           SGLang too, beside vLLM's packages: its layers, which need no GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -65,6 +66,10 @@ fi
 if [[ ! -f $folder/of || $(<"$folder/of") != "$PWD" ]]; then
     install --no-deps -e .
     echo "$PWD" >"$folder/of"
+fi
+if [[ -n ${SGLANG:-} && ! -d $folder/sglang/sglang ]]; then
+    # What its layers import and vLLM does not. torchvision: its Python code alone, so any build.
+    install --no-deps --target "$folder/sglang" sglang==0.5.23 orjson IPython traitlets torchvision==0.28.0
 fi
 for heads in ${HEADS:-12}; do
     model=$folder/smollm2-$heads-heads

@@ -185,7 +185,7 @@ def sglang_rank(group: dist.ProcessGroup, tell: Any, path: str) -> list[str]:
             self.cpu_group = cpu_group
 
     layer: Any = sglang_layer(comm)
-    os.environ["COLLOGUE_SGLANG"] = "1"
+    os.environ["COLLOGUE_SGLANG"] = "flashinfer"
     load_plugins("sglang.srt.plugins")
     assert "trigger_completion_at_end" in inspect.signature(comm.allreduce_fusion).parameters
     assert "group" in inspect.signature(layer._create_allreduce_fusion_workspace).parameters

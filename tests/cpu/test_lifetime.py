@@ -19,7 +19,7 @@ import collogue.flashinfer
 from collogue.contract.spec import Output
 from collogue.cpu import ReferenceEngine
 from collogue.engines import sglang, vllm
-from collogue.errors import ClosedError, CollectiveTimeout, ConcurrentUseError
+from collogue.errors import ArgumentError, ClosedError, CollectiveTimeout, ConcurrentUseError
 from collogue.flashinfer import workspace
 from collogue.gpu import engine as cuda
 from collogue.gpu.engine import KernelEngine
@@ -207,7 +207,7 @@ def test_who_never_calls_hears_of_a_failure(value: str | None, monkeypatch: pyte
 @pytest.mark.parametrize(("adapter", "switch"), [(vllm, "COLLOGUE_VLLM"), (sglang, "COLLOGUE_SGLANG")])
 @pytest.mark.parametrize("before", [None, "log"])
 def test_engines_end_unless_they_are_told_otherwise(adapter: Any, switch: str, before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(switch, "flashinfer" if adapter is vllm else "1")
+    monkeypatch.setenv(switch, "flashinfer")
     monkeypatch.setenv(workspace.ON_FAILURE, before or "")
     if before is None:
         monkeypatch.delenv(workspace.ON_FAILURE)
@@ -242,3 +242,18 @@ def test_communicators_on_several_streams_are_warned_of_once(monkeypatch: pytest
     third = engine(9, concurrent=3)
     third._look_at_others()
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(("text", "seconds"), [(None, 600.0), ("", 600.0), ("12.5", 12.5)])
+def test_seconds_that_engines_wait(text: str | None, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLLOGUE_TIMEOUT", raising=False)
+    if text is not None:
+        monkeypatch.setenv("COLLOGUE_TIMEOUT", text)
+    assert workspace.timeout() == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan"])
+def test_wrong_seconds_are_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLLOGUE_TIMEOUT", text)
+    with pytest.raises(ArgumentError, match=f"COLLOGUE_TIMEOUT is '{text}', expected seconds"):
+        workspace.timeout()

@@ -21,6 +21,8 @@ from collogue.group import as_group
 #: Seconds that a call waits for a rank before it fails, as long as PyTorch waits for NCCL. FlashInfer waits for ever, and an engine's
 #: ranks may be minutes apart while one of them compiles.
 TIMEOUT = 600.0
+#: The variable that sets other seconds.
+TIMEOUT_VARIABLE = "COLLOGUE_TIMEOUT"
 #: Seconds between two looks for failures that no call has told of: an engine may replay graphs for ever.
 WATCH_INTERVAL = 1.0
 #: ``abort`` ends the process at a failure, as PyTorch does where NCCL fails; anything else only logs it.
@@ -168,7 +170,7 @@ class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
                 f"the workspace has nothing yet for rows of {hidden_size} in {dtype}, and a CUDA graph is being captured",
                 hint="make such a call once before the capture",
             )
-        made = Communicator(self._group, max_tokens=max_tokens, hidden_size=hidden_size, dtype=dtype, timeout=TIMEOUT)
+        made = Communicator(self._group, max_tokens=max_tokens, hidden_size=hidden_size, dtype=dtype, timeout=timeout())
         self._communicators.append(made)
         if made.device.type == "cuda":
             self._watches.append(made.watch(failed, WATCH_INTERVAL))
@@ -196,6 +198,20 @@ class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
 
 #: Workspaces by the address of their ``workspace_tensor``, which is all that ``trtllm_allreduce_fusion`` is given.
 _of_tensor: weakref.WeakValueDictionary[int, TRTLLMAllReduceFusionWorkspace] = weakref.WeakValueDictionary()
+
+
+def timeout() -> float:
+    """Seconds that a call of an engine waits for a rank: ``COLLOGUE_TIMEOUT``, else :data:`TIMEOUT`. The same on every rank."""
+    text = os.environ.get(TIMEOUT_VARIABLE, "")
+    try:
+        seconds = float(text) if text else TIMEOUT
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ArgumentError(
+            f"{TIMEOUT_VARIABLE} is {text!r}, expected seconds", hint=f"unset it ({TIMEOUT:g} s), or set it to a positive number"
+        )
+    return seconds
 
 
 def failed(error: CollogueError) -> None:

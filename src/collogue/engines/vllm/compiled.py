@@ -10,6 +10,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.fx import Graph
 
 from collogue.engines.switch import Hook, problems
@@ -20,6 +21,7 @@ _PASS = "AllReduceFusionPass"
 _BASE = "vllm.compilation.passes.vllm_inductor_pass"
 _CONFIG = "vllm.config.vllm"
 _OPTION = "fuse_allreduce_rms"
+_THEIRS = "vllm.compilation.passes.fusion.allreduce_rms_fusion"
 HOOKS = (
     Hook(_MANAGER, "PostGradPassManager.configure", ("config",)),
     Hook(_BASE, "VllmInductorPass.__init__", ("config",)),
@@ -62,7 +64,16 @@ def _wanted(config: Any) -> bool:
     from vllm.platforms import current_platform
 
     size: int = config.parallel_config.tensor_parallel_size
-    return 2 <= size <= 8 and not envs.VLLM_BATCH_INVARIANT and not current_platform.is_rocm()
+    return 2 <= size <= 8 and not envs.VLLM_BATCH_INVARIANT and not current_platform.is_rocm() and _theirs_can_be_imported()
+
+
+def _theirs_can_be_imported() -> bool:
+    """Where the option is on, vLLM imports its own pass, whose module needs operators that not every build of vLLM has."""
+    try:
+        importlib.import_module(_THEIRS)
+    except Exception:  # an operator that is not there
+        return False
+    return True
 
 
 def _maker(theirs: Any) -> Any:
@@ -80,13 +91,30 @@ def _maker(theirs: Any) -> Any:
     return make
 
 
+#: vLLM's quantizations, in the order of :class:`.Operators`. Not every build and version has all.
+_QUANTS = (
+    "_C.static_scaled_fp8_quant.default",
+    "_C.dynamic_per_token_scaled_fp8_quant.default",
+    "_C.per_token_group_fp8_quant.default",
+    "_C.scaled_fp4_quant.out",
+    "vllm.mxfp8_quantize.default",
+)
+
+
+def _operator(name: str) -> Any:
+    found: Any = torch.ops
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
 def _pass() -> Any:
-    import torch
     import vllm.ir.ops
     from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass
     from vllm.distributed import get_tp_group
 
     from collogue.engines.vllm import fused
+    from collogue.engines.vllm.quantized import Operators
     from collogue.engines.vllm.rewrite import Names, rewrite
 
     class AllReducePass(VllmInductorPass):  # type: ignore[misc]
@@ -96,11 +124,8 @@ def _pass() -> Any:
             super().__init__(config)
             self.most = most
             add_norm, norm = (getattr(vllm.ir.ops, name).torch_op for name in ("fused_add_rms_norm", "rms_norm"))
-            quants = (
-                getattr(getattr(torch.ops._C, name, None), "default", None)
-                for name in ("static_scaled_fp8_quant", "dynamic_per_token_scaled_fp8_quant")
-            )
-            self.names = Names(torch.ops.vllm.all_reduce.default, norm, add_norm, get_tp_group().unique_name, most, *quants)
+            group = get_tp_group().unique_name
+            self.names = Names(torch.ops.vllm.all_reduce.default, norm, add_norm, group, most, Operators(*map(_operator, _QUANTS)))
             self.range = ""
 
         def is_applicable_for_range(self, compile_range: Any) -> bool:

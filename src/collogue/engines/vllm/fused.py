@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 from collogue.communicator import Communicator
-from collogue.contract.quant import E4M3_MAX, SMALLEST_SCALE, FP8PerToken, FP8Static
+from collogue.contract import reference
+from collogue.contract.formats import code_spec, scale_storage
+from collogue.contract.quant import Quant
 from collogue.contract.spec import VALUE_DTYPES, RMSNorm
+from collogue.engines.pool import Pool
 from collogue.engines.switch import logger_of
-from collogue.errors import CollogueError
-from collogue.flashinfer.workspace import TIMEOUT, WATCH_INTERVAL, failed
-from collogue.gpu.watch import Watch
+from collogue.engines.vllm.quantized import format_of, scale_form
+from collogue.errors import GroupError
 
 logger = logger_of("vllm.logger", "init_logger", "vllm.collogue")
 
 #: How many calls this process has made: ``fused``, and ``unfused`` where a call of the operator could not be.
 counts: Counter[str] = Counter()
 
-_communicators: dict[tuple[str, torch.dtype, int], tuple[Communicator | None, Watch | None]] = {}
+_pool = Pool(logger)
 
 
 def get_tp_group() -> Any:
@@ -49,27 +51,14 @@ def why_not(config: Any) -> str:
 
 def communicator(group: str, like: Tensor, most: int) -> Communicator | None:
     """The communicator of vLLM's tensor-parallel group for rows like these. Collective at the first call. ``None`` where there is none."""
-    key = (group, like.dtype, like.shape[-1])
-    if key not in _communicators:
-        _communicators[key] = _make(group, like, most)
-    return _communicators[key][0]
 
+    def of() -> Any:
+        coordinator = get_tp_group()
+        if coordinator.unique_name != group:
+            raise GroupError(f"{group} is not vLLM's tensor-parallel group", hint="set COLLOGUE_VLLM=0")
+        return coordinator.cpu_group
 
-def _make(group: str, like: Tensor, most: int) -> tuple[Communicator | None, Watch | None]:
-    coordinator = get_tp_group()
-    reason = f"{group} is not vLLM's tensor-parallel group" if coordinator.unique_name != group else ""
-    if not reason:
-        try:
-            made = Communicator(
-                coordinator.cpu_group, max_tokens=most, hidden_size=like.shape[-1], dtype=like.dtype, device=like.device, timeout=TIMEOUT
-            )
-        except CollogueError as error:
-            reason = str(error).splitlines()[0]
-        else:
-            logger.info("served by Collogue: all-reduce + residual + RMSNorm in one call, %r", made)
-            return made, made.watch(failed, WATCH_INTERVAL) if made.device.type == "cuda" else None
-    logger.warning("not served by Collogue, all-reduce and norm stay apart: %s", reason)
-    return None, None
+    return _pool.make(group, of, dtype=like.dtype, width=like.shape[-1], most=most, device=like.device)
 
 
 def all_reduce_norm(
@@ -107,33 +96,37 @@ def all_reduce_norm_quant(
     most: int,
     quant: str,
     scale: Tensor | None,
+    smallest: float,
     keep_norm: bool,
 ) -> list[Tensor]:
-    """:func:`all_reduce_norm` and the quantization of the norm: ``[y, codes, scales (if per token), norm (if kept)]``.
+    """:func:`all_reduce_norm` and the quantization of the norm: ``[y, codes, scales (but for FP8 static), norm (if kept)]``.
 
-    ``quant`` is ``"fp8_static"`` with a ``scale`` (a divisor, one element), or ``"fp8_per_token"``, whose scales are float32 ``[T, 1]``.
+    ``quant`` is a format's label (:func:`collogue.contract.quant.describe`), ``scale`` the divisor of FP8 static or the multiplier of
+    NVFP4, one element, and ``smallest`` the lower bound of scales. Scales have vLLM's shape (:func:`.scale_form`).
     """
+    made = format_of(quant, scale, smallest)
     comm = communicator(group, partial, most)
     if comm is None or not comm.fits(*partial.shape):
         counts["unfused"] += 1
         norm, y = _apart(partial, residual, weight, eps, offset)
-        return [y, *_quantized(norm, scale), *([norm] if keep_norm else [])]
+        codes, scales = reference.quantize(norm, made)
+        return [y, codes, *_scales(scales, made, *norm.shape), *([norm] if keep_norm else [])]
     counts["fused"] += 1
     counts[quant] += 1
     rows = None if residual is None else residual.contiguous()
-    format = FP8PerToken() if scale is None else FP8Static(scale)
-    made = comm.all_reduce(
-        partial.contiguous(), residual=rows, norm=RMSNorm(weight.detach(), eps, offset), quant=format, keep_norm=keep_norm
-    )
-    return [each for each in (made.residual, made.codes, made.scales, made.norm) if each is not None]
+    done = comm.all_reduce(partial.contiguous(), residual=rows, norm=RMSNorm(weight.detach(), eps, offset), quant=made, keep_norm=keep_norm)
+    assert done.residual is not None
+    assert done.codes is not None
+    return [done.residual, done.codes, *_scales(done.scales, made, *partial.shape), *([] if done.norm is None else [done.norm])]
 
 
-def _quantized(norm: Tensor, scale: Tensor | None) -> list[Tensor]:
-    wide = norm.float()
-    divisor = (wide.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=SMALLEST_SCALE) if scale is None else scale
-    scaled = wide / divisor if scale is None else wide * (1.0 / divisor)
-    codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return [codes, divisor] if scale is None else [codes]
+def _scales(scales: Tensor | None, quant: Quant, tokens: int, hidden_size: int) -> list[Tensor]:
+    """The scales in vLLM's form: the same memory."""
+    form = scale_form(quant, tokens, hidden_size)
+    if scales is None or form is None:
+        return []
+    shape, strides, dtype = form
+    return [scale_storage(scales).view(dtype).as_strided(shape, strides)]
 
 
 def _apart(partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float) -> list[Tensor]:
@@ -150,10 +143,14 @@ def _traced(partial: Tensor, *others: Any) -> list[Tensor]:
 
 
 def _traced_quant(partial: Tensor, *others: Any) -> list[Tensor]:
-    scale, keep_norm = others[-2:]
-    rows = [partial.new_empty(partial.shape), partial.new_empty(partial.shape, dtype=torch.float8_e4m3fn)]
-    if scale is None:
-        rows.append(partial.new_empty((partial.shape[0], 1), dtype=torch.float32))
+    label, _, smallest, keep_norm = others[-4:]
+    tokens, hidden_size = partial.shape
+    quant = format_of(label, None, smallest)
+    shape, dtype = code_spec(quant, tokens, hidden_size)
+    form = scale_form(quant, tokens, hidden_size)
+    rows = [partial.new_empty(partial.shape), partial.new_empty(shape, dtype=dtype)]
+    if form is not None:
+        rows.append(partial.new_empty_strided(form[0], form[1], dtype=form[2]))
     return [*rows, partial.new_empty(partial.shape)] if keep_norm else rows
 
 
@@ -166,7 +163,7 @@ _library: Any = torch.library.Library("collogue_vllm", "DEF")  # type: ignore[no
 _ARGUMENTS = "Tensor partial, Tensor? residual, Tensor weight, float eps, float offset, str group, int most"
 _library.define(f"all_reduce_norm({_ARGUMENTS}) -> Tensor[]", tags=[torch.Tag.needs_contiguous_strides])
 _library.define(
-    f"all_reduce_norm_quant({_ARGUMENTS}, str quant, Tensor? scale, bool keep_norm) -> Tensor[]",
+    f"all_reduce_norm_quant({_ARGUMENTS}, str quant, Tensor? scale, float smallest, bool keep_norm) -> Tensor[]",
     tags=[torch.Tag.needs_contiguous_strides],
 )
 for _device in ("CPU", "CUDA"):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from collogue.engines.vllm.quantized import Operators, quantization
+
 
 @dataclass
 class Names:
@@ -20,9 +22,7 @@ class Names:
     add_norm: Any
     group: str
     most: int
-    #: Quantization of a whole tensor by a given scale, and by a scale for each token: ``(.., input=, scale=)``, functionalized.
-    static_fp8: Any = None
-    token_fp8: Any = None
+    quants: Operators = field(default_factory=Operators)
 
 
 @dataclass
@@ -118,18 +118,23 @@ def _quantize(graph: Graph, call: Node, names: Names) -> bool:
     """Take the quantization of a fused call's norm into the call. Where others read the norm too, it is kept."""
     results = {user.args[1]: user for user in call.users if user.target is operator.getitem}
     normed = results.get(0)
-    quant = next((user for user in normed.users if _label(user, normed, names)), None) if normed is not None else None
-    if normed is None or quant is None:
+    if normed is None:
         return False
-    label, scale = _label(quant, normed, names), quant.kwargs["scale"] if quant.args[0] is names.static_fp8 else None
+    found = next(((user, done) for user in normed.users if (done := quantization(user, normed, names.quants))), None)
+    if found is None:
+        return False
+    quant, done = found
     place = {node: i for i, node in enumerate(graph.nodes)}
-    if isinstance(scale, Node) and place[scale] >= place[call]:
+    if done.scale is not None and place[done.scale] >= place[call]:
         return False
     keep = len(normed.users) > 1
     outputs = {user.args[1]: user for user in quant.users if user.target is operator.getitem}
     with graph.inserting_before(call):
-        whole = graph.call_function(torch.ops.collogue_vllm.all_reduce_norm_quant.default, (*call.args, label, scale, keep))
-        order = [results.get(1), outputs.get(1), *([outputs.get(2)] if scale is None else []), *([normed] if keep else [])]
+        whole = graph.call_function(
+            torch.ops.collogue_vllm.all_reduce_norm_quant.default, (*call.args, done.label, done.scale, done.smallest, keep)
+        )
+        scales = [] if done.scales is None else [outputs.get(done.scales)]
+        order = [results.get(1), outputs.get(done.codes), *scales, *([normed] if keep else [])]
         for i, old in enumerate(order):
             if old is not None:
                 new = graph.call_function(operator.getitem, (whole, i))
@@ -138,18 +143,3 @@ def _quantize(graph: Graph, call: Node, names: Names) -> bool:
     for node in (*outputs.values(), quant, *results.values(), call):
         graph.erase_node(node)
     return True
-
-
-def _label(user: Node, normed: Node, names: Names) -> str:
-    """The format of a quantization of ``normed``, if that is what ``user`` is and the call can do it."""
-    if user.target is not torch.ops.higher_order.auto_functionalized or user.kwargs.get("input") is not normed:
-        return ""
-    if any(reader.target is not operator.getitem for reader in user.users):
-        return ""
-    if user.args[0] is names.token_fp8:
-        return "fp8_per_token" if user.kwargs.get("scale_ub") is None else ""
-    scale = user.kwargs.get("scale")
-    value = scale.meta.get("val") if isinstance(scale, Node) else None
-    one = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.numel() == 1
-    whole = user.kwargs.get("group_shape") in (None, [-1, -1])
-    return "fp8_static" if user.args[0] is names.static_fp8 and one and whole else ""

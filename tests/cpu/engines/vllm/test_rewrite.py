@@ -10,6 +10,10 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from collogue.contract import reference
+from collogue.contract.formats import code_spec, scale_storage
+from collogue.contract.quant import MXFP8, NVFP4, FP8Group, Quant
+from collogue.engines.vllm.quantized import Operators, format_of, scale_form
 from collogue.engines.vllm.rewrite import Names, Rewritten, rewrite
 
 _library = torch.library.Library("collogue_test_vllm", "DEF")
@@ -54,33 +58,71 @@ def _token(result: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, most: Any
     result.copy_((x / scale).to(FP8))
 
 
+def _formatted(norm: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, torch.Tensor]:
+    """The contract's codes and scales, in vLLM's form."""
+    codes, scales = reference.quantize(norm, quant)
+    assert scales is not None
+    form = scale_form(quant, *norm.shape)
+    assert form is not None
+    return codes, scale_storage(scales).view(form[2]).as_strided(*form[:2])
+
+
+def _group(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, size: int, eps: float, *rest: Any) -> None:
+    column = len(rest) > 3 and rest[3]
+    made = _formatted(x, FP8Group(size, "float32", "column" if column else "row", smallest=eps / 448))
+    assert (scales.shape, scales.stride()) == (made[1].shape, made[1].stride())
+    codes.copy_(made[0])
+    scales.copy_(made[1])
+
+
+def _nvfp4(x: torch.Tensor, scale: torch.Tensor, swizzled: bool, output: torch.Tensor, output_scale: torch.Tensor) -> None:
+    codes, scales = _formatted(x, NVFP4(scale, "128x4" if swizzled else "linear"))
+    output.copy_(codes)
+    output_scale.copy_(scales)
+
+
+_library.define(
+    "group(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, float fp8_min, float fp8_max, bool scale_ue8m0, "
+    "bool dummy_is_scale_transposed=False, bool dummy_is_tma_aligned=False) -> ()"
+)
+_library.define("nvfp4(Tensor input, Tensor input_scale, bool is_sf_swizzled_layout, *, Tensor! output, Tensor! output_scale) -> ()")
+_library.define("mxfp8(Tensor x, bool is_sf_swizzled_layout=False, int alignment=0) -> (Tensor, Tensor)")
+_library.impl("group", _group, "CPU")
+_library.impl("nvfp4", _nvfp4, "CPU")
+_library.impl("mxfp8", lambda x, swizzled=False, to=0: _formatted(x, MXFP8("ceil", "128x4" if swizzled else "linear")), "CPU")
 _library.impl("static", _static, "CPU")
 _library.impl("token", _token, "CPU")
 FUSED.define(
     "all_reduce_norm_quant(Tensor partial, Tensor? residual, Tensor weight, float eps, float offset, str group, int most, str quant, "
-    "Tensor? scale, bool keep_norm) -> Tensor[]"
+    "Tensor? scale, float smallest, bool keep_norm) -> Tensor[]"
 )
 
 
 def _fused_quant(x: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
-    norm, y = _fused(x, *rest[:-3])
-    quant, scale, keep = rest[-3:]
-    assert quant == ("fp8_per_token" if scale is None else "fp8_static")
-    scales = norm.abs().amax(-1, keepdim=True) / 448 if scale is None else scale
-    return [y, (norm / scales).to(FP8), *([scales] if scale is None else []), *([norm] if keep else [])]
+    norm, y = _fused(x, *rest[:-4])
+    label, scale, smallest, keep = rest[-4:]
+    kept = [norm] if keep else []
+    if label == "fp8_static":
+        return [y, (norm / scale).to(FP8), *kept]
+    if label == "fp8_per_token":
+        scales = norm.abs().amax(-1, keepdim=True) / 448
+        return [y, (norm / scales).to(FP8), scales, *kept]
+    return [y, *_formatted(norm, format_of(label, scale, smallest)), *kept]
 
 
 FUSED.impl("all_reduce_norm_quant", _fused_quant, "CPU")
 HIGHER = torch.ops.higher_order.auto_functionalized
-NAMES = Names(REDUCE, NORM, ADD, "tp:0", 64, OPS.static.default, OPS.token.default)
+QUANTS = Operators(OPS.static.default, OPS.token.default, OPS.group.default, OPS.nvfp4.default, OPS.mxfp8.default)
+NAMES = Names(REDUCE, NORM, ADD, "tp:0", 64, QUANTS)
+WIDTH = 64
 
 
 class Builder:
-    """A graph with x, r (both [3, 8]) and w [8] as inputs, and fake values where the pass looks for them."""
+    """A graph with x, r (both [3, 64]) and w [64] as inputs, and fake values where the pass looks for them."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.graph = Graph()
-        self.inputs = [torch.randn(3, 8, dtype=dtype), torch.randn(3, 8, dtype=dtype), torch.randn(8, dtype=dtype), torch.tensor([0.5])]
+        self.inputs = [*(torch.randn(*shape, dtype=dtype) for shape in ((3, WIDTH), (3, WIDTH), (WIDTH,))), torch.tensor([0.5])]
         self.x, self.r, self.w, self.s = (self._input(name, value) for name, value in zip("xrws", self.inputs, strict=True))
 
     def _input(self, name: str, value: torch.Tensor) -> Node:
@@ -101,14 +143,44 @@ class Builder:
         return self.call(operator.getitem, both, 0), self.call(operator.getitem, both, 1)
 
     def quant(self, norm: Node, kind: str, **more: Any) -> list[Node]:
-        """vLLM's quantization of a norm, as its functionalized graphs have it: the codes, and the scales per token."""
+        """vLLM's quantization of a norm, as its functionalized graphs have it: the codes, and the scales where it makes them."""
+        kind, *options = kind.split("/")
+        if kind == "mxfp8":
+            both = self.graph.call_function(OPS.mxfp8.default, (norm, *((True, 32) if "128x4" in options else ())))
+            return [self.call(operator.getitem, both, i) for i in range(2)]
+        if kind in ("group", "nvfp4"):
+            return self._blocks(norm, kind, options, more)
         result = self.call(torch.ops.aten._to_copy.default, norm)
         result.kwargs = {"dtype": FP8}
         static = kind == "static"
         scale = self.s if static else self.call(torch.ops.aten.sum.dim_IntList, self.x, [1], True)
         given = {"result": result, "input": norm, "scale": scale} | ({"group_shape": None} if static else {"scale_ub": None}) | more
-        both = self.graph.call_function(HIGHER, (NAMES.static_fp8 if static else NAMES.token_fp8,), given)
+        both = self.graph.call_function(HIGHER, (QUANTS.static_fp8 if static else QUANTS.token_fp8,), given)
         return [self.call(operator.getitem, both, i) for i in ((1,) if static else (1, 2))]
+
+    def _empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Node:
+        node = self.graph.call_function(torch.ops.aten.empty_strided.default, (shape, strides), {"dtype": dtype})
+        node.meta["val"] = torch.empty_strided(shape, strides, dtype=dtype)
+        return node
+
+    def _blocks(self, norm: Node, kind: str, options: list[str], more: dict[str, Any]) -> list[Node]:
+        if kind == "group":
+            column = "column" in options
+            format: Quant = FP8Group(32, "float32", "column" if column else "row")
+            given = {"group_size": 32, "eps": 1e-10, "fp8_min": -448.0, "fp8_max": 448.0, "scale_ue8m0": False}
+            given |= {"dummy_is_scale_transposed": column, "dummy_is_tma_aligned": column}
+            names, writes = ("output_q", "output_s"), QUANTS.group_fp8
+        else:
+            swizzled = "128x4" in options
+            format = NVFP4(1.0, "128x4" if swizzled else "linear")
+            given = {"input_scale": self.s, "is_sf_swizzled_layout": swizzled}
+            names, writes = ("output", "output_scale"), QUANTS.nvfp4
+        form = scale_form(format, 3, WIDTH)
+        assert form is not None
+        shape, dtype = code_spec(format, 3, WIDTH)
+        buffers = self._empty(shape, (shape[1], 1), dtype), self._empty(*form)
+        made = self.graph.call_function(HIGHER, (writes,), {"input": norm, **given, **dict(zip(names, buffers, strict=True)), **more})
+        return [self.call(operator.getitem, made, i, like=buffers[i - 1]) for i in (1, 2)]
 
     def check(self, *outputs: Node, fused: int, why: str = "") -> Rewritten:
         """Rewrite; the graph must give the same numbers."""
@@ -117,7 +189,9 @@ class Builder:
         before = module(*self.inputs)
         done = rewrite(module.graph, NAMES, lambda rows, weight: rows.ndim == 2 and rows.dtype == weight.dtype)
         module.recompile()
-        assert all(torch.equal(a.float(), b.float()) for a, b in zip(before, module(*self.inputs), strict=True))
+        for a, b in zip(before, module(*self.inputs), strict=True):
+            assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if a.element_size() == 1 else torch.equal(a, b)
         assert done.fused == fused, str(done)
         ours = (torch.ops.collogue_vllm.all_reduce_norm.default, torch.ops.collogue_vllm.all_reduce_norm_quant.default)
         assert sum(node.target in ours for node in module.graph.nodes) == fused
@@ -222,7 +296,10 @@ def test_all_reduces_of_another_group_are_not_ours() -> None:
     assert (done.fused, done.of) == (0, 0)
 
 
-@pytest.mark.parametrize("kind", ["static", "token"])
+KINDS = ["static", "token", "group", "group/column", "nvfp4", "nvfp4/128x4", "mxfp8", "mxfp8/128x4"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("kept", [False, True])
 def test_quantization_goes_into_the_call(kind: str, first: bool, kept: bool) -> None:
@@ -238,10 +315,25 @@ def test_quantization_goes_into_the_call(kind: str, first: bool, kept: bool) -> 
 
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("static", {"group_shape": [1, 4]}), ("token", {"scale_ub": "s"}), ("static", {"scale": "r"}), ("token", {"input": "r"})],
+    [
+        ("static", {"group_shape": [1, 4]}),
+        ("token", {"scale_ub": "s"}),
+        ("static", {"scale": "r"}),
+        ("token", {"input": "r"}),
+        ("group", {"scale_ue8m0": True}),
+        ("group", {"fp8_max": 240.0}),
+        ("group", {"dummy_is_scale_transposed": True, "dummy_is_tma_aligned": False}),
+        ("group", {"group_size": 8}),
+        ("group", {"group_size": 48}),
+        ("nvfp4", {"input_scale": "w"}),
+        ("nvfp4", {"input": "r"}),
+    ],
 )
 def test_other_quantizations_stay_behind_the_call(kind: str, more: dict[str, Any]) -> None:
+    """Also those that no stand-in computes: what counts is that nothing is taken."""
     b = Builder()
     norm, stream = b.add_norm(b.reduce())
     more = {name: getattr(b, value) if isinstance(value, str) else value for name, value in more.items()}
-    assert b.check(*b.quant(norm, kind, **more), norm, stream, fused=1).quantized == 0
+    b.graph.output((*b.quant(norm, kind, **more), norm, stream))
+    done = rewrite(b.graph, NAMES, lambda rows, weight: True)
+    assert (done.fused, done.quantized) == (1, 0)
