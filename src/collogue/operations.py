@@ -392,8 +392,8 @@ class Operations:
         Order and rounding:
             Those of :meth:`all_reduce` from y on.
         Synchronisation:
-            None: each rank for itself, any number of rows up to ``max_tokens``. Runs on the current stream, may be captured after
-            :meth:`prepare`.
+            None: each rank for itself, any number of rows up to ``max_tokens``, of any width. Runs on the current stream, may be
+            captured after :meth:`prepare`.
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared.
         """

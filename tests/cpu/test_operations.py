@@ -680,3 +680,23 @@ def test_scales_of_no_rows_have_every_form() -> None:
             empty = empty_scales(quant, 0, H, "cpu")
             assert empty.numel() == 0
             assert reference.read_scales(empty, quant, 0, H).shape[0] == 0
+
+
+def test_rows_that_are_only_finished_may_be_wider_than_the_communicator() -> None:
+    """No workspace is used; the number of rows stays bounded."""
+
+    def rank(group: VirtualGroup) -> None:
+        with collogue.Communicator(group, max_tokens=4, hidden_size=64, dtype=torch.float32) as comm:
+            y = torch.randn(4, 1000)
+            quant = collogue.FP8PerToken()
+            out = comm.finish(y, quant=quant)
+            codes, scales = collogue.quantize(y, quant)
+            assert torch.equal(out.codes.view(torch.uint8), codes.view(torch.uint8))
+            assert torch.equal(out.scales, scales)  # type: ignore[arg-type]
+            comm.prepare([4], operation="finish", norm=None, quant=quant, hidden_size=1000)
+            with pytest.raises(CapacityError, match="at most 4 tokens"):
+                comm.finish(torch.randn(5, 64), quant=quant)
+            with pytest.raises(CapacityError, match=r"\[4, 128\]"):
+                comm.all_reduce(torch.randn(4, 128))
+
+    run_virtual(2, rank)

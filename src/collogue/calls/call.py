@@ -108,7 +108,7 @@ def check_call(capacity: Capacity, call: Call) -> Call:
     else:
         check_values(name, partial, capacity)
         tokens, hidden_size = partial.shape
-    if hidden_size > capacity.hidden_size or tokens > capacity.max_tokens:
+    if not capacity.holds(call.operation, tokens, hidden_size):
         raise_capacity(name, tokens, hidden_size, capacity)
     check_hidden_size(hidden_size)
     check_split(call.operation, tokens, call.rows)  # before the residual's shape, which follows from them

@@ -44,6 +44,10 @@ class Capacity:
                 raise ShapeError(f"{name} is {value!r}, which is no whole number", hint="give rows and their elements as ints")
         return 0 <= tokens <= self.max_tokens and 0 < width <= self.hidden_size and width % 8 == 0
 
+    def holds(self, operation: Operation, tokens: int, width: int) -> bool:
+        """Whether a call is within the capacity. ``finish`` uses no workspace: its rows may be wider than the communicator's."""
+        return tokens <= self.max_tokens and (width <= self.hidden_size or operation == "finish")
+
     def request(
         self,
         tokens: int | None,
@@ -65,7 +69,7 @@ class Capacity:
         check_kinds(norm if not isinstance(norm, bool) else None, quant)
         check_norm_kind("branch_norm", branch_norm if not isinstance(branch_norm, bool) else None)
         width = self.hidden_size if hidden_size is None else hidden_size
-        if not self.fits(tokens, width):
+        if not self.fits(tokens, width) and (operation != "finish" or width % 8 or not self.holds(operation, tokens, width)):
             raise CapacityError(
                 f"{tokens} tokens of hidden size {width} do not fit",
                 hint=f"the communicator was made for {self.max_tokens} tokens of hidden size {self.hidden_size}",

@@ -101,7 +101,21 @@ def _part(linear: nn.Linear, comm: Communicator, cut: Cut, format: WeightFormat 
     return QuantizedWeight.of(linear.weight, format).part(cut, comm.rank, comm.world_size, "the layer's weight")
 
 
-class ColumnParallelLinear(Linear):
+class _Parallel(Linear):
+    """A linear layer with a communicator, whose kernels quantize on GPUs."""
+
+    comm: Communicator
+
+    def quantized(self, rows: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
+        """As :func:`collogue.quantize`; on a GPU by :meth:`collogue.Communicator.finish`, a kernel with the same bits."""
+        if not rows.is_cuda or rows.dtype != self.comm.dtype or rows.shape[0] > self.comm.max_tokens:
+            return super().quantized(rows, quant)
+        out = self.comm.finish(rows.contiguous(), quant=quant)
+        assert out.codes is not None
+        return out.codes, out.scales
+
+
+class ColumnParallelLinear(_Parallel):
     """``x W_r^T + b_r``: this rank's output features of a linear layer, ``[.., O / N]``; with ``gather``, all of them, ``[.., O]``.
 
     Args:
@@ -149,7 +163,7 @@ class ColumnParallelLinear(Linear):
         return gather_columns(mine, self.comm) if self.gather else mine
 
 
-class RowParallelLinear(Linear):
+class RowParallelLinear(_Parallel):
     """``sum_r x_r W_r^T + b``, finished in the same call: residual, RMSNorm, quantization.
 
     Args:

@@ -124,10 +124,14 @@ class Linear(nn.Module):
                 return F.linear(x, self.weight, bias)
             codes, scales, leading, dtype = x, None, x.shape[:-1], x.dtype
         else:
-            codes, scales = quantize(x.reshape(-1, x.shape[-1]), self.activation)
+            codes, scales = self.quantized(x.reshape(-1, x.shape[-1]), self.activation)
             leading, dtype = x.shape[:-1], x.dtype
         result = self._multiply(codes, scales, bias, dtype)
         return result if leading is None else result.view(*leading, result.shape[-1])
+
+    def quantized(self, rows: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
+        """Codes and scales of ``rows`` ``[T, I]``, by the contract."""
+        return quantize(rows, quant)
 
     def _given(self, x: Output) -> tuple[Tensor, Tensor | None]:
         if self.activation is None or x.codes is None:

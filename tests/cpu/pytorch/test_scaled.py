@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch import nn
 import collogue
 from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat
 from collogue.errors import ArgumentError, CollogueError, FormatError, ShapeError
-from collogue.nn import ScaledLinear
+from collogue.nn import RowParallelLinear, ScaledLinear
 from collogue.pytorch import scaled
+from collogue.testing import VirtualGroup, run_virtual
 
 PAIRS: dict[str, tuple[WeightFormat, collogue.Quant | None]] = {
     "tensor": (collogue.FP8Static(0.005), collogue.FP8Static(0.02)),
@@ -206,3 +208,31 @@ def test_a_tensor_that_is_plain_goes_into_the_parallel_layers_as_before() -> Non
     assert isinstance(weight.codes, torch.Tensor)
     layer = scaled.Linear(linear.weight.detach(), None)
     assert torch.equal(layer.product(_x(), None), torch.nn.functional.linear(_x(), linear.weight))
+
+
+def test_parallel_layers_quantize_by_the_communicators_kernel_on_gpus() -> None:
+    """Where rows fit: of its dtype, and no more than it was made for."""
+    quant = collogue.FP8PerToken()
+
+    def rank(group: VirtualGroup) -> None:
+        with collogue.Communicator(group, max_tokens=TOKENS, hidden_size=64, dtype=torch.float32) as comm:
+            layer = RowParallelLinear.of(nn.Linear(IN, OUT), comm, activation=quant)
+            calls: list[tuple[int, ...]] = []
+            finish = comm.finish
+            comm.finish = lambda y, **named: calls.append(tuple(y.shape)) or finish(y, **named)  # type: ignore[assignment, method-assign]
+            for rows in (_x(), _x().bfloat16(), torch.cat((_x(), _x()))):
+                on_gpu: Any = SimpleNamespace(is_cuda=True, dtype=rows.dtype, shape=rows.shape, contiguous=lambda rows=rows: rows)
+                if rows is not None and (rows.dtype, len(rows)) == (torch.float32, TOKENS):
+                    codes, scales = layer.quantized(on_gpu, quant)
+                    expected = collogue.quantize(rows, quant)
+                    assert torch.equal(codes.view(torch.uint8), expected[0].view(torch.uint8))
+                    assert scales is not None
+                    assert torch.equal(scales, expected[1])  # type: ignore[arg-type]
+                else:
+                    with pytest.raises(AttributeError):  # the reference, which this stand-in is no tensor for
+                        layer.quantized(on_gpu, quant)
+            assert calls == [(TOKENS, IN)]
+            layer.quantized(_x(), quant)
+            assert len(calls) == 1
+
+    run_virtual(1, rank)
