@@ -25,6 +25,11 @@ class Names:
     multipliers: bool
     packed: str = "weight"
 
+    @property
+    def known(self) -> set[str]:
+        """All tensors that a layer may have."""
+        return {"weight", "bias", self.packed, self.weight_scale, self.weight_global, self.input_scale, self.input_global}
+
 
 #: By ``quant_method`` of the model's configuration. Scales are divisors in all of them; NVFP4's global scales are not.
 NAMES = {
@@ -67,9 +72,12 @@ def method_of(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def is_quantized(linear: nn.Module) -> bool:
-    """Whether a layer holds codes and scales, whatever they are called."""
-    return any(tensor.dtype in (torch.float8_e4m3fn, torch.uint8, torch.int8, torch.int32) for tensor in _tensors(linear).values())
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer holds codes, whatever they are called: floating-point numbers of a byte, or a weight that is no such number."""
+    return any(
+        not (tensor.is_floating_point() and tensor.element_size() > 1) and (tensor.is_floating_point() or name.startswith("weight"))
+        for name, tensor in _tensors(module).items()
+    )
 
 
 def read(linear: nn.Module, name: str, method: str | None) -> QuantizedLinear:
@@ -92,6 +100,12 @@ def read(linear: nn.Module, name: str, method: str | None) -> QuantizedLinear:
     if method not in NAMES:
         raise ArgumentError(f"{name}: quantization method {method!r} is not known", hint=f"known are {', '.join(NAMES)}")
     names, tensors = NAMES[method], _tensors(linear)
+    more = sorted(set(tensors) - names.known) + [f"a module {child}" for child, _ in linear.named_children()]
+    if more:
+        raise ArgumentError(
+            f"{name} also has {', '.join(more)}, whose part in its product is not known",
+            hint="use a checkpoint without zero points, permutations, transforms or smoothing factors inside its linear layers",
+        )
     codes = tensors.get(names.packed, tensors.get("weight"))
     scales = tensors.get(names.weight_scale)
     if codes is None or scales is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from collogue.contract import reference
 from collogue.contract.quant import Quant
 from collogue.contract.spec import RMSNorm
-from collogue.errors import ArgumentError, ShapeError
+from collogue.errors import ArgumentError, ScaleError, ShapeError
 from collogue.pytorch.checkpoints import QuantizedLinear, is_quantized, method_of, read, shared_input
 from collogue.pytorch.cut import Cut, OnFirst, Section
 from collogue.pytorch.forms import FORMS, Block, Counted, Cuts, Form
@@ -198,7 +198,7 @@ def _check_code(base: Any, layer: nn.Module, name: str, blocks: tuple[Block, Blo
                 hint="each rank has a part of the features: use an activation of transformers or PyTorch, or collogue.nn",
             )
         # The library that quantized a layer computes its product in its own way; here the layer is replaced.
-        known = ("compressed_tensors.",) if is_quantized(module) else ()
+        known = ("compressed_tensors.quantization.", "compressed_tensors.compressors.") if is_quantized(module) else ()
         problem = "has a forward of its own" * ("forward" in vars(module)) if module is layer else own_ways(module, known)
         if problem:
             hint = "parallelize the model without it" + "; fuse=False lets hooks on attention, MLP and norms see whole tensors" * fuse
@@ -227,7 +227,10 @@ class _Source:
             return None
         check_linear(linear, name)
         assert isinstance(linear, nn.Linear)
-        return self.recipe.quantize(linear.weight, self.prefix + name)
+        try:
+            return self.recipe.quantize(linear.weight, self.prefix + name)
+        except ScaleError as error:
+            raise ScaleError(f"{name}: {error.message}", hint="quantize models whose weights are finite and not all zero") from None
 
 
 def _shared(columns: list[LinearPlan]) -> tuple[list[LinearPlan], Quant | None]:

@@ -60,7 +60,8 @@ def odd_parameter(parameter: Tensor) -> str:
     """Why a parameter cannot be cut, in words; empty where it can."""
     if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
         return f"of another type than Tensor ({type(parameter.data).__name__})"
-    return "" if parameter.is_floating_point() and not parameter.is_meta else f"of {parameter.dtype} on {parameter.device}"
+    plain = parameter.is_floating_point() and parameter.element_size() > 1 and not parameter.is_meta
+    return "" if plain else f"of {parameter.dtype} on {parameter.device}"
 
 
 def check_linear(linear: object, name: str) -> None:

@@ -192,6 +192,12 @@ _CODES = torch.zeros(OUT, IN, dtype=torch.float8_e4m3fn)
             "layer: there is no weight_scale_2",
         ),
         ("modelopt", {"weight": torch.zeros(OUT, IN, dtype=torch.int8), "weight_scale": torch.ones(OUT, 1)}, ArgumentError, "torch.int8"),
+        (
+            "modelopt",
+            {"weight": _CODES, "weight_scale": torch.tensor(1.0), "pre_quant_scale": torch.ones(IN)},
+            ArgumentError,
+            "layer also has pre_quant_scale",
+        ),
     ],
 )
 def test_bad_layers_are_named_errors(method: str, tensors: dict[str, torch.Tensor], error: type[CollogueError], match: str) -> None:
@@ -226,3 +232,27 @@ def test_layers_that_share_an_input_share_its_format() -> None:
     assert shared_input({"q": None, "k": _quantized(None)}) is None
     with pytest.raises(ArgumentError, match="q fp8_per_token, k none"):
         shared_input({"q": _quantized(collogue.FP8PerToken()), "k": None})
+
+
+def test_a_layer_with_a_transform_is_rejected() -> None:
+    """compressed-tensors keeps Hadamard transforms as modules of the layer: its product is of other numbers."""
+    layer = _layer(weight=_CODES, weight_scale=torch.ones(OUT, 1))
+    layer.add_module("input_transform", nn.Linear(IN, IN))
+    with pytest.raises(ArgumentError, match="also has a module input_transform"):
+        read(layer, "layer", "compressed-tensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "quantized"),
+    [
+        ("weight", torch.zeros(2, 2), False),
+        ("weight", torch.zeros(2, 2).bfloat16(), False),
+        ("weight", torch.zeros(2, 2).to(torch.float8_e5m2), True),
+        ("weight_packed", torch.zeros(2, 2, dtype=torch.int32), True),
+        ("blocks", torch.zeros(2, 2).to(torch.float8_e4m3fn), True),
+        ("position_ids", torch.zeros(2, 2, dtype=torch.int64), False),
+        ("mask", torch.zeros(2, 2, dtype=torch.bool), False),
+    ],
+)
+def test_what_a_quantized_layer_is(name: str, tensor: torch.Tensor, quantized: bool) -> None:
+    assert checkpoints.is_quantized(_layer(**{name: tensor})) == quantized

@@ -228,6 +228,37 @@ def test_bad_arguments() -> None:
         run_virtual(1, lambda group: collogue.parallelize(compressed("FP8_DYNAMIC"), group, quant="fp8_per_token"))
 
 
+def test_compiled() -> None:
+    """Codes pass through the model's own code as tensors, and are found again, in a traced graph as well."""
+    model = small_model("llama", **SIZES)
+
+    def rank(group: VirtualGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        mine = collogue.parallelize(copy.deepcopy(model), group, max_tokens=TOKENS.numel(), quant="fp8_per_token")
+        with torch.no_grad():
+            eager = mine(TOKENS, use_cache=False).logits
+            return eager, torch.compile(mine, backend="eager", fullgraph=True)(TOKENS, use_cache=False).logits
+
+    [(eager, compiled)] = run_virtual(1, rank)
+    assert torch.equal(eager, compiled)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_weights_without_a_scale_are_named(value: float) -> None:
+    model = small_model("llama", **SIZES)
+    seen = calibrated(model)
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(value)
+    with pytest.raises(CollogueError, match=r"layers\.1\.mlp\.up_proj"):
+        run_virtual(1, lambda group: collogue.parallelize(model, group, max_tokens=8, quant="fp8_static", calibration=seen))
+
+
+def test_a_forward_that_was_replaced_is_found() -> None:
+    model = compressed("FP8_DYNAMIC")
+    layer = _layer(model)
+    layer.forward = lambda x: x
+    with pytest.raises(ArgumentError, match=r"k_proj has a forward of its own"):
+        run_virtual(1, lambda group: collogue.parallelize(model, group, max_tokens=8))
+
+
 def test_a_checkpoint_that_was_dequantized_on_load() -> None:
     """Its configuration still names the method."""
     model = small_model("llama", **SIZES)
