@@ -46,5 +46,5 @@ script vllm-leak stream_vllm.py "$folder/qwen3" --steps 2000
 script vllm-faults faults_vllm.py "$folder/qwen3"
 PYTHONPATH=$folder/sglang script sglang-layers run_sglang.py
 echo "== vllm-serve"
-"$folder/bin/python" scripts/serve_vllm.py "$folder/smollm2-12-heads" --prompts 60 --input 16 --output 8 --turns 2 --bound 1e-5 \
+"$folder/bin/python" scripts/serve_vllm.py "$folder/smollm2-12-heads" --prompts 60 --input 16 --output 8 --bound 1e-5 \
     --commit "$commit" --json "$out/vllm-serve.json" -- --dtype float32 --enforce-eager --max-model-len 256

@@ -85,8 +85,13 @@ def _group(given: Any) -> Quantization | None:
     return Quantization(f"fp8_group{size}/float32/{'column' if column else 'row'}", smallest=given["eps"] / E4M3_MAX, scales=2)
 
 
-def _mxfp8(user: Node) -> Quantization:
-    swizzled = user.args[1] if len(user.args) > 1 else user.kwargs.get("is_sf_swizzled_layout", False)
+def _mxfp8(user: Node) -> Quantization | None:
+    """Not where rows are padded to an ``alignment``."""
+    given: tuple[Any, ...] = (*user.args, *(False, 0)[len(user.args) - 1 :])
+    rows, swizzled, alignment = given
+    value = _value(rows)
+    if user.kwargs or value is None or (alignment and int(value.shape[-1]) % alignment):
+        return None
     return Quantization(f"mxfp8/ceil/{'128x4' if swizzled else 'linear'}", codes=0, scales=1)
 
 

@@ -146,7 +146,8 @@ class Builder:
         """vLLM's quantization of a norm, as its functionalized graphs have it: the codes, and the scales where it makes them."""
         kind, *options = kind.split("/")
         if kind == "mxfp8":
-            both = self.graph.call_function(OPS.mxfp8.default, (norm, *((True, 32) if "128x4" in options else ())))
+            given = (True, more.get("alignment", 32)) if "128x4" in options else ()
+            both = self.graph.call_function(OPS.mxfp8.default, (norm, *given))
             return [self.call(operator.getitem, both, i) for i in range(2)]
         if kind in ("group", "nvfp4"):
             return self._blocks(norm, kind, options, more)
@@ -327,6 +328,8 @@ def test_quantization_goes_into_the_call(kind: str, first: bool, kept: bool) -> 
         ("group", {"group_size": 48}),
         ("nvfp4", {"input_scale": "w"}),
         ("nvfp4", {"input": "r"}),
+        ("nvfp4", {"output": "r"}),
+        ("mxfp8/128x4", {"alignment": 128}),
     ],
 )
 def test_other_quantizations_stay_behind_the_call(kind: str, more: dict[str, Any]) -> None:
@@ -337,3 +340,12 @@ def test_other_quantizations_stay_behind_the_call(kind: str, more: dict[str, Any
     b.graph.output((*b.quant(norm, kind, **more), norm, stream))
     done = rewrite(b.graph, NAMES, lambda rows, weight: True)
     assert (done.fused, done.quantized) == (1, 0)
+
+
+@pytest.mark.parametrize("kind", ["group", "group/column"])
+def test_the_lower_bound_of_scales_is_vllms(kind: str) -> None:
+    """It is the bound of the largest magnitude over 448: seen where a norm is zero."""
+    b = Builder()
+    b.inputs[2].zero_()
+    norm, stream = b.add_norm(b.reduce())
+    assert b.check(*b.quant(norm, kind), stream, fused=1).quantized == 1
