@@ -15,7 +15,7 @@ from collogue.contract.quant import describe, parse
 from collogue.contract.spec import VALUE_DTYPES, Operation
 from collogue.errors import ArgumentError, DTypeError
 from collogue.group import check_gpus
-from collogue.planning.architecture import MULTIPROCESSORS, architecture_of
+from collogue.planning.architecture import ARCHITECTURES, architecture_of
 from collogue.planning.plan import Plan, check_width, make_plan
 from collogue.planning.table import TableArgument, find, name_of
 from collogue.planning.topology import Topology, topology_of
@@ -33,9 +33,9 @@ class Machine:
     @classmethod
     def named(cls, architecture: str) -> Machine:
         """Any machine with GPUs of ``architecture``, one for each rank."""
-        if architecture not in MULTIPROCESSORS:
-            raise ArgumentError(f"there is no architecture {architecture!r}", hint=f"choose one of {', '.join(MULTIPROCESSORS)}")
-        return cls(architecture, None, MULTIPROCESSORS[architecture])
+        if architecture not in ARCHITECTURES:
+            raise ArgumentError(f"there is no architecture {architecture!r}", hint=f"choose one of {', '.join(ARCHITECTURES)}")
+        return cls(architecture, None, ARCHITECTURES[architecture].multiprocessors)
 
     @classmethod
     def here(cls, instead: str = "") -> Machine:
