@@ -1,4 +1,4 @@
-"""Compiles a dozen kernels for every architecture with the NVRTC that is installed, and records what works: `benchmarks/results/nvrtc.json`.
+"""Compiles a dozen kernels for every architecture with the NVRTC that is installed: `benchmarks/results/nvrtc.json`.
 
     python scripts/nvrtc.py [--json FILE]
 
@@ -29,7 +29,7 @@ RESULT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "nv
 
 
 def tried(architecture: str) -> dict[str, Any]:
-    """One row: what is compiled for ``architecture``, of how many kernels, how many have local memory, which conversions are in hardware."""
+    """One row: what is compiled for ``architecture``, how many kernels have local memory, which conversions are in hardware."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         compiled = jit.compile_target(architecture)

@@ -258,9 +258,8 @@ def compile_target(architecture: str) -> str:
     found = target(architecture, supported())
     if found != architecture:
         version = ".".join(map(str, nvrtc_version()))
-        warnings.warn(
-            f"NVRTC {version} does not know {architecture}: kernels are compiled as {found}, and encode E2M1 by integers", RuntimeWarning, stacklevel=2
-        )
+        message = f"NVRTC {version} does not know {architecture}: kernels are compiled as {found}, without E2M1 conversions in hardware"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     return found
 
 

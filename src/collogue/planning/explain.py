@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -15,7 +15,9 @@ from collogue.contract.quant import describe, parse
 from collogue.contract.spec import VALUE_DTYPES, Operation
 from collogue.errors import ArgumentError, DTypeError
 from collogue.group import check_gpus
+from collogue.planning import model
 from collogue.planning.architecture import ARCHITECTURES, architecture_of
+from collogue.planning.gpus import Gpu, gpu_named
 from collogue.planning.plan import Plan, check_width, make_plan
 from collogue.planning.table import TableArgument, find, name_of
 from collogue.planning.topology import Topology, topology_of
@@ -23,12 +25,16 @@ from collogue.planning.topology import Topology, topology_of
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan needs to know. ``architecture`` is ``None`` for the CPU; ``device`` is the GPU's name, ``None`` if it is any."""
+    """What a plan needs to know. ``architecture`` is ``None`` for the CPU; ``device`` is the GPU's name, ``None`` if it is any.
+
+    ``gpu``: of a machine that is not here, whose times are predicted.
+    """
 
     architecture: str | None = None
     device: str | None = None
     multiprocessors: int = 0
     gpus: int = 8
+    gpu: Gpu | None = None
 
     @classmethod
     def named(cls, architecture: str) -> Machine:
@@ -44,6 +50,15 @@ class Machine:
         properties = torch.cuda.get_device_properties(0)
         architecture = architecture_of((properties.major, properties.minor))
         return cls(architecture, properties.name, properties.multi_processor_count, torch.cuda.device_count())
+
+    @classmethod
+    def with_gpu(cls, name: str, hosts: int = 1) -> Machine:
+        """A machine with GPUs called ``name``, one for each rank, of which :data:`~collogue.planning.gpus.GPUS` holds the facts."""
+        if hosts != 1:
+            hint = "leave --hosts out: calls within one host are modelled"
+            raise ArgumentError(f"calls over {hosts} hosts are not modelled yet", hint=hint)
+        gpu = gpu_named(name)
+        return cls(gpu.architecture, gpu.device, gpu.multiprocessors, gpu=gpu)
 
     @classmethod
     def of(cls, device: str, architecture: str | None) -> Machine:
@@ -86,17 +101,20 @@ class Explanation:
     call: str
     topology: Topology
     plan: Plan
+    gpu: Gpu | None = None
 
     def __str__(self) -> str:
         """For people, at most 80 columns wide."""
-        return f"{textwrap.fill(self.call, 80)}\n{self.plan}"
+        gpu = "" if self.gpu is None else textwrap.fill(str(self.gpu), 80, initial_indent="\n", subsequent_indent="  ")
+        return f"{textwrap.fill(self.call, 80)}\n{self.plan}{gpu}"
 
     def as_json(self) -> dict[str, Any]:
         """As plain data; ``None`` where the text has a dash."""
         facts = {name: getattr(self.topology, name) for name in ("architecture", "multiprocessors", "world_size", "max_tokens")}
         without_launch = dict.fromkeys(("rows", "launches") if self.plan.shape is None else ())
         without_model = dict.fromkeys(("predicted_us", "floor_us") if self.plan.algorithm == "reference" else ())
-        return {"call": self.call, **facts, **asdict(self.plan), **without_launch, **without_model}
+        gpu = None if self.gpu is None else asdict(self.gpu)
+        return {"call": self.call, **facts, **asdict(self.plan), **without_launch, **without_model, "gpu": gpu}
 
 
 def explain(
@@ -143,4 +161,8 @@ def explain(
     before = [] if prologue is None else [str(prologue)]
     parts = " + ".join([*before, operation, *epilogue, *([describe(quant)] if quant is not None else [])])
     where = "on the CPU" if topology.architecture is None else f"on {machine.device or machine.architecture}"
-    return Explanation(f"{parts}, {tokens} x {hidden_size} {dtype}, {world_size} ranks {where}", topology, make_plan(topology, request))
+    plan = make_plan(topology, request)
+    if machine.gpu is not None:
+        predicted, floor = model.predict(machine.gpu, plan, request)
+        plan = replace(plan, predicted_us=predicted, floor_us=floor, model=f"{machine.gpu.name} fitted to two H200 (docs/machines.md)")
+    return Explanation(f"{parts}, {tokens} x {hidden_size} {dtype}, {world_size} ranks {where}", topology, plan, machine.gpu)
