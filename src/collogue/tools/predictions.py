@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from collogue.contract.quant import parse
+from collogue.planning.explain import Machine, explain
 from collogue.planning.gpus import GPUS
 from collogue.planning.model import Model, fit, has_amax
 
@@ -22,6 +23,9 @@ RESULTS = Path("benchmarks/results")
 SOURCES = ("latency-2xh200.json", "suites-2xh200.json")
 RESULT = "predictions-2xh200.json"
 _CALL = ("operation", "algorithm", "tokens", "hidden_size", "dtype", "format", "residual", "norm", "keep_norm", "weight_dtype")
+
+#: Tokens of the examples.
+EXAMPLES = (1, 64, 1024, 8192)
 
 Row = dict[str, Any]
 
@@ -67,7 +71,15 @@ def made(folder: Path) -> dict[str, Any]:
         "model": asdict(model),
         "fit": compared(model, every[:half]),
         "test": compared(model, every[half:]),
+        "gpus": [asdict(gpu) for gpu in GPUS.values()],
+        "examples": [_example(name, tokens) for name in GPUS for tokens in EXAMPLES],
     }
+
+
+def _example(gpu: str, tokens: int) -> Row:
+    """Predicted: an all-reduce with residual and norm on eight GPUs."""
+    plan = explain(Machine.with_gpu(gpu), tokens, hidden_size=7168, world_size=8, max_tokens=max(EXAMPLES), table=False).plan
+    return {"gpu": gpu, "tokens": tokens, "algorithm": plan.algorithm, "predicted_us": round(plan.predicted_us, 2)}
 
 
 def main() -> None:
