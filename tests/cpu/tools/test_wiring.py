@@ -99,6 +99,11 @@ def test_access_in_one_direction_is_none() -> None:
     assert "a group may have: rank 0; or rank 1" in text(found)
 
 
+def test_every_two_of_an_island_reach_each_other() -> None:
+    found = box(3, "PIX", frozenset({(0, 2), (2, 0)}))
+    assert found.islands == [[0, 1], [2]]
+
+
 def test_no_gpu_reaches_another() -> None:
     found = box(8, "PHB", frozenset(itertools.permutations(range(8), 2)))
     assert found.islands == [[rank] for rank in range(8)]
