@@ -1,6 +1,7 @@
 # make demo       a real model, tensor-parallel on three ranks, in every format: two to three minutes on two cores
 # make test-fast  the CPU tests that compile nothing, emulate nothing and start no processes: under a minute
 # make test       all CPU tests
+# make test-compile  every kernel of the covering set for every architecture: half an hour on two cores
 # make test-engines  a real vLLM on CPU ranks, with and without Collogue: minutes, in an environment of its own
 # make test-gpu   GPU tests, on whatever GPUs there are
 # make check      lint, types and all CPU tests
@@ -16,7 +17,7 @@ export PYTHON CONSTRAINTS
 # Only the plugins that pyproject.toml names.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: demo test test-fast test-gpu test-engines check lint setup clean
+.PHONY: demo test test-fast test-gpu test-compile test-engines check lint setup clean
 
 demo: setup
 	@mkdir -p build
@@ -30,6 +31,9 @@ test-fast: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
+
+test-compile: setup
+	$(BIN)/python -m pytest tests/compile $(PYTEST_ARGS)
 
 test-engines:
 	scripts/test_engines.sh

@@ -15,6 +15,7 @@ import os
 import re
 import struct
 import threading
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,6 +26,7 @@ from typing import Any
 from collogue import kernels
 from collogue.cache import cache_directory, write_whole
 from collogue.errors import CompileError, PlatformError
+from collogue.planning.architecture import target
 from collogue.planning.variant import Variant
 
 _IMPORTING = threading.Lock()
@@ -56,7 +58,7 @@ def compile_variant(variant: Variant, architecture: str, *, verbose: bool = Fals
     """
     while True:
         code, log = compile_source(variant.source(), architecture, variant.name, verbose=verbose)
-        if not local_bytes(code) or variant.ctas_per_multiprocessor == 1:
+        if not code.startswith(_ELF) or not local_bytes(code) or variant.ctas_per_multiprocessor == 1:
             return code, log
         variant = replace(variant, ctas_per_multiprocessor=variant.ctas_per_multiprocessor - 1)
 
@@ -93,20 +95,46 @@ def compile_source(
 ) -> tuple[bytes, str]:
     """Compile one translation unit; returns the cubin and the compiler's log (the resource report with ``verbose``).
 
+    Where NVRTC does not know ``architecture``: for what :func:`compile_target` says, which may be PTX.
+
     ``folder`` of sources and ``changes``: other sources and other options than the contract's, for comparison.
     """
     nvrtc_version()  # where there is no NVRTC, this says so
     core = _cuda_core()
     log = io.StringIO()
+    chosen = options(name, architecture, verbose=verbose, folder=folder, changes=changes)
+    if chosen.arch.startswith("compute_"):
+        return ptx(source, name, chosen), ""
     try:
-        chosen = options(name, architecture, verbose=verbose, folder=folder, changes=changes)
         code = core.Program(source, "c++", chosen).compile("cubin", logs=log)
     except Exception as error:
-        raise CompileError(
-            f"NVRTC refused {name} for {architecture}: {error}\n{log.getvalue()}",
-            hint="run `collogue doctor`; if NVRTC is 13.0 or later, please report this with the text above",
-        ) from error
+        raise _refused(name, architecture, f"{error}\n{log.getvalue()}") from error
     return bytes(code.code), log.getvalue()
+
+
+def ptx(source: str, name: str, chosen: Any) -> bytes:
+    """PTX of one translation unit, by the :func:`options` ``chosen``. ``cuda.core`` gives it only where there is a driver."""
+    from cuda.bindings import nvrtc
+
+    # A real architecture would give machine code and no PTX.
+    flags = [option.replace(b"-arch=sm_", b"-arch=compute_") for option in chosen.as_bytes("nvrtc")]
+    _, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
+    try:
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+        if int(error) != 0:
+            log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise _refused(name, chosen.arch, log.decode(errors="replace"))
+        text = bytes(nvrtc.nvrtcGetPTXSize(program)[1])
+        nvrtc.nvrtcGetPTX(program, text)
+        return text
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _refused(name: str, architecture: str, why: str) -> CompileError:
+    hint = "run `collogue doctor`; if NVRTC is 12.8 or later, please report this with the text above"
+    return CompileError(f"NVRTC refused {name} for {architecture}: {why}", hint=hint)
 
 
 def options(
@@ -116,7 +144,8 @@ def options(
     chosen: dict[str, Any] = {**_OPTIONS, **(changes or {})}
     if verbose:  # NVRTC has a cache of its own (CUDA 12.9), and what comes from it may have no report
         chosen |= {"ptxas_options": ["-v"], "no_cache": True}
-    return _cuda_core().ProgramOptions(name=name, arch=architecture, include_path=str(folder or kernels.ROOT), **chosen)
+    arch = compile_target(architecture)
+    return _cuda_core().ProgramOptions(name=name, arch=arch, include_path=str(folder or kernels.ROOT), **chosen)
 
 
 @dataclass(frozen=True)
@@ -138,13 +167,15 @@ def resources(log: str) -> Resources:
     return Resources(int(used[1]), int(frame[1]), int(frame[2]) + int(frame[3]), int(used[2] or 0))
 
 
+#: How a 64-bit little-endian ELF file begins.
+_ELF = b"\x7fELF\x02\x01"
 #: Of a kernel in a cubin, in its section ``.nv.info``: type and size, then its symbol and how much local memory a thread has.
 _FRAME_SIZE = struct.pack("<BBH", 4, 0x11, 8)
 
 
 def sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
     """Name and contents of every section of a 64-bit little-endian ELF file, such as a cubin."""
-    if elf[:6] != b"\x7fELF\x02\x01":
+    if elf[:6] != _ELF:
         raise CompileError("this is not a cubin: no 64-bit ELF file", hint="pass what jit.compile_source returns")
     (start,) = struct.unpack_from("<Q", elf, 0x28)
     step, count, names = struct.unpack_from("<HHH", elf, 0x3A)
@@ -161,7 +192,7 @@ def local_bytes(cubin: bytes) -> int:
 
 
 def load(code: bytes, name: str) -> Any:
-    """The kernel ``name`` of a cubin, loaded on the current device (a ``cuda.core`` kernel). Its first launch may be captured.
+    """The kernel ``name`` of a cubin or of PTX, loaded on the current device (a ``cuda.core`` kernel). Its first launch may be captured.
 
     It is loaded once on each GPU and stays: to unload it would wait for the GPU, where other kernels may wait for this process.
     """
@@ -170,7 +201,8 @@ def load(code: bytes, name: str) -> Any:
     key = (torch.cuda.current_device(), name, code)
     with _LOADING[key[0]]:
         if key not in _LOADED:
-            kernel = _cuda_core().ObjectCode.from_cubin(code).get_kernel(name)
+            made = _cuda_core().ObjectCode
+            kernel = (made.from_cubin if code.startswith(_ELF) else made.from_ptx)(code).get_kernel(name)
             _load_now(int(kernel.handle), key[0])
             _LOADED[key] = kernel
         return _LOADED[key]
@@ -207,6 +239,28 @@ def nvrtc_version() -> tuple[int, int]:
     if int(error) != 0:
         raise PlatformError(f"NVRTC does not answer: {error}", hint="pip install nvidia-cuda-nvrtc")
     return int(major), int(minor)
+
+
+@functools.cache
+def supported() -> tuple[int, ...]:
+    """The architectures that NVRTC compiles for, as ``90`` for sm_90."""
+    from cuda.bindings import nvrtc
+
+    error, *rest = nvrtc.nvrtcGetSupportedArchs()
+    if int(error) != 0:
+        raise PlatformError(f"NVRTC does not answer: {error}", hint="pip install nvidia-cuda-nvrtc")
+    return tuple(sorted(map(int, rest[-1])))
+
+
+@functools.cache
+def compile_target(architecture: str) -> str:
+    """What this NVRTC compiles for ``architecture``, with one warning if it does not know it (docs/machines.md)."""
+    found = target(architecture, supported())
+    if found != architecture:
+        version = ".".join(map(str, nvrtc_version()))
+        message = f"NVRTC {version} does not know {architecture}: kernels are compiled as {found}, without E2M1 conversions in hardware"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return found
 
 
 @functools.cache

@@ -9,7 +9,9 @@
 // Capabilities of the architecture, the only place that asks for it.
 #define COLLOGUE_HAS_CLUSTERS (__CUDA_ARCH__ >= 900)  // thread-block clusters, mbarrier transactions, PDL
 #define COLLOGUE_HAS_E4M3_CONVERSION (__CUDA_ARCH__ >= 890)
-#if defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
+// Before CUDA 12.9 only the last two say that the architecture is one with an `a`.
+#if defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || \
+    defined(__CUDA_ARCH_FEAT_SM120_ALL)
 #define COLLOGUE_HAS_E2M1_CONVERSION (__CUDA_ARCH__ >= 1000)
 #else
 #define COLLOGUE_HAS_E2M1_CONVERSION 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -16,7 +16,9 @@ from collogue.contract.quant import describe, parse
 from collogue.contract.spec import VALUE_DTYPES, Operation, as_rows
 from collogue.errors import ArgumentError, DTypeError
 from collogue.group import check_gpus
-from collogue.planning.architecture import MULTIPROCESSORS, architecture_of
+from collogue.planning import model
+from collogue.planning.architecture import ARCHITECTURES, architecture_of
+from collogue.planning.gpus import Gpu, gpu_named
 from collogue.planning.plan import Plan, check_width, make_plan
 from collogue.planning.table import TableArgument, find, name_of
 from collogue.planning.topology import Topology, topology_of
@@ -24,19 +26,23 @@ from collogue.planning.topology import Topology, topology_of
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan needs to know. ``architecture`` is ``None`` for the CPU; ``device`` is the GPU's name, ``None`` if it is any."""
+    """What a plan needs to know. ``architecture`` is ``None`` for the CPU; ``device`` is the GPU's name, ``None`` if it is any.
+
+    ``gpu``: of a machine that is not here, whose times are predicted.
+    """
 
     architecture: str | None = None
     device: str | None = None
     multiprocessors: int = 0
     gpus: int = 8
+    gpu: Gpu | None = None
 
     @classmethod
     def named(cls, architecture: str) -> Machine:
         """Any machine with GPUs of ``architecture``, one for each rank."""
-        if architecture not in MULTIPROCESSORS:
-            raise ArgumentError(f"there is no architecture {architecture!r}", hint=f"choose one of {', '.join(MULTIPROCESSORS)}")
-        return cls(architecture, None, MULTIPROCESSORS[architecture])
+        if architecture not in ARCHITECTURES:
+            raise ArgumentError(f"there is no architecture {architecture!r}", hint=f"choose one of {', '.join(ARCHITECTURES)}")
+        return cls(architecture, None, ARCHITECTURES[architecture].multiprocessors)
 
     @classmethod
     def here(cls, instead: str = "") -> Machine:
@@ -45,6 +51,15 @@ class Machine:
         properties = torch.cuda.get_device_properties(0)
         architecture = architecture_of((properties.major, properties.minor))
         return cls(architecture, properties.name, properties.multi_processor_count, torch.cuda.device_count())
+
+    @classmethod
+    def with_gpu(cls, name: str, hosts: int = 1) -> Machine:
+        """A machine with GPUs called ``name``, one for each rank, of which :data:`~collogue.planning.gpus.GPUS` holds the facts."""
+        if hosts != 1:
+            hint = "leave --hosts out: calls within one host are modelled"
+            raise ArgumentError(f"calls over {hosts} hosts are not modelled yet", hint=hint)
+        gpu = gpu_named(name)
+        return cls(gpu.architecture, gpu.device, gpu.multiprocessors, gpu=gpu)
 
     @classmethod
     def of(cls, device: str, architecture: str | None) -> Machine:
@@ -87,17 +102,20 @@ class Explanation:
     call: str
     topology: Topology
     plan: Plan
+    gpu: Gpu | None = None
 
     def __str__(self) -> str:
         """For people, at most 80 columns wide."""
-        return f"{textwrap.fill(self.call, 80)}\n{self.plan}"
+        gpu = "" if self.gpu is None else textwrap.fill(str(self.gpu), 80, initial_indent="\n", subsequent_indent="  ")
+        return f"{textwrap.fill(self.call, 80)}\n{self.plan}{gpu}"
 
     def as_json(self) -> dict[str, Any]:
         """As plain data; ``None`` where the text has a dash."""
         facts = {name: getattr(self.topology, name) for name in ("architecture", "multiprocessors", "world_size", "max_tokens")}
         without_launch = dict.fromkeys(("rows", "launches") if self.plan.shape is None else ())
         without_model = dict.fromkeys(("predicted_us", "floor_us") if self.plan.algorithm == "reference" else ())
-        return {"call": self.call, **facts, **asdict(self.plan), **without_launch, **without_model}
+        gpu = None if self.gpu is None else asdict(self.gpu)
+        return {"call": self.call, **facts, **asdict(self.plan), **without_launch, **without_model, "gpu": gpu}
 
 
 def explain(
@@ -149,4 +167,8 @@ def explain(
     parts = " + ".join([*before, operation, *epilogue, *([describe(quant)] if quant is not None else [])])
     ranks = f"{world_size} ranks" + ("" if split is None else f" with {', '.join(map(str, split))} rows")
     where = "on the CPU" if topology.architecture is None else f"on {machine.device or machine.architecture}"
-    return Explanation(f"{parts}, {tokens} x {hidden_size} {dtype}, {ranks} {where}", topology, make_plan(topology, request))
+    plan = make_plan(topology, request)
+    if machine.gpu is not None:
+        predicted, floor = model.predict(machine.gpu, plan, request)
+        plan = replace(plan, predicted_us=predicted, floor_us=floor, model=f"{machine.gpu.name} fitted to two H200 (docs/machines.md)")
+    return Explanation(f"{parts}, {tokens} x {hidden_size} {dtype}, {ranks} {where}", topology, plan, machine.gpu)

@@ -55,7 +55,7 @@ class Plan:
 
     ``rows`` of the call are done by one launch (with the sharded residual and its halves: rows of each owner), ``launches`` in all;
     a launch uses ``workspace_bytes`` of each rank's workspace. ``measured_us`` is read off ``table``, the measured table that was
-    looked at, if it holds this call.
+    looked at, if it holds this call. ``model``: what ``predicted_us`` and ``floor_us`` are a model of.
     """
 
     algorithm: Algorithm
@@ -69,6 +69,7 @@ class Plan:
     workspace_bytes: int = 0
     measured_us: float | None = None
     table: str = "none"
+    model: str = "two H200 without the format"
 
     def __str__(self) -> str:
         """For people: a line for each fact, at most 80 columns wide."""
@@ -78,7 +79,7 @@ class Plan:
             "why": self.why,
             "shape": "-" if self.shape is None else str(self.shape),
             "launches": f"{self.launches}, of up to {self.rows} rows" if self.shape is not None else "-",
-            "predicted": "-" if self.algorithm == "reference" else f"{self.predicted_us:.2f} us, by a model of two H200 without the format",
+            "predicted": "-" if self.algorithm == "reference" else f"{self.predicted_us:.2f} us, by a model of {self.model}",
             "floor": "-" if self.algorithm == "reference" else f"{self.floor_us:.2f} us, likewise",
             "measured": measured,
             "table": self.table,

@@ -15,6 +15,7 @@ from collogue.contract.number import check_seconds, is_whole
 from collogue.errors import ArgumentError, PlatformError
 from collogue.group import Group
 from collogue.planning.algorithm import AllReduceBy
+from collogue.planning.architecture import architecture_of, has_clusters
 from collogue.planning.residency import Fitting, agreed, fitting
 from collogue.planning.table import Table, TableArgument, check_alike, find, name_of
 
@@ -72,7 +73,7 @@ class Topology:
     @property
     def has_clusters(self) -> bool:
         """Thread-block clusters, PDL and mbarrier transactions: sm_90 and later."""
-        return self.architecture is not None and not self.architecture.startswith("sm_8")
+        return self.architecture is not None and has_clusters(self.architecture)
 
     @property
     def starts_early(self) -> bool:
@@ -188,8 +189,6 @@ def _facts(group: Group, capacity: Capacity, timeout: float, overrides: Override
     together = f", concurrent={concurrent}" if concurrent != 1 else ""
     facts: dict[str, Any] = {"asked": f"{shape}, timeout={float(timeout)}{overrides}{together}", "host": _host()}
     if group.device.type == "cuda":
-        from collogue.planning.architecture import architecture_of
-
         properties = torch.cuda.get_device_properties(group.device)
         facts["architecture"] = architecture_of((properties.major, properties.minor))
         facts["device"] = properties.name

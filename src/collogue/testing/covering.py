@@ -18,7 +18,7 @@ from collogue.calls.request import Request
 from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import FAMILIES, parse, variants
 from collogue.contract.spec import VALUE_DTYPES, Operation, Wanted
-from collogue.planning.architecture import ARCHITECTURES
+from collogue.planning.architecture import ARCHITECTURES, COVERED
 from collogue.planning.plan import launch_shape, make_variant
 from collogue.planning.topology import Topology
 from collogue.planning.variant import QuantVariant, Variant
@@ -58,7 +58,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "format": tuple(FORMATS),
     "world": tuple(range(1, 9)),
     "hidden_size": (24, 576, 2880, 7168, 12800, 16384),
-    "architecture": ARCHITECTURES,
+    "architecture": COVERED,
     "dtype": VALUE_DTYPES,
     "kernel": ("one_shot", "two_shot", "sharded", "reduce_scatter", "all_gather", "local"),
     "norm": (True, False),
@@ -161,6 +161,20 @@ def covering_set(seed: int = 0) -> tuple[list[Choice], set[Pair]]:
         for covered in pairs_of(choice):
             open_pairs.pop(covered, None)
     return chosen, impossible
+
+
+def dozen(architecture: str) -> list[Choice]:
+    """A dozen kernels of the covering set, taken at random, for an architecture that it does not have.
+
+    Those of the widest rows are left out: without clusters a thread holds many vectors, which takes seconds to compile.
+    """
+    chosen = [choice for choice in covering_set()[0] if choice["hidden_size"] <= 7168]
+    return [{**choice, "architecture": architecture} for choice in random.Random(0).sample(chosen, 12)]
+
+
+def everything() -> list[Choice]:
+    """The covering set of every architecture."""
+    return [{**choice, "architecture": name} for name in ARCHITECTURES for choice in covering_set()[0]]
 
 
 def _complete(choice: dict[str, Any], open_pairs: Mapping[Pair, None], rng: random.Random) -> Choice | None:

@@ -265,11 +265,12 @@ def doctor(
     journal: Annotated[
         Path | None, typer.Option(help="Print a journal that a failed call wrote, no more.", exists=True, dir_okay=False)
     ] = None,
+    svg: Annotated[Path | None, typer.Option(help="Draw the GPUs and their links here, as .svg.")] = None,
     engine: Annotated[
         Literal["vllm", "sglang"] | None, typer.Option(help="Say instead what of this engine will be served, and what stands in the way.")
     ] = None,
 ) -> None:
-    """Say what this machine has, what Collogue will use, and what to do about what is missing.
+    """Say what this machine has, what Collogue will use, and what to do about what is missing; draw how the GPUs are linked.
 
     Ends with 3 if something is missing that Collogue needs on this machine; a machine without GPUs is not that.
     """
@@ -279,9 +280,11 @@ def doctor(
         with exit_codes():
             typer.echo(Journal.load(journal).text())
         return
+    from collogue.tools import wiring
     from collogue.tools.doctor import PROBES, Examination, examine
 
     check_target(json)
+    check_target(svg, "--svg", (".svg",))
     if engine is not None:
         from collogue.tools.doctor_engines import examine_engine
 
@@ -293,6 +296,13 @@ def doctor(
         report = examine(started=start)
     write_json(report.as_json(), json)
     _show_findings(console(json), report)
+    if svg is not None:
+        with exit_codes():
+            from collogue.errors import PlatformError
+
+            if report.wiring is None:
+                raise PlatformError("there are no GPUs to draw", hint="leave --svg out")
+            svg.write_text(wiring.svg(report.wiring), encoding="utf-8")
     raise typer.Exit(OK if report.usable else IMPOSSIBLE)
 
 
@@ -305,6 +315,10 @@ def _show_findings(console: Console, report: Examination, *, closing: bool = Tru
         color, word = style[f.status]
         table.add_row(f"[{color}]{word}[/]", f.name, _escape(f.detail) + (f"\n[dim]hint: {_escape(f.hint)}[/]" if f.hint else ""))
     console.print(table, highlight=False)
+    if report.wiring is not None:
+        from collogue.tools import wiring
+
+        console.print(wiring.text(report.wiring), highlight=False, markup=False, soft_wrap=True)
     if not closing:
         return
     where = "" if report.gpus else " On the CPU only: the reference, which is right and slow."

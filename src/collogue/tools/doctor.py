@@ -11,11 +11,13 @@ import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from collogue.tools import wiring
 from collogue.tools.record import package_version
 
 Status = Literal["ok", "warn", "missing"]
@@ -43,9 +45,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """The whole report. ``usable``: nothing that is required is missing."""
+    """The whole report. ``usable``: nothing that is required is missing. ``wiring``: of the GPUs, where there are any."""
 
     findings: list[Finding]
+    wiring: wiring.Wiring | None = None
 
     @property
     def usable(self) -> bool:
@@ -57,7 +60,8 @@ class Examination:
         return not any(f.name == "GPUs" and f.status == "missing" for f in self.findings)
 
     def as_json(self) -> dict[str, Any]:
-        return {"usable": self.usable, "findings": [asdict(f) for f in self.findings]}
+        drawn = None if self.wiring is None else self.wiring.as_json()
+        return {"usable": self.usable, "findings": [asdict(f) for f in self.findings], "topology": drawn}
 
 
 def examine(*, started: Callable[[str], None] = lambda name: None) -> Examination:
@@ -68,10 +72,15 @@ def examine(*, started: Callable[[str], None] = lambda name: None) -> Examinatio
         try:
             findings += probe()
         except Exception as error:  # a probe must not end the report
-            findings.append(
-                Finding(name, "warn", f"the probe failed: {type(error).__name__}: {error}".splitlines()[0], "please report this")
-            )
-    return Examination(findings)
+            findings.append(_failed(name, error))
+    try:
+        return Examination(findings, wiring.here())
+    except Exception as error:
+        return Examination([*findings, _failed("topology", error)])
+
+
+def _failed(name: str, error: Exception) -> Finding:
+    return Finding(name, "warn", f"the probe failed: {type(error).__name__}: {error}".splitlines()[0], "please report this")
 
 
 def _at_least(found: str, wanted: tuple[int, ...]) -> bool:
@@ -183,19 +192,35 @@ def _gpus() -> Iterator[Finding]:
         yield Finding("GPUs", "missing", "none", "CPU groups work, through the reference")
     for i in range(_gpu_count()):
         p = torch.cuda.get_device_properties(i)
-        text = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB: {_offers(p.major)}"
-        old = p.major < 8
-        yield Finding(
-            f"GPU {i}", "missing" if old else "ok", text, "Collogue needs compute capability 8.0 or later" if old else "", required=old
-        )
+        status, told, hint = _code((p.major, p.minor))
+        text = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB: {told}"
+        yield Finding(f"GPU {i}", status, text, hint, required=status == "missing")
 
 
-def _offers(major: int) -> str:
-    if major < 8:
-        return "too old"
-    if major < 9:
-        return "one CTA per row, no PDL"
-    return "clusters, PDL" + (", E2M1 in hardware" if major >= 10 else ", E2M1 in software")
+def _code(capability: tuple[int, int]) -> tuple[Status, str, str]:
+    """Status, words and hint of the code that such a GPU gets: measured, compiled, or another architecture's."""
+    from collogue.gpu import jit
+    from collogue.planning.architecture import ARCHITECTURES, architecture_of, nearest
+
+    if capability < (8, 0):
+        return "missing", "too old", "Collogue needs compute capability 8.0 or later"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        name = architecture_of(capability)
+        try:
+            compiled = jit.compile_target(name)
+        except Exception:  # there is no NVRTC, as another line of the report says
+            compiled = name
+    if name not in ARCHITECTURES:
+        told = f"falls back to code of the family of {nearest(capability).name} ({compiled}), which was never tried"
+        return "warn", told, "look for a newer version of Collogue"
+    one = ARCHITECTURES[name]
+    ways = "hardware" if one.has_e2m1 and compiled == name else "software"
+    offers = f"clusters, PDL, E2M1 in {ways}" if one.has_clusters else "one CTA per row, no PDL"
+    if compiled != name:
+        return "warn", f"{offers}; falls back to {compiled}: NVRTC does not know {name}", "install a newer NVRTC (docs/machines.md)"
+    known = {"measured": "measured on such a GPU", "compiled": "compiled in the tests, not measured"}
+    return "ok", f"{offers}; {known[one.status]}", ""
 
 
 def _peers() -> Iterator[Finding]:

@@ -100,6 +100,43 @@ def _times(data: Data) -> Iterator[Sequence[str]]:
         yield [name, *("-" if row is None or row["us"] is None else f"{row['us']:.2f}" for row in found), "changed" if changed else "same"]
 
 
+def _nvrtc(data: Data) -> Iterator[Sequence[str]]:
+    yield ["architecture", *(f"NVRTC {version}" for version in data)]
+    for rows in zip(*(entry["architectures"] for entry in data.values()), strict=True):
+        yield [rows[0]["architecture"], *map(_compiled_as, rows)]
+
+
+def _compiled_as(row: Data) -> str:
+    if row["error"]:
+        return "does not compile"
+    hardware = [name for name in ("E4M3", "E2M1") if row[name.lower()]]
+    fallback = "" if row["compiled"] == row["architecture"] else f"{row['compiled']}: "
+    return fallback + (" and ".join(hardware) + " in hardware" if hardware else "by integers")
+
+
+def _gpus(data: Data) -> Iterator[Sequence[str]]:
+    yield ["GPU", "architecture", "link", "GB/s each way", "latency of a hop", "memory, GB/s", "source"]
+    for gpu in data["gpus"]:
+        hop = "as measured" if gpu["name"] == "H200" else f"{gpu['latency']:g} x H200, assumed"
+        yield [gpu["name"], gpu["architecture"], gpu["link"], f"{gpu['link_rate']:g}", hop, f"{gpu['memory_rate']:g}", gpu["source"]]
+
+
+def _errors(data: Data) -> Iterator[Sequence[str]]:
+    yield ["half", "rows", "largest error", "mean error", "rows beyond 10 %"]
+    for half in ("fit", "test"):
+        errors = [abs(row["error"]) for row in data[half]]
+        far = sum(error > 0.1 for error in errors)
+        yield [half, str(len(errors)), f"{100 * max(errors):.0f} %", f"{100 * sum(errors) / len(errors):.1f} %", str(far)]
+
+
+def _examples(data: Data) -> Iterator[Sequence[str]]:
+    tokens = list(dict.fromkeys(row["tokens"] for row in data["examples"]))
+    yield ["GPU", *(f"T = {count}" for count in tokens)]
+    for gpu in data["gpus"]:
+        mine = {row["tokens"]: row["predicted_us"] for row in data["examples"] if row["gpu"] == gpu["name"]}
+        yield [gpu["name"], *(f"{mine[count]:.1f}" for count in tokens)]
+
+
 TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "accuracy-orders": _orders,
     "accuracy-formats": _formats,
@@ -119,6 +156,10 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "bench-host": tables.host,
     "bench-eager": tables.eager,
     "bench-epilogues": tables.epilogues,
+    "nvrtc": _nvrtc,
+    "gpus": _gpus,
+    "prediction-errors": _errors,
+    "prediction-examples": _examples,
 }
 
 

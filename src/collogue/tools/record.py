@@ -34,10 +34,10 @@ def circumstances(commit: str | None = None) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "nvrtc": _guarded(_nvrtc_version),
             "nccl": _guarded(lambda: ".".join(map(str, torch.cuda.nccl.version()))),  # type: ignore[no-untyped-call]
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"),
+            "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"),
         },
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(), "gpus": gpus},
-        "topology": _output("nvidia-smi", "topo", "-m"),
+        "topology": output("nvidia-smi", "topo", "-m"),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES) and k != "COLLOGUE_CACHE_DIR"},
     }
 
@@ -53,7 +53,7 @@ def package_version(package: str) -> str | None:
 def _commit_here() -> str | None:
     """What git says of the source tree, with ``-dirty`` where files differ; ``None`` outside a repository."""
     folder = str(Path(__file__).parent)
-    return _output("git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    return output("git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
 
 
 def _nvrtc_version() -> str:
@@ -69,7 +69,8 @@ def _guarded(ask: Callable[[], str]) -> str | None:
         return None
 
 
-def _output(*command: str) -> str | None:
+def output(*command: str) -> str | None:
+    """What ``command`` prints; ``None`` where it is not there, fails or prints nothing."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

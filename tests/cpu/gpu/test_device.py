@@ -16,6 +16,7 @@ from collogue.gpu import device, jit, launch
 from collogue.planning.plan import LaunchShape
 
 CONTEXT, STREAM, KERNEL, FUNCTION = 77, 5, 31, 32
+CUBIN = b"\x7fELF\x02\x01"
 OK, BAD = real.CUresult.CUDA_SUCCESS, real.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
 
 
@@ -133,14 +134,14 @@ def loader(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 def test_a_kernel_is_loaded_at_once(loader: Driver) -> None:
-    assert jit.load(b"", "k").handle == KERNEL
+    assert jit.load(CUBIN, "k").handle == KERNEL
     pushed, popped = loader.names().index("cuCtxPushCurrent"), loader.names().index("cuCtxPopCurrent")
     assert loader.asked[pushed + 1 : popped] == [("cuKernelGetFunction", KERNEL), ("cuFuncLoad", FUNCTION)]
     assert ("cuDeviceGet", 3) in loader.asked
 
 
 def test_a_kernel_is_loaded_once_and_stays(loader: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    for code, name, gpu in ((b"", "k", 3), (b"", "k", 3), (b"", "other", 3), (b"another", "k", 3), (b"", "k", 4)):
+    for code, name, gpu in ((CUBIN, "k", 3), (CUBIN, "k", 3), (CUBIN, "other", 3), (CUBIN + b"another", "k", 3), (CUBIN, "k", 4)):
         monkeypatch.setattr(torch.cuda, "current_device", lambda gpu=gpu: gpu)
         assert jit.load(code, name).handle == KERNEL
     assert loader.names().count("cuFuncLoad") == 4
@@ -148,14 +149,14 @@ def test_a_kernel_is_loaded_once_and_stays(loader: Driver, monkeypatch: pytest.M
 
 def test_a_driver_without_the_last_step_is_enough(loader: Driver) -> None:
     loader.absent.add("cuFuncLoad")
-    assert jit.load(b"", "k").handle == KERNEL
+    assert jit.load(CUBIN, "k").handle == KERNEL
 
 
 @pytest.mark.parametrize("step", ["cuKernelGetFunction", "cuFuncLoad"])
 def test_a_kernel_that_cannot_be_loaded_is_an_error(loader: Driver, step: str) -> None:
     loader.refused.add(step)
     with pytest.raises(PlatformError, match="ILLEGAL_ADDRESS"):
-        jit.load(b"", "k")
+        jit.load(CUBIN, "k")
     assert loader.pushed == 0
 
 

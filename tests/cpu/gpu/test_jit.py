@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,6 @@ from collogue.contract.quant import parse
 from collogue.contract.spec import Wanted
 from collogue.errors import CompileError, PlatformError
 from collogue.gpu import jit
-from collogue.planning.architecture import architecture_of
 from collogue.planning.plan import make_kernels, make_plan
 from collogue.planning.topology import Overrides, Topology
 from collogue.planning.variant import Variant
@@ -97,11 +97,44 @@ def test_a_kernel_that_does_not_compile_leaves_nothing_behind(
     assert not list(cache.glob("*.cubin"))
 
 
-def test_architecture_of_a_compute_capability() -> None:
-    found = [architecture_of(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))]
-    assert found == ["sm_80", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a"]
-    with pytest.raises(PlatformError, match=r"7\.5 is too old"):
-        architecture_of((7, 5))
+def test_a_compiler_older_than_the_gpu_makes_machine_code_of_its_family(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "supported", lambda: (80, 90, 100, 120))
+    jit.compile_target.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="does not know sm_103a: kernels are compiled as sm_100, without E2M1"):
+            code, _ = jit.compile_variant(variant, "sm_103a")
+        assert code.startswith(ELF)
+        assert jit.compile_target("sm_90a") == "sm_90a"
+    finally:
+        jit.compile_target.cache_clear()
+
+
+def test_a_gpu_newer_than_the_compiler_gets_ptx(cache: Path, variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "supported", lambda: (80, 90, 100, 120))
+    jit.compile_target.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="does not know sm_130: kernels are compiled as compute_120"):
+            code = jit.cubin(variant, "sm_130")
+        assert jit.cubin(variant, "sm_130") == code
+        with pytest.raises(CompileError, match=r"NVRTC refused broken for compute_120: .*error"):
+            jit.compile_source("this is not C++", "sm_130", "broken")
+    finally:
+        jit.compile_target.cache_clear()
+    assert b".target sm_120\n" in code
+    assert variant.name.encode() in code
+    loaded: list[str] = []
+
+    def maker(kind: str) -> Any:
+        return lambda given: loaded.append(kind) or SimpleNamespace(get_kernel=lambda name: SimpleNamespace(handle=0))
+
+    made = SimpleNamespace(from_cubin=maker("cubin"), from_ptx=maker("ptx"))
+    monkeypatch.setattr(jit, "_cuda_core", lambda: SimpleNamespace(ObjectCode=made))
+    monkeypatch.setattr(jit, "_load_now", lambda kernel, device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(jit, "_LOADED", {})
+    jit.load(code, variant.name)
+    jit.load(ELF + b"\x02\x01", variant.name)
+    assert loaded == ["ptx", "cubin"]
 
 
 def test_the_resource_report_is_read() -> None:

@@ -10,21 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda.bindings import nvrtc
 
 from collogue.contract.quant import parse
 from collogue.gpu import jit
-from collogue.planning.architecture import ARCHITECTURES
+from collogue.planning.architecture import ARCHITECTURES, COVERED
 from collogue.planning.variant import Variant
-from collogue.testing.covering import FACTORS, FORMATS, all_pairs, covering_set, from_json, pairs_of, variant_of
+from collogue.testing.covering import FACTORS, FORMATS, Choice, all_pairs, covering_set, dozen, from_json, pairs_of, variant_of
 from collogue.tools.resources.compare import violations
-from collogue.tools.resources.measure import chosen, describe
+from collogue.tools.resources.measure import Row, chosen, describe
 from collogue.tools.resources.worker import compile_choice
 
 pytestmark = pytest.mark.slow
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 SPILLS, RECORD = RESULTS / "spills.json", RESULTS / "resources.json"
+AT_LEAST_89 = ("sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_110a", "sm_120a", "sm_121a")
+AT_LEAST_100 = AT_LEAST_89[2:]
 E2M1_INSTRUCTION = "cvt.rn.satfinite.e2m1x2.f32"
 
 
@@ -71,21 +72,33 @@ def test_the_set_is_the_same_every_time() -> None:
 @pytest.mark.timeout(600)
 def test_covering_set_compiles_within_its_limits(record_property: Callable[[str, object], None]) -> None:
     """No warnings, no local memory, and no more registers than the committed record says, if the same compiler made it."""
-    choices = chosen()
     start = time.perf_counter()
-    # NVRTC works outside Python's lock.
-    with ThreadPoolExecutor(jit.cores()) as pool:
-        kernels = list(pool.map(compile_choice, choices))
+    rows = _compiled(chosen())
     seconds = time.perf_counter() - start
-    rows = [describe(choice, kernel, disassemble=False) for choice, kernel in zip(choices, kernels, strict=True)]
     most = max(row["registers"] for row in rows)
     record_property("told", f"covering set: {len(rows)} kernels compiled in {seconds:.0f} s, at most {most} registers")
-    warnings = {line for kernel in kernels for line in kernel.log.splitlines() if "warning" in line}
-    assert not warnings, "the compiler warns:\n" + "\n".join(sorted(warnings))
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     same_compiler = record["versions"]["nvrtc"] == ".".join(map(str, jit.nvrtc_version()))
     broken = violations(rows, record["kernels"] if same_compiler else None)
     assert not broken, f"{len(broken)} limits are broken; if that is meant: collogue resources --json {RECORD}\n" + "\n".join(broken)
+
+
+def _compiled(choices: list[Choice]) -> list[Row]:
+    """A row for each kernel, none of which the compiler warns of."""
+    # NVRTC works outside Python's lock.
+    with ThreadPoolExecutor(jit.cores()) as pool:
+        kernels = list(pool.map(compile_choice, choices))
+    warnings = {line for kernel in kernels for line in kernel.log.splitlines() if "warning" in line}
+    assert not warnings, "the compiler warns:\n" + "\n".join(sorted(warnings))
+    return [describe(choice, kernel, disassemble=False) for choice, kernel in zip(choices, kernels, strict=True)]
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in COVERED])
+def test_a_dozen_kernels_compile_for_every_other_architecture(architecture: str) -> None:
+    """All of them compile in `make test-compile`."""
+    choices = dozen(architecture)
+    assert len(choices) == 12
+    assert not violations(_compiled(choices), None)
 
 
 #: Of the kernels with few registers to spare, so many are compiled here, spread over all of them.
@@ -113,14 +126,14 @@ def test_e2m1_is_the_hardware_instruction_from_sm_100a_on(architecture: str, lab
     choice = next(c for c in covering_set()[0] if c["format"] == label and c["norm"])
     variant = variant_of({**choice, "architecture": architecture})
     has_instruction = E2M1_INSTRUCTION in _ptx(variant, architecture)
-    assert has_instruction == (parse(label).element == "e2m1" and architecture not in ("sm_80", "sm_90a"))  # type: ignore[union-attr]
+    assert has_instruction == (parse(label).element == "e2m1" and architecture in AT_LEAST_100)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_e4m3_is_the_hardware_instruction_but_on_sm_80(architecture: str) -> None:
+def test_e4m3_is_the_hardware_instruction_from_sm_89_on(architecture: str) -> None:
     choice = next(c for c in covering_set()[0] if c["format"] == "fp8_per_token")
     ptx = _ptx(variant_of({**choice, "architecture": architecture}), architecture)
-    assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == (architecture != "sm_80")
+    assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == (architecture in AT_LEAST_89)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
@@ -135,16 +148,4 @@ def test_no_contraction_and_nothing_approximate(architecture: str, prologue: str
 
 
 def _ptx(variant: Variant, architecture: str) -> str:
-    """The kernel's PTX. ``cuda.core`` gives it only where there is a driver, so this asks NVRTC itself, with the same options."""
-    # A real architecture would give machine code and no PTX.
-    options = [o.replace(b"-arch=sm_", b"-arch=compute_") for o in jit.options(variant.name, architecture).as_bytes("nvrtc")]
-    error, program = nvrtc.nvrtcCreateProgram(variant.source().encode(), b"kernel.cu", 0, [], [])
-    assert not error
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    assert not error
-    error, size = nvrtc.nvrtcGetPTXSize(program)
-    assert not error
-    ptx = bytes(size)
-    (error,) = nvrtc.nvrtcGetPTX(program, ptx)
-    assert not error
-    return ptx.decode()
+    return jit.ptx(variant.source(), variant.name, jit.options(variant.name, architecture)).decode()

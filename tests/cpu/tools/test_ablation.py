@@ -16,7 +16,7 @@ from collogue import kernels
 from collogue.errors import FormatError, PlatformError
 from collogue.gpu import engine as cuda
 from collogue.gpu import jit
-from collogue.planning.architecture import ARCHITECTURES
+from collogue.planning.architecture import COVERED
 from collogue.planning.plan import LaunchShape, make_plan
 from collogue.testing import VirtualGroup, emulator, run_virtual
 from collogue.testing.emulator import Edit
@@ -148,7 +148,7 @@ def test_flags_hold_only_behind_a_barrier_and_a_fence(without: str, tmp_path: Pa
     assert bool(wrong) == bool(without)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", COVERED)
 def test_flags_compile_everywhere(architecture: str) -> None:
     rows = facts.compiled([BY_NAME["flag"]], [CASE], [architecture], disassemble=False)
     assert [(r["switch"], r["spilled_bytes"]) for r in rows] == [("flag", 0)]
@@ -159,7 +159,7 @@ def test_switches_apply_where_they_change_something() -> None:
     assert not BY_NAME["software e2m1"].applies("nvfp4/128x4", "sm_90a")
     assert not BY_NAME["scale division"].applies("fp8_static", "sm_100a")
     assert BY_NAME["fma"].applies("none", "sm_80")
-    assert set(HARDWARE) < set(ARCHITECTURES)
+    assert set(HARDWARE) < set(COVERED)
 
 
 @pytest.mark.parametrize(("name", "changed"), [("scale division", False), ("scale reciprocals", True), ("wipe off", True)])

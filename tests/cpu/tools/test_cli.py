@@ -182,7 +182,7 @@ def test_doctor_as_json_and_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collogue.tools.doctor, "PROBES", {"torch": lambda: [finding]})
     result = call("doctor", "--json", "-")
     assert result.exit_code == IMPOSSIBLE
-    assert json.loads(result.stdout) == {"usable": False, "findings": [vars(finding)]}
+    assert json.loads(result.stdout) == {"usable": False, "findings": [vars(finding)], "topology": None}
     assert "too [old]" in result.stderr
     assert "hint: pip install it" in call("doctor").stdout
     monkeypatch.setattr(collogue.tools.doctor, "PROBES", {})

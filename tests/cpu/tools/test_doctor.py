@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from collogue.errors import PlatformError
+from collogue.gpu import jit
 from collogue.tools import doctor, doctor_engines
 from collogue.tools.cli import _show_findings
 from collogue.tools.doctor import Examination, Finding, examine
@@ -99,7 +100,13 @@ def test_a_package_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("major", "status", "told"),
-    [(7, "missing", "too old"), (8, "ok", "no PDL"), (9, "ok", "E2M1 in software"), (10, "ok", "E2M1 in hardware")],
+    [
+        (7, "missing", "too old"),
+        (8, "ok", "no PDL; compiled in the tests, not measured"),
+        (9, "ok", "E2M1 in software; measured on such a GPU"),
+        (10, "ok", "E2M1 in hardware; compiled in the tests, not measured"),
+        (14, "warn", "falls back to code of the family of sm_121a (compute_121), which was never tried"),
+    ],
 )
 def test_gpus_by_architecture(monkeypatch: pytest.MonkeyPatch, major: int, status: str, told: str) -> None:
     with_gpus(monkeypatch, 1, major=major)
@@ -108,6 +115,15 @@ def test_gpus_by_architecture(monkeypatch: pytest.MonkeyPatch, major: int, statu
     assert told in finding.detail
     assert "sm_" in finding.detail
     assert "80 GiB" in finding.detail
+
+
+def test_a_gpu_that_nvrtc_does_not_know_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "compile_target", lambda name: "sm_100")
+    with_gpus(monkeypatch, 1, major=10)
+    (finding,) = doctor._gpus()
+    assert finding.status == "warn"
+    assert "E2M1 in software; falls back to sm_100: NVRTC does not know sm_100a" in finding.detail
+    assert "newer NVRTC" in finding.hint
 
 
 def test_peer_access_names_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from collogue.tools.cli import app
 from collogue.tools.commands.options import FAILED, IMPOSSIBLE, OK, USAGE
 from collogue.tools.commands.resources import _print_columns
 from collogue.tools.resources import compare, machine_code, measure, worker
-from collogue.tools.resources.occupancy import LIMITS, occupancy, resident_ctas
+from collogue.tools.resources.occupancy import occupancy, resident_ctas
 
 pytestmark = pytest.mark.slow
 
@@ -129,11 +129,7 @@ def test_without_the_disassembler_there_is_a_hint(monkeypatch: pytest.MonkeyPatc
 def test_occupancy(architecture: str, threads: int, registers: int, shared: int, ctas: int) -> None:
     assert resident_ctas(architecture, threads=threads, registers=registers, shared_bytes=shared) == ctas
     share = occupancy(architecture, threads=threads, registers=registers, shared_bytes=shared)
-    assert share == ctas * threads / 32 / LIMITS[architecture].warps
-
-
-def test_every_architecture_has_limits() -> None:
-    assert set(LIMITS) == set(ARCHITECTURES)
+    assert share == ctas * threads / 32 / ARCHITECTURES[architecture].warps
 
 
 def test_the_default_is_the_covering_set_and_all_is_every_possible_kernel() -> None:

@@ -19,7 +19,8 @@ from collogue.communicator import Communicator
 from collogue.contract.quant import FP8PerToken
 from collogue.errors import ArgumentError, PlatformError
 from collogue.planning import table
-from collogue.planning.explain import MULTIPROCESSORS, Machine, explain
+from collogue.planning.architecture import ARCHITECTURES
+from collogue.planning.explain import Machine, explain
 from collogue.planning.plan import make_plan, one_shot_tokens
 from collogue.planning.table import VARIABLE, Candidate, Entry, Step, Table, Time, find, own_path
 from collogue.planning.topology import Overrides, Topology
@@ -580,7 +581,7 @@ def call(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["explain", *arguments], env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 
 
-@pytest.mark.parametrize("architecture", [*MULTIPROCESSORS, None])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, None])
 @pytest.mark.parametrize("operation", ["all_reduce", "sharded", "reduce_scatter", "all_gather", "finish"])
 def test_explain_without_gpus(architecture: str | None, operation: str) -> None:
     where = ["--device", "cpu"] if architecture is None else ["--architecture", architecture]

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from collogue.errors import FormatError
-from collogue.planning.architecture import ARCHITECTURES
+from collogue.planning.architecture import ARCHITECTURES, COVERED
 from collogue.testing.emulator import Edit
 
 #: Architectures with the E2M1 conversion in hardware, and without.
-HARDWARE = ("sm_100a", "sm_103a", "sm_120a")
-SOFTWARE = ("sm_80", "sm_90a")
-_CLUSTERS = ("sm_90a", *HARDWARE)
+HARDWARE = tuple(name for name in COVERED if ARCHITECTURES[name].has_e2m1)
+SOFTWARE = tuple(name for name in COVERED if not ARCHITECTURES[name].has_e2m1)
+_CLUSTERS = tuple(name for name in COVERED if ARCHITECTURES[name].has_clusters)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Switch:
     dependent: bool = True
     valid: bool = True
     formats: tuple[str, ...] = ()
-    architectures: tuple[str, ...] = ARCHITECTURES
+    architectures: tuple[str, ...] = COVERED
 
     def applies(self, format: str, architecture: str) -> bool:
         """Whether the switch changes anything there."""

@@ -10,6 +10,7 @@ import torch
 from collogue.gpu import jit
 from collogue.gpu.launch import Launcher, timeouts
 from collogue.group import Group
+from collogue.planning.architecture import has_clusters
 from collogue.planning.plan import LaunchShape
 
 EMPTY, EXCHANGE, WIRE = "empty kernel", "one-word exchange", "wire"
@@ -58,7 +59,7 @@ class Floors:
         self._slot_bytes = WIRE_BYTES // (group.size - 1) // 4096 * 4096
         self._buffer = group.symmetric(_DATA + group.size * self._slot_bytes)
         self._code, _ = jit.compile_source(source(group.size), architecture, "collogue_floors")
-        self._dependent = not architecture.startswith("sm_8")
+        self._dependent = has_clusters(architecture)
         multiprocessors = torch.cuda.get_device_properties(group.device).multi_processor_count
         self._seen = self._count()
         self.subjects = {

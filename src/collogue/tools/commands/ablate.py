@@ -62,10 +62,10 @@ def ablate(
         import torch
 
         from collogue.errors import PlatformError
-        from collogue.planning.architecture import ARCHITECTURES
+        from collogue.planning.architecture import COVERED
         from collogue.tools.record import circumstances
 
-        architectures = check_architectures(words(architecture)) or list(ARCHITECTURES)
+        architectures = check_architectures(words(architecture)) or list(COVERED)
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         measured = gpus >= 2 if timing is None else timing
         if not measured and not facts and timing is not None:

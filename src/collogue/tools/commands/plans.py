@@ -72,12 +72,14 @@ def explain(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Capacity of the communicator; default: this call.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     architecture: Annotated[str | None, typer.Option(help="Plan for GPUs that need not be here, such as sm_90a.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Predict for GPUs that need not be here: A100, H100, H200, B200, GB200, L40S ...")] = None,
+    hosts: Annotated[int, typer.Option(min=1, help="Hosts that the ranks are on.")] = 1,
     table: Annotated[str | None, typer.Option(metavar="FILE", help="A measured table; default: that of a communicator.")] = None,
     json: Json = None,
 ) -> None:
     """Show the plan of a call: algorithm, why, launch shape and launches, predicted, least and measured time, bytes.
 
-    Without --architecture: on this machine.
+    Without --architecture and --gpu: on this machine. With --gpu the times are of a model of that machine (docs/machines.md).
     """
     check_target(json)
     for flag, word, known in (
@@ -88,11 +90,15 @@ def explain(
         check_word(flag, word, *known)
     format_words([format])
     split = numbers("--rows", rows, low=0) or None
+    if gpu is not None and (architecture is not None or device != "auto"):
+        raise typer.BadParameter("it goes with neither --architecture nor --device", param_hint="--gpu")
+    if hosts > 1 and gpu is None:
+        raise typer.BadParameter("name the machine's --gpu", param_hint="--hosts")
     with exit_codes():
         from collogue.planning import explain as plans
 
         found = plans.explain(
-            plans.Machine.of(device, architecture),
+            plans.Machine.of(device, architecture) if gpu is None else plans.Machine.with_gpu(gpu, hosts),
             1 if tokens is None and split is None else tokens,
             hidden_size=hidden_size,
             world_size=world_size,

@@ -91,11 +91,11 @@ def resources(
 def check_architectures(names: list[str]) -> list[str]:
     """``names`` themselves. Raises for one that kernels are not compiled for."""
     from collogue.errors import FormatError
-    from collogue.planning.architecture import ARCHITECTURES
+    from collogue.planning.architecture import COVERED
 
     for name in names:
-        if name not in ARCHITECTURES:
-            raise FormatError(f"there is no architecture {name!r} here", hint=f"choose from {', '.join(ARCHITECTURES)}")
+        if name not in COVERED:
+            raise FormatError(f"there is no architecture {name!r} here", hint=f"choose from {', '.join(COVERED)}")
     return names
 
 

@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collogue.planning.architecture import ARCHITECTURES
 
-
-@dataclass(frozen=True)
-class Multiprocessor:
-    """Limits of one multiprocessor (CUDA C++ Programming Guide, table of technical specifications per compute capability)."""
-
-    warps: int
-    ctas: int
-    shared_bytes: int
-    registers: int = 65536
-
-
-LIMITS = {
-    "sm_80": Multiprocessor(warps=64, ctas=32, shared_bytes=164 << 10),
-    "sm_90a": Multiprocessor(warps=64, ctas=32, shared_bytes=228 << 10),
-    "sm_100a": Multiprocessor(warps=64, ctas=32, shared_bytes=228 << 10),
-    "sm_103a": Multiprocessor(warps=64, ctas=32, shared_bytes=228 << 10),
-    "sm_120a": Multiprocessor(warps=48, ctas=24, shared_bytes=100 << 10),
-}
+#: Registers of a multiprocessor of every architecture.
+_REGISTERS = 65536
 #: Shared memory that the system takes for itself in every CTA, and the unit in which shared memory is given out.
 _RESERVED, _SHARED_UNIT = 1024, 128
 #: Registers are given to warps in units of this many; warps are spread over four schedulers, each with a quarter of the registers.
@@ -30,10 +14,10 @@ _REGISTER_UNIT, _SCHEDULERS = 256, 4
 
 def resident_ctas(architecture: str, *, threads: int, registers: int, shared_bytes: int) -> int:
     """CTAs of ``threads`` threads on one multiprocessor, whatever the size of their clusters."""
-    limit = LIMITS[architecture]
+    limit = ARCHITECTURES[architecture]
     warps = -(-threads // 32)
     per_warp = _round_up(registers * 32, _REGISTER_UNIT)
-    by_registers = limit.registers // _SCHEDULERS // per_warp * _SCHEDULERS
+    by_registers = _REGISTERS // _SCHEDULERS // per_warp * _SCHEDULERS
     shared = _round_up(shared_bytes + _RESERVED, _SHARED_UNIT)
     return min(limit.ctas, limit.warps // warps, by_registers // warps, limit.shared_bytes // shared)
 
@@ -41,7 +25,7 @@ def resident_ctas(architecture: str, *, threads: int, registers: int, shared_byt
 def occupancy(architecture: str, *, threads: int, registers: int, shared_bytes: int) -> float:
     """Resident warps over the warps a multiprocessor has room for."""
     ctas = resident_ctas(architecture, threads=threads, registers=registers, shared_bytes=shared_bytes)
-    return ctas * -(-threads // 32) / LIMITS[architecture].warps
+    return ctas * -(-threads // 32) / ARCHITECTURES[architecture].warps
 
 
 def _round_up(value: int, unit: int) -> int:
