@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: A link or an image of Markdown: what stands before the address, the address, the rest.
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+#: A file of the repository that a page shows.
+_FILE = re.compile(r"<!-- file: (\S+) -->")
 #: ``:func:`~collogue.errors.ShapeError` `` of a docstring.
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`(~?)([^`]+)`")
 
@@ -37,13 +39,19 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """One page: generated parts filled in, comments set apart from tables, links out of docs/ made absolute."""
+    """One page: generated parts and files filled in, comments set apart from tables, links out of docs/ made absolute."""
     for name, write in GENERATED.items():
         mark = f"<!-- generated: {name} -->"
         if mark in markdown:
             markdown = markdown.replace(mark, "\n".join(write()))
+    markdown = _FILE.sub(_contents, markdown)
     markdown = re.sub(r"^(<!-- .*? -->)\n", r"\n\1\n\n", markdown, flags=re.MULTILINE)
     return absolute_links(markdown, (ROOT / "docs" / page.file.src_path).parent, inside=ROOT / "docs")
+
+
+def _contents(match: re.Match[str]) -> str:
+    text = (ROOT / match[1]).read_text(encoding="utf-8")
+    return f"```python\n{text}```" if match[1].endswith(".py") else absolute_links(text, ROOT)
 
 
 def absolute_links(markdown: str, folder: Path, *, inside: Path | None = None) -> str:
@@ -115,7 +123,7 @@ def errors() -> Iterator[str]:
 GENERATED = {"commands": commands, "exit codes": exit_codes, "errors": errors}
 
 
-class Roles(griffe.Extension):
+class Roles(griffe.Extension):  # type: ignore[misc]  # griffe is not there where only the types are checked
     """Docstrings' roles as Markdown: a cross-reference where the name is a full one, else code."""
 
     def on_instance(self, *, obj: Any, **_: Any) -> None:
@@ -125,4 +133,5 @@ class Roles(griffe.Extension):
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "src"))
     print(*GENERATED[sys.argv[1]](), sep="\n")
