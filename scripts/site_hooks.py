@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -15,26 +14,20 @@ from typing import Any, Literal, get_args, get_origin
 import griffe
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-#: A link or an image of Markdown: what stands before the address, the address, the rest.
-_LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+from scripts.links import absolute_links, urls  # noqa: E402
+
 #: A file of the repository that a page shows.
 _FILE = re.compile(r"<!-- file: (\S+) -->")
 #: ``:func:`~collogue.errors.ShapeError` `` of a docstring.
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`(~?)([^`]+)`")
 
 
-def urls() -> dict[str, str]:
-    """The project's addresses by name, from pyproject.toml."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return dict(project["urls"])
-
-
 def on_config(config: Any) -> Any:
-    """The addresses, and ``src`` where the pages that the program writes find it."""
+    """The addresses."""
     config["repo_url"] = urls()["Source"]
     config["site_url"] = urls()["Documentation"]
-    sys.path.insert(0, str(ROOT / "src"))
     return config
 
 
@@ -52,21 +45,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 def _contents(match: re.Match[str]) -> str:
     text = (ROOT / match[1]).read_text(encoding="utf-8")
     return f"```python\n{text}```" if match[1].endswith(".py") else absolute_links(text, ROOT)
-
-
-def absolute_links(markdown: str, folder: Path, *, inside: Path | None = None) -> str:
-    """``markdown`` of a page in ``folder`` with its relative links to files outside of ``inside`` as addresses of the repository."""
-    source = urls()["Source"]
-
-    def absolute(match: re.Match[str]) -> str:
-        path, _, anchor = match[2].partition("#")
-        target = (folder / path).resolve()
-        if re.match(r"[a-z]+:", match[2]) or not path or (inside and target.is_relative_to(inside)):
-            return match[0]
-        kind = "tree" if target.is_dir() else "blob"
-        return f"{match[1]}{source}/{kind}/main/{target.relative_to(ROOT).as_posix()}{'#' + anchor if anchor else ''}{match[3]}"
-
-    return _LINK.sub(absolute, markdown)
 
 
 def commands() -> Iterator[str]:
@@ -133,5 +111,4 @@ class Roles(griffe.Extension):  # type: ignore[misc]  # griffe is not there wher
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "src"))
     print(*GENERATED[sys.argv[1]](), sep="\n")

@@ -1,4 +1,4 @@
-"""Every Python block of the documents runs on two ranks; those of README have a test of their own, and files that a page shows are examples."""
+"""Every Python block of the documents runs on two ranks. README has a test of its own; files that a page shows are examples."""
 
 from __future__ import annotations
 

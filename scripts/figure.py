@@ -1,6 +1,6 @@
 """The headline figure as a file: time against tokens, from the results of ``collogue bench``.
 
-``python -m collogue.tools.bench.figure RESULTS.json FIGURE.svg``
+``python scripts/figure.py RESULTS.json FIGURE.svg``
 """
 
 from __future__ import annotations
