@@ -131,9 +131,9 @@ def vllm_rank(group: dist.ProcessGroup, tell: Any, path: str) -> list[str]:
 
         x, residual, weight = given(rank, tokens)
         scale = torch.tensor([0.0112])
-        answer, quantised = right(tokens, quant=FP8Static(scale)), torch.empty(tokens, WIDTH, dtype=torch.float8_e4m3fn)
-        fused(codes.kARResidualRMSNormFP8Quant, x, residual, weight, quant_out=quantised, scale_factor=scale)
-        expect("FP8", (quantised, answer.codes), (residual, answer.residual), (x, given(rank, tokens)[0]))
+        answer, quantized = right(tokens, quant=FP8Static(scale)), torch.empty(tokens, WIDTH, dtype=torch.float8_e4m3fn)
+        fused(codes.kARResidualRMSNormFP8Quant, x, residual, weight, quant_out=quantized, scale_factor=scale)
+        expect("FP8", (quantized, answer.codes), (residual, answer.residual), (x, given(rank, tokens)[0]))
 
         x, _, weight = given(rank, tokens)
         multiplier = torch.tensor([[500.0]])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collogue.pytorch.fusion import compile
     from collogue.pytorch.parallel import parallelize
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MXFP4",

@@ -52,7 +52,7 @@ class Communicator(Operations):
             user's cache directory. ``False``: none. Never changes a bit (docs/tuning.md).
     Attributes:
         name: what graphs call it (``torch.ops.collogue``): the group's name and the dtype, numbered if that is taken.
-    Synchronisation:
+    Synchronization:
         Making one is collective: every rank of the group, with the same arguments.
     Raises:
         GroupError, PlatformError, ArgumentError.
@@ -124,7 +124,7 @@ class Communicator(Operations):
     def unshard(self, shard: torch.Tensor, tokens: int | None = None, *, rows: Sequence[int] | None = None) -> torch.Tensor:
         """The inverse of :meth:`shard`: ``[T, H]`` from every rank's ``[R, H]``, in the communicator's dtype, bit for bit.
 
-        ``rows``, synchronisation and errors are those of :meth:`all_gather`. The tensor is the caller's.
+        ``rows``, synchronization and errors are those of :meth:`all_gather`. The tensor is the caller's.
         """
         whole = self.all_gather(Output(residual=shard), tokens, rows=rows).residual
         assert whole is not None
@@ -181,7 +181,7 @@ class Communicator(Operations):
         branch_norm: RMSNorm | bool | None = None,
         rows: Sequence[int] | None = None,
     ) -> Output:
-        """Outputs of such a call, uninitialised: allocated once, to be passed as ``out=`` to many calls.
+        """Outputs of such a call, uninitialized: allocated once, to be passed as ``out=`` to many calls.
 
         They lie in ordinary memory: every call writes each output once, straight to where it stays, so symmetric memory would save no copy.
 
@@ -192,7 +192,7 @@ class Communicator(Operations):
             prologue: as in :meth:`prepare`.
         Returns:
             :class:`collogue.Output`, the tensors that the call would return. They are the caller's.
-        Synchronisation:
+        Synchronization:
             None.
         Raises:
             ArgumentError (its subclasses); ClosedError.
@@ -240,20 +240,22 @@ class Communicator(Operations):
     def check(self) -> None:
         """Raise what was found in an earlier call; return if there is nothing. Waits for no kernel.
 
-        Looks at the failure record and, by a copy of the control words over a stream of its own, at what other ranks say of the
-        group: a stop word, or marks of the last calls that differ. Every call looks at the record alone.
+        Looks at the failure record and, by a copy of the control words over a stream of its own, at what other ranks have reported:
+        an abort flag, or signatures of the last calls that differ. Every call looks at the record alone; with the environment variable
+        ``COLLOGUE_DEBUG`` set, every call does the same as ``check``.
 
         Raises:
-            CollectiveTimeout, MismatchedCall (also where ranks time out because an earlier call differed); CorruptedWorkspace where
-            something has written over the control words; PlatformError where they cannot be read. With the environment variable
-            ``COLLOGUE_DEBUG`` set, every call does the same.
+            CollectiveTimeout: a rank was late.
+            MismatchedCall: ranks made different calls (also where ranks time out because an earlier call differed).
+            CorruptedWorkspace: something has written over the control words.
+            PlatformError: the control words cannot be read.
         """
         self._open().check()
 
     def reset(self) -> None:
         """Make the communicator usable again after a :class:`CollectiveError`: clean workspace, failures forgotten.
 
-        Synchronisation:
+        Synchronization:
             Collective: every rank of the group calls it, and nothing between the failed call and this one. Waits for this
             rank's GPU and then for every rank. Outputs of failed calls stay undefined; calls captured in CUDA graphs stay valid.
         """

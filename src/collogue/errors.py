@@ -79,7 +79,7 @@ class ScaleError(ArgumentError):
 
 
 class FormatError(ArgumentError):
-    """A quantisation format or option that does not exist, or that this hidden size does not allow."""
+    """A quantization format or option that does not exist, or that this hidden size does not allow."""
 
 
 class CapacityError(ArgumentError):

@@ -141,7 +141,7 @@ class Operations:
         branch_norm: RMSNorm | None = None,
         rows: Sequence[int] | None = None,
     ) -> Output:
-        """Sum ``partial`` over the group, add the residual, normalise and quantise each row.
+        """Sum ``partial`` over the group, add the residual, normalize and quantize each row.
 
         ``s = x_0 + x_1 + ..; y = round(s + residual); n = norm(y); codes, scales = quant(n)``
 
@@ -149,7 +149,7 @@ class Operations:
             partial: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. This rank's term; not modified. Or
                 :class:`collogue.ExpertCombine` or ``ExpertReduce``: the term is computed in the same kernel.
             residual: ``[T, H]``, same dtype. The same values on every rank.
-            norm: :class:`collogue.RMSNorm`. Without one, ``quant`` quantises ``y``.
+            norm: :class:`collogue.RMSNorm`. Without one, ``quant`` quantizes ``y``.
             quant: a format: :class:`collogue.NVFP4`, ``FP8PerToken``, ...: the subclasses of :class:`collogue.Quant`.
             keep_norm: also return the norm beside its codes.
             sharded: every rank keeps only the rows of y that it owns (sequence parallelism): ``residual`` is ``[R, H]``, the rows
@@ -165,8 +165,8 @@ class Operations:
             every rank, and the same bits whether ``sharded`` or not. The tensors are the caller's: no later call writes them.
         Order and rounding:
             Adds in float32 from +0, rank 0 first. ``y`` is rounded once and the norm reads the rounded value;
-            quantisation reads the rounded norm. The launch shape and the batch never change a bit (docs/contract.md).
-        Synchronisation:
+            quantization reads the rounded norm. The launch shape and the batch never change a bit (docs/contract.md).
+        Synchronization:
             Collective: every rank calls with the same arguments in the same order. Runs on the current stream, may be
             captured in a CUDA graph after :meth:`prepare`. ``T = 0`` returns empty tensors and communicates nothing.
             A norm's weight may be read before the preceding kernel has finished (PDL): it must have been written by a kernel
@@ -294,7 +294,7 @@ class Operations:
             of a tensor of R rows. R may be 0 (T < N); such a rank calls like all others. The tensors are the caller's.
         Order and rounding:
             Those of :meth:`all_reduce`.
-        Synchronisation:
+        Synchronization:
             Collective, as :meth:`all_reduce`; ``T = 0`` communicates nothing.
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
@@ -326,7 +326,7 @@ class Operations:
             of R rows into that of T rows; all padding is zero. The tensors are the caller's.
         Order and rounding:
             Moves bits, any pattern; nothing is rounded.
-        Synchronisation:
+        Synchronization:
             Collective, as :meth:`all_reduce`: every rank's shard holds the same tensors. ``T = 0`` communicates nothing.
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
@@ -378,7 +378,7 @@ class Operations:
         keep_norm: bool = False,
         out: Output | None = None,
     ) -> Output:
-        """Normalise and quantise rows that are already summed: a model's first layer, whose input is an embedding and no partial sum.
+        """Normalize and quantize rows that are already summed: a model's first layer, whose input is an embedding and no partial sum.
 
         ``n = norm(y); codes, scales = quant(n)``
 
@@ -391,7 +391,7 @@ class Operations:
             the caller's.
         Order and rounding:
             Those of :meth:`all_reduce` from y on.
-        Synchronisation:
+        Synchronization:
             None: each rank for itself, any number of rows up to ``max_tokens``, of any width. Runs on the current stream, may be
             captured after :meth:`prepare`.
         Raises:

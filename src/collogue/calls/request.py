@@ -116,7 +116,7 @@ class Form:
         return self.elements > math.prod(self.shape)
 
     def empty(self, device: torch.device) -> torch.Tensor:
-        """A tensor of this form, uninitialised."""
+        """A tensor of this form, uninitialized."""
         if self.stride is None or (self.stride[-1] == 1 and not self.padded):
             return torch.empty(self.shape, dtype=self.dtype, device=device)
         return torch.empty(self.elements, dtype=self.dtype, device=device).as_strided(self.shape, self.stride)
@@ -172,5 +172,5 @@ class Signature:
         return forms_of(self.request, self.stream_rows, self.finished_rows)
 
     def empty(self) -> Output:
-        """Fresh tensors for every output, uninitialised."""
+        """Fresh tensors for every output, uninitialized."""
         return Output(**{name: form.empty(self.device) for name, form in self.forms.items()})

@@ -227,7 +227,7 @@ def _required(quant: Quant, tokens: int, hidden_size: int) -> ScaleSpec:
 
 
 def empty_scales(quant: Quant, tokens: int, hidden_size: int, device: torch.device | str) -> Tensor:
-    """An uninitialised scale tensor: a strided view of a flat storage that holds the padding too."""
+    """An uninitialized scale tensor: a strided view of a flat storage that holds the padding too."""
     spec = _required(quant, tokens, hidden_size)
     return torch.empty(spec.storage, dtype=spec.dtype, device=device).as_strided(spec.shape, spec.stride)
 

@@ -1,4 +1,4 @@
-"""Quantisation formats: what a call asks for, and their labels.
+"""Quantization formats: what a call asks for, and their labels.
 
 Formats are plain data. They check themselves when they are made (kind, range, options) and know nothing of ranks, devices or kernels.
 What needs a hidden size is checked by :meth:`Quant.check_hidden_size`.
@@ -67,7 +67,7 @@ def _check_smallest(kind: str, value: float) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Quant:
-    """Base of the quantisation formats. ``block`` elements of a row share one scale (0: the format has other scales)."""
+    """Base of the quantization formats. ``block`` elements of a row share one scale (0: the format has other scales)."""
 
     #: ``"e4m3"`` (one byte an element) or ``"e2m1"`` (two codes a byte, lower nibble first).
     element: ClassVar[Literal["e4m3", "e2m1"]]
@@ -112,7 +112,7 @@ class NVFP4(Quant):
         global_scale: ``g``, a **multiplier**: ``448 * 6 / amax`` of the tensor. Number or one-element float32 tensor.
             A tensor is read with the inputs: the kernel just before may write it.
         layout: of the scales: ``"128x4"``, ``"8x4"`` or ``"linear"``.
-        validate: also read a CUDA tensor's value (synchronises) and refuse one that is not positive and finite.
+        validate: also read a CUDA tensor's value (synchronizes) and refuse one that is not positive and finite.
     """
 
     global_scale: float | torch.Tensor
@@ -189,7 +189,7 @@ class FP8Static(Quant):
     Args:
         scale: a **divisor**. Number or one-element float32 tensor. ``out.scales`` is ``None``: the caller has it.
             A tensor is read with the inputs: the kernel just before may write it.
-        validate: also read a CUDA tensor's value (synchronises) and refuse one that is not positive and finite.
+        validate: also read a CUDA tensor's value (synchronizes) and refuse one that is not positive and finite.
     """
 
     scale: float | torch.Tensor
@@ -295,7 +295,7 @@ def variants(family: str) -> tuple[str, ...]:
 
 
 def describe(value: Quant | None) -> str:
-    """A quantisation format or ``None`` as a short label: ``"nvfp4/128x4"``, ``"fp8_group64/ue8m0/column"``, ``"none"``.
+    """A quantization format or ``None`` as a short label: ``"nvfp4/128x4"``, ``"fp8_group64/ue8m0/column"``, ``"none"``.
 
     Scales and other numbers are not part of it. :func:`parse` is the inverse.
     """

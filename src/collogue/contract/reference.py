@@ -169,7 +169,7 @@ def _e8m0_ceil(scale: Tensor) -> Tensor:
 
 
 def quantize(n: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
-    """Quantise ``n`` [T, H] (bfloat16, float16 or float32) to ``(codes, scales)``; scales are ``None`` for :class:`FP8Static`.
+    """Quantize ``n`` [T, H] (bfloat16, float16 or float32) to ``(codes, scales)``; scales are ``None`` for :class:`FP8Static`.
 
     Order and rounding:
         As each format's class says, every operation rounded to float32. amax ignores NaN. Elements that are NaN become
@@ -211,7 +211,7 @@ def quantize(n: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
         else:
             codes = e4m3_encode(values / scale[..., None])
     else:
-        raise TypeError(f"unknown quantisation format {type(quant).__name__}")
+        raise TypeError(f"unknown quantization format {type(quant).__name__}")
     codes = codes.view(tokens, hidden_size)
     packed = pack_nibbles(codes) if quant.element == "e2m1" else codes
     return packed.view(dtype).view(shape), place_scales(scale, quant, tokens, hidden_size)
@@ -242,7 +242,7 @@ def dequantize(codes: Tensor, scales: Tensor | None, quant: Quant, *, hidden_siz
 
 
 def _finish(y: Tensor, norm: RMSNorm | None, quant: Quant | None, wanted: Wanted) -> Output:
-    """What follows the prenorm ``y`` [T, H]: norm and quantisation, each output where it was asked for."""
+    """What follows the prenorm ``y`` [T, H]: norm and quantization, each output where it was asked for."""
     n = y if norm is None else rms_norm(y, norm)
     codes, scales = (None, None) if quant is None else quantize(n, quant)
     return Output(
@@ -305,7 +305,7 @@ def all_reduce(
         residual: [T, H] in that dtype, or ``None``.
         norm, quant, keep_norm, branch_norm: as for the communicator.
     Order and rounding:
-        Adds in float32 from +0, rank 0 first; adds the residual; rounds once to ``y``, which norm and quantisation read.
+        Adds in float32 from +0, rank 0 first; adds the residual; rounds once to ``y``, which norm and quantization read.
     Raises:
         ShapeError, DTypeError: tensors that do not fit together.
     """
@@ -392,7 +392,7 @@ def all_gather(shards: Sequence[Output], *, quant: Quant | None = None, rows: Se
 
     Args:
         shards: every rank's, in rank order, all with the same tensors; as many rows on each rank as
-        :meth:`collogue.Communicator.owned_rows` says.
+            :meth:`collogue.Communicator.owned_rows` says.
         quant: the format of codes and scales. Scales come in the layout of a shard's rows and go into that of all rows.
         rows: how many each rank owns, in place of equal blocks.
     Raises:
@@ -422,7 +422,7 @@ def all_gather(shards: Sequence[Output], *, quant: Quant | None = None, rows: Se
 
 
 def finish(y: Tensor, *, norm: RMSNorm | None = None, quant: Quant | None = None, keep_norm: bool = False) -> Output:
-    """What :meth:`collogue.Communicator.finish` returns: norm and quantisation of ``y`` [T, H], which is not returned."""
+    """What :meth:`collogue.Communicator.finish` returns: norm and quantization of ``y`` [T, H], which is not returned."""
     _check_values([("y", y)], norm)
     return _finish(
         y, norm, quant, Wanted.of(has_residual=False, has_norm=norm is not None, quant=quant, keep_norm=keep_norm, operation="finish")

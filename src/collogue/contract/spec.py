@@ -78,7 +78,7 @@ class Output(Generic[_Reduced, _Residual, _Norm, _Codes, _Scales]):
     """What a call returns; ``None`` where it was not asked for. A pytree: ``torch.export`` and ``torch.utils._pytree`` know it.
 
     ``reduced``: the sum, when neither residual nor norm is given. ``residual``: the new residual stream ``y``.
-    ``norm``: the norm in the communicator's dtype. ``codes``, ``scales``: the quantised norm (or ``y``).
+    ``norm``: the norm in the communicator's dtype. ``codes``, ``scales``: the quantized norm (or ``y``).
     Each holds all T rows or, as a shard, the rows that this rank owns.
     """
 

@@ -34,7 +34,6 @@ from collogue.flashinfer.workspace import (
     trtllm_destroy_ipc_workspace_for_all_reduce_fusion,
 )
 
-#: The names of ``flashinfer.comm`` that are served.
 SERVED = (
     "AllReduceFusionPattern",
     "AllReduceFusionWorkspace",
@@ -51,6 +50,7 @@ SERVED = (
     "trtllm_moe_allreduce_fusion",
     "trtllm_moe_finalize_allreduce_fusion",
 )
+"""The names of ``flashinfer.comm`` that are served."""
 
 __all__ = [
     "SERVED",

@@ -45,7 +45,7 @@ def allreduce_fusion(
     *,
     moe_finalize_backend: Literal["trtllm", "cake"] = "trtllm",
 ) -> torch.Tensor:
-    """All-reduce, and with it residual, RMSNorm and quantisation, as ``pattern`` says.
+    """All-reduce, and with it residual, RMSNorm and quantization, as ``pattern`` says.
 
     ``s = x_0 + x_1 + ..; y = round(s + residual_in); n = norm(y); quant_out, scale_out = quant(n)`` by docs/contract.md
 
@@ -75,7 +75,7 @@ def allreduce_fusion(
         ``norm_out`` of patterns 0, 2, 3, 8 and 10.
     Order and rounding:
         Collogue's: sums in float32, rounded once with the residual. FlashInfer rounds the sum before it adds the residual.
-    Synchronisation:
+    Synchronization:
         As :meth:`collogue.Communicator.all_reduce`. For a CUDA graph, make each call once before the capture.
     Raises:
         UnsupportedError: codes of pattern 7. ArgumentError and its subclasses before anything is launched; CollectiveError.

@@ -83,7 +83,7 @@ class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
         dtype: of the calls. float16 and bfloat16 may use one workspace; ``None`` leaves both to the first call.
         comm_backend: holds the process group if ``group`` is not given.
         group: the process group. Without one the default group, if it has ``tp_size`` ranks.
-    Synchronisation:
+    Synchronization:
         Making one is collective. So is the first call with another dtype, or with more tokens or a wider row than was named
         here: it makes a communicator of its own, which takes memory and cannot be done while a CUDA graph is captured.
     Raises:

@@ -197,7 +197,7 @@ COLLOGUE_DEVICE u32 address_in_cta(u32 address, u32 rank) {
 COLLOGUE_DEVICE void barrier_init(u64* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 }
-// Makes initialised barriers visible to the cluster, before cluster_arrive.
+// Makes initialized barriers visible to the cluster, before cluster_arrive.
 COLLOGUE_DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 COLLOGUE_DEVICE void barrier_expect(u64* barrier, u32 bytes) {
   asm volatile("{.reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1;}" ::"r"(shared_address(barrier)), "r"(bytes)

@@ -52,7 +52,7 @@ def fit(results: Mapping[str, Any], before: Constants = CONSTANTS) -> Constants:
     """The constants of what ``collogue bench --json`` wrote. What it does not hold (two-shot, say) stays as it was ``before``.
 
     Exchange: the median. Wire: the rate measured. The rest: lines through ``us`` over ``bytes_sent`` of the calls with residual and
-    norm and without quantisation, by least squares of the relative error.
+    norm and without quantization, by least squares of the relative error.
     """
     rows = [row for row in results["cases"] if row["us"] is not None]
     exchange = [row["us"] for row in rows if row["what"] == "one-word exchange"]

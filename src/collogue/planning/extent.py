@@ -83,7 +83,7 @@ class Extent:
 
 
 def workspace_extent(topology: Topology) -> Extent:
-    """As much as the largest call that does not quantise needs in one launch by any algorithm, at most :data:`GENERATION_BYTES`, at
+    """As much as the largest call that does not quantize needs in one launch by any algorithm, at most :data:`GENERATION_BYTES`, at
     least one row of every call; for one-shot at most :data:`ONE_SHOT_BYTES`. In all at most three times the largest message plus
     :data:`WORKSPACE_BYTES`: calls that need more are done in several launches.
     """
@@ -97,7 +97,7 @@ def workspace_extent(topology: Topology) -> Extent:
     one_shot = round_up(one_shot, _PAGE)
     left = (3 * tokens * row + WORKSPACE_BYTES - Extent(one_shot, 0).total) // GENERATIONS // _PAGE * _PAGE
     most = round_up(min(max(needs("two_shot", tokens), needs("sharded", -(-tokens // world))), GENERATION_BYTES), _PAGE)
-    # A row of a call that quantises and keeps the norm as well is the widest that has to travel.
+    # A row of a call that quantizes and keeps the norm as well is the widest that has to travel.
     least = round_up(max(needs("two_shot", 1), (world - 1) * (4 * row + 4 * MAX_CTAS + 4096)), _PAGE)
     return Extent(one_shot, max(least, min(most, left)))
 

@@ -213,7 +213,7 @@ def _entry(topology: Topology, request: Request) -> Entry | None:
 
 
 def _measured(topology: Topology, request: Request, candidate: Candidate) -> float | None:
-    """The time in the table, if this is the call that was measured: residual and norm, no quantisation."""
+    """The time in the table, if this is the call that was measured: residual and norm, no quantization."""
     entry = _entry(topology, request)
     plain = request.residual and request.norm and not request.wide_weight and request.quant is None and request.prologue is None
     plain = plain and not request.branch

@@ -64,7 +64,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Time:
-    """Microseconds of a call with a residual and an RMSNorm, without quantisation."""
+    """Microseconds of a call with a residual and an RMSNorm, without quantization."""
 
     tokens: int
     candidate: Candidate

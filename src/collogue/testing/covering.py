@@ -40,7 +40,7 @@ def _labels() -> Iterator[str]:
     yield from ("fp8_group16/float32/row", "fp8_group32/ue8m0/column", "fp8_group64/float32/row", "fp8_group256/ue8m0/column")
 
 
-#: The formats by label; ``None`` quantises nothing.
+#: The formats by label; ``None`` quantizes nothing.
 FORMATS = {label: parse(label) for label in _labels()}
 
 #: What stands in the place of a partial, by label.
@@ -106,7 +106,7 @@ def possible(choice: Choice) -> bool:
         return False
     if kernel == "sharded":
         return choice.get("norm", True) or quant is not None or "format" not in choice
-    # Moves what is finished: nothing is added or normalised.
+    # Moves what is finished: nothing is added or normalized.
     adds = choice.get("residual", False) or choice.get("norm", False) or choice.get("prologue", "none") != "none"
     adds = adds or branch != "none"
     return kernel != "all_gather" or not adds

@@ -144,7 +144,7 @@ def expert_reduce(rows: Array, weights: Array, token_input: Array, dtype: DType)
 
 
 def mean_square(y: Array) -> Array:
-    """Squares of 8 neighbours one after the other, 32 such sums folded by halves, blocks of 256 in index order: float32 [T]."""
+    """Squares of 8 neighbors one after the other, 32 such sums folded by halves, blocks of 256 in index order: float32 [T]."""
     tokens, hidden_size = y.shape
     blocks = -(-hidden_size // 256)
     padded = np.zeros((tokens, blocks * 256), F32)
@@ -275,7 +275,7 @@ def all_reduce(
     keep_norm: bool = False,
     branch: tuple[Array, float, float] | None = None,
 ) -> Result:
-    """The whole contract: sum in rank order, residual, RMSNorm, quantisation.
+    """The whole contract: sum in rank order, residual, RMSNorm, quantization.
 
     Args:
         partials: every rank's term, rank 0 first: raw bits of D, uint16 or uint32 [T, H].
@@ -283,7 +283,7 @@ def all_reduce(
         residual: raw bits [T, H], or None.
         weight: values of the norm's weight, float32 [H], or None for no norm.
         eps, weight_offset: rounded to float32.
-        quant: what to quantise to, or None.
+        quant: what to quantize to, or None.
         keep_norm: also return the norm beside its codes.
         branch: weight, eps and offset of a norm of the sum, which the residual is added to.
     Returns:

@@ -20,7 +20,7 @@ def every_16_bit_value(dtype: torch.dtype) -> Tensor:
 
 
 def float32_patterns() -> Tensor:
-    """Two million random bit patterns (so NaN, infinities, subnormals) and the neighbourhood of every place where a rounding may change."""
+    """Two million random bit patterns (so NaN, infinities, subnormals) and the neighborhood of every place where a rounding may change."""
     generator = torch.Generator().manual_seed(1)
     anywhere = torch.randint(-(2**31), 2**31, (1_000_000,), generator=generator).to(torch.int32)
     # Exponents 2**-14 to 2**14, where E2M1 and E4M3 do anything at all.

@@ -1,4 +1,4 @@
-"""The numerical contract of quantisation: against scalar loops, exact fractions, NVIDIA's encoders and hand-made numbers."""
+"""The numerical contract of quantization: against scalar loops, exact fractions, NVIDIA's encoders and hand-made numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, 
 from collogue.contract.spec import RMSNorm
 
 
-def expected_quantised(n: Tensor, quant: Quant, oracle: Oracle) -> tuple[Tensor, Tensor | None]:
+def expected_quantized(n: Tensor, quant: Quant, oracle: Oracle) -> tuple[Tensor, Tensor | None]:
     """(codes, one a byte; scales [T, K]) with numpy's float32 and NVIDIA's conversions, from finite rows."""
     e4m3 = lambda x: without_negative_zero(oracle.e4m3_encode(torch.from_numpy(np.ascontiguousarray(x))), 0x80)  # noqa: E731
     e2m1 = lambda x: without_negative_zero(oracle.e2m1_encode(torch.from_numpy(np.ascontiguousarray(x))), 8)  # noqa: E731
@@ -77,7 +77,7 @@ def test_quantize_against_numpy_and_cuda(oracle: Oracle, quant: Quant, dtype: to
     n[5], n[6, :64] = 0, -0.0
     n[7] *= 2.0**-12
     codes, scales = reference.quantize(n, quant)
-    expected_codes, expected_scales = expected_quantised(n, quant, oracle)
+    expected_codes, expected_scales = expected_quantized(n, quant, oracle)
     shape, dtype_of_codes = formats.code_spec(quant, 37, 192)
     assert (codes.shape, codes.dtype) == (shape, dtype_of_codes)
     raw = codes.view(torch.uint8)
@@ -243,18 +243,18 @@ def test_infinity() -> None:
 def test_nvfp4_with_an_unvalidated_global_scale() -> None:
     """CUDA tensors are not read, so these values can occur; the formula defines the output."""
 
-    def quantised(g: float) -> tuple[list[int], list[int]]:
+    def quantized(g: float) -> tuple[list[int], list[int]]:
         quant = NVFP4(1.0, "linear")
         object.__setattr__(quant, "global_scale", torch.tensor(g))  # past the check, as a CUDA tensor goes
         codes, scales = reference.quantize(torch.tensor([[6.0, -3.0] + [0.0] * 14]), quant)
         assert scales is not None
         return codes[0, :2].tolist(), scales.view(torch.uint8)[0].tolist()
 
-    assert quantised(torch.nan) == ([0x77, 0x77], [0x7F])
-    assert quantised(torch.inf) == ([0xF7, 0x77], [0x7E])  # g / sf is infinite, and 0 * inf is NaN
-    assert quantised(0.0) == ([0x00, 0x00], [0x00])
-    assert quantised(-1.0) == ([0xD7, 0x00], [0xB8])  # sf = -1, g / sf = 1
-    assert quantised(-1e-9) == ([0x00, 0x00], [0x00])  # sf would be -0
+    assert quantized(torch.nan) == ([0x77, 0x77], [0x7F])
+    assert quantized(torch.inf) == ([0xF7, 0x77], [0x7E])  # g / sf is infinite, and 0 * inf is NaN
+    assert quantized(0.0) == ([0x00, 0x00], [0x00])
+    assert quantized(-1.0) == ([0xD7, 0x00], [0xB8])  # sf = -1, g / sf = 1
+    assert quantized(-1e-9) == ([0x00, 0x00], [0x00])  # sf would be -0
 
 
 @formats_by_label
@@ -331,7 +331,7 @@ def test_dequantize_is_code_times_scale(oracle: Oracle, quant: Quant, dtype: tor
 
 
 @pytest.mark.parametrize("quant", [MXFP4("floor"), MXFP4("ceil"), MXFP8("floor"), MXFP8("ceil"), FP8Group(32, "ue8m0"), FP8Static(0.25)])
-def test_what_was_decoded_quantises_to_itself(quant: Quant) -> None:
+def test_what_was_decoded_quantizes_to_itself(quant: Quant) -> None:
     """Power-of-two scales lose nothing, so decode and encode again is the identity on the values."""
     codes, scales = reference.quantize(wild(33, 96, seed=9, spread=1.0), quant)
     decoded = reference.dequantize(codes, scales, quant, hidden_size=96)

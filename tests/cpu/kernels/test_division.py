@@ -25,7 +25,7 @@ assert _RANGE is not None
 #: Scales that the kernels divide by with a reciprocal.
 SMALLEST, LARGEST = F32(_RANGE[1]), F32(_RANGE[2])
 
-#: Where E4M3 rounds one way or the other: halfway between neighbouring codes, in both signs.
+#: Where E4M3 rounds one way or the other: halfway between neighboring codes, in both signs.
 _VALUES = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
 BOUNDARIES = np.concatenate([(_VALUES[1:] + _VALUES[:-1]) / 2, -(_VALUES[1:] + _VALUES[:-1]) / 2]).astype(F32)
 
@@ -33,7 +33,7 @@ BOUNDARIES = np.concatenate([(_VALUES[1:] + _VALUES[:-1]) / 2, -(_VALUES[1:] + _
 def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
     """``a * b + c`` of float32, rounded once.
 
-    The product is exact in float64. The sum is rounded to odd there (an inexact one takes the neighbour whose last bit is 1),
+    The product is exact in float64. The sum is rounded to odd there (an inexact one takes the neighbor whose last bit is 1),
     and 53 bits rounded to odd round to 24 as the exact sum does.
     """
     product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)

@@ -40,7 +40,7 @@ def fp8_static(scale: float) -> FP8Static:
     return quant
 
 
-def quantised(x: torch.Tensor, quant: Quant) -> Output:
+def quantized(x: torch.Tensor, quant: Quant) -> Output:
     return reference.all_reduce([x], quant=quant)
 
 
@@ -72,7 +72,7 @@ def values(dtype: torch.dtype) -> set[int]:
 def e2m1_nibbles(dtype: torch.dtype) -> set[int]:
     x = every_value(dtype)
     formats: list[Quant] = [*(nvfp4(s) for s in SCALES), MXFP4("floor"), MXFP4("ceil")]
-    made = [quantised(x.view(-1, 32), quant).codes for quant in formats] + [quantised(blocks(x, 32), quant).codes for quant in formats]
+    made = [quantized(x.view(-1, 32), quant).codes for quant in formats] + [quantized(blocks(x, 32), quant).codes for quant in formats]
     return set().union(*(found(unpack_nibbles(codes), 4) for codes in made if codes is not None))
 
 
@@ -81,15 +81,15 @@ def e4m3_bytes(dtype: torch.dtype) -> set[int]:
     """Of codes, and of the scales of NVFP4."""
     x = every_value(dtype)
     formats: list[Quant] = [*(fp8_static(s) for s in SCALES), MXFP8("floor"), MXFP8("ceil"), FP8PerToken(), FP8Group(32)]
-    made = [quantised(rows, quant).codes for quant in formats for rows in (x.view(-1, 32), blocks(x, 32))]
-    made += [quantised(blocks(x, 16), nvfp4(s)).scales for s in SCALES]
+    made = [quantized(rows, quant).codes for quant in formats for rows in (x.view(-1, 32), blocks(x, 32))]
+    made += [quantized(blocks(x, 16), nvfp4(s)).scales for s in SCALES]
     return set().union(*(found(codes.view(torch.uint8), 8) for codes in made if codes is not None))
 
 
 @functools.cache
 def e8m0_bytes(dtype: torch.dtype) -> set[int]:
     rows = blocks(every_value(dtype), 32)
-    made = [quantised(rows, kind(rounding, "linear")).scales for kind in (MXFP4, MXFP8) for rounding in ("floor", "ceil")]
+    made = [quantized(rows, kind(rounding, "linear")).scales for kind in (MXFP4, MXFP8) for rounding in ("floor", "ceil")]
     return set().union(*(found(scales.view(torch.uint8), 8) for scales in made if scales is not None))
 
 
@@ -97,10 +97,10 @@ def e8m0_bytes(dtype: torch.dtype) -> set[int]:
 def scale_words(dtype: torch.dtype) -> set[int]:
     """Of float scales, and of UE8M0 scales, which travel in words of their own."""
     rows = blocks(every_value(dtype), 32)
-    made = [quantised(rows, quant) for quant in (FP8PerToken(), FP8Group(32))]
+    made = [quantized(rows, quant) for quant in (FP8PerToken(), FP8Group(32))]
     floats = set().union(*(found(out.scales.contiguous().view(torch.int32), 32) for out in made if out.scales is not None))
     quant = FP8Group(32, scale_format="ue8m0")
-    scales = quantised(rows, quant).scales
+    scales = quantized(rows, quant).scales
     assert scales is not None
     return floats | found(read_scales(scales, quant, len(rows), 32).contiguous().view(torch.uint8), 8)
 

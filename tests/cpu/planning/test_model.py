@@ -15,8 +15,8 @@ from collogue.planning.explain import Machine, explain
 from collogue.planning.gpus import GPUS
 from collogue.planning.model import MODEL
 from collogue.tools.cli import app
-from collogue.tools.predictions import RESULT, compared, made, rows
 from collogue.tools.terminal import OK, USAGE
+from scripts.predictions import RESULT, compared, made, rows
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 #: Of every row that the model was not fitted to.

@@ -118,8 +118,8 @@ def test_every_operation_has_its_algorithm_and_its_bytes(world: int) -> None:
     assert sent["reduce_scatter"] == sent["all_gather"] == (world - 1) * block * row
     assert sent["sharded"] == 2 * sent["reduce_scatter"]
     assert sent["finish"] == 0
-    quantised = make_plan(facts, request(tokens, quant=NVFP4(1.0), operation="sharded"))
-    assert quantised.bytes_sent == (world - 1) * block * (row + codes)
+    quantized = make_plan(facts, request(tokens, quant=NVFP4(1.0), operation="sharded"))
+    assert quantized.bytes_sent == (world - 1) * block * (row + codes)
     algorithms = [make_plan(facts, request(tokens, operation=op)).algorithm for op in OPERATIONS[1:]]
     assert algorithms == ["sharded", "sharded", "all_gather", "local"]
     assert make_plan(facts, request(1)).algorithm == "one_shot"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from collogue import errors
-from collogue.tools.bench.figure import figure
+from scripts.figure import figure
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

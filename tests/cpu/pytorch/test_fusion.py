@@ -175,7 +175,7 @@ def test_kinds_of_all_reduce(reduce: Callable[[torch.Tensor], torch.Tensor], bac
 @pytest.mark.usefixtures("comm")
 @pytest.mark.parametrize(("keep_norm", "backend"), [(False, "eager"), (True, "eager"), (True, "inductor")])
 @pytest.mark.parametrize("quant", [FP8PerToken(1e-6), FP8Static(0.25), FP8Static(torch.tensor(0.25))], ids=["token", "number", "tensor"])
-def test_quantisation(quant: Any, keep_norm: bool, backend: str) -> None:
+def test_quantization(quant: Any, keep_norm: bool, backend: str) -> None:
     given = tensors()
 
     def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, s: Any) -> Any:
@@ -213,8 +213,8 @@ def test_a_scale_that_is_rounded_on_the_way() -> None:
 
 @pytest.mark.usefixtures("comm")
 @pytest.mark.parametrize("quant", [FP8PerToken(1e-6), FP8Static(0.25)], ids=["token", "number"])
-def test_quantisation_of_a_norm_left_in_float32(quant: Any) -> None:
-    """Inductor's graph may lack the conversion to bfloat16 and back between norm and quantisation: the fused call rounds, and says so."""
+def test_quantization_of_a_norm_left_in_float32(quant: Any) -> None:
+    """Inductor's graph may lack the conversion to bfloat16 and back between norm and quantization: the fused call rounds, and says so."""
     given = tensors()
 
     def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
@@ -493,13 +493,13 @@ def test_what_lies_along_columns_is_no_norm_of_rows(reason: str, model: Callable
 
 @pytest.mark.usefixtures("comm")
 def test_scales_along_columns_are_not_per_token(group: Any) -> None:
-    def quantise(n: torch.Tensor) -> torch.Tensor:
+    def quantize(n: torch.Tensor) -> torch.Tensor:
         return (n.float() / (n.abs().amax(-1).float() / 448.0).clamp(min=1e-6)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
 
     with collogue.Communicator(group, max_tokens=H, hidden_size=H):
         given = tensors(lead=(H,))
-        found = compiled(lambda x, r, w: quantise(operator_norm(functional(x) + r, w)), *given)
-        assert same_bits(found, [quantise(contract(given)[1])])
+        found = compiled(lambda x, r, w: quantize(operator_norm(functional(x) + r, w)), *given)
+        assert same_bits(found, [quantize(contract(given)[1])])
     assert only_fused().quant == "none"
 
 
@@ -577,7 +577,7 @@ def in_float(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.usefixtures("comm")
 @pytest.mark.parametrize(
-    ("reason", "quantise"),
+    ("reason", "quantize"),
     [
         ("without a clamp", lambda n: (n.float() * 4.0).to(torch.float8_e4m3fn)),
         ("no lower bound", lambda n: (n.float() / (n.abs().amax(-1, True).float() / 448.0)).to(torch.float8_e4m3fn)),
@@ -585,13 +585,13 @@ def in_float(x: torch.Tensor) -> torch.Tensor:
         ("not amax / 448", lambda n: (n.float() / (n.abs().amax(0, True).float() / 448.0).clamp(min=1e-6)).to(torch.float8_e4m3fn)),
     ],
 )
-def test_other_quantisation_stays_behind_the_fused_norm(reason: str, quantise: Callable[..., Any]) -> None:
+def test_other_quantization_stays_behind_the_fused_norm(reason: str, quantize: Callable[..., Any]) -> None:
     given = tensors()
 
     def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
-        return quantise(operator_norm(functional(x) + r, w))
+        return quantize(operator_norm(functional(x) + r, w))
 
-    expected = quantise(contract(given)[1])
+    expected = quantize(contract(given)[1])
     assert same_bits(compiled(model, *given), [expected])
     assert only_fused().quant == "none"
     assert reason in collogue.compile.report().remarks[0]

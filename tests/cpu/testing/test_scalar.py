@@ -125,7 +125,7 @@ def test_encoder_at_every_midpoint(table: scalar.MiniFloat) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_rounds_as_torch_does(dtype: torch.dtype) -> None:
-    """Every value of D, the midpoint to its neighbour, and one step to either side. torch's casts differ in NaN and -0 only."""
+    """Every value of D, the midpoint to its neighbor, and one step to either side. torch's casts differ in NaN and -0 only."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
     values = values[values.isfinite()].sort().values
     middles = ((values[1:].double() + values[:-1].double()) / 2).float()

@@ -128,7 +128,7 @@ def test_a_better_format_has_less_noise(model: Model) -> None:
         assert sqnr(norm, FP8PerToken()) > 30 > 24 > sqnr(norm, NVFP4(2688.0 / float(norm.abs().max()))) > 15
 
 
-def test_sharding_changes_little_and_quantisation_more(model: Model) -> None:
+def test_sharding_changes_little_and_quantization_more(model: Model) -> None:
     expected = forward(model, model.tokens, world_size=1, dtype=torch.float32, order=contract).logits
     assert expected.shape == (10, model.shape.vocab_size)
     sharded = forward(model, model.tokens, world_size=3, dtype=torch.float32, order=contract).logits

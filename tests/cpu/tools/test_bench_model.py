@@ -59,7 +59,7 @@ def _unclamped(n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def _unfused(group: Any, tell: Any) -> list[model.Row]:
     """The rows of a rank whose models do not clamp."""
-    ACTIVATIONS["static"] = replace(ACTIVATIONS["static"], quantise=_unclamped)
+    ACTIVATIONS["static"] = replace(ACTIVATIONS["static"], quantize=_unclamped)
     return model.model_rank(group, tell, ["tiny"], [3], 1, 1, "static")
 
 

@@ -50,7 +50,7 @@ def test_a_chart_draws_spreads_and_escapes_names() -> None:
     assert line_chart("t", "x", "y", {}) == ""
 
 
-def test_a_name_keeps_its_colour() -> None:
+def test_a_name_keeps_its_color() -> None:
     order = ["a", "b", "c"]
     first, second = (line_chart("t", "x", "y", {name: points((1, 1))}, order=order) for name in ("b", "c"))
     both = line_chart("t", "x", "y", {"c": points((1, 1)), "b": points((1, 2))}, order=order)

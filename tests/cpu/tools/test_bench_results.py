@@ -1,4 +1,4 @@
-"""Results of `collogue bench`: what a run writes, its tables, and the table in README.md."""
+"""Results of `collogue bench`: what a run writes, its tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from bench_fakes import fake_rank, made
 
 from collogue.errors import PlatformError
-from collogue.tools.bench import latency, readme, report
+from collogue.tools.bench import latency, report
 from collogue.tools.bench.cases import FEW, HIDDEN_SIZE, NCCL
 from collogue.tools.bench.floors import EXCHANGE
 from collogue.tools.bench.rank import summary
@@ -146,38 +146,3 @@ def test_the_text_shows_every_case_or_its_error() -> None:
     assert re.search(rf"\n *{HIDDEN_SIZE} +256 ", text)
     assert len(FEW) == 3
     assert summary("T=256", [row]) == "T=256 | nvfp4/128x4 FAILED: CompileError: no"
-
-
-PAGE = "# Title\n<!-- latency: none yet -->\n<!-- end of latency -->\nrest\n"
-
-
-def test_the_readme_is_filled_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results, page = tmp_path / "results" / "a.json", tmp_path / "README.md"
-    results.parent.mkdir()
-    results.write_text(json.dumps(made()))
-    page.write_text(PAGE)
-    arguments = [str(results), str(page)]
-    assert readme.main(["--check", *arguments]) == 1
-    assert page.read_text() == PAGE
-    assert "not that of" in capsys.readouterr().err
-    assert readme.main(arguments) == 0
-    filled = page.read_text()
-    assert "| 1 | 1.15 |" in filled
-    assert filled.startswith("# Title\n<!-- latency: results/a.json -->\n")
-    assert filled.endswith("<!-- end of latency -->\nrest\n")
-    assert readme.main(arguments) == 0
-    assert page.read_text() == filled
-    assert readme.main(["--check", *arguments]) == 0
-    page.write_text(filled.replace("| 1 | 1.15 |", "| 1 | 1.05 |"))
-    assert readme.main(["--check", *arguments]) == 1
-    with pytest.raises(ValueError, match="exactly one"):
-        readme.fill("no marks", "a.json", "table\n")
-
-
-def test_the_project_readme_shows_the_committed_results() -> None:
-    source = readme.source_of((ROOT / "README.md").read_text(encoding="utf-8"))
-    if source is None:
-        assert readme.fill((ROOT / "README.md").read_text(encoding="utf-8"), "a.json", "table\n")
-        assert not list((ROOT / "benchmarks" / "results").glob("latency*.json")), "there are results, and README has no table of them"
-        return
-    assert readme.main(["--check", str(ROOT / source), str(ROOT / "README.md")]) == 0

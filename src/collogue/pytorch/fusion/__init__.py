@@ -1,4 +1,4 @@
-"""``collogue.compile``: ``torch.compile`` with a pass that turns all-reduce, residual, RMSNorm and FP8 quantisation into one call.
+"""``collogue.compile``: ``torch.compile`` with a pass that turns all-reduce, residual, RMSNorm and FP8 quantization into one call.
 
 The pass works on Inductor's post-grad graph (``post_grad_custom_pre_pass``, a public configuration that is part of the key of
 PyTorch's compile caches), where functional collectives, ``dist.all_reduce`` and DTensor's redistribution all are
@@ -55,7 +55,7 @@ class Compile:
         Order and rounding:
             The fused call follows docs/contract.md. Roundings that the model has between the all-reduce and the norm's
             result go away; :meth:`report` names them.
-        Synchronisation:
+        Synchronization:
             As :meth:`collogue.Communicator.all_reduce`: every rank runs the same compiled calls in the same order.
         Raises:
             ArgumentError: an unknown backend, or a mode for ``"eager"``.

@@ -27,7 +27,7 @@ _VIEWS = {
     aten.copy.default,
 }
 _CASTS = {aten._to_copy.default, prims.convert_element_type.default}
-#: Conversions that keep what they convert recognisable.
+#: Conversions that keep what they convert recognizable.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 

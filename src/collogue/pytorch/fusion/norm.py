@@ -1,4 +1,4 @@
-"""Recognising an RMSNorm: PyTorch's own operator, or any written-out form.
+"""Recognizing an RMSNorm: PyTorch's own operator, or any written-out form.
 
 ``n = x * rsqrt(mean(x**2) + eps) * weight``, with the conversions to and from float32 wherever the model has them, a square written
 as power, square or product, a root as ``rsqrt`` or ``1 / sqrt``, and ``1 + weight`` for Gemma.

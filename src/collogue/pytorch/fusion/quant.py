@@ -1,4 +1,4 @@
-"""Recognising FP8 quantisation as models write it: static with a given scale, or per token.
+"""Recognizing FP8 quantization as models write it: static with a given scale, or per token.
 
 Static: ``clamp(n / s, -448, 448)`` or ``clamp(n * (1 / s), ..)``, converted to float8_e4m3fn; s is a constant
 or a float32 tensor of one element.
@@ -35,8 +35,8 @@ from collogue.pytorch.fusion.norm import Norm
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """A quantisation found behind a norm.
+class Quantized:
+    """A quantization found behind a norm.
 
     Per token: ``scales`` is the node of the scales and ``smallest`` their lower bound. Static: ``divisor`` is a number or a node;
     ``inverted`` says that the graph has only its reciprocal.
@@ -50,8 +50,8 @@ class Quantised:
     roundings: tuple[str, ...] = ()
 
 
-def find_quant(norm: Norm, why: list[str]) -> Quantised | None:
-    """The first FP8 quantisation of ``norm``."""
+def find_quant(norm: Norm, why: list[str]) -> Quantized | None:
+    """The first FP8 quantization of ``norm``."""
     starts = dict.fromkeys((*norm.results, norm.product))
     for start in starts:
         for scaled, operand in readers(start):
@@ -93,7 +93,7 @@ def _bounds(node: Node) -> tuple[float, float] | None:
     return (-torch.inf if low is None else float(low), torch.inf if high is None else float(high))  # type: ignore[arg-type]
 
 
-def _scale(scaled: Node, operand: Node, codes: Node, bounded: bool, normed: set[Node], why: list[str]) -> Quantised | None:
+def _scale(scaled: Node, operand: Node, codes: Node, bounded: bool, normed: set[Node], why: list[str]) -> Quantized | None:
     divides = is_quotient(scaled)
     factor = scaled.args[1] if divides else other_operand(scaled, operand)
     behind = None if divides else reciprocal_of(factor)
@@ -109,7 +109,7 @@ def _scale(scaled: Node, operand: Node, codes: Node, bounded: bool, normed: set[
             return None
         if divides:
             roundings.append("n / scale becomes n * (1 / scale)")
-        return Quantised(codes, divisor=constant if divides else 1.0 / constant, roundings=tuple(roundings))
+        return Quantized(codes, divisor=constant if divides else 1.0 / constant, roundings=tuple(roundings))
     held = value(factor)
     if held is None:
         return None
@@ -132,12 +132,12 @@ def _scale(scaled: Node, operand: Node, codes: Node, bounded: bool, normed: set[
         return None
     if divides:
         roundings.append("n / scale becomes n * (1 / scale)")
-    return Quantised(codes, divisor=node, inverted=divisor is None, roundings=tuple(roundings))
+    return Quantized(codes, divisor=node, inverted=divisor is None, roundings=tuple(roundings))
 
 
 def _per_token(
     scales: Node, factor: torch.Tensor, codes: Node, normed: set[Node], roundings: list[str], why: list[str]
-) -> Quantised | None:
+) -> Quantized | None:
     """Walk back from the scales, which multiply or divide as ``factor``, to the amax: ``scale = max(gain * amax, smallest)``."""
     held = value(scales)
     if held is None or held.dtype != torch.float32:
@@ -167,7 +167,7 @@ def _per_token(
         return None
     if not exact:
         roundings = [*roundings, "amax / 448 and its lower bound in another order of operations"]
-    return Quantised(codes, scales=scales, smallest=smallest, roundings=tuple(roundings))
+    return Quantized(codes, scales=scales, smallest=smallest, roundings=tuple(roundings))
 
 
 def _amax_of(node: Node) -> object:

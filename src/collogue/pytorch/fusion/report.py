@@ -10,7 +10,7 @@ class Fused:
     """One all-reduce that became ``collogue::all_reduce`` with what follows it.
 
     ``roundings``: intermediate roundings of the model that the fused call does not have (or has in another place), and one that it adds
-    where the graph quantises a norm that is left in float32. ``eps``: ``None`` where no norm follows. ``branch_eps`` and
+    where the graph quantizes a norm that is left in float32. ``eps``: ``None`` where no norm follows. ``branch_eps`` and
     ``branch_offset``: of a norm before the residual.
     """
 

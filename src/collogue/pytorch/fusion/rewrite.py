@@ -1,4 +1,4 @@
-"""The rewriting: all-reduce, norm of the branch, residual, RMSNorm and quantisation of a graph become one ``collogue::all_reduce``."""
+"""The rewriting: all-reduce, norm of the branch, residual, RMSNorm and quantization of a graph become one ``collogue::all_reduce``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collogue.contract.spec import VALUE_DTYPES, Output
 from collogue.pytorch.fusion.build import call_operator, item
 from collogue.pytorch.fusion.graph import aten, equal, is_sum, other_operand, readers, root, same_shape, short, value
 from collogue.pytorch.fusion.norm import Norm, find_norm
-from collogue.pytorch.fusion.quant import Quantised, find_quant
+from collogue.pytorch.fusion.quant import Quantized, find_quant
 from collogue.pytorch.fusion.report import Fused, Missed, Report
 from collogue.registry import Communicator
 
@@ -38,7 +38,7 @@ class Boundary:
     residual: Node | None
     branch: Norm | None
     norm: Norm | None
-    quant: Quantised | None
+    quant: Quantized | None
 
 
 def fuse(graph: Graph, report: Report) -> None:
@@ -78,7 +78,7 @@ def _find(reduce: Node, report: Report) -> Boundary:
         if branch is None:
             raise NotFused(why[-1] if why else "the norm is not rounded to the sum's dtype")
         norm = None
-    report.remarks += [f"{_where(reduce)}: quantisation not fused: {reason}" for reason in why if quant is None]
+    report.remarks += [f"{_where(reduce)}: quantization not fused: {reason}" for reason in why if quant is None]
     return Boundary(reduce, wait, comm, stream, residual, branch, norm, quant)
 
 
@@ -149,7 +149,7 @@ def _rewrite(graph: Graph, found: Boundary, report: Report) -> None:
         reason = "the FP8 scale is computed from the sum, or too far from its place"
         if found.norm is None or not found.norm.results:
             raise NotFused(f"{reason}, and the norm is not rounded to the sum's dtype")
-        report.remarks.append(f"{_where(found.reduce)}: quantisation not fused: {reason}")
+        report.remarks.append(f"{_where(found.reduce)}: quantization not fused: {reason}")
         found = replace(found, quant=None)
     partial, quant = found.reduce.args[0], found.quant
     rows = value(partial)
@@ -211,7 +211,7 @@ def _arguments(graph: Graph, norm: Norm | None) -> tuple[Node | None, float, flo
     return weight, norm.eps, norm.weight_offset
 
 
-def _places(norm: Norm | None, quant: Quantised | None) -> tuple[int | None, ...]:
+def _places(norm: Norm | None, quant: Quantized | None) -> tuple[int | None, ...]:
     """Where each output of :class:`collogue.Output` stands in the operator's list, asked for with ``keep_norm``."""
     if quant is None:
         return None, 0, None if norm is None else 1, None, None
@@ -290,7 +290,7 @@ def _describe(found: Boundary, label: str) -> Fused:
     if found.residual is not None and branch is None and rows.dtype != torch.float32:
         roundings.insert(0, f"the sum to {short(rows.dtype)} before the residual")
     if norm is not None and not norm.results:  # Inductor may take a conversion and the one back out of the graph
-        roundings.append(f"the norm to {short(rows.dtype)} before its quantisation (added)")
+        roundings.append(f"the norm to {short(rows.dtype)} before its quantization (added)")
     return Fused(
         where=_where(found.reduce),
         comm=found.comm.name,

@@ -173,7 +173,7 @@ def compile_cases(cases: Sequence[Case], directory: Path, edits: tuple[Edit, ...
     for name in _STAND_INS:
         del files[name]
     files["kernels.cpp"] = "".join((*units, _OTHERS, f"void (*collogue_kernels[])(collogue::Params) = {{{names}}};\n", _GENERATIONS))
-    # Functions that both define are the machine's: what runs most is optimised.
+    # Functions that both define are the machine's: what runs most is optimized.
     command = ["-O1", "-shared", "-I.", f"-I{machine}", "-include", "ptx.cuh", "-o", "kernels.so", str(machine / "driver.o"), "kernels.cpp"]
     library = ctypes.CDLL(str(_compile(files, (machine.name, *command), directory, [command]) / "kernels.so"))
     library.collogue_emulate.restype = None

@@ -189,7 +189,7 @@ class Machine {
   void change_barrier(Cta& cta, u8* address, int bytes, bool arrive) {
     Mbarrier barrier;
     std::memcpy(&barrier, address, sizeof barrier);
-    if (barrier.mark != Mbarrier::kMark) return fail("a barrier was used before it was initialised");
+    if (barrier.mark != Mbarrier::kMark) return fail("a barrier was used before it was initialized");
     barrier.expected_bytes += bytes;
     if (arrive && barrier.pending-- == 0) return fail("a barrier was armed twice in one phase");
     if (barrier.pending == 0 && barrier.expected_bytes == 0) {

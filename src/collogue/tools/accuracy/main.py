@@ -25,12 +25,12 @@ Row: TypeAlias = dict[str, Any]
 FACTORS = (0.25, 0.5, 1.0, 2.0, 16.0, 256.0)
 STATIC = ("fp8_static", "nvfp4")
 METHOD = (
-    "Teacher-forced passes over the text. expected: the unsharded model, float32 throughout, unquantised. All other passes: weights "
+    "Teacher-forced passes over the text. expected: the unsharded model, float32 throughout, unquantized. All other passes: weights "
     "and activations rounded to the dtype, matrix products accumulated in float32 and rounded to the dtype, logits in float32; the "
-    "ranks' terms added in the named order, then the residual, norm and quantisation by the numerical contract. A quantised norm is "
+    "ranks' terms added in the named order, then the residual, norm and quantization by the numerical contract. A quantized norm is "
     "decoded, rounded to the dtype and read by the next projections; the last fused call, before the vocabulary projection, stays "
-    "unquantised. logit_rms and logit_max are of differences less their row's mean; agreement is the share of positions with the same "
-    "largest logit. sqnr_db: 10 log10(sum n^2 / sum (n - decoded)^2) of each fused call's norm in the unquantised pass. Static scales "
+    "unquantized. logit_rms and logit_max are of differences less their row's mean; agreement is the share of positions with the same "
+    "largest logit. sqnr_db: 10 log10(sum n^2 / sum (n - decoded)^2) of each fused call's norm in the unquantized pass. Static scales "
     "come from other text. quantized_layers: the transformers model through collogue.parallelize(quant=..) on one rank: weights and "
     "inputs of all linear layers inside decoder layers are quantized, and multiplied by the device's product or decoded."
 )
@@ -141,7 +141,7 @@ def _four_bit(formats: Sequence[str]) -> list[str]:
 
 
 def _layers(format: str, norms: Sequence[torch.Tensor], amax: Sequence[float]) -> list[Row]:
-    """The error of ``format`` on the norm of every quantised fused call. Call 0 follows the embedding, then two a layer."""
+    """The error of ``format`` on the norm of every quantized fused call. Call 0 follows the embedding, then two a layer."""
     rows = []
     for call, (norm, quant) in enumerate(zip(norms, quants_for(format, amax), strict=True)):
         if quant is not None:
@@ -160,7 +160,7 @@ def _layers(format: str, norms: Sequence[torch.Tensor], amax: Sequence[float]) -
 
 
 def _static_error(format: str, norms: Sequence[torch.Tensor], amax: Sequence[float]) -> Row:
-    """Mean and worst SQNR over the quantised calls, and the share of elements above the largest value that the scale stands for."""
+    """Mean and worst SQNR over the quantized calls, and the share of elements above the largest value that the scale stands for."""
     quants = quants_for(format, amax)
     pairs = [(norm, quant, largest) for norm, quant, largest in zip(norms, quants, amax, strict=True) if quant is not None]
     each = [sqnr(norm, quant) for norm, quant, _ in pairs]

@@ -101,7 +101,7 @@ def score(logits: torch.Tensor, expected: torch.Tensor, tokens: torch.Tensor) ->
 
 
 def sqnr(n: torch.Tensor, quant: Quant) -> float:
-    """Signal to quantisation noise of ``n`` [T, H] in decibels: ``10 log10(sum n**2 / sum (n - decoded)**2)``, in float64."""
+    """Signal to quantization noise of ``n`` [T, H] in decibels: ``10 log10(sum n**2 / sum (n - decoded)**2)``, in float64."""
     codes, scales = quantize(n, quant)
     exact = n.double()
     noise = float((exact - dequantize(codes, scales, quant, hidden_size=n.shape[1]).double()).square().sum())

@@ -48,7 +48,7 @@ def random_shape(layers: int, hidden_size: int) -> ModelShape:
 def random_model(shape: ModelShape, tokens: int, calibration: int, *, outliers: int = 4, outlier: float = 30.0, seed: int = 0) -> Model:
     """Weights of variance ``1 / fan-in``; ``outliers`` channels of every norm's weight are ``outlier`` times as large.
 
-    Outlier channels are what makes activations of large models hard to quantise. Tokens are random, so the perplexity says nothing,
+    Outlier channels are what makes activations of large models hard to quantize. Tokens are random, so the perplexity says nothing,
     but logit errors and agreement do.
     """
     generator = torch.Generator().manual_seed(seed)

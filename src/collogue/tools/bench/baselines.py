@@ -1,6 +1,6 @@
 """What other libraries do: all-reduce alone, and the whole call as a chain of kernels or as a fused one. Never by multicast.
 
-Alone: NCCL, torch's symmetric memory, vLLM's custom all-reduce: no residual, no norm, no quantisation. Chains: one of these, then
+Alone: NCCL, torch's symmetric memory, vLLM's custom all-reduce: no residual, no norm, no quantization. Chains: one of these, then
 residual, norm and format in one kernel that ``torch.compile`` made. Fused: FlashInfer. vLLM and FlashInfer only where they are installed.
 """
 

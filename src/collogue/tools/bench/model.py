@@ -133,7 +133,7 @@ def _measure(group: dist.ProcessGroup, comm: Communicator, name: str, tokens: in
     rows_of = torch.Generator(device).manual_seed(100)
     residual = torch.randn(tokens, whole.hidden_size, device=device, generator=rows_of).bfloat16()
     partial = torch.randn(tokens, whole.hidden_size, device=device, generator=rows_of).bfloat16() / comm.world_size
-    stack = Blocks(functions_of(shape, prefill, activations.quantise), blocks, device, activations)
+    stack = Blocks(functions_of(shape, prefill, activations.quantize), blocks, device, activations)
     found: dict[str, Row] = {}
     runs: dict[str, Callable[[], torch.Tensor]] = {}
     row: Row

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-#: Distinguishable also by people who see few colours; lines beyond them are dashed.
+#: Distinguishable also by people who see few colors; lines beyond them are dashed.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#4d4d4d", "#8c510a")
 #: Pixels; ``_RIGHT`` is where the axes end and the legend starts.
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM, _LINE, _LETTER = 400, 64, 610, 34, 48, 19, 7.0
@@ -51,7 +51,7 @@ def line_chart(
 
     Args:
         series: points by name; values must be positive on a logarithmic axis.
-        order: names in the order of their colours, so that a name has one colour in several charts. Default: those of ``series``.
+        order: names in the order of their colors, so that a name has one color in several charts. Default: those of ``series``.
         logarithmic: the y axis; the x axis always is, with a tick at every x that occurs.
     """
     points = [p for line in series.values() for p in line]
@@ -68,9 +68,9 @@ def line_chart(
         f'<text x="{_LEFT}" y="18" class="title">{escape(title)}</text>',
         *_frame(x, y, xs, x_label, y_label, height),
     ]
-    colours = list(order or series)
+    colors = list(order or series)
     for i, (name, line) in enumerate(series.items()):
-        parts += _line(name, sorted(line, key=lambda p: p.x), x, y, i, colours.index(name))
+        parts += _line(name, sorted(line, key=lambda p: p.x), x, y, i, colors.index(name))
     return "\n".join([*parts, "</svg>"])
 
 
@@ -116,17 +116,17 @@ def _spaced(xs: Sequence[float], axis: _Axis) -> list[float]:
 
 
 def _line(name: str, points: Sequence[Point], x: _Axis, y: _Axis, index: int, number: int) -> list[str]:
-    """One line, its markers and spreads, and its entry in the legend. ``number``: of its colour and dashes."""
-    colour = COLOURS[number % len(COLOURS)]
+    """One line, its markers and spreads, and its entry in the legend. ``number``: of its color and dashes."""
+    color = COLOURS[number % len(COLOURS)]
     dash = ("", "7 4", "2 3")[number // len(COLOURS) % 3]
-    style = f'stroke="{colour}"' + (f' stroke-dasharray="{dash}"' if dash else "")
+    style = f'stroke="{color}"' + (f' stroke-dasharray="{dash}"' if dash else "")
     path = " ".join(f"{x.at(p.x):.1f},{y.at(p.y):.1f}" for p in points)
     parts = [f'<polyline points="{path}" fill="none" {style} stroke-width="1.8"/>'] if points else []
     for p in points:
         at, value = x.at(p.x), f"{name}: {p.y:.3g} at {p.x:g} ({p.low:.3g} to {p.high:.3g})"
         if p.high > p.low:
-            parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y.at(p.low):.1f}" y2="{y.at(p.high):.1f}" stroke="{colour}"/>')
-        parts.append(f'<circle cx="{at:.1f}" cy="{y.at(p.y):.1f}" r="3" fill="{colour}"><title>{escape(value)}</title></circle>')
+            parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y.at(p.low):.1f}" y2="{y.at(p.high):.1f}" stroke="{color}"/>')
+        parts.append(f'<circle cx="{at:.1f}" cy="{y.at(p.y):.1f}" r="3" fill="{color}"><title>{escape(value)}</title></circle>')
     top, left = _TOP + 6 + _LINE * index, x.end + 18
     parts.append(f'<line x1="{left}" x2="{left + 22}" y1="{top}" y2="{top}" {style} stroke-width="2.2"/>')
     parts.append(f'<text x="{left + 28}" y="{top + 4}">{escape(name)}</text>')

@@ -1,7 +1,7 @@
 """Stacks of decoder layers with published shapes and random FP8 weights: what ``collogue bench model`` runs.
 
 A layer is two blocks, attention and MLP. A block takes FP8 codes with their scale, and gives this rank's partial sum; what lies between
-two blocks (all-reduce, residual, RMSNorm, quantisation) is the benchmark's subject and stands in ``variants``. Scales are divisors:
+two blocks (all-reduce, residual, RMSNorm, quantization) is the benchmark's subject and stands in ``variants``. Scales are divisors:
 one static scale, as FP8 checkpoints mostly have it, or one for each token.
 """
 
@@ -79,8 +79,8 @@ def matmul(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -
     return torch._scaled_mm(codes, weight.t(), scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-#: ``quantise(n, static scale) -> codes, their scale``, in FP8 as models write it.
-Quantise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+#: ``quantize(n, static scale) -> codes, their scale``, in FP8 as models write it.
+Quantize = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def static(n: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,7 @@ class Activations:
     ``rowwise``: weights then have a scale for each output, as torch's GEMM asks.
     """
 
-    quantise: Quantise
+    quantize: Quantize
     quant: Callable[[Tensor], Quant]
     rowwise: bool
 
@@ -121,16 +121,16 @@ class Block:
     tensors: tuple[Tensor, ...]
 
 
-def attention(shape: Shape, prefill: bool, quantise: Quantise, codes: Tensor, scale: Tensor, *tensors: Tensor) -> Tensor:
+def attention(shape: Shape, prefill: bool, quantize: Quantize, codes: Tensor, scale: Tensor, *tensors: Tensor) -> Tensor:
     """``[T, H]`` partial. ``shape`` is this rank's. In a decode step every row is a sequence with :data:`CONTEXT` cached tokens."""
     tokens = codes.shape[0]
     if shape.low_rank is not None:
         down, down_s, query, query_s, both, both_s, out, out_s = tensors
         low = matmul(codes, scale, down, down_s)
-        q = matmul(*quantise(low[:, : shape.low_rank[0]], scale), query, query_s)
-        kv = matmul(*quantise(low[:, shape.low_rank[0] : shape.low_rank[0] + 512], scale), both, both_s)
+        q = matmul(*quantize(low[:, : shape.low_rank[0]], scale), query, query_s)
+        kv = matmul(*quantize(low[:, shape.low_rank[0] : shape.low_rank[0] + 512], scale), both, both_s)
         width = shape.heads * 128
-        return matmul(*quantise(q[:, :width] + kv[:, :width], scale), out, out_s)
+        return matmul(*quantize(q[:, :width] + kv[:, :width], scale), out, out_s)
     qkv_w, qkv_s, out, out_s, keys, values = tensors
     q, k, v = torch.split(
         matmul(codes, scale, qkv_w, qkv_s), [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)], dim=-1
@@ -140,19 +140,19 @@ def attention(shape: Shape, prefill: bool, quantise: Quantise, codes: Tensor, sc
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     else:  # the new token's own key and value are computed by the projection, and not written to the cache
         mixed = F.scaled_dot_product_attention(q.reshape(tokens, -1, 1, shape.head_dim), keys, values, enable_gqa=True)
-    return matmul(*quantise(mixed.reshape(tokens, -1), scale), out, out_s)
+    return matmul(*quantize(mixed.reshape(tokens, -1), scale), out, out_s)
 
 
-def mlp(quantise: Quantise, codes: Tensor, scale: Tensor, *tensors: Tensor) -> Tensor:
+def mlp(quantize: Quantize, codes: Tensor, scale: Tensor, *tensors: Tensor) -> Tensor:
     """``[T, H]`` partial: ``down(silu(gate) * up)``."""
     up, up_s, down, down_s = tensors
     gate, value = matmul(codes, scale, up, up_s).chunk(2, -1)
-    return matmul(*quantise(F.silu(gate) * value, scale), down, down_s)
+    return matmul(*quantize(F.silu(gate) * value, scale), down, down_s)
 
 
-def functions_of(shape: Shape, prefill: bool, quantise: Quantise = static) -> dict[str, Callable[..., Tensor]]:
+def functions_of(shape: Shape, prefill: bool, quantize: Quantize = static) -> dict[str, Callable[..., Tensor]]:
     """What this rank's blocks do, by kind."""
-    return {"attention": functools.partial(attention, shape, prefill, quantise), "mlp": functools.partial(mlp, quantise)}
+    return {"attention": functools.partial(attention, shape, prefill, quantize), "mlp": functools.partial(mlp, quantize)}
 
 
 def rank_shape(shape: Shape, world: int) -> Shape:

@@ -1,4 +1,4 @@
-"""Tables of what the benchmarks found, row by row, from results as data. :mod:`collogue.tools.pages` and the commands lay them out."""
+"""Tables of what the benchmarks found, row by row, from results as data. ``scripts/pages.py`` and the commands lay them out."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from collogue.communicator import Communicator
 from collogue.contract.spec import RMSNorm
-from collogue.tools.bench.stack import EPS, STATIC, Activations, Block, Quantise, activation_scale
+from collogue.tools.bench.stack import EPS, STATIC, Activations, Block, Quantize, activation_scale
 
 #: Names of the ways: Collogue's, the baselines, and the stack without communication, which tells the share of the collectives.
 COLLOGUE = ("collogue eager", "collogue pass", "collogue sharded")
@@ -77,7 +77,7 @@ def make_step(name: str, blocks: Blocks, comm: Communicator, group: dist.Process
     reduce = _reducer(name, comm, group)
     if name == "collogue pass":
         return _by_pass(blocks, reduce)
-    finish = blocks.compile(functools.partial(_boundary, reduce, blocks.activations.quantise))
+    finish = blocks.compile(functools.partial(_boundary, reduce, blocks.activations.quantize))
 
     def step(partial: Tensor, residual: Tensor) -> Tensor:
         for block in blocks.blocks:
@@ -89,18 +89,18 @@ def make_step(name: str, blocks: Blocks, comm: Communicator, group: dist.Process
 
 
 def _boundary(
-    reduce: Callable[[Tensor], Tensor], quantise: Quantise, partial: Tensor, residual: Tensor, weight: Tensor, scale: Tensor
+    reduce: Callable[[Tensor], Tensor], quantize: Quantize, partial: Tensor, residual: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What lies between two blocks, as models write it: codes, their scale and the residual stream."""
     stream = reduce(partial) + residual
-    return *quantise(torch.nn.functional.rms_norm(stream, (stream.shape[-1],), weight, EPS), scale), stream
+    return *quantize(torch.nn.functional.rms_norm(stream, (stream.shape[-1],), weight, EPS), scale), stream
 
 
 def _by_pass(blocks: Blocks, reduce: Callable[[Tensor], Tensor]) -> Step:
     """Every block with what stands before it, as models write it, compiled together by ``collogue.compile``."""
 
     def unit(block: Callable[..., Tensor], partial: Tensor, residual: Tensor, norm: Tensor, scale: Tensor, *tensors: Tensor) -> Any:
-        codes, scale, stream = _boundary(reduce, blocks.activations.quantise, partial, residual, norm, scale)
+        codes, scale, stream = _boundary(reduce, blocks.activations.quantize, partial, residual, norm, scale)
         return block(codes, scale, *tensors), stream
 
     units = {kind: blocks.fuse(functools.partial(unit, function)) for kind, function in blocks.functions.items()}

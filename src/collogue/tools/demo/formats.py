@@ -1,4 +1,4 @@
-"""The rows of the demo's table: one quantisation format each, with its scale calibrated where the format has one."""
+"""The rows of the demo's table: one quantization format each, with its scale calibrated where the format has one."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def calibrate(model: ShardedLlama, tokens: torch.Tensor) -> list[float]:
 
 
 def quants_for(name: str, amax: Sequence[float]) -> list[Quant | None]:
-    """The format of every fused call. The last one feeds the vocabulary projection, which stays unquantised as in serving engines."""
+    """The format of every fused call. The last one feeds the vocabulary projection, which stays unquantized as in serving engines."""
     return [parse(name, static_scale=value / E4M3_MAX, global_scale=E4M3_MAX * E2M1_MAX / value) for value in amax[:-1]] + [None]

@@ -1,4 +1,4 @@
-"""A Llama forward pass on one rank's shard, without a norm, a residual addition or a quantisation of its own.
+"""A Llama forward pass on one rank's shard, without a norm, a residual addition or a quantization of its own.
 
 Column-parallel projections read the whole hidden state and give this rank's features; row-parallel projections read
 those and give this rank's *term* of the hidden state. Between the two stands one fused call:

@@ -13,7 +13,7 @@ LOGITS_BOUND = 1e-3
 
 @dataclass
 class Result:
-    """What a run found. ``passed``: no row has an error, and the unquantised logits are within :data:`LOGITS_BOUND`."""
+    """What a run found. ``passed``: no row has an error, and the unquantized logits are within :data:`LOGITS_BOUND`."""
 
     device: str
     world_size: int

@@ -101,7 +101,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def difference(row: Row, result: Result) -> float | None:
-    """Perplexity above that of the unsharded, unquantised model."""
+    """Perplexity above that of the unsharded, unquantized model."""
     return None if row.perplexity is None else row.perplexity - result.unsharded_perplexity
 
 

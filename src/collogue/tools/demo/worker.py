@@ -65,9 +65,9 @@ def work(group: Group, task: Task, weights: Weights, unsharded_logits: torch.Ten
     """
     with Communicator(group, max_tokens=task.max_tokens, hidden_size=task.shape.hidden_size, dtype=task.dtype) as comm:
         model = (SequenceParallelLlama if task.sharded else ShardedLlama)(task.shape, weights, comm)
-        unquantised: list[Quant | None] = [None] * task.shape.fused_calls
+        unquantized: list[Quant | None] = [None] * task.shape.fused_calls
         tell = report if comm.rank == 0 else lambda kind, value: None
-        tell("text", generate(model, group, task.prompt.to(comm.device), task.new_tokens, unquantised))
+        tell("text", generate(model, group, task.prompt.to(comm.device), task.new_tokens, unquantized))
         amax = calibrate(model, task.calibration.to(comm.device))
         tokens = task.tokens.to(comm.device)
         expected = unsharded_logits[:, model.vocab_start : model.vocab_start + len(model.head)].to(comm.device)

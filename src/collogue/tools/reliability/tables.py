@@ -1,4 +1,4 @@
-"""The tables of docs/reliability.md, row by row, from results as data. :mod:`collogue.tools.pages` lays them out."""
+"""The tables of docs/reliability.md, row by row, from results as data. ``scripts/pages.py`` lays them out."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from collogue.tools.tune.trials import trials
 #: Seconds without a word from any rank, after which the run is ended.
 SILENCE = 120.0
 METHOD = (
-    "Microseconds per call of all_reduce with a residual and RMSNorm, without quantisation, by slope: (CUDA graph of 100 back-to-back "
+    "Microseconds per call of all_reduce with a residual and RMSNorm, without quantization, by slope: (CUDA graph of 100 back-to-back "
     "calls - graph of 20) / 80; median over replays, maximum over ranks. The candidates of one number of tokens are replayed in turn, on "
     "the same three input sets; before timing and after the timed graph the outputs of each equal the reference bit for bit, else it is "
     "refused at every number of tokens."

@@ -61,7 +61,7 @@ def trials(
 
 
 def default_tokens(topology: Topology) -> set[int]:
-    """One token, the neighbourhood of the expected crossover, the most that one-shot takes, and large calls."""
+    """One token, the neighborhood of the expected crossover, the most that one-shot takes, and large calls."""
     width = topology.hidden_size
     crossover = max(1, one_shot_tokens(topology, width))
     most = one_shot_tokens(replace(topology, overrides=Overrides("one_shot")), width)

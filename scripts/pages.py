@@ -1,8 +1,8 @@
-"""Tables in documents, made from committed results: ``python -m collogue.tools.pages [--check] PAGE.md ...``.
+"""Tables in documents, made from committed results: ``python scripts/pages.py [--check] PAGE.md ...``.
 
 A table stands between ``<!-- table NAME: RESULTS.json [RESULTS.json ...] -->`` and ``<!-- end of table -->``; paths are relative to the
 page, ``NAME`` is one of :data:`TABLES` or, for a sentence, of :data:`TEXTS`; the lists of several files are joined. Where the results do
-not exist yet, it says so. (The table of latencies in README.md has its own: :mod:`collogue.tools.bench.readme`.)
+not exist yet, it says so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from collogue.tools.bench import tables
+from collogue.tools.bench import report, tables
 from collogue.tools.reliability import tables as reliability
 
 Data = dict[str, Any]
@@ -164,7 +164,7 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
 
 
 #: What is not a table but a text.
-TEXTS: dict[str, Callable[[Data], str]] = {"headline": tables.headline}
+TEXTS: dict[str, Callable[[Data], str]] = {"headline": tables.headline, "latency": report.latency_table}
 
 
 def _joined(sources: Sequence[Path]) -> Data:
@@ -195,7 +195,7 @@ def filled(page: str, folder: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fill the tables, or with ``--check`` say whether they are up to date (exit code 1 if not)."""
-    parser = argparse.ArgumentParser(prog="python -m collogue.tools.pages", description="Fill the tables of documents from their results.")
+    parser = argparse.ArgumentParser(prog="python scripts/pages.py", description="Fill the tables of documents from their results.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is not that of its results")
     parser.add_argument("pages", type=Path, nargs="+")
     given = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""What :data:`collogue.planning.model.MODEL` was fitted to and tested with: ``python -m collogue.tools.predictions``.
+"""What :data:`collogue.planning.model.MODEL` was fitted to and tested with: ``python scripts/predictions.py``.
 
 Rows are the graph latencies of Collogue on two H200 in the committed results. They are sorted by a hash of what was called; the first
 half is fitted, the other half only compared. The same call in two files has one hash, so hardly one is on both sides.

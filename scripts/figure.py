@@ -1,6 +1,6 @@
 """The headline figure as a file: time against tokens, from the results of ``collogue bench``.
 
-``python -m collogue.tools.bench.figure RESULTS.json FIGURE.svg``
+``python scripts/figure.py RESULTS.json FIGURE.svg``
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def figure(data: Row) -> str:
         "floor of the replicated call": [Point(t, us, us, us) for t, us in floors.items()],
     }
     gpus = data["machine"]["gpus"]
-    title = f"All-reduce + residual + RMSNorm (+ quantisation), {len(gpus)} x {gpus[0]}, H = {HIDDEN_SIZE}, bfloat16"
+    title = f"All-reduce + residual + RMSNorm (+ quantization), {len(gpus)} x {gpus[0]}, H = {HIDDEN_SIZE}, bfloat16"
     drawn = line_chart(title, "tokens", "microseconds per call", {name: points for name, points in series.items() if points})
     return drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">\n", f">\n{_STYLE}\n", 1) + "\n"
 
