@@ -6,7 +6,7 @@ import importlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,27 @@ def logger_of(module: str, maker: str, name: str) -> Any:
         return getattr(importlib.import_module(module), maker)(name)
     except Exception:  # an engine that we do not know
         return logging.getLogger(name)
+
+
+def choose(switch: str, ways: Mapping[str, Callable[[], str]], logger: Any) -> None:
+    """Go the way that the environment variable ``switch`` names, guarded; a name that is none of ``ways`` is logged and changes nothing."""
+    value = os.environ[switch]
+    way = ways.get(value.strip().lower())
+    if way is None:
+        logger.warning("%s=%s has no effect: choose one of %s, or 0", switch, value, ", ".join(ways))
+    else:
+        guarded(way, logger, switch)
+
+
+def serve_flashinfer(instead: str) -> str:
+    """Put Collogue behind ``flashinfer.comm``. An engine would take a stand-in for the whole of FlashInfer, so it must be installed."""
+    from collogue import flashinfer
+    from collogue.errors import PlatformError
+
+    if not flashinfer.flashinfer_present():
+        raise PlatformError("flashinfer-python is not installed", hint=f"install it, or set {instead}, which needs none")
+    flashinfer.install()
+    return "Collogue serves the all-reduce calls of flashinfer.comm"
 
 
 def guarded(install: Callable[[], str], logger: Any, switch: str) -> bool:

@@ -27,14 +27,9 @@ def register() -> None:
     if value in ("", "0") or _registered:
         return
     _registered = True
-    from collogue.engines.switch import guarded, logger_of
+    from collogue.engines.switch import choose, logger_of
 
-    logger = logger_of("logging", "getLogger", "sglang.collogue")
-    ways = {"1": _hooks, "flashinfer": _flashinfer}
-    if value not in ways:
-        logger.warning("%s=%s has no effect: choose one of %s, or 0", SWITCH, os.environ[SWITCH], ", ".join(ways))
-        return
-    guarded(ways[value], logger, SWITCH)
+    choose(SWITCH, {"1": _hooks, "flashinfer": _flashinfer}, logger_of("logging", "getLogger", "sglang.collogue"))
 
 
 def _hooks() -> str:
@@ -44,14 +39,10 @@ def _hooks() -> str:
 
 
 def _flashinfer() -> str:
-    from collogue import flashinfer
-    from collogue.errors import PlatformError
+    from collogue.engines.switch import serve_flashinfer
 
-    if not flashinfer.flashinfer_present():
-        # SGLang would take a stand-in for the whole of it.
-        raise PlatformError("flashinfer-python is not installed", hint="install it, or set COLLOGUE_SGLANG=1, which needs none")
-    flashinfer.install()
+    said = serve_flashinfer(f"{SWITCH}=1")
     layer = sys.modules.get(_LAYER)
     if getattr(layer, _KEPT, None) is not None:
         setattr(layer, _KEPT, sys.modules["flashinfer.comm"].create_allreduce_fusion_workspace)
-    return "Collogue serves the all-reduce calls of flashinfer.comm"
+    return said

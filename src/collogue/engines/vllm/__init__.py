@@ -11,11 +11,10 @@ vLLM calls :func:`register` in every process (entry point ``vllm.general_plugins
 
 from __future__ import annotations
 
+import functools
 import os
 
 SWITCH = "COLLOGUE_VLLM"
-#: Modes by the values of the switch.
-MODES = {"1": "auto", "auto": "auto", "compile": "compile", "eager": "eager", "flashinfer": "flashinfer"}
 
 _registered = False
 
@@ -27,14 +26,11 @@ def register() -> None:
     if value in ("", "0") or _registered:
         return
     _registered = True
-    from collogue.engines.switch import guarded, logger_of
+    from collogue.engines.switch import choose, logger_of, serve_flashinfer
 
-    logger = logger_of("vllm.logger", "init_logger", "vllm.collogue")
-    mode = MODES.get(value)
-    if mode is None:
-        logger.warning("%s=%s has no effect: choose one of %s, or 0", SWITCH, os.environ[SWITCH], ", ".join(MODES))
-        return
-    guarded({"auto": _auto, "compile": _compile, "eager": _eager, "flashinfer": _flashinfer}[mode], logger, SWITCH)
+    served = functools.partial(serve_flashinfer, f"{SWITCH}=auto")
+    ways = {"1": _auto, "auto": _auto, "compile": _compile, "eager": _eager, "flashinfer": served}
+    choose(SWITCH, ways, logger_of("vllm.logger", "init_logger", "vllm.collogue"))
 
 
 def _auto() -> str:
@@ -61,14 +57,3 @@ def _eager() -> str:
     from collogue.engines.vllm import eager
 
     return eager.install()
-
-
-def _flashinfer() -> str:
-    from collogue import flashinfer
-    from collogue.errors import PlatformError
-
-    if not flashinfer.flashinfer_present():
-        # vLLM would take a stand-in for the whole of FlashInfer.
-        raise PlatformError("flashinfer-python is not installed", hint="install it, or set COLLOGUE_VLLM=auto, which needs none")
-    flashinfer.install()
-    return "Collogue serves the all-reduce calls of flashinfer.comm"
