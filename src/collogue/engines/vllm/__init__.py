@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 
 SWITCH = "COLLOGUE_VLLM"
 
@@ -29,7 +30,7 @@ def register() -> None:
     from collogue.engines.switch import choose, logger_of, serve_flashinfer
 
     served = functools.partial(serve_flashinfer, f"{SWITCH}=auto")
-    ways = {"1": _auto, "auto": _auto, "compile": _compile, "eager": _eager, "flashinfer": served}
+    ways: dict[str, Callable[[], str]] = {"1": _auto, "auto": _auto, "compile": _compile, "eager": _eager, "flashinfer": served}
     choose(SWITCH, ways, logger_of("vllm.logger", "init_logger", "vllm.collogue"))
 
 
