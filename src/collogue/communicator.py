@@ -23,9 +23,10 @@ from collogue.gpu.watch import Watch, while_alive
 from collogue.group import as_group, making
 from collogue.operations import Operations
 from collogue.planning.algorithm import AllReduceBy
-from collogue.planning.plan import Plan, check_width, make_plan
+from collogue.planning.host import plan_call
+from collogue.planning.plan import Plan, check_width
 from collogue.planning.table import TableArgument
-from collogue.planning.topology import Overrides, Topology, agree
+from collogue.planning.topology import Order, Overrides, Topology, Transport, agree, check_terms
 
 
 class Communicator(Operations):
@@ -50,7 +51,13 @@ class Communicator(Operations):
         table: a file that ``collogue tune`` wrote, of measured times for the plan; the same content on every rank. Default: what
             the variable ``COLLOGUE_TABLE`` names (empty: none), else the table that ``collogue tune`` left for this machine in the
             user's cache directory. ``False``: none. Never changes a bit (docs/tuning.md).
+        transport: ``"peer"``: kernels write into each other's memory; ``"host"``: the group's own collectives move bytes, and kernels
+            add and finish. Default: peer where every pair of ranks has peer access, else host (on the CPU, always). The same on every
+            rank. Never changes a bit (docs/design.md).
+        order: of a sum over several hosts. ``"islands"``: each island's ranks in rank order, then the islands' sums in order: the bits
+            depend on the split into islands, and less crosses between them. ``"rank"``: all ranks in rank order. The same on every rank.
     Attributes:
+        islands: the split of the ranks that sums follow, by what the machine has: ``((0, 1), (2, 3))``; ``None``: rank order.
         name: what graphs call it (``torch.ops.collogue``): the group's name and the dtype, numbered if that is taken.
     Synchronisation:
         Making one is collective: every rank of the group, with the same arguments.
@@ -73,6 +80,8 @@ class Communicator(Operations):
         concurrent: int = 1,
         table: TableArgument = None,
         max_multiprocessors: int | None = None,
+        transport: Transport | None = None,
+        order: Order = "islands",
     ) -> None:
         if max_multiprocessors is not None:
             warnings.warn("max_multiprocessors is deprecated: use max_sms", DeprecationWarning, stacklevel=2)
@@ -85,8 +94,11 @@ class Communicator(Operations):
         self._capacity.check()
         overrides = Overrides(algorithm, max_sms, cta_threads)
         with making(self._group):
-            self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table, concurrent=concurrent)
+            way: dict[str, Any] = {"concurrent": concurrent, "transport": transport, "order": order}
+            self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table, **way)
+            self.islands = self.topology.sums
             check_width(self.topology, hidden_size)
+            check_terms(self.topology)
             self.group_name = self._group.name
             self.name = registry.register(self, self.group_name)
             try:
@@ -235,7 +247,7 @@ class Communicator(Operations):
         request = self._capacity.request(
             tokens, residual, norm or None, quant, keep_norm, hidden_size, operation, prologue, branch_norm or None, rows
         )
-        return make_plan(self.topology, request)
+        return plan_call(self.topology, request)
 
     def check(self) -> None:
         """Raise what was found in an earlier call; return if there is nothing. Waits for no kernel.

@@ -1,4 +1,4 @@
-"""What runs checked calls: the reference on CPU groups, kernels on CUDA groups."""
+"""What runs checked calls: kernels that reach every rank's memory, or an engine over the group's own collectives."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Engine(Protocol):
 
 
 def make_engine(group: Group, topology: Topology, timeout: float, name: str) -> Engine:
-    """The engine for the group's device. ``name``: the communicator's, for errors. Collective."""
-    if group.device.type == "cpu":
-        from collogue.cpu import ReferenceEngine
+    """The engine for the transport. ``name``: the communicator's, for errors. Collective."""
+    if topology.transport == "host":
+        from collogue.host.engine import HostEngine
 
-        return ReferenceEngine(group, timeout)
+        return HostEngine(group, topology, timeout)
     from collogue.gpu.engine import KernelEngine
 
     return KernelEngine(group, topology, timeout, name)

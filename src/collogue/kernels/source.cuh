@@ -2,7 +2,8 @@
 //   kWorkedOut  whether a term costs more than a load: then kernels ask for it once, in the lanes that use it
 //   aim(t)      the row whose terms are asked for next
 //   digest()    for compute_now(): what the first load needs
-//   term(i)     this rank's term of this thread's vector i, in the dtype of the sum; zeros past the end of the row
+//   term(i)     this rank's term of this thread's vector i, in the dtype of the sum; zeros past the end of the row. Of several terms:
+//               what begin() makes a sum of
 // A term that is asked for twice is the same twice: nothing that it is made of changes during a call.
 #pragma once
 #include "row.cuh"
@@ -151,5 +152,90 @@ struct ExpertReduceSource : ExpertRows<C, W> {
     return term(i);
   }
 };
+
+// What a thread has of the terms of one vector, until they are added.
+template <class T, int kTerms, u32 kWide, u32 kStarts>
+struct HeldTerms {
+  Packed<kWide ? Float32::kParts : T::kParts> x[kTerms];
+
+  // Term k, as numbers.
+  COLLOGUE_DEVICE void widen(int k, float (&f)[8]) const {
+    if (kWide >> k & 1) {
+      Packed<Float32::kParts> v{};
+#pragma unroll
+      for (int i = 0; i < Float32::kParts; i++) v.part[i] = x[k].part[i < (kWide ? Float32::kParts : T::kParts) ? i : 0];
+      Float32::widen(v, f);
+      return;
+    }
+    Packed<T::kParts> v;
+#pragma unroll
+    for (int i = 0; i < T::kParts; i++) v.part[i] = x[k].part[i];
+    T::widen(v, f);
+  }
+};
+
+// Terms of one sum, each a tensor [T, H] in memory: of dtype T, those of kWide float32 sums of an island. Where kStarts has a bit
+// another island begins: its terms are added for themselves, then the islands' sums; without any, the terms are.
+template <class C, class T, int kTerms, u32 kWide, u32 kStarts>
+struct TermsSource {
+  static_assert(kTerms <= kMaxTerms);
+  static constexpr bool kWorkedOut = true;
+  using Held = HeldTerms<T, kTerms, kWide, kStarts>;
+  const RowPlace<C>& row;
+  u64 first;  // of this thread's vectors, in elements
+
+  COLLOGUE_DEVICE explicit TermsSource(const RowPlace<C>& r) : row(r), first(0) {}
+  COLLOGUE_DEVICE void aim(u32 t) { first = row.offset(t) / C::D::kBytes; }
+  COLLOGUE_DEVICE u32 digest() const { return folded(row.p.terms[0]); }
+  COLLOGUE_DEVICE Held term(int i) const {
+    Held held{};
+    const u64 at = first + i * 32 * kVector;
+#pragma unroll
+    for (int k = 0; k < kTerms; k++) {
+      if (!row.active(i)) continue;
+      const u8* const from = row.p.terms[k];
+      if (kWide >> k & 1)
+        put(held.x[k], load_vector<Float32>(from + at * Float32::kBytes));
+      else
+        put(held.x[k], load_vector<T>(from + at * T::kBytes));
+    }
+    return held;
+  }
+
+ private:
+  template <class To, class From>
+  static COLLOGUE_DEVICE void put(To& to, const From& from) {
+    constexpr int kParts = sizeof(To) < sizeof(From) ? sizeof(To) / sizeof(Words) : sizeof(From) / sizeof(Words);
+#pragma unroll
+    for (int i = 0; i < kParts; i++) to.part[i] = from.part[i];
+  }
+};
+
+// sum = the terms, in their order, or, where there are islands, the sums of each in their order.
+template <class D, class T, int kTerms, u32 kWide, u32 kStarts>
+COLLOGUE_DEVICE void begin(float (&sum)[8], const HeldTerms<T, kTerms, kWide, kStarts>& held) {
+  float f[8], island[8];
+  held.widen(0, sum);
+  bool later = false;  // an island's sum stands in `island`, and is still to be added
+#pragma unroll
+  for (int k = 1; k < kTerms; k++) {
+    held.widen(k, f);
+    const bool starts = kStarts >> k & 1;
+    if (later && starts) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum[j] = sum[j] + island[j];
+    }
+    later = later || starts;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      float& to = later ? island[j] : sum[j];
+      to = starts ? f[j] : to + f[j];
+    }
+  }
+  if (later) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum[j] = sum[j] + island[j];
+  }
+}
 
 }  // namespace collogue

@@ -16,8 +16,10 @@ from collogue.contract.quant import describe, parse
 from collogue.contract.spec import VALUE_DTYPES, Operation, as_rows
 from collogue.errors import ArgumentError, DTypeError
 from collogue.group import check_gpus
+from collogue.planning.algorithm import ALGORITHMS
 from collogue.planning.architecture import MULTIPROCESSORS, architecture_of
-from collogue.planning.plan import Plan, check_width, make_plan
+from collogue.planning.host import plan_call
+from collogue.planning.plan import Plan, check_width
 from collogue.planning.table import TableArgument, find, name_of
 from collogue.planning.topology import Topology, topology_of
 
@@ -96,7 +98,7 @@ class Explanation:
         """As plain data; ``None`` where the text has a dash."""
         facts = {name: getattr(self.topology, name) for name in ("architecture", "multiprocessors", "world_size", "max_tokens")}
         without_launch = dict.fromkeys(("rows", "launches") if self.plan.shape is None else ())
-        without_model = dict.fromkeys(("predicted_us", "floor_us") if self.plan.algorithm == "reference" else ())
+        without_model = dict.fromkeys(("predicted_us", "floor_us") if self.plan.algorithm not in ALGORITHMS else ())
         return {"call": self.call, **facts, **asdict(self.plan), **without_launch, **without_model}
 
 
@@ -149,4 +151,4 @@ def explain(
     parts = " + ".join([*before, operation, *epilogue, *([describe(quant)] if quant is not None else [])])
     ranks = f"{world_size} ranks" + ("" if split is None else f" with {', '.join(map(str, split))} rows")
     where = "on the CPU" if topology.architecture is None else f"on {machine.device or machine.architecture}"
-    return Explanation(f"{parts}, {tokens} x {hidden_size} {dtype}, {ranks} {where}", topology, make_plan(topology, request))
+    return Explanation(f"{parts}, {tokens} x {hidden_size} {dtype}, {ranks} {where}", topology, plan_call(topology, request))
