@@ -41,11 +41,17 @@ class HostEngine:
         self._link = group.connect(timeout) if isinstance(group, TorchGroup) else None
         self._number = _carried[group] = _carried.get(group, 0) + 1
         self._rows, self._steps = Rows(group, topology), Steps(topology, group.device)
-        on_cpu = group.device.type == "cpu"
-        self._finisher: Finisher = ReferenceFinisher() if on_cpu else KernelFinisher(topology, group.device, timeout)
+        self.timeout = timeout
+        self._finisher: Finisher = self.make_finisher()
         self._failure: CollectiveError | None = None
         self._in_use = Exclusive()
         self._debug = os.environ.get("COLLOGUE_DEBUG", "0") not in ("", "0")
+
+    def make_finisher(self) -> Finisher:
+        """The reference on CPU groups, else kernels."""
+        if self.group.device.type == "cpu":
+            return ReferenceFinisher()
+        return KernelFinisher(self.topology, self.group.device, self.timeout)
 
     def quick(self, call: Call, out: Output | None) -> None:
         """No call is quick."""

@@ -10,8 +10,12 @@ import torch
 from emulated import Build
 from samples import every_format
 
+from collogue.calls.request import make_request
 from collogue.calls.terms import MAX_TERMS, TermsForm
 from collogue.contract.quant import MXFP8, NVFP4, FP8Group, FP8PerToken
+from collogue.gpu import jit
+from collogue.planning.plan import make_kernels, make_plan
+from collogue.planning.topology import Topology
 from collogue.testing.emulator import Case, Edit, emulate
 from collogue.testing.inputs import KINDS
 
@@ -82,3 +86,30 @@ _LATE_ISLANDS = Edit("source.cuh", "const bool starts = kStarts >> k & 1;", "con
 def test_a_wrong_order_is_seen(build: Build, name: str, edit: Edit) -> None:
     library = build(replace(CASES[name], norm=False, quant=None, keep_norm=False), edits=(edit,))
     assert any(emulate(library, (3, 2), seed=seed, kind=kind).problem() for seed in range(4) for kind in ("order", "normal"))
+
+
+#: Shapes in which threads hold one vector of every term, and several: a few rows, and many.
+COMPILED = [
+    (tokens, form, dtype, quant)
+    for tokens in (1, 4096)
+    for form, dtype, quant in (
+        (TermsForm(BF16, 2), BF16, NVFP4(2.0)),
+        (TermsForm(BF16, 8), BF16, FP8PerToken()),
+        (TermsForm(F16, 5, 0b00001, 0b00011), F16, None),
+        (TermsForm(BF16, 8), F32, None),
+        (TermsForm(F32, 8), F32, MXFP8("ceil")),
+        (TermsForm(BF16, MAX_TERMS, 0x7F, 0xFF), BF16, NVFP4(2.0)),
+    )
+]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
+def test_nothing_spills(architecture: str) -> None:
+    for tokens, form, dtype, quant in COMPILED:
+        topology = Topology(1, tokens, 7168, dtype, architecture, 132, 1)
+        epilogue = {"residual": quant is not None, "norm": quant is not None, "quant": quant}
+        shape = {"wide_weight": False, "keep_norm": False, "operation": "all_reduce"}
+        request = make_request(tokens, 7168, dtype, **epilogue, **shape, prologue=form)  # type: ignore[arg-type]
+        (kernel,) = make_kernels(topology, request, make_plan(topology, request))
+        code, _ = jit.compile_variant(kernel.variant, architecture)
+        assert jit.local_bytes(code) == 0, (kernel.variant.name, tokens, kernel.shape)
