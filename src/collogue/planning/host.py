@@ -89,13 +89,8 @@ def plan_call(topology: Topology, request: Request) -> Plan:
         algorithm, rows, why = "host_gather", request.tokens, "one exchange: every rank adds all terms"
     gathers = request.operation == "all_gather"
     width, branch = request.hidden_size, request.branch
-    how = {
-        "experts": True,
-        "branch": branch,
-        "terms": len((gathered(topology) if algorithm == "host_gather" else owned(topology, 0)).ranks),
-    }
     quant = None if request.operation == "all_reduce" and algorithm == "host_owners" else request.quant
-    shape = None if gathers else launch_shape(alone, max(rows, 1), width, quant, "local", **how)
+    shape = None if gathers else launch_shape(alone, max(rows, 1), width, quant, "local", experts=True, branch=branch)
     sent = bytes_sent(topology, request, algorithm)
     return Plan(algorithm, why, shape, sent, 0.0, 0.0, rows, 1, transport=topology.reach)
 

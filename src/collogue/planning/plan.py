@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from collogue.calls.request import Request
-from collogue.calls.terms import TermsForm
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Wanted, largest_block
 from collogue.errors import CapacityError, FormatError
@@ -148,8 +147,8 @@ def make_plan(topology: Topology, request: Request) -> Plan:
     threads = candidate.cta_threads if candidate is not None else None
     # All launches have the grid of the last one, which may be shorter: every cluster has a row in each of them.
     experts = request.prologue is not None
-    how = {"experts": experts, "branch": request.branch, "terms": request.prologue.count if isinstance(request.prologue, TermsForm) else 1}
-    shape = launch_shape(topology, least, request.hidden_size, request.quant, algorithm, cta_threads=threads, **how)
+    width, quant = request.hidden_size, request.quant
+    shape = launch_shape(topology, least, width, quant, algorithm, cta_threads=threads, experts=experts, branch=request.branch)
     return Plan(algorithm, why, shape, sent, predicted, floor, rows, launches, used, measured, table)
 
 
@@ -246,7 +245,6 @@ def launch_shape(
     cta_threads: int | None = None,
     experts: bool = False,
     branch: bool = False,
-    terms: int = 1,
 ) -> LaunchShape:
     """Threads, vectors and clusters for ``tokens`` rows of this width.
 
@@ -254,11 +252,11 @@ def launch_shape(
     last store, and at large sizes the most CTAs whose waits overlap. Where few multiprocessors may be used, a row takes as few
     CTAs as it can; ``cta_threads`` is the most threads that a CTA may then have. In one CTA (no clusters, or groups that only one
     CTA can reduce) threads hold several vectors. Local calls of more rows than SMs are bound by memory: a CTA does a row, with two
-    (or four) vectors a thread, and asks for its next row before it finishes this one; but for those of more than 8 ``terms`` of a sum.
+    (or four) vectors a thread, and asks for its next row before it finishes this one.
     """
     vectors_in_row = hidden_size // 8
     limit = topology.overrides.max_sms
-    streams = algorithm == "local" and tokens > topology.multiprocessors and hidden_size <= MAX_HIDDEN_SIZE_OF_A_CTA and terms <= 8
+    streams = algorithm == "local" and tokens > topology.multiprocessors and hidden_size <= MAX_HIDDEN_SIZE_OF_A_CTA
     if topology.has_clusters and not QuantVariant.of(quant).needs_one_cta and streams:
         most = resident_threads(topology, algorithm, vectors=2, experts=experts or branch)
         cluster, vectors = 1, 2 if vectors_in_row <= 2 * most else 4
