@@ -79,8 +79,8 @@ def whole_calls(group: dist.ProcessGroup, tell: Any, device_type: str, turns: in
             dist.all_reduce(total, group=group)
             return finish(total, made.residual, weight, scale)
 
-        calls = {
-            "host path": lambda made=made, norm=norm: comm.all_reduce(made.partial, residual=made.residual, norm=norm),
+        calls: dict[str, Callable[[], object]] = {
+            "host path": functools.partial(comm.all_reduce, made.partial, residual=made.residual, norm=norm),
             "all_reduce and compiled epilogue": replaced,
         }
         found[str(tokens)] = in_turn(calls, device, turns)
@@ -115,7 +115,7 @@ def kernels(turns: int = 50) -> list[dict[str, Any]]:
         us: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(turns):
             for name, call in calls.items():
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
                 begin.record()
                 call()
                 end.record()

@@ -14,10 +14,10 @@ from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity, count_tokens
 from collogue.contract.number import is_whole
 from collogue.contract.prologue import Prologue, PrologueForm
-from collogue.contract.quant import Quant
+from collogue.contract.quant import Quant, check_wire
 from collogue.contract.spec import Operation, Output, RMSNorm, as_rows, check_split, owned_rows
 from collogue.engine import Engine, make_engine, run
-from collogue.errors import ArgumentError, CaptureError, ClosedError, CollogueError, ShapeError
+from collogue.errors import ArgumentError, CaptureError, ClosedError, CollogueError, ShapeError, UnsupportedError
 from collogue.gpu.journal import Journal
 from collogue.gpu.watch import Watch, while_alive
 from collogue.group import as_group, making
@@ -56,6 +56,9 @@ class Communicator(Operations):
             rank. Never changes a bit (docs/design.md).
         order: of a sum over several hosts. ``"islands"``: each island's ranks in rank order, then the islands' sums in order: the bits
             depend on the split into islands, and less crosses between them. ``"rank"``: all ranks in rank order. The same on every rank.
+        wire: a format in which terms travel to whoever adds them, and are decoded from in float32: ``collogue.FP8Group(128)``, ``MXFP8`` or
+            ``FP8PerToken``. Half the bytes and less of this step; other bits of the sum, which ``collogue.reference`` gives for the same
+            ``wire``. Default: none. The same on every rank. CPU groups only.
     Attributes:
         islands: the split of the ranks that sums follow, by what the machine has: ``((0, 1), (2, 3))``; ``None``: rank order.
         name: what graphs call it (``torch.ops.collogue``): the group's name and the dtype, numbered if that is taken.
@@ -82,6 +85,7 @@ class Communicator(Operations):
         max_multiprocessors: int | None = None,
         transport: Transport | None = None,
         order: Order = "islands",
+        wire: Quant | None = None,
     ) -> None:
         if max_multiprocessors is not None:
             warnings.warn("max_multiprocessors is deprecated: use max_sms", DeprecationWarning, stacklevel=2)
@@ -92,9 +96,12 @@ class Communicator(Operations):
         self.max_tokens, self.hidden_size, self.dtype, self.timeout = max_tokens, hidden_size, dtype, timeout
         self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank)
         self._capacity.check()
+        check_wire(wire, hidden_size)
+        if wire is not None and self.device.type == "cuda":
+            raise UnsupportedError(f"wire={wire!r} on {self.device}: no kernel packs terms yet", hint="leave wire out on GPUs")
         overrides = Overrides(algorithm, max_sms, cta_threads)
         with making(self._group):
-            way: dict[str, Any] = {"concurrent": concurrent, "transport": transport, "order": order}
+            way: dict[str, Any] = {"concurrent": concurrent, "transport": transport, "order": order, "wire": wire}
             self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table, **way)
             self.islands = self.topology.sums
             check_width(self.topology, hidden_size)
@@ -102,7 +109,7 @@ class Communicator(Operations):
             self.group_name = self._group.name
             self.name = registry.register(self, self.group_name)
             try:
-                self._engine = make_engine(self._group, self.topology, timeout, self.name)
+                self._engine = make_engine(self._group, self.topology, timeout, self.name, wire)
             except BaseException:
                 registry.forget(self.name)
                 raise

@@ -37,7 +37,7 @@ from collogue.contract.formats import (
     unpack_nibbles,
 )
 from collogue.contract.prologue import ExpertCombine, ExpertReduce, Prologue
-from collogue.contract.quant import E2M1_MAX, E4M3_MAX, MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
+from collogue.contract.quant import E2M1_MAX, E4M3_MAX, MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, check_wire, describe
 from collogue.contract.spec import VALUE_DTYPES, Operation, Output, RMSNorm, Wanted, as_islands, as_rows, check_split, owned_rows
 from collogue.errors import ArgumentError, DTypeError, FormatError, PlatformError, ShapeError
 
@@ -301,6 +301,7 @@ def all_reduce(
     keep_norm: bool = False,
     branch_norm: RMSNorm | None = None,
     islands: Sequence[Sequence[int]] | None = None,
+    wire: Quant | None = None,
 ) -> Output:
     """What :meth:`collogue.Communicator.all_reduce` returns on every rank.
 
@@ -309,6 +310,7 @@ def all_reduce(
         residual: [T, H] in that dtype, or ``None``.
         norm, quant, keep_norm, branch_norm: as for the communicator.
         islands: which ranks are summed first, as ``comm.islands`` says: ``[[0, 1], [2, 3]]``. ``None``: all, in rank order.
+        wire: a format that every term is quantized to and decoded from, in float32, before it is added.
     Order and rounding:
         Adds in float32 from +0, rank 0 first; adds the residual; rounds once to ``y``, which norm and quantisation read. With several
         islands: each island's ranks in rank order from +0, then the islands' sums in order from +0.
@@ -323,8 +325,16 @@ def all_reduce(
         if residual is None:
             raise ArgumentError("branch_norm without residual=", hint="pass the residual that the normed sum is added to, or use norm=")
         _check_values([("the sum", terms[0])], branch_norm)
-    y = stream(sum_partials(terms, islands), terms[0].dtype, residual, branch_norm)
+    check_wire(wire, terms[0].shape[1])
+    added = terms if wire is None else [_over(term, wire) for term in terms]
+    y = stream(sum_partials(added, islands), terms[0].dtype, residual, branch_norm)
     return finished(y, norm, quant, wanted)
+
+
+def _over(term: Tensor, wire: Quant) -> Tensor:
+    """What comes of ``term`` behind a wire of this format: float32."""
+    codes, scales = quantize(term, wire)
+    return dequantize(codes, scales, wire, hidden_size=term.shape[1])
 
 
 def stream(total: Tensor, dtype: torch.dtype, residual: Tensor | None = None, branch_norm: RMSNorm | None = None) -> Tensor:
@@ -344,14 +354,15 @@ def sharded(
     branch_norm: RMSNorm | None = None,
     rows: Sequence[int] | None = None,
     islands: Sequence[Sequence[int]] | None = None,
+    wire: Quant | None = None,
 ) -> list[Output]:
     """What ``comm.all_reduce(.., sharded=True)`` returns, by rank: :func:`all_reduce`, of whose y each rank keeps the rows it owns.
 
     Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first. ``rows``: how many
-    each rank owns, in place of equal blocks; their sum is T. ``islands`` as there.
+    each rank owns, in place of equal blocks; their sum is T. ``islands`` and ``wire`` as there.
     """
     terms = _terms(partials)
-    epilogue = {"norm": norm, "quant": quant, "keep_norm": keep_norm, "branch_norm": branch_norm, "islands": islands}
+    epilogue = {"norm": norm, "quant": quant, "keep_norm": keep_norm, "branch_norm": branch_norm, "islands": islands, "wire": wire}
     whole = all_reduce(terms, residual=residual, **epilogue)  # type: ignore[arg-type]
     return [
         replace(
@@ -373,11 +384,12 @@ def reduce_scatter(
     branch_norm: RMSNorm | None = None,
     rows: Sequence[int] | None = None,
     islands: Sequence[Sequence[int]] | None = None,
+    wire: Quant | None = None,
 ) -> list[Output]:
     """What :meth:`collogue.Communicator.reduce_scatter` returns, by rank: :func:`all_reduce` of the rows that each rank owns.
 
     Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first. ``rows``: how many
-    each rank owns, in place of equal blocks; their sum is T. ``islands`` as there.
+    each rank owns, in place of equal blocks; their sum is T. ``islands`` and ``wire`` as there.
     """
     terms = _terms(partials)
     _check_partials(terms, residual, norm)
@@ -390,6 +402,7 @@ def reduce_scatter(
             keep_norm=keep_norm,
             branch_norm=branch_norm,
             islands=islands,
+            wire=wire,
         )
         for own in _owned("reduce_scatter", len(terms[0]), len(terms), rows)
     ]

@@ -18,7 +18,7 @@ from collogue.calls.request import Signature
 from collogue.calls.terms import Terms
 from collogue.contract.formats import place_scales, read_scales, scale_storage
 from collogue.contract.prologue import PROLOGUES, ExpertCombine, ExpertReduce
-from collogue.contract.quant import describe
+from collogue.contract.quant import Quant, check_wire, describe
 from collogue.contract.spec import Output, owned_rows
 from collogue.errors import CollectiveError
 from collogue.gpu.exclusive import Exclusive
@@ -36,11 +36,11 @@ _carried: weakref.WeakKeyDictionary[Group, int] = weakref.WeakKeyDictionary()
 class HostEngine:
     """Runs checked calls. Ranks that call with different arguments all raise :class:`MismatchedCall`."""
 
-    def __init__(self, group: Group, topology: Topology, timeout: float) -> None:
-        self.group, self.topology = group, topology
+    def __init__(self, group: Group, topology: Topology, timeout: float, wire: Quant | None = None) -> None:
+        self.group, self.topology, self._wire = group, topology, wire
         self._link = group.connect(timeout) if isinstance(group, TorchGroup) else None
         self._number = _carried[group] = _carried.get(group, 0) + 1
-        self._rows, self._steps = Rows(group, topology), Steps(topology, group.device)
+        self._rows, self._steps = Rows(group, topology, wire), Steps(topology, group.device)
         self.timeout = timeout
         self._finisher: Finisher = self.make_finisher()
         self._failure: CollectiveError | None = None
@@ -62,6 +62,8 @@ class HostEngine:
     def run(self, call: Call, out: Output | None) -> Output:
         if self._debug and not (call.signature.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             check_indices(call.partial)
+        if call.operation not in ("finish", "all_gather"):
+            check_wire(self._wire, call.hidden_size)
         with self._in_use:
             given = call.signature.empty() if out is None else out
             if call.operation == "finish":

@@ -8,7 +8,9 @@ import torch
 
 from collogue.calls.request import Request
 from collogue.calls.terms import MAX_TERMS, TermsForm
+from collogue.contract.quant import parse
 from collogue.contract.spec import Islands, largest_block, owned_rows
+from collogue.contract.wire import row_bytes
 from collogue.planning.algorithm import Algorithm
 from collogue.planning.extent import wire_bytes
 from collogue.planning.islands import adder
@@ -76,12 +78,19 @@ def by_gather(topology: Topology, request: Request) -> bool:
 
 def plan_call(topology: Topology, request: Request) -> Plan:
     """The plan of one call, on either transport."""
-    if topology.transport == "peer" or topology.architecture is None:
+    algorithm: Algorithm
+    if topology.transport == "peer":
         return replace(make_plan(topology, request), transport=topology.reach)
+    if topology.architecture is None:
+        plan = replace(make_plan(topology, request), transport=topology.reach)
+        if not topology.wire or request.operation in ("finish", "all_gather"):
+            return plan
+        algorithm = "host_gather" if request.operation == "all_reduce" and by_gather(topology, request) else "host_owners"
+        return replace(plan, bytes_sent=bytes_sent(topology, request, algorithm))
     alone = replace(topology, world_size=1)
     if topology.world_size == 1 or request.tokens == 0 or request.operation == "finish":
         return replace(make_plan(alone, request), transport=topology.reach)
-    algorithm: Algorithm = "host_owners"
+    algorithm = "host_owners"
     rows, why = largest_block(request.tokens, topology.world_size, request.rows), "rows go to owners, who add them, and come back"
     if request.operation == "all_gather":
         algorithm, why = "host_gather", "rows go to every rank as they are"
@@ -98,11 +107,12 @@ def plan_call(topology: Topology, request: Request) -> Plan:
 def bytes_sent(topology: Topology, request: Request, algorithm: str) -> int:
     """Bytes that leave the rank that sends most."""
     size, width, tokens = topology.world_size, request.hidden_size, request.tokens
-    row = width * request.dtype.itemsize
+    value_row = width * request.dtype.itemsize
+    row = value_row if not topology.wire else row_bytes(parse(topology.wire), width)  # type: ignore[arg-type]
     if algorithm == "host_gather" and request.operation == "all_reduce":
         return (size - 1) * tokens * row
     own = [len(owned_rows(tokens, size, rank, request.rows)) for rank in range(size)]
-    back = row if request.operation == "all_reduce" else wire_bytes(width, request.dtype, request.quant, sends_values(request))
+    back = value_row if request.operation == "all_reduce" else wire_bytes(width, request.dtype, request.quant, sends_values(request))
     sent = [rows * (size - 1) * (back if request.operation != "reduce_scatter" else 0) for rows in own]
     if request.operation == "all_gather":
         return max(sent)

@@ -11,6 +11,7 @@ import torch
 from collogue.calls.capacity import Capacity
 from collogue.calls.terms import MAX_TERMS
 from collogue.contract.number import check_seconds, is_whole
+from collogue.contract.quant import Quant
 from collogue.contract.spec import Islands, as_islands
 from collogue.errors import ArgumentError, PlatformError, UnsupportedError
 from collogue.group import MAX_PEERS, Group
@@ -60,7 +61,7 @@ class Topology:
     ``concurrent``: communicators whose calls may run on a GPU at a time, on streams of their own: each takes its part of the GPU, and
     launches its next kernel only when the one before waits for nobody any more. Else they may wait for each other for ever
     (docs/design.md). ``fitting``: clusters that fit on every rank's GPU, where all drivers say it. ``islands``: the split of the ranks,
-    one where it is empty; ``why``: of the transport.
+    one where it is empty; ``why``: of the transport. ``wire``: the label of the format in which terms travel.
     """
 
     world_size: int
@@ -78,6 +79,7 @@ class Topology:
     islands: Islands = ()
     order: Order = "islands"
     why: str = ""
+    wire: str = ""
 
     @property
     def sums(self) -> Islands | None:
@@ -90,6 +92,7 @@ class Topology:
         parts = [self.transport] + [self.why] * bool(self.why)
         if len(self.islands) > 1:
             parts.append(island.described(self.islands) + (", added in rank order" if self.sums is None else ", each added for itself"))
+        parts += [f"terms travel as {self.wire}"] * bool(self.wire)
         return "; ".join(parts)
 
     @property
@@ -116,6 +119,7 @@ def agree(
     concurrent: int = 1,
     transport: Transport | None = None,
     order: Order = "islands",
+    wire: Quant | None = None,
 ) -> Topology:
     """Exchange what every rank sees and return what all share. Collective.
 
@@ -132,7 +136,11 @@ def agree(
         hint = f"give how many communicators make calls at a time on a GPU, 1 to {MOST_CONCURRENT}"
         raise ArgumentError(f"concurrent is {concurrent!r}", hint=hint)
     facts = _facts(group, capacity, timeout, overrides, concurrent)
-    facts["asked"] += f", transport={transport}" * (transport is not None) + f", order={order}" * (order != "islands")
+    facts["asked"] += (
+        f", wire={wire}" * (wire is not None)
+        + f", transport={transport}" * (transport is not None)
+        + f", order={order}" * (order != "islands")
+    )
     found, problem = _find_table(table, facts.get("device"), group.size)
     every = group.all_gather_object({**facts, "table": found.digest if found else "none", "problem": problem})
     for rank, theirs in enumerate(every):
@@ -148,7 +156,7 @@ def agree(
     islands = island.split([theirs["host"] for theirs in every], lambda a, b: b in reached[a])
     chosen, why = _choose(group, transport, islands, [theirs["host"] for theirs in every], reached)
     _LOGGER.info("Communicator of %d ranks: transport %s (%s), %s", group.size, chosen, why, island.described(islands))
-    way: dict[str, Any] = {"transport": chosen, "islands": islands, "order": order, "why": why}
+    way: dict[str, Any] = {"transport": chosen, "islands": islands, "order": order, "why": why, "wire": "" if wire is None else wire.label}
     if group.device.type == "cpu":
         return topology_of(group.size, capacity, overrides=overrides, table=found, concurrent=concurrent, **way)
     architectures = sorted({theirs["architecture"] for theirs in every})
@@ -185,6 +193,7 @@ def topology_of(
     islands: Islands = (),
     order: Order = "islands",
     why: str = "",
+    wire: str = "",
 ) -> Topology:
     """The topology of a world whose facts are known, with what of ``table`` is for it. ``device``: the GPU's name, if it matters."""
     if table is not None and not table.unused:
@@ -217,6 +226,7 @@ def topology_of(
         islands,
         order,
         why,
+        wire,
     )
 
 
