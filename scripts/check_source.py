@@ -28,7 +28,7 @@ ORDER = (
     "calls",
     "planning",
     "gpu",
-    "cpu",
+    "host",
     "engine",
     "registry",
     "ops",

@@ -33,10 +33,10 @@ def wild(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16, spread
     return (torch.randn(shape, generator=generator) * torch.exp2(torch.randn(shape, generator=generator) * spread)).to(dtype)
 
 
-def every_format(group: int = 32) -> list[Quant]:
+def every_format(group: int = 32, device: str = "cpu") -> list[Quant]:
     return [
         NVFP4(3.0),
-        NVFP4(torch.tensor([0.7]), "8x4"),
+        NVFP4(torch.tensor([0.7], device=device), "8x4"),
         MXFP4("floor", "linear"),
         MXFP4("ceil"),
         MXFP8("floor"),

@@ -14,18 +14,19 @@ from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity, count_tokens
 from collogue.contract.number import is_whole
 from collogue.contract.prologue import Prologue, PrologueForm
-from collogue.contract.quant import Quant
+from collogue.contract.quant import Quant, check_wire
 from collogue.contract.spec import Operation, Output, RMSNorm, as_rows, check_split, owned_rows
 from collogue.engine import Engine, make_engine, run
-from collogue.errors import ArgumentError, CaptureError, ClosedError, CollogueError, ShapeError
+from collogue.errors import ArgumentError, CaptureError, ClosedError, CollogueError, ShapeError, UnsupportedError
 from collogue.gpu.journal import Journal
 from collogue.gpu.watch import Watch, while_alive
 from collogue.group import as_group, making
 from collogue.operations import Operations
 from collogue.planning.algorithm import AllReduceBy
-from collogue.planning.plan import Plan, check_width, make_plan
+from collogue.planning.host import plan_call
+from collogue.planning.plan import Plan, check_width
 from collogue.planning.table import TableArgument
-from collogue.planning.topology import Overrides, Topology, agree
+from collogue.planning.topology import Order, Overrides, Topology, Transport, agree, check_terms
 
 
 class Communicator(Operations):
@@ -50,7 +51,16 @@ class Communicator(Operations):
         table: a file that ``collogue tune`` wrote, of measured times for the plan; the same content on every rank. Default: what
             the variable ``COLLOGUE_TABLE`` names (empty: none), else the table that ``collogue tune`` left for this machine in the
             user's cache directory. ``False``: none. Never changes a bit (docs/tuning.md).
+        transport: ``"peer"``: kernels write into each other's memory; ``"host"``: the group's own collectives move bytes, and kernels
+            add and finish. Default: peer where every pair of ranks has peer access, else host (on the CPU, always). The same on every
+            rank. Never changes a bit (docs/design.md).
+        order: of a sum over several hosts. ``"islands"``: each island's ranks in rank order, then the islands' sums in order: the bits
+            depend on the split into islands, and less crosses between them. ``"rank"``: all ranks in rank order. The same on every rank.
+        wire: a format in which terms travel to whoever adds them, and are decoded from in float32: ``collogue.FP8Group(128)``, ``MXFP8`` or
+            ``FP8PerToken``. Half the bytes and less of this step; other bits of the sum, which ``collogue.reference`` gives for the same
+            ``wire``. Default: none. The same on every rank. CPU groups only.
     Attributes:
+        islands: the split of the ranks that sums follow, by what the machine has: ``((0, 1), (2, 3))``; ``None``: rank order.
         name: what graphs call it (``torch.ops.collogue``): the group's name and the dtype, numbered if that is taken.
     Synchronization:
         Making one is collective: every rank of the group, with the same arguments.
@@ -73,6 +83,9 @@ class Communicator(Operations):
         concurrent: int = 1,
         table: TableArgument = None,
         max_multiprocessors: int | None = None,
+        transport: Transport | None = None,
+        order: Order = "islands",
+        wire: Quant | None = None,
     ) -> None:
         if max_multiprocessors is not None:
             warnings.warn("max_multiprocessors is deprecated: use max_sms", DeprecationWarning, stacklevel=2)
@@ -83,14 +96,20 @@ class Communicator(Operations):
         self.max_tokens, self.hidden_size, self.dtype, self.timeout = max_tokens, hidden_size, dtype, timeout
         self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank)
         self._capacity.check()
+        check_wire(wire, hidden_size)
+        if wire is not None and self.device.type == "cuda":
+            raise UnsupportedError(f"wire={wire!r} on {self.device}: no kernel packs terms yet", hint="leave wire out on GPUs")
         overrides = Overrides(algorithm, max_sms, cta_threads)
         with making(self._group):
-            self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table, concurrent=concurrent)
+            way: dict[str, Any] = {"concurrent": concurrent, "transport": transport, "order": order, "wire": wire}
+            self.topology: Topology = agree(self._group, self._capacity, timeout, overrides, table, **way)
+            self.islands = self.topology.sums
             check_width(self.topology, hidden_size)
+            check_terms(self.topology)
             self.group_name = self._group.name
             self.name = registry.register(self, self.group_name)
             try:
-                self._engine = make_engine(self._group, self.topology, timeout, self.name)
+                self._engine = make_engine(self._group, self.topology, timeout, self.name, wire)
             except BaseException:
                 registry.forget(self.name)
                 raise
@@ -235,7 +254,7 @@ class Communicator(Operations):
         request = self._capacity.request(
             tokens, residual, norm or None, quant, keep_norm, hidden_size, operation, prologue, branch_norm or None, rows
         )
-        return make_plan(self.topology, request)
+        return plan_call(self.topology, request)
 
     def check(self) -> None:
         """Raise what was found in an earlier call; return if there is nothing. Waits for no kernel.

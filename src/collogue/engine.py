@@ -1,4 +1,4 @@
-"""What runs checked calls: the reference on CPU groups, kernels on CUDA groups."""
+"""What runs checked calls: kernels that reach every rank's memory, or an engine over the group's own collectives."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collogue.calls.call import Call, check_call
 from collogue.calls.capacity import Capacity
 from collogue.calls.outputs import check_out
 from collogue.calls.request import Signature
+from collogue.contract.quant import Quant
 from collogue.contract.spec import Output
 from collogue.gpu.journal import Journal
 from collogue.group import Group
@@ -29,12 +30,12 @@ class Engine(Protocol):
     def journal(self) -> Journal: ...
 
 
-def make_engine(group: Group, topology: Topology, timeout: float, name: str) -> Engine:
-    """The engine for the group's device. ``name``: the communicator's, for errors. Collective."""
-    if group.device.type == "cpu":
-        from collogue.cpu import ReferenceEngine
+def make_engine(group: Group, topology: Topology, timeout: float, name: str, wire: Quant | None = None) -> Engine:
+    """The engine for the transport. ``name``: the communicator's, for errors. Collective."""
+    if topology.transport == "host":
+        from collogue.host.engine import HostEngine
 
-        return ReferenceEngine(group, timeout)
+        return HostEngine(group, topology, timeout, wire)
     from collogue.gpu.engine import KernelEngine
 
     return KernelEngine(group, topology, timeout, name)

@@ -7,10 +7,11 @@ Two implementations: :class:`TorchGroup` over a ``torch.distributed`` process gr
 from __future__ import annotations
 
 import ctypes
+import os
 import pickle
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -18,12 +19,14 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 
-from collogue.errors import ArgumentError, CollectiveError, GroupError, MismatchedCall, PlatformError
+from collogue.errors import ArgumentError, CaptureError, CollectiveError, GroupError, MismatchedCall, PlatformError
+from collogue.link.sockets import machine
 
 if TYPE_CHECKING:
     from collogue.link import Link
 
-MAX_WORLD_SIZE = 8
+#: Ranks of a group, and of one whose kernels write into each other's memory.
+MAX_WORLD_SIZE, MAX_PEERS = 64, 8
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Group(Protocol):
     device: torch.device
     #: As ``torch.distributed`` calls the group; communicators are named after it.
     name: str
+    #: The same on ranks of one host, and on no others.
+    host: str
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's ``value``, by rank."""
@@ -55,8 +60,11 @@ class Group(Protocol):
     def barrier(self) -> None:
         """Return when every rank has called."""
 
-    def agree(self, what: str) -> None:
-        """Return when every rank has called with the same text. Raises :class:`MismatchedCall` on every rank where they differ."""
+    def swap(self, what: str, give: Sequence[torch.Tensor], take: Sequence[torch.Tensor]) -> None:
+        """``take[r] = give[this rank]`` of rank r, bytes only, contiguous; what a rank has for itself stays where it is.
+
+        ``what`` is the same text on every rank, or all raise :class:`MismatchedCall`.
+        """
 
     def all_gather(self, output: torch.Tensor, block: torch.Tensor) -> None:
         """``output[r] = block`` of rank r, bytes only. ``output`` is ``[N, *block.shape]``, contiguous."""
@@ -100,9 +108,14 @@ def as_group(group: Any, device: torch.device | str | None = None) -> Group:
     if known.size > MAX_WORLD_SIZE:
         raise GroupError(
             f"the group has {known.size} ranks; Collogue supports 1 to {MAX_WORLD_SIZE}",
-            hint="use a tensor-parallel group within one host",
+            hint="use a smaller tensor-parallel group",
         )
     return known
+
+
+def host_name() -> str:
+    """This process's host: what ``COLLOGUE_HOST`` says, else the machine."""
+    return os.environ.get("COLLOGUE_HOST") or machine()
 
 
 #: By name of a process group: one thread at a time makes a communicator or talks through the group itself, and how many were made.
@@ -121,9 +134,9 @@ def making(group: Group) -> Iterator[None]:
 
 
 class TorchGroup:
-    """A ``torch.distributed`` process group. CUDA tensors travel by NCCL, CPU tensors by a :class:`.Link` once there is one.
+    """A ``torch.distributed`` process group. CUDA tensors travel by NCCL if the group has it, others by a :class:`.Link` once there is one.
 
-    Ranks with GPUs may meet in a gloo group if ``device`` says so: kernels move the tensors of calls, not the group.
+    Ranks with GPUs may meet in a gloo group if ``device`` says so.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device | str | None = None) -> None:
@@ -134,14 +147,15 @@ class TorchGroup:
         self.name = str(group.group_name)
         self.rank = rank
         self.size = dist.get_world_size(group)
-        if device is None:
-            device = "cuda" if "nccl" in dist.get_backend_config(group) else "cpu"
-        self.device = _usable(device)
+        nccl = "nccl" in dist.get_backend_config(group)
+        self.device = _usable(device if device is not None else "cuda" if nccl else "cpu")
+        self.by_nccl = nccl and self.device.type == "cuda"
+        self.host = host_name()
         self.alone = _making.setdefault(self.name, threading.RLock())
         self.link: Link | None = None
 
     def connect(self, timeout: float) -> Link | None:
-        """Have whatever this object exchanges on the CPU travel by a link of its own, with bounded waits. Collective."""
+        """Have whatever this object exchanges, but for what goes by NCCL, travel by a link of its own, with bounded waits. Collective."""
         if self.size > 1:
             from collogue.link import Link
 
@@ -168,21 +182,39 @@ class TorchGroup:
         else:
             self.all_gather_object(None)
 
-    def agree(self, what: str) -> None:
-        if self.link is not None:
+    def swap(self, what: str, give: Sequence[torch.Tensor], take: Sequence[torch.Tensor]) -> None:
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing and not self.by_nccl:
+            raise CaptureError(
+                f"{what}: bytes of group {self.name!r} travel through the host, which no CUDA graph can hold",
+                hint="make the call outside of the capture, or give the communicator a group with NCCL",
+            )
+        assert self.link is not None
+        if not self.by_nccl:
+            self._swap_by_link(self.link, what, give, take)
+            return
+        if not capturing:  # before anything is queued that would wait for ever
             self.link.exchange(what, b"")
-        else:
-            compare(self.all_gather_object(what))
+        none = give[self.rank].new_empty(0, dtype=torch.uint8)
+        given, taken = ([none if r == self.rank else _as_bytes(t) for r, t in enumerate(each)] for each in (give, take))
+        dist.all_to_all(taken, given, group=self.process_group)
+
+    def _swap_by_link(self, link: Link, what: str, give: Sequence[torch.Tensor], take: Sequence[torch.Tensor]) -> None:
+        staged = {id(each): _as_bytes(each).cpu() for each in give}  # one copy of what all ranks get
+        payloads = [b"" if rank == self.rank else _memory(staged[id(each)]) for rank, each in enumerate(give)]
+        given = link.exchange(what, payloads)
+        for rank, target in enumerate(take):
+            if rank != self.rank and target.numel():
+                _as_bytes(target).copy_(torch.frombuffer(given[rank], dtype=torch.uint8))
 
     def all_gather(self, output: torch.Tensor, block: torch.Tensor) -> None:
         out, inp = _as_bytes(output), _as_bytes(block)
-        if self.device.type == "cuda":
+        if self.by_nccl:
             dist.all_gather_into_tensor(out, inp, group=self.process_group)
         elif self.link is not None:
-            mine = ctypes.string_at(inp.data_ptr(), inp.numel())
-            given = self.link.exchange(f"an exchange of {inp.numel()} bytes", mine)
-            for rank, row in enumerate(out.view(self.size, -1) if mine else ()):
-                row.copy_(inp if rank == self.rank else torch.frombuffer(given[rank], dtype=torch.uint8))
+            rows = list(out.view(self.size, -1).unbind(0))
+            rows[self.rank].copy_(inp)
+            self.swap(f"an exchange of {inp.numel()} bytes", [inp] * self.size, rows)
         else:
             dist.all_gather(list(out.view(self.size, -1).unbind(0)), inp, group=self.process_group)
 
@@ -204,7 +236,7 @@ class TorchGroup:
             if text:
                 raise PlatformError(
                     f"symmetric memory was refused on rank {rank}: {text}",
-                    hint="run `collogue doctor`: it says which permission a container lacks",
+                    hint='run `collogue doctor`: it says which permission a container lacks; transport="host" needs none',
                 )
         return result
 
@@ -237,4 +269,9 @@ def _usable(device: torch.device | str) -> torch.device:
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor of bytes on the CPU, where they are: while the tensor lives."""
+    return memoryview((ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())).cast("B") if tensor.numel() else memoryview(b"")

@@ -64,7 +64,7 @@ def call(comm: str, asked: Call, out: Output | None = None) -> Output:
         asked.keep_norm,
         comm,
         norm is None or norm.prefetch,
-        *_apart(partial),
+        *_apart(partial),  # type: ignore[arg-type]  # terms are no argument of users
         None if branch is None else branch.weight,
         0.0 if branch is None else branch.eps,
         0.0 if branch is None else branch.weight_offset,

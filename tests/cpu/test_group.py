@@ -18,7 +18,8 @@ import collogue
 from collogue.calls.capacity import Capacity
 from collogue.errors import ArgumentError, CapacityError, CollogueError, DTypeError, GroupError, PlatformError, ShapeError
 from collogue.gpu.launch import timeouts
-from collogue.group import TorchGroup
+from collogue.group import TorchGroup, host_name
+from collogue.link import sockets
 from collogue.planning import topology
 from collogue.planning.topology import MAX_TIMEOUT
 from collogue.testing import VirtualGroup, run_virtual
@@ -61,9 +62,9 @@ def test_group_has_no_default() -> None:
         collogue.Communicator(max_tokens=1, hidden_size=8)  # type: ignore[call-arg]
 
 
-def test_nine_ranks_are_too_many() -> None:
-    for text in refusals(9, communicator, GroupError):
-        assert "the group has 9 ranks; Collogue supports 1 to 8\nhint: use a tensor-parallel group within one host" in text
+def test_65_ranks_are_too_many() -> None:
+    for text in refusals(65, communicator, GroupError):
+        assert "the group has 65 ranks; Collogue supports 1 to 64\nhint: use a smaller tensor-parallel group" in text
 
 
 # Devices
@@ -143,6 +144,8 @@ def test_virtual_ranks_on_gpus_that_are_not_there(usable: bool, error: type[Exce
         ({"cta_threads": "64"}, ArgumentError, "cta_threads is '64'"),
         ({"table": True}, ArgumentError, "table is True\nhint: give a file"),
         ({"table": 3}, ArgumentError, "table is 3"),
+        ({"transport": "wire"}, ArgumentError, "transport is 'wire'\nhint: give 'peer', 'host' or nothing"),
+        ({"order": None}, ArgumentError, "order is None\nhint: give 'islands', 'rank' or nothing"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], error: type[CollogueError], message: str) -> None:
@@ -169,6 +172,8 @@ def test_ranks_may_write_the_same_timeout_in_two_ways() -> None:
         {"algorithm": "two_shot"},
         {"max_sms": 8},
         {"concurrent": 2},
+        {"transport": "host"},
+        {"order": "rank"},
     ],
 )
 def test_ranks_that_ask_for_different_communicators(options: dict[str, Any]) -> None:
@@ -196,39 +201,75 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return made
 
 
-def on_gpus(group: VirtualGroup) -> collogue.Communicator:
+def on_gpus(group: VirtualGroup, **options: Any) -> collogue.Communicator:
     group.device = torch.device("cuda", group.rank)
-    return communicator(group)
+    return communicator(group, **options)
+
+
+def on_peers(group: VirtualGroup) -> collogue.Communicator:
+    return on_gpus(group, transport="peer")
+
+
+def agreed(size: int = 4, **options: Any) -> topology.Topology:
+    """What all ranks agree on."""
+
+    def rank(group: VirtualGroup) -> topology.Topology:
+        group.device = torch.device("cuda", group.rank)
+        return topology.agree(group, Capacity(8, 64, torch.bfloat16, group.device), 30.0, **options)
+
+    every = run_virtual(size, rank)
+    assert every == every[:1] * size
+    return every[0]
 
 
 def test_several_hosts(machine: SimpleNamespace) -> None:
     machine.facts[2]["host"] = machine.facts[3]["host"] = "beta"
-    for text in refusals(4, on_gpus, PlatformError):
+    for text in refusals(4, on_peers, PlatformError):
         assert text == (
-            "the group spans several hosts: rank 0 is on alpha, rank 2 on beta\nhint: use a tensor-parallel group within one host"
+            'the group spans several hosts: rank 0 is on alpha, rank 2 on beta\nhint: leave transport out, or give transport="host"'
         )
+    found = agreed()
+    assert (found.transport, found.islands, found.sums) == ("host", ((0, 1), (2, 3)), ((0, 1), (2, 3)))
+    assert found.reach == (
+        "host; the group spans several hosts: rank 0 is on alpha, rank 2 on beta; 2 islands: ranks 0 1; 2 3, each added for itself"
+    )
+    assert agreed(order="rank").sums is None
 
 
-def test_hosts_of_one_name_are_told_apart(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(topology.socket, "gethostname", lambda: "node")
+def test_hosts_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sockets.socket, "gethostname", lambda: "node")
     hosts = []
     for boot in ("1-2", "3-4", "3-4"):
         (tmp_path / boot).write_text(boot + "\n")
-        monkeypatch.setattr(topology, "_BOOT_ID", tmp_path / boot)
-        hosts.append(topology._host())
+        monkeypatch.setattr(sockets, "_BOOT_ID", tmp_path / boot)
+        hosts.append(host_name())
     assert hosts == ["node (boot 1-2)", "node (boot 3-4)", "node (boot 3-4)"]
-    monkeypatch.setattr(topology, "_BOOT_ID", tmp_path / "nowhere")
-    assert topology._host() == "node"
-    for facts, host in zip(machine.facts, (hosts[0], hosts[0], *hosts[1:]), strict=True):
-        facts["host"] = host
-    for text in refusals(4, on_gpus, PlatformError):
-        assert text.startswith("the group spans several hosts: rank 0 is on node (boot 1-2), rank 2 on node (boot 3-4)\n")
+    monkeypatch.setattr(sockets, "_BOOT_ID", tmp_path / "nowhere")
+    assert host_name() == "node"
+    monkeypatch.setenv("COLLOGUE_HOST", "here")
+    assert host_name() == "here"
 
 
 def test_no_peer_access_names_the_pair(machine: SimpleNamespace) -> None:
     machine.refused = {(1, 3), (3, 1)}
-    for text in refusals(4, on_gpus, PlatformError):
-        assert text.startswith("rank 1 has no peer access to the GPU of rank 3\nhint: `collogue doctor` shows the peer access matrix")
+    for text in refusals(4, on_peers, PlatformError):
+        assert text.startswith("rank 1 has no peer access to the GPU of rank 3\nhint: leave transport out")
+        assert "`collogue doctor` shows the peer access matrix" in text
+    found = agreed()
+    assert (found.transport, found.islands) == ("host", ((0, 1, 2), (3,)))
+
+
+def test_ranks_without_any_peer_access_are_added_in_rank_order(machine: SimpleNamespace) -> None:
+    machine.refused = {(a, b) for a in range(4) for b in range(4)}
+    found = agreed()
+    assert (found.transport, found.islands, found.sums) == ("host", ((0,), (1,), (2,), (3,)), None)
+
+
+def test_the_transport_that_is_asked_for(machine: SimpleNamespace) -> None:
+    assert agreed().transport == agreed(transport="peer").transport == "peer"
+    assert agreed(transport="host").reach == "host; asked for"
+    cpu = refusals(2, lambda group: communicator(group, transport="peer"), PlatformError)
+    assert cpu[0].startswith("ranks on the CPU have no memory that others reach\nhint: leave transport out")
 
 
 def test_different_gpus(machine: SimpleNamespace) -> None:
@@ -242,12 +283,8 @@ def test_one_kind_of_gpu_is_agreed(machine: SimpleNamespace) -> None:
     machine.facts[3]["multiprocessors"] = 114
     machine.facts[1]["gpu"] = "GPU-0"
 
-    def rank(group: VirtualGroup) -> topology.Topology:
-        group.device = torch.device("cuda", group.rank)
-        return topology.agree(group, Capacity(8, 64, torch.bfloat16, group.device), 30.0)
-
-    found = run_virtual(4, rank)
-    assert found == [topology.Topology(4, 8, 64, torch.bfloat16, "sm_90a", 114, 2)] * 4
+    way = {"transport": "peer", "islands": ((0, 1, 2, 3),), "why": "every pair of ranks has peer access"}
+    assert agreed() == topology.Topology(4, 8, 64, torch.bfloat16, "sm_90a", 114, 2, **way)  # type: ignore[arg-type]
 
 
 # Symmetric memory
@@ -278,7 +315,7 @@ def test_symmetric_memory_refused_on_one_rank(step: str, monkeypatch: pytest.Mon
     for text in refusals(3, make, PlatformError):
         assert text == (
             "symmetric memory was refused on rank 1: pidfd_open: Operation not permitted\n"
-            "hint: run `collogue doctor`: it says which permission a container lacks"
+            'hint: run `collogue doctor`: it says which permission a container lacks; transport="host" needs none'
         )
 
 

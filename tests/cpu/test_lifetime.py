@@ -17,12 +17,12 @@ from ranks import communicator
 
 import collogue.flashinfer
 from collogue.contract.spec import Output
-from collogue.cpu import ReferenceEngine
 from collogue.engines import sglang, vllm
 from collogue.errors import ArgumentError, ClosedError, CollectiveTimeout, ConcurrentUseError
 from collogue.flashinfer import workspace
 from collogue.gpu import engine as cuda
 from collogue.gpu.engine import KernelEngine
+from collogue.host.engine import HostEngine
 from collogue.planning.topology import Topology
 from collogue.testing import VirtualGroup, run_virtual
 
@@ -85,14 +85,14 @@ def test_a_block_that_ends_well_closes_together() -> None:
 
 def test_two_threads_are_refused_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     entered, leave, refused = threading.Event(), threading.Event(), list[ConcurrentUseError]()
-    result = ReferenceEngine._result
+    result = HostEngine._result
 
-    def slow(self: ReferenceEngine, call: Any) -> Output:
+    def slow(self: HostEngine, *arguments: Any) -> None:
         entered.set()
         leave.wait(10)
-        return result(self, call)
+        result(self, *arguments)
 
-    monkeypatch.setattr(ReferenceEngine, "_result", slow)
+    monkeypatch.setattr(HostEngine, "_result", slow)
 
     def rank(group: VirtualGroup) -> None:
         comm, partial = communicator(group), torch.ones(1, 64, dtype=torch.bfloat16)

@@ -19,7 +19,6 @@ from collogue.calls.gather import check_gather
 from collogue.calls.outputs import check_out
 from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 from collogue.contract.spec import Operation, Output, RMSNorm, owned_rows
-from collogue.cpu import ReferenceEngine
 from collogue.errors import (
     ArgumentError,
     CapacityError,
@@ -35,6 +34,7 @@ from collogue.errors import (
     ShapeError,
 )
 from collogue.formats import empty_scales
+from collogue.host.engine import HostEngine
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 from collogue.testing.inputs import make_partials
@@ -648,9 +648,9 @@ def test_wrong_calls_are_refused(what: str) -> None:
         group.barrier()
         check_works(comm, quant=FP8PerToken())
 
-    run = ReferenceEngine.run
+    run = HostEngine.run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReferenceEngine, "run", lambda self, call, out: (launched.append(call), run(self, call, out))[1])
+        patch.setattr(HostEngine, "run", lambda self, call, out: (launched.append(call), run(self, call, out))[1])
         run_virtual(2, rank, timeout=20)
     assert len(launched) == 2
 

@@ -18,8 +18,8 @@ import collogue
 from collogue import FP8PerToken, Output, PrologueForm, RMSNorm, reference
 from collogue.contract.quant import NVFP4, Quant
 from collogue.contract.spec import OWNING, Operation, owned_rows
-from collogue.cpu import ReferenceEngine
 from collogue.errors import ArgumentError, CapacityError, CollogueError, MismatchedCall, ShapeError
+from collogue.host.engine import HostEngine
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 from collogue.testing.inputs import make_inputs, make_partials, make_prologue
@@ -383,7 +383,7 @@ def test_wrong_calls_are_refused() -> None:
         assert same(comm.unshard(comm.shard(x, rows=[1, 3]), rows=[1, 3]), x)
 
     with pytest.MonkeyPatch.context() as patch:
-        run = ReferenceEngine.run
-        patch.setattr(ReferenceEngine, "run", lambda self, call, out: (launched.append(call), run(self, call, out))[1])
+        run = HostEngine.run
+        patch.setattr(HostEngine, "run", lambda self, call, out: (launched.append(call), run(self, call, out))[1])
         run_virtual(2, rank, timeout=20)
     assert len(launched) == 2

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from collogue.calls.capacity import Capacity, check_hidden_size, check_kinds, check_norm_kind, raise_capacity
 from collogue.calls.request import Signature, make_request
+from collogue.calls.terms import Terms
 from collogue.contract.prologue import PROLOGUES, ExpertCombine, Prologue
 from collogue.contract.quant import Quant
 from collogue.contract.spec import OWNING, Operation, Output, RMSNorm, Wanted, check_split, owned_rows
@@ -23,12 +24,13 @@ ALIGNMENT = 16
 class Call:
     """The arguments of one call, as the user gave them. :func:`check_call` checks them and sets ``signature``.
 
-    ``partial``: this rank's term [T, H], or what it is computed from; of ``finish``, y; of ``all_gather``, a tensor without memory
-    (meta) that only says the shape and dtype of gathered values. ``shard``: what is gathered. ``rows``: how many each rank owns, as
-    :func:`.spec.as_rows` returns them. A new argument of a call is a field here and a field of :class:`Request`.
+    ``partial``: this rank's term [T, H], or what it is computed from, or, in a step of the host path, all terms; of ``finish``, y; of
+    ``all_gather``, a tensor without memory (meta) that only says the shape and dtype of gathered values. ``shard``: what is gathered.
+    ``rows``: how many each rank owns, as :func:`.spec.as_rows` returns them. A new argument of a call is a field here and a field of
+    :class:`Request`.
     """
 
-    partial: torch.Tensor | Prologue
+    partial: torch.Tensor | Prologue | Terms
     residual: torch.Tensor | None = None
     norm: RMSNorm | None = None
     quant: Quant | None = None
@@ -60,7 +62,7 @@ class Call:
     @property
     def bindable(self) -> bool:
         """Whether the next call like it may take the short way (``gpu/bound.py``), which knows the arguments of most calls only."""
-        return self.shard is None and self.branch_norm is None and not isinstance(self.partial, PROLOGUES)
+        return self.shard is None and self.branch_norm is None and not isinstance(self.partial, (*PROLOGUES, Terms))
 
     def wants(self) -> Wanted:
         """Which outputs the call has, of a call that has not been checked. Raises :class:`ArgumentError` where there would be none."""
@@ -79,7 +81,7 @@ class Call:
         if self.shard is not None:
             yield from ((f"shard.{name}", tensor) for name, tensor in self.shard.items())
             return
-        if isinstance(self.partial, PROLOGUES):
+        if isinstance(self.partial, (*PROLOGUES, Terms)):
             yield from self.partial.tensors()
         else:
             yield "partial" if self.operation != "finish" else "y", self.partial
@@ -99,6 +101,7 @@ def check_call(capacity: Capacity, call: Call) -> Call:
     Raises :class:`ArgumentError` (its subclasses). The first thing that is wrong is the error.
     """
     partial, residual, norm, quant = call.partial, call.residual, call.norm, call.quant
+    assert not isinstance(partial, Terms)
     if not isinstance(call.keep_norm, bool):
         raise ArgumentError(f"keep_norm is {call.keep_norm!r}; expected True or False", hint="pass keep_norm=True to also get the norm")
     name = "partial" if call.operation != "finish" else "y"
@@ -165,7 +168,7 @@ def _check_prologue(given: Prologue, operation: Operation, capacity: Capacity) -
     return given.tokens, given.hidden_size
 
 
-def check_indices(given: torch.Tensor | Prologue) -> None:
+def check_indices(given: torch.Tensor | Prologue | Terms) -> None:
     """Raise :class:`IndexRangeError` where an index is neither -1 nor a row. Waits for the device: for ``COLLOGUE_DEBUG``."""
     if not isinstance(given, ExpertCombine) or not given.index.numel():
         return

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from collogue.calls.terms import TermsForm
 from collogue.contract.formats import code_spec, scale_spec
 from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import Quant
@@ -50,7 +51,7 @@ class Request:
     wanted: Wanted
     operation: Operation = "all_reduce"
     late_weight: bool = False
-    prologue: PrologueForm | None = None
+    prologue: PrologueForm | TermsForm | None = None
     branch: bool = False
     wide_branch: bool = False
     rows: tuple[int, ...] | None = None
@@ -68,7 +69,7 @@ def make_request(
     keep_norm: bool,
     operation: Operation,
     late_weight: bool = False,
-    prologue: PrologueForm | None = None,
+    prologue: PrologueForm | TermsForm | None = None,
     branch: bool = False,
     wide_branch: bool = False,
     rows: tuple[int, ...] | None = None,
@@ -85,7 +86,7 @@ def make_request(
     if operation == "all_gather":  # adds and finishes nothing
         residual = norm = wide_weight = late_weight = False
     residual = residual and operation != "finish"
-    if prologue is not None and prologue.weights == "float32" and dtype == torch.float32:
+    if isinstance(prologue, PrologueForm) and prologue.weights == "float32" and dtype == torch.float32:
         prologue = replace(prologue, weights="value")
     return Request(
         tokens, hidden_size, dtype, residual, norm, wide_weight, quant, wanted, operation, late_weight, prologue, branch, wide_branch, rows

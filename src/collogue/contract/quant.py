@@ -347,3 +347,19 @@ def parse(
     if issubclass(kind, _MX):
         options.setdefault("rounding", "floor")
     return kind(**options)
+
+
+#: Formats that a term may travel in.
+WIRE_FORMATS = (FP8Group, FP8PerToken, MXFP8)
+
+
+def check_wire(wire: Quant | None, hidden_size: int) -> None:
+    """Raise :class:`FormatError` unless terms of ``hidden_size`` can travel so."""
+    if wire is None:
+        return
+    if type(wire) not in WIRE_FORMATS:
+        raise FormatError(
+            f"wire is {wire!r}; expected an object of {', '.join(kind.__name__ for kind in WIRE_FORMATS)}",
+            hint="pass a format such as collogue.FP8Group(128), or leave wire out",
+        )
+    wire.check_hidden_size(hidden_size)

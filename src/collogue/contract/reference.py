@@ -5,6 +5,7 @@ operation by itself: no fused multiply-add, no flush to zero, no reduction whose
 a negative zero, and NaN is stored as one pattern.
 
     s = sum of the partials in rank order, from +0          y = round_D(s + residual)
+    s = sum of the islands' sums, each in rank order        (where ranks lie on several islands)
     n = round_D((y * rstd) * w)                             codes, scales = quantize(n)
 """
 
@@ -36,8 +37,8 @@ from collogue.contract.formats import (
     unpack_nibbles,
 )
 from collogue.contract.prologue import ExpertCombine, ExpertReduce, Prologue
-from collogue.contract.quant import E2M1_MAX, E4M3_MAX, MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
-from collogue.contract.spec import VALUE_DTYPES, Operation, Output, RMSNorm, Wanted, as_rows, check_split, owned_rows
+from collogue.contract.quant import E2M1_MAX, E4M3_MAX, MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, check_wire, describe
+from collogue.contract.spec import VALUE_DTYPES, Operation, Output, RMSNorm, Wanted, as_islands, as_rows, check_split, owned_rows
 from collogue.errors import ArgumentError, DTypeError, FormatError, PlatformError, ShapeError
 
 #: Shape of the mean square: a lane adds 8 elements, 32 lanes are folded by halves into the sum of one block.
@@ -93,8 +94,10 @@ def _terms(given: Sequence[Tensor | Prologue]) -> list[Tensor]:
     return [term_of(one) for one in given]
 
 
-def sum_partials(partials: Sequence[Tensor]) -> Tensor:
-    """``s = +0; s = s + x_r`` for rank 0, 1, ...: float32, same shape."""
+def sum_partials(partials: Sequence[Tensor], islands: Sequence[Sequence[int]] | None = None) -> Tensor:
+    """``s = +0; s = s + x_r`` for rank 0, 1, ...: float32, same shape. With ``islands``: so for each island, then so for their sums."""
+    if islands is not None:
+        partials = [sum_partials([partials[rank] for rank in island]) for island in islands]
     total = torch.zeros_like(partials[0], dtype=torch.float32)
     for partial in partials:
         total += partial.float()
@@ -241,7 +244,7 @@ def dequantize(codes: Tensor, scales: Tensor | None, quant: Quant, *, hidden_siz
     return canonical_nan(values.view(tokens, hidden_size))
 
 
-def _finish(y: Tensor, norm: RMSNorm | None, quant: Quant | None, wanted: Wanted) -> Output:
+def finished(y: Tensor, norm: RMSNorm | None, quant: Quant | None, wanted: Wanted) -> Output:
     """What follows the prenorm ``y`` [T, H]: norm and quantization, each output where it was asked for."""
     n = y if norm is None else rms_norm(y, norm)
     codes, scales = (None, None) if quant is None else quantize(n, quant)
@@ -297,6 +300,8 @@ def all_reduce(
     quant: Quant | None = None,
     keep_norm: bool = False,
     branch_norm: RMSNorm | None = None,
+    islands: Sequence[Sequence[int]] | None = None,
+    wire: Quant | None = None,
 ) -> Output:
     """What :meth:`collogue.Communicator.all_reduce` returns on every rank.
 
@@ -304,23 +309,39 @@ def all_reduce(
         partials: every rank's partial [T, H], or prologue, in rank order, all of one dtype.
         residual: [T, H] in that dtype, or ``None``.
         norm, quant, keep_norm, branch_norm: as for the communicator.
+        islands: which ranks are summed first, as ``comm.islands`` says: ``[[0, 1], [2, 3]]``. ``None``: all, in rank order.
+        wire: a format that every term is quantized to and decoded from, in float32, before it is added.
     Order and rounding:
-        Adds in float32 from +0, rank 0 first; adds the residual; rounds once to ``y``, which norm and quantization read.
+        Adds in float32 from +0, rank 0 first; adds the residual; rounds once to ``y``, which norm and quantization read. With several
+        islands: each island's ranks in rank order from +0, then the islands' sums in order from +0.
     Raises:
-        ShapeError, DTypeError: tensors that do not fit together.
+        ShapeError, DTypeError: tensors that do not fit together. ArgumentError: islands that are no split of the ranks.
     """
     terms = _terms(partials)
+    islands = as_islands(islands, len(terms))
     _check_partials(terms, residual, norm)
     wanted = Wanted.of(has_residual=residual is not None, has_norm=norm is not None, quant=quant, keep_norm=keep_norm)
-    total = sum_partials(terms)
     if branch_norm is not None:
         if residual is None:
             raise ArgumentError("branch_norm without residual=", hint="pass the residual that the normed sum is added to, or use norm=")
         _check_values([("the sum", terms[0])], branch_norm)
-        total = rms_norm(round_value(total, terms[0].dtype), branch_norm).float()
-    if residual is not None:
-        total += residual.float()
-    return _finish(round_value(total, terms[0].dtype), norm, quant, wanted)
+    check_wire(wire, terms[0].shape[1])
+    added = terms if wire is None else [_over(term, wire) for term in terms]
+    y = stream(sum_partials(added, islands), terms[0].dtype, residual, branch_norm)
+    return finished(y, norm, quant, wanted)
+
+
+def _over(term: Tensor, wire: Quant) -> Tensor:
+    """What comes of ``term`` behind a wire of this format: float32."""
+    codes, scales = quantize(term, wire)
+    return dequantize(codes, scales, wire, hidden_size=term.shape[1])
+
+
+def stream(total: Tensor, dtype: torch.dtype, residual: Tensor | None = None, branch_norm: RMSNorm | None = None) -> Tensor:
+    """``y`` [T, H] in ``dtype`` from a float32 sum: ``round(total + residual)``, with ``branch_norm`` ``round(residual + its norm)``."""
+    if branch_norm is not None:
+        total = rms_norm(round_value(total, dtype), branch_norm).float()
+    return round_value(total if residual is None else total + residual.float(), dtype)
 
 
 def sharded(
@@ -332,14 +353,17 @@ def sharded(
     keep_norm: bool = False,
     branch_norm: RMSNorm | None = None,
     rows: Sequence[int] | None = None,
+    islands: Sequence[Sequence[int]] | None = None,
+    wire: Quant | None = None,
 ) -> list[Output]:
     """What ``comm.all_reduce(.., sharded=True)`` returns, by rank: :func:`all_reduce`, of whose y each rank keeps the rows it owns.
 
     Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first. ``rows``: how many
-    each rank owns, in place of equal blocks; their sum is T.
+    each rank owns, in place of equal blocks; their sum is T. ``islands`` and ``wire`` as there.
     """
     terms = _terms(partials)
-    whole = all_reduce(terms, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm, branch_norm=branch_norm)
+    epilogue = {"norm": norm, "quant": quant, "keep_norm": keep_norm, "branch_norm": branch_norm, "islands": islands, "wire": wire}
+    whole = all_reduce(terms, residual=residual, **epilogue)  # type: ignore[arg-type]
     return [
         replace(
             whole,
@@ -359,11 +383,13 @@ def reduce_scatter(
     keep_norm: bool = False,
     branch_norm: RMSNorm | None = None,
     rows: Sequence[int] | None = None,
+    islands: Sequence[Sequence[int]] | None = None,
+    wire: Quant | None = None,
 ) -> list[Output]:
     """What :meth:`collogue.Communicator.reduce_scatter` returns, by rank: :func:`all_reduce` of the rows that each rank owns.
 
     Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first. ``rows``: how many
-    each rank owns, in place of equal blocks; their sum is T.
+    each rank owns, in place of equal blocks; their sum is T. ``islands`` and ``wire`` as there.
     """
     terms = _terms(partials)
     _check_partials(terms, residual, norm)
@@ -375,6 +401,8 @@ def reduce_scatter(
             quant=quant,
             keep_norm=keep_norm,
             branch_norm=branch_norm,
+            islands=islands,
+            wire=wire,
         )
         for own in _owned("reduce_scatter", len(terms[0]), len(terms), rows)
     ]
@@ -424,6 +452,6 @@ def all_gather(shards: Sequence[Output], *, quant: Quant | None = None, rows: Se
 def finish(y: Tensor, *, norm: RMSNorm | None = None, quant: Quant | None = None, keep_norm: bool = False) -> Output:
     """What :meth:`collogue.Communicator.finish` returns: norm and quantization of ``y`` [T, H], which is not returned."""
     _check_values([("y", y)], norm)
-    return _finish(
+    return finished(
         y, norm, quant, Wanted.of(has_residual=False, has_norm=norm is not None, quant=quant, keep_norm=keep_norm, operation="finish")
     )

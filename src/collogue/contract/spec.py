@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Generic, Literal
+from typing import Generic, Literal, TypeAlias
 
 import torch
 from torch.utils._pytree import GetAttrKey, register_pytree_node
@@ -139,6 +139,28 @@ def owned_rows(tokens: int, world_size: int, rank: int, rows: Sequence[int] | No
 def largest_block(tokens: int, world_size: int, rows: Sequence[int] | None = None) -> int:
     """The most rows that a rank owns."""
     return -(-tokens // world_size) if rows is None else max(rows)
+
+
+#: Ranks by island: who is summed with whom first.
+Islands: TypeAlias = tuple[tuple[int, ...], ...]
+
+
+def as_islands(islands: Sequence[Sequence[int]] | None, world_size: int) -> Islands | None:
+    """``islands=`` as sums take it; ``None`` for one sum in rank order, which one island and islands of one rank come to as well.
+
+    Raises :class:`ArgumentError` unless every rank is in one island, ranks are in order, and so are the islands, by their first ranks.
+    """
+    if islands is None:
+        return None
+    split = tuple(tuple(island) if isinstance(island, list | tuple | range) else () for island in islands)
+    ranks = [rank for island in split for rank in island]
+    well = all(is_whole(rank) for rank in ranks) and sorted(ranks) == list(range(world_size)) and all(split)
+    if not well or any(list(island) != sorted(island) for island in split) or [i[0] for i in split] != sorted(i[0] for i in split):
+        raise ArgumentError(
+            f"islands is {islands!r}; expected the {world_size} ranks, each in one island",
+            hint="give lists of ranks in order, by their first ranks: islands=[[0, 1], [2, 3]]",
+        )
+    return None if len(split) == 1 or list(map(len, split)) == [1] * world_size else split
 
 
 def as_rows(rows: Sequence[int] | None, world_size: int) -> tuple[int, ...] | None:

@@ -8,6 +8,7 @@ import torch
 
 from collogue.calls.call import Call
 from collogue.calls.request import Request
+from collogue.calls.terms import Terms
 from collogue.contract.prologue import ExpertReduce, Prologue
 from collogue.contract.spec import Output, largest_block, owned_rows
 from collogue.gpu import header
@@ -87,10 +88,14 @@ def fill_call(params: Params, call: Call, out: Output) -> None:
         params.header[1] = header.bounded(params.header[1], smallest)
 
 
-def _fill_term(params: Params, term: torch.Tensor | Prologue) -> None:
+def _fill_term(params: Params, term: torch.Tensor | Prologue | Terms) -> None:
     """The partial, or what it is computed from."""
     if isinstance(term, torch.Tensor):
         params.partial = term.data_ptr()
+        return
+    if isinstance(term, Terms):
+        for k, value in enumerate(term.values):
+            params.terms[k] = value.data_ptr()
         return
     params.partial, params.experts = term.expert_output.data_ptr(), term.count
     if term.weights is not None:

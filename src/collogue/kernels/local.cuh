@@ -1,5 +1,5 @@
-// Local: finishes rows that lie in this rank's memory. Used where nothing is communicated: a world of one, and rows that are
-// finished without a sum.
+// Local: adds and finishes rows that lie in this rank's memory. Used where kernels communicate nothing: a world of one, rows that are
+// finished without a sum, and the host path, which brings the terms of a sum here (TermsSource).
 #pragma once
 #include "source.cuh"
 
@@ -13,7 +13,8 @@ COLLOGUE_DEVICE void local(const Params& p) {
   typename C::template Source<C> source(row);
 
   // All of a row is asked for before any of it is stored, and with kAhead before the row before it is finished: memory must not idle.
-  Packed<D::kParts> x[C::kVectors], residual[C::kResidual ? C::kVectors : 1];
+  decltype(source.term(0)) x[C::kVectors];
+  Packed<D::kParts> residual[C::kResidual ? C::kVectors : 1];
   const auto load = [&](u32 t) {
     source.aim(t);
 #pragma unroll

@@ -4,7 +4,7 @@
 
 namespace collogue {
 
-constexpr int kMaxWorld = 8, kMaxBounds = 9;
+constexpr int kMaxWorld = 8, kMaxBounds = 9, kMaxTerms = 16;
 
 struct Failure;
 
@@ -54,6 +54,7 @@ struct Params {
   float smallest;            // lower bound of dynamic FP8 scales
   u32 header[2];             // what the kernel cannot tell of itself (collogue/gpu/header.py)
   u32 bounds[kMaxBounds];    // kUneven: rank r owns rows bounds[r] to bounds[r + 1] - 1; `tokens` behind the last
+  const u8* terms[kMaxTerms];  // [T, H] each: what is added in their order (source.cuh)
 };
 
 // struct Config {                        generated per variant

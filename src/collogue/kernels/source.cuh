@@ -2,7 +2,8 @@
 //   kWorkedOut  whether a term costs more than a load: then kernels ask for it once, in the lanes that use it
 //   aim(t)      the row whose terms are asked for next
 //   digest()    for compute_now(): what the first load needs
-//   term(i)     this rank's term of this thread's vector i, in the dtype of the sum; zeros past the end of the row
+//   term(i)     this rank's term of this thread's vector i, in the dtype of the sum; zeros past the end of the row. Of several terms:
+//               what begin() makes a sum of
 // A term that is asked for twice is the same twice: nothing that it is made of changes during a call.
 #pragma once
 #include "row.cuh"
@@ -149,6 +150,135 @@ struct ExpertReduceSource : ExpertRows<C, W> {
   COLLOGUE_DEVICE Vector term(u32 of, int i) {
     aim(of);
     return term(i);
+  }
+};
+
+// The sum of terms in their order, or, where kStarts has bits, of islands: another one begins at each bit, its terms are added for
+// themselves, then the islands' sums in their order.
+template <int kTerms, u32 kStarts>
+struct OrderedSum {
+  float sum[8], island[8];
+
+  // Whether term k belongs to an island behind the first.
+  static COLLOGUE_DEVICE constexpr bool later(int k) { return (kStarts & ((2u << k) - 1u)) >> 1 != 0; }
+  // Term k: all of them, one after the other.
+  COLLOGUE_DEVICE void add(int k, const float (&f)[8]) {
+    const bool starts = k == 0 || (kStarts >> k & 1);
+    if (k && starts && later(k - 1)) join();
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      float& to = later(k) ? island[j] : sum[j];
+      to = starts ? f[j] : to + f[j];
+    }
+    if (k == kTerms - 1 && later(k)) join();
+  }
+
+ private:
+  COLLOGUE_DEVICE void join() {
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum[j] = sum[j] + island[j];
+  }
+};
+
+// What a thread has of the terms of one vector until they are added: of dtype T, those of kWide in float32.
+template <class T, int kTerms, u32 kWide, u32 kStarts>
+struct HeldTerms {
+  static constexpr int kEach = kWide ? Float32::kParts : T::kParts;
+  Packed<kEach> x[kTerms];
+
+  // Term k, as numbers.
+  COLLOGUE_DEVICE void widen(int k, float (&f)[8]) const {
+    if (kWide >> k & 1) {
+      Packed<Float32::kParts> v{};
+#pragma unroll
+      for (int i = 0; i < Float32::kParts; i++) v.part[i] = x[k].part[i < kEach ? i : 0];
+      Float32::widen(v, f);
+      return;
+    }
+    Packed<T::kParts> v;
+#pragma unroll
+    for (int i = 0; i < T::kParts; i++) v.part[i] = x[k].part[i];
+    T::widen(v, f);
+  }
+};
+template <class D, class T, int kTerms, u32 kWide, u32 kStarts>
+COLLOGUE_DEVICE void begin(float (&sum)[8], const HeldTerms<T, kTerms, kWide, kStarts>& held) {
+  OrderedSum<kTerms, kStarts> total;
+  float f[8];
+#pragma unroll
+  for (int k = 0; k < kTerms; k++) {
+    held.widen(k, f);
+    total.add(k, f);
+  }
+#pragma unroll
+  for (int j = 0; j < 8; j++) sum[j] = total.sum[j];
+}
+
+// The same, already added: where the terms of all of a thread's vectors would take too many registers.
+struct AddedTerms {
+  float sum[8];
+};
+template <class D>
+COLLOGUE_DEVICE void begin(float (&sum)[8], const AddedTerms& added) {
+#pragma unroll
+  for (int j = 0; j < 8; j++) sum[j] = added.sum[j];
+}
+
+// Terms of one sum (OrderedSum), each a tensor [T, H] in memory: of dtype T, those of kWide float32 sums of an island.
+template <class C, class T, int kTerms, u32 kWide, u32 kStarts>
+struct TermsSource {
+  static_assert(kTerms <= kMaxTerms);
+  static constexpr bool kWorkedOut = true;
+  static constexpr int kMostHeld = 12;  // of a thread, in 16 bytes each
+  using Held = HeldTerms<T, kTerms, kWide, kStarts>;
+  const RowPlace<C>& row;
+  u64 first;  // of this thread's vectors, in elements
+
+  COLLOGUE_DEVICE explicit TermsSource(const RowPlace<C>& r) : row(r), first(0) {}
+  COLLOGUE_DEVICE void aim(u32 t) { first = row.offset(t) / C::D::kBytes; }
+  COLLOGUE_DEVICE u32 digest() const { return folded(row.p.terms[0]); }
+  COLLOGUE_DEVICE auto term(int i) const {
+    Held held{};
+    if constexpr (kTerms * Held::kEach * C::kVectors <= kMostHeld) {
+#pragma unroll
+      for (int k = 0; k < kTerms; k++) load(held, k, i);
+      return held;
+    } else {
+      constexpr int kBatch = kMostHeld / Held::kEach;
+      OrderedSum<kTerms, kStarts> total;
+      float f[8];
+#pragma unroll
+      for (int from = 0; from < kTerms; from += kBatch) {
+#pragma unroll
+        for (int k = from; k < kTerms && k < from + kBatch; k++) load(held, k, i);
+#pragma unroll
+        for (int k = from; k < kTerms && k < from + kBatch; k++) {
+          held.widen(k, f);
+          total.add(k, f);
+        }
+      }
+      AddedTerms added;
+#pragma unroll
+      for (int j = 0; j < 8; j++) added.sum[j] = total.sum[j];
+      return added;
+    }
+  }
+
+ private:
+  COLLOGUE_DEVICE void load(Held& held, int k, int i) const {
+    if (!row.active(i)) return;
+    const u64 at = first + i * 32 * kVector;
+    const u8* const from = row.p.terms[k];
+    if (kWide >> k & 1)
+      put(held.x[k], load_vector<Float32>(from + at * Float32::kBytes));
+    else
+      put(held.x[k], load_vector<T>(from + at * T::kBytes));
+  }
+  template <class To, class From>
+  static COLLOGUE_DEVICE void put(To& to, const From& from) {
+    constexpr int kParts = sizeof(To) < sizeof(From) ? sizeof(To) / sizeof(Words) : sizeof(From) / sizeof(Words);
+#pragma unroll
+    for (int i = 0; i < kParts; i++) to.part[i] = from.part[i];
   }
 };
 

@@ -16,14 +16,14 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any, TypeAlias
 
 from collogue.errors import ClosedError, CollectiveError, CollectiveTimeout, ConcurrentUseError, MismatchedCall
 from collogue.link.frames import BYTES, CALL, CLOSED, FRAME, STOP, Incoming, frame, pack_error, peek, receive, send, send_some, unpack_error
 from collogue.link.sockets import Late, Sockets
 
-Bytes: TypeAlias = bytes | bytearray
+Bytes: TypeAlias = bytes | bytearray | memoryview
 
 #: Seconds in which ranks that have found different calls wait for the texts of the others.
 _GRACE = 1.0
@@ -56,8 +56,10 @@ class Link:
 
     # ---- exchanging
 
-    def exchange(self, what: str, payload: Bytes) -> list[Bytes]:
-        """Every rank's ``payload``, by rank. ``what`` is the same on every rank, or all raise :class:`MismatchedCall`.
+    def exchange(self, what: str, payload: Bytes | Sequence[Bytes]) -> list[Bytes]:
+        """What every rank has for this one, by rank. ``what`` is the same on every rank, or all raise :class:`MismatchedCall`.
+
+        ``payload``: for every rank, or one for each.
 
         Raises :class:`CollectiveTimeout` where ranks are late, :class:`CollectiveError` where one has ended or given up.
         """
@@ -67,7 +69,8 @@ class Link:
             if self.failure is not None:
                 raise copy.copy(self.failure)
             try:
-                return self._move(what, payload, self._announce(what, len(payload)))
+                payloads = [payload] * self.size if isinstance(payload, Bytes) else list(payload)
+                return self._move(what, payloads, self._announce(what, list(map(len, payloads))))
             except CollectiveError as error:
                 self._fail(error)
                 raise
@@ -81,10 +84,10 @@ class Link:
             if self.failure is None:
                 self._fail(CollectiveError(f"rank {self.rank} {why}", hint=_RESET))
 
-    def _announce(self, what: str, nbytes: int) -> dict[int, int]:
+    def _announce(self, what: str, nbytes: list[int]) -> dict[int, int]:
         """Say what this rank is about to do, and hear it of all others. Returns how many bytes each will send."""
-        for peer in self._peers.values():
-            send(peer, frame(CALL, what, nbytes), self.timeout)
+        for rank, peer in self._peers.items():
+            send(peer, frame(CALL, what, nbytes[rank]), self.timeout)
         sizes, texts, deadline = dict[int, int](), {self.rank: what}, time.monotonic() + self.timeout
         while waiting := set(self._peers) - set(sizes):
             ready = self._select(waiting, deadline - time.monotonic())
@@ -118,10 +121,9 @@ class Link:
             raise unpack_error(rank, text)
         return text, nbytes
 
-    def _move(self, what: str, payload: Bytes, sizes: dict[int, int]) -> list[Bytes]:
-        """Send ``payload`` to every peer, and receive theirs. The wait is counted from the last byte that moved."""
-        head = FRAME.pack(BYTES, 0, len(payload))
-        left = {rank: [memoryview(head), memoryview(payload)] for rank in sizes}
+    def _move(self, what: str, payloads: list[Bytes], sizes: dict[int, int]) -> list[Bytes]:
+        """Send every peer its payload, and receive theirs. The wait is counted from the last byte that moved."""
+        left = {rank: [memoryview(FRAME.pack(BYTES, 0, len(payloads[rank]))), memoryview(payloads[rank])] for rank in sizes}
         self._cut_off = set(left)
         coming = {rank: Incoming(size) for rank, size in sizes.items()}
         while left or not all(each.done for each in coming.values()):
@@ -144,7 +146,7 @@ class Link:
                     raise self._gone(rank, what) from error
             left = {rank: rest for rank, rest in left.items() if rest}
             self._cut_off = set(left)
-        return [payload if rank == self.rank else coming[rank].block for rank in range(self.size)]
+        return [payloads[rank] if rank == self.rank else coming[rank].block for rank in range(self.size)]
 
     def _select(self, ranks: Set[int], seconds: float, sending: Set[int] = frozenset()) -> dict[int, int]:
         """Those of ``ranks`` that have sent something, and of ``sending`` that take something, with what of it as events."""

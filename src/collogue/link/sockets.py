@@ -34,8 +34,8 @@ class Sockets:
         self.peers: dict[int, socket.socket] = {}
         self._all: list[socket.socket] = []  # to be closed
         self.close = weakref.finalize(self, _close, self._all)
-        hosts = gather((_host(), socket.gethostname()))
-        here = {host for host, _ in hosts} == {_host()}
+        hosts = gather((machine(), socket.gethostname()))
+        here = {host for host, _ in hosts} == {machine()}
         self._listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._all.append(self._listener)
         problem, port = "", 0
@@ -131,10 +131,12 @@ def _left(deadline: float) -> float:
     return seconds
 
 
-def _host() -> str:
-    """The same on two ranks if they run on one machine with one network."""
+def machine() -> str:
+    """The same on two ranks if they run on one machine with one network: its name and, as names may repeat, which boot of a kernel it is,
+    where that can be had.
+    """
     with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {_BOOT_ID.read_text()}"
+        return f"{socket.gethostname()} (boot {_BOOT_ID.read_text().strip()})"
     return socket.gethostname()
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Algorithm: TypeAlias = Literal["reference", "local", "one_shot", "two_shot", "sharded", "all_gather"]
+#: ``host_gather``: every rank gets all terms by the group's own collective, adds and finishes them; ``host_owners``: rows go to owners,
+#: who add them, and come back (:mod:`collogue.host`).
+Algorithm: TypeAlias = Literal["reference", "local", "one_shot", "two_shot", "sharded", "all_gather", "host_gather", "host_owners"]
 #: What a user may ask for, and a table of measured times name: the algorithms of an ``all_reduce``.
 AllReduceBy: TypeAlias = Literal["one_shot", "two_shot"]
 

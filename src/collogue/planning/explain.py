@@ -17,9 +17,11 @@ from collogue.contract.spec import VALUE_DTYPES, Operation, as_rows
 from collogue.errors import ArgumentError, DTypeError
 from collogue.group import check_gpus
 from collogue.planning import model
+from collogue.planning.algorithm import ALGORITHMS
 from collogue.planning.architecture import ARCHITECTURES, architecture_of
 from collogue.planning.gpus import Gpu, gpu_named
-from collogue.planning.plan import Plan, check_width, make_plan
+from collogue.planning.host import plan_call
+from collogue.planning.plan import Plan, check_width
 from collogue.planning.table import TableArgument, find, name_of
 from collogue.planning.topology import Topology, topology_of
 
@@ -113,7 +115,7 @@ class Explanation:
         """As plain data; ``None`` where the text has a dash."""
         facts = {name: getattr(self.topology, name) for name in ("architecture", "multiprocessors", "world_size", "max_tokens")}
         without_launch = dict.fromkeys(("rows", "launches") if self.plan.shape is None else ())
-        without_model = dict.fromkeys(("predicted_us", "floor_us") if self.plan.algorithm == "reference" else ())
+        without_model = dict.fromkeys(("predicted_us", "floor_us") if self.plan.algorithm not in ALGORITHMS else ())
         gpu = None if self.gpu is None else asdict(self.gpu)
         return {"call": self.call, **facts, **asdict(self.plan), **without_launch, **without_model, "gpu": gpu}
 
@@ -167,7 +169,7 @@ def explain(
     parts = " + ".join([*before, operation, *epilogue, *([describe(quant)] if quant is not None else [])])
     ranks = f"{world_size} ranks" + ("" if split is None else f" with {', '.join(map(str, split))} rows")
     where = "on the CPU" if topology.architecture is None else f"on {machine.device or machine.architecture}"
-    plan = make_plan(topology, request)
+    plan = plan_call(topology, request)
     if machine.gpu is not None:
         predicted, floor = model.predict(machine.gpu, plan, request)
         plan = replace(plan, predicted_us=predicted, floor_us=floor, model=f"{machine.gpu.name} fitted to two H200 (docs/machines.md)")

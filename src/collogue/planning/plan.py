@@ -70,17 +70,19 @@ class Plan:
     measured_us: float | None = None
     table: str = "none"
     model: str = "two H200 without the format"
+    transport: str = "peer"
 
     def __str__(self) -> str:
         """For people: a line for each fact, at most 80 columns wide."""
-        measured = "-" if self.measured_us is None else f"{self.measured_us:.2f} us"
+        measured, modeled = "-" if self.measured_us is None else f"{self.measured_us:.2f} us", self.algorithm in ALGORITHMS
         facts = {
             "algorithm": self.algorithm,
             "why": self.why,
+            "transport": self.transport,
             "shape": "-" if self.shape is None else str(self.shape),
             "launches": f"{self.launches}, of up to {self.rows} rows" if self.shape is not None else "-",
-            "predicted": "-" if self.algorithm == "reference" else f"{self.predicted_us:.2f} us, by a model of {self.model}",
-            "floor": "-" if self.algorithm == "reference" else f"{self.floor_us:.2f} us, likewise",
+            "predicted": "-" if not modeled else f"{self.predicted_us:.2f} us, by a model of {self.model}",
+            "floor": "-" if not modeled else f"{self.floor_us:.2f} us, likewise",
             "measured": measured,
             "table": self.table,
             "bytes sent": f"at most {self.bytes_sent:,} from each rank",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
+import logging
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
 from collogue.calls.capacity import Capacity
+from collogue.calls.terms import MAX_TERMS
 from collogue.contract.number import check_seconds, is_whole
-from collogue.errors import ArgumentError, PlatformError
-from collogue.group import Group
+from collogue.contract.quant import Quant
+from collogue.contract.spec import Islands, as_islands
+from collogue.errors import ArgumentError, PlatformError, UnsupportedError
+from collogue.group import MAX_PEERS, Group
+from collogue.planning import islands as island
 from collogue.planning.algorithm import AllReduceBy
 from collogue.planning.architecture import architecture_of, has_clusters
 from collogue.planning.residency import Fitting, agreed, fitting
@@ -23,7 +25,11 @@ from collogue.planning.table import Table, TableArgument, check_alike, find, nam
 MAX_TIMEOUT = 4_500_000.0
 #: Communicators that may share a GPU: with more, a call has hardly a CTA.
 MOST_CONCURRENT = 16
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+#: How ranks reach each other: kernels that write into each other's memory, or whatever the group moves bytes with.
+Transport: TypeAlias = Literal["peer", "host"]
+#: In what order the terms of a sum are added: by islands, or all in rank order.
+Order: TypeAlias = Literal["islands", "rank"]
+_LOGGER = logging.getLogger("collogue")
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class Topology:
 
     ``concurrent``: communicators whose calls may run on a GPU at a time, on streams of their own: each takes its part of the GPU, and
     launches its next kernel only when the one before waits for nobody any more. Else they may wait for each other for ever
-    (docs/design.md). ``fitting``: clusters that fit on every rank's GPU, where all drivers say it.
+    (docs/design.md). ``fitting``: clusters that fit on every rank's GPU, where all drivers say it. ``islands``: the split of the ranks,
+    one where it is empty; ``why``: of the transport. ``wire``: the label of the format in which terms travel.
     """
 
     world_size: int
@@ -69,6 +76,25 @@ class Topology:
     table: Table | None = None
     concurrent: int = 1
     fitting: Fitting | None = None
+    transport: Transport = "peer"
+    islands: Islands = ()
+    order: Order = "islands"
+    why: str = ""
+    wire: str = ""
+
+    @property
+    def sums(self) -> Islands | None:
+        """The islands whose sums are added; ``None``: all terms are, in rank order."""
+        return None if self.order == "rank" or not self.islands else as_islands(self.islands, self.world_size)
+
+    @property
+    def reach(self) -> str:
+        """Transport, islands and order, for people."""
+        parts = [self.transport] + [self.why] * bool(self.why)
+        if len(self.islands) > 1:
+            parts.append(island.described(self.islands) + (", added in rank order" if self.sums is None else ", each added for itself"))
+        parts += [f"terms travel as {self.wire}"] * bool(self.wire)
+        return "; ".join(parts)
 
     @property
     def has_clusters(self) -> bool:
@@ -92,18 +118,30 @@ def agree(
     table: TableArgument = False,
     *,
     concurrent: int = 1,
+    transport: Transport | None = None,
+    order: Order = "islands",
+    wire: Quant | None = None,
 ) -> Topology:
     """Exchange what every rank sees and return what all share. Collective.
 
     Raises :class:`ArgumentError` where ranks were given different arguments or tables, :class:`PlatformError` where they cannot
-    reach each other's memory. The timeout is compared because who waits for what others relay gives up later than they do.
+    reach each other's memory and are asked to. The timeout is compared because who waits for what others relay gives up later than they
+    do.
     """
+    for name, value, known in (("transport", transport, (None, *get_args(Transport))), ("order", order, get_args(Order))):
+        if value not in known:
+            raise ArgumentError(f"{name} is {value!r}", hint=f"give {', '.join(map(repr, filter(None, known)))} or nothing")
     check_seconds("timeout", timeout, MAX_TIMEOUT)
     overrides.check()
     if not is_whole(concurrent) or not 1 <= concurrent <= MOST_CONCURRENT:
         hint = f"give how many communicators make calls at a time on a GPU, 1 to {MOST_CONCURRENT}"
         raise ArgumentError(f"concurrent is {concurrent!r}", hint=hint)
     facts = _facts(group, capacity, timeout, overrides, concurrent)
+    facts["asked"] += (
+        f", wire={wire}" * (wire is not None)
+        + f", transport={transport}" * (transport is not None)
+        + f", order={order}" * (order != "islands")
+    )
     found, problem = _find_table(table, facts.get("device"), group.size)
     every = group.all_gather_object({**facts, "table": found.digest if found else "none", "problem": problem})
     for rank, theirs in enumerate(every):
@@ -115,9 +153,13 @@ def agree(
         if theirs["problem"]:
             raise ArgumentError(f"rank {rank}: {theirs['problem'][0]}", hint=theirs["problem"][1])
     check_alike(theirs["table"] for theirs in every)
+    reached = _reach(group, every) if group.device.type == "cuda" else [set(range(group.size))] * group.size
+    islands = island.split([theirs["host"] for theirs in every], lambda a, b: b in reached[a])
+    chosen, why = _choose(group, transport, islands, [theirs["host"] for theirs in every], reached)
+    _LOGGER.info("Communicator of %d ranks: transport %s (%s), %s", group.size, chosen, why, island.described(islands))
+    way: dict[str, Any] = {"transport": chosen, "islands": islands, "order": order, "why": why, "wire": "" if wire is None else wire.label}
     if group.device.type == "cpu":
-        return topology_of(group.size, capacity, overrides=overrides, table=found, concurrent=concurrent)
-    _check_reach(group, every)
+        return topology_of(group.size, capacity, overrides=overrides, table=found, concurrent=concurrent, **way)
     architectures = sorted({theirs["architecture"] for theirs in every})
     if len(architectures) > 1:
         raise PlatformError(f"the ranks' GPUs differ: {', '.join(architectures)}", hint="use GPUs of one kind in one group")
@@ -132,6 +174,7 @@ def agree(
         table=found,
         concurrent=concurrent,
         fitting=agreed([theirs["fitting"] for theirs in every]),
+        **way,
     )
 
 
@@ -147,11 +190,18 @@ def topology_of(
     table: Table | None = None,
     concurrent: int = 1,
     fitting: Fitting | None = None,
+    transport: Transport | None = None,
+    islands: Islands = (),
+    order: Order = "islands",
+    why: str = "",
+    wire: str = "",
 ) -> Topology:
     """The topology of a world whose facts are known, with what of ``table`` is for it. ``device``: the GPU's name, if it matters."""
     if table is not None and not table.unused:
         if architecture is None:
             table = table.without("this group is on the CPU")
+        elif transport == "host":
+            table = table.without("the ranks do not reach each other's memory")
         elif ranks_per_gpu > 1:
             table = table.without("ranks share GPUs")
         elif concurrent > 1:
@@ -173,6 +223,11 @@ def topology_of(
         table,
         concurrent,
         fitting,
+        transport or ("host" if architecture is None else "peer"),
+        islands,
+        order,
+        why,
+        wire,
     )
 
 
@@ -187,7 +242,7 @@ def _find_table(argument: TableArgument, device: str | None, world_size: int) ->
 def _facts(group: Group, capacity: Capacity, timeout: float, overrides: Overrides, concurrent: int) -> dict[str, Any]:
     shape = f"max_tokens={capacity.max_tokens}, hidden_size={capacity.hidden_size}, dtype={capacity.dtype}"
     together = f", concurrent={concurrent}" if concurrent != 1 else ""
-    facts: dict[str, Any] = {"asked": f"{shape}, timeout={float(timeout)}{overrides}{together}", "host": _host()}
+    facts: dict[str, Any] = {"asked": f"{shape}, timeout={float(timeout)}{overrides}{together}", "host": group.host}
     if group.device.type == "cuda":
         properties = torch.cuda.get_device_properties(group.device)
         facts["architecture"] = architecture_of((properties.major, properties.minor))
@@ -198,31 +253,50 @@ def _facts(group: Group, capacity: Capacity, timeout: float, overrides: Override
     return facts
 
 
-def _host() -> str:
-    """This host's name and, as names may repeat, which boot of a kernel it is, where that can be had."""
-    with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} (boot {_BOOT_ID.read_text().strip()})"
-    return socket.gethostname()
-
-
-def _check_reach(group: Group, every: list[dict[str, Any]]) -> None:
-    """Every GPU must be on one host and reach every other's memory; all ranks raise if a pair does not."""
-    for rank, facts in enumerate(every):
-        if facts["host"] != every[0]["host"]:
-            raise PlatformError(
-                f"the group spans several hosts: rank 0 is on {every[0]['host']}, rank {rank} on {facts['host']}",
-                hint="use a tensor-parallel group within one host",
-            )
+def _reach(group: Group, every: list[dict[str, Any]]) -> list[set[int]]:
+    """By rank, the ranks of its host whose GPU it has peer access to. Collective."""
     visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
     mine = group.device.index
-    refused = [
-        rank
-        for rank, facts in enumerate(every)
-        if facts["gpu"] in visible and visible[facts["gpu"]] != mine and not torch.cuda.can_device_access_peer(mine, visible[facts["gpu"]])
-    ]
-    for rank, peers in enumerate(group.all_gather_object(refused)):
-        if peers:
-            raise PlatformError(
-                f"rank {rank} has no peer access to the GPU of rank {peers[0]}",
-                hint="`collogue doctor` shows the peer access matrix; GPUs need NVLink or PCIe peer-to-peer",
-            )
+
+    def reaches(facts: dict[str, Any]) -> bool:
+        theirs = visible.get(facts["gpu"], mine)  # another container's GPU: symmetric memory will say
+        return facts["host"] == every[group.rank]["host"] and (theirs == mine or torch.cuda.can_device_access_peer(mine, theirs))
+
+    return [set(ranks) for ranks in group.all_gather_object([rank for rank, facts in enumerate(every) if reaches(facts)])]
+
+
+def _choose(group: Group, asked: Transport | None, islands: Islands, hosts: list[str], reached: list[set[int]]) -> tuple[Transport, str]:
+    """The transport and why: ``peer`` where every rank reaches every other's memory, unless another is asked for.
+
+    Raises :class:`PlatformError` where ``peer`` is asked for and cannot be.
+    """
+    problem, hint = "", 'leave transport out, or give transport="host"'
+    far = next((rank for rank, host in enumerate(hosts) if host != hosts[0]), None)
+    blind = next(((a, b) for a, ranks in enumerate(reached) for b in range(group.size) if b not in ranks), None)
+    if group.device.type == "cpu":
+        problem = "ranks on the CPU have no memory that others reach"
+    elif far is not None:
+        problem = f"the group spans several hosts: rank 0 is on {hosts[0]}, rank {far} on {hosts[far]}"
+    elif blind is not None:
+        problem = f"rank {blind[0]} has no peer access to the GPU of rank {blind[1]}"
+        hint += "; `collogue doctor` shows the peer access matrix"
+    elif group.size > MAX_PEERS:
+        problem = f"the group has {group.size} ranks; kernels reach {MAX_PEERS}"
+    if asked == "peer" and problem:
+        raise PlatformError(problem, hint=hint)
+    if asked == "host":
+        return "host", "asked for"
+    return ("host", problem) if problem else ("peer", "every pair of ranks has peer access")
+
+
+def check_terms(topology: Topology) -> None:
+    """Raise :class:`UnsupportedError` where a sum has more terms than the kernel that adds them on the host path takes."""
+    if topology.architecture is None or topology.transport == "peer":
+        return
+    sums = topology.sums
+    most = topology.world_size if sums is None else max(map(len, sums)) + len(sums) - 1
+    if most > MAX_TERMS:
+        raise UnsupportedError(
+            f"a sum of this group has {most} terms in {'rank order' if sums is None else 'its islands'}; kernels add at most {MAX_TERMS}",
+            hint='use a smaller group, or order="islands" over hosts with at most 8 ranks each',
+        )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from collogue.calls.terms import TermsForm
 from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 from collogue.planning.algorithm import ALGORITHMS
@@ -112,10 +113,12 @@ class QuantVariant:
         return hidden_size // 8 * row.code_bytes + 4 * scales
 
 
-def source_type(prologue: PrologueForm | None, dtype: torch.dtype) -> str:
+def source_type(prologue: PrologueForm | TermsForm | None, dtype: torch.dtype) -> str:
     """Where this rank's terms come from: a template of kernels/source.cuh, and its arguments behind the first."""
     if prologue is None:
         return "DirectSource"
+    if isinstance(prologue, TermsForm):
+        return f"TermsSource, {_DTYPES[prologue.dtype]}, {prologue.count}, {prologue.wide:#x}u, {prologue.starts:#x}u"
     weights = {"none": "NoWeight", "value": _DTYPES[dtype], "float32": "Float32"}[prologue.weights]
     if prologue.kind == "expert_reduce":
         return f"ExpertReduceSource, {weights}"
@@ -157,7 +160,8 @@ class Variant:
     @property
     def name(self) -> str:
         """Short and unique enough for a profiler's list."""
-        before = "experts_" * (self.source_type != "DirectSource") + "uneven_" * self.uneven
+        before = "terms_" if self.source_type.startswith("TermsSource") else "experts_" * (self.source_type != "DirectSource")
+        before += "uneven_" * self.uneven
         parts = ["branch"] * self.branch + ["residual"] * self.residual + ["norm"] * self.norm
         if self.quant.row.kind is not None:
             parts.append("".join(filter(str.isalnum, self.quant.format)).lower())

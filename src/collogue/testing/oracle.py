@@ -28,9 +28,11 @@ def by_reference(
     quant: Quant | None,
     keep_norm: bool,
     branch_norm: RMSNorm | None = None,
+    islands: Sequence[Sequence[int]] | None = None,
 ) -> Output:
     """:func:`collogue.reference.all_reduce`, on the device of the partials."""
-    return reference.all_reduce(partials, residual=residual, norm=norm, quant=quant, keep_norm=keep_norm, branch_norm=branch_norm)
+    epilogue = {"residual": residual, "norm": norm, "quant": quant, "keep_norm": keep_norm, "branch_norm": branch_norm}
+    return reference.all_reduce(partials, **epilogue, islands=islands)  # type: ignore[arg-type]
 
 
 def by_scalar(
@@ -40,6 +42,7 @@ def by_scalar(
     quant: Quant | None,
     keep_norm: bool,
     branch_norm: RMSNorm | None = None,
+    islands: Sequence[Sequence[int]] | None = None,
 ) -> Output:
     """:func:`collogue.testing.scalar.all_reduce` of CPU tensors, its bits as tensors."""
     dtype = partials[0].dtype
@@ -53,6 +56,7 @@ def by_scalar(
         quant=quant,
         keep_norm=keep_norm,
         branch=None if branch_norm is None else (branch_norm.weight.float().numpy(), branch_norm.eps, branch_norm.weight_offset),
+        islands=islands,
     )
     codes = None
     if result.codes is not None and quant is not None:

@@ -274,6 +274,7 @@ def all_reduce(
     quant: Quant | None = None,
     keep_norm: bool = False,
     branch: tuple[Array, float, float] | None = None,
+    islands: Sequence[Sequence[int]] | None = None,
 ) -> Result:
     """The whole contract: sum in rank order, residual, RMSNorm, quantization.
 
@@ -286,11 +287,15 @@ def all_reduce(
         quant: what to quantize to, or None.
         keep_norm: also return the norm beside its codes.
         branch: weight, eps and offset of a norm of the sum, which the residual is added to.
+        islands: the ranks of each; their sums, each in rank order, are added in order.
     Returns:
         Raw bits of every output.
     """
     with np.errstate(all="ignore"):
-        total = sum_in_rank_order([widen(partial, dtype) for partial in partials])
+        terms = [widen(partial, dtype) for partial in partials]
+        if islands is not None:
+            terms = [sum_in_rank_order([terms[rank] for rank in island]) for island in islands]
+        total = sum_in_rank_order(terms)
         if branch is not None:
             total = widen(narrow(rms_norm(widen(narrow(total, dtype), dtype), *branch), dtype), dtype)
         if residual is not None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from collogue.group import SymmetricBuffer, check_gpus, compare
+from collogue.group import SymmetricBuffer, check_gpus, compare, host_name
 from collogue.testing import environment
 
 T = TypeVar("T")
@@ -36,9 +36,12 @@ class _Meeting:
 class VirtualGroup:
     """One rank of a virtual world; a :class:`collogue.group.Group`."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, meeting: _Meeting, subgroups: dict[Any, _Meeting]) -> None:
+    def __init__(
+        self, rank: int, size: int, device: torch.device, meeting: _Meeting, subgroups: dict[Any, _Meeting], host: str | None = None
+    ) -> None:
         self.rank = rank
         self.size = size
+        self.host = host_name() if host is None else host
         self.name = f"virtual{rank}"
         self.device = device
         self._meeting = meeting
@@ -52,7 +55,7 @@ class VirtualGroup:
         self.barrier()
         if self.rank not in key:
             return None
-        return VirtualGroup(key.index(self.rank), len(key), self.device, self._subgroups[key], {})
+        return VirtualGroup(key.index(self.rank), len(key), self.device, self._subgroups[key], {}, self.host)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return self._meeting.exchange(self.rank, value)
@@ -60,8 +63,14 @@ class VirtualGroup:
     def barrier(self) -> None:
         self._meeting.exchange(self.rank, None)
 
-    def agree(self, what: str) -> None:
-        compare(self._meeting.exchange(self.rank, what))
+    def swap(self, what: str, give: Sequence[torch.Tensor], take: Sequence[torch.Tensor]) -> None:
+        self._finish()
+        told = self._meeting.exchange(self.rank, (what, give))
+        compare([text for text, _ in told])
+        for rank, (_, given) in enumerate(told):
+            if rank != self.rank:
+                take[rank].copy_(given[self.rank])
+        self.settle()
 
     def settle(self) -> None:
         """Wait for this rank's stream, then for every rank: afterwards nothing of this world runs on any GPU."""
@@ -101,11 +110,19 @@ class VirtualGroup:
         return torch.cuda.current_stream(self.device)
 
 
-def run_virtual(world_size: int, fn: Callable[[VirtualGroup], T], *, device: str | torch.device = "cpu", timeout: float = 60.0) -> list[T]:
+def run_virtual(
+    world_size: int,
+    fn: Callable[[VirtualGroup], T],
+    *,
+    device: str | torch.device = "cpu",
+    timeout: float = 60.0,
+    hosts: Sequence[str] | None = None,
+) -> list[T]:
     """Call ``fn(group)`` in one thread per rank and return the results by rank.
 
     ``device="cuda"`` spreads the ranks over the GPUs there are, ``"cuda:0"`` puts all on one. The first exception of a rank is
     raised here; the others are released from whatever meeting they wait in. Without a GPU ``"cuda"`` is a :class:`PlatformError`.
+    ``hosts``: by rank, the name of the host that it is to be on.
 
     On GPUs, kernels of one rank wait for kernels of the others, so nothing that waits for a whole GPU (freeing memory, loading a
     kernel, starting a graph capture) may come between the launches of one call: :meth:`Communicator.prepare` first, and
@@ -131,7 +148,7 @@ def run_virtual(world_size: int, fn: Callable[[VirtualGroup], T], *, device: str
                 where = torch.device("cuda", rank % torch.cuda.device_count())
             if where.type == "cuda":
                 torch.cuda.set_device(where)
-            group = VirtualGroup(rank, world_size, where, meeting, subgroups)
+            group = VirtualGroup(rank, world_size, where, meeting, subgroups, None if hosts is None else hosts[rank])
             if where.type == "cuda":
                 with torch.cuda.stream(torch.cuda.Stream(where)):  # type: ignore[no-untyped-call]
                     results[rank] = fn(group)

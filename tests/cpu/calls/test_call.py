@@ -14,7 +14,6 @@ import collogue.calls.call
 import collogue.calls.outputs
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static
 from collogue.contract.spec import Output, RMSNorm
-from collogue.cpu import ReferenceEngine
 from collogue.errors import (
     ArgumentError,
     CapacityError,
@@ -29,6 +28,7 @@ from collogue.errors import (
     ShapeError,
 )
 from collogue.formats import empty_scales
+from collogue.host.engine import HostEngine
 from collogue.testing import VirtualGroup, run_virtual
 
 Call = Callable[[collogue.Communicator, dict[str, Any]], object]
@@ -69,10 +69,10 @@ def refused(call: Call, error: type[CollogueError], message: str, hint: str) -> 
         check_works(comm, quant=FP8PerToken())
         check_works(comm)
 
-    run = ReferenceEngine.run
+    run = HostEngine.run
     with pytest.MonkeyPatch.context() as patch:
         # The engine after a refused call is the one of `check_works`.
-        patch.setattr(ReferenceEngine, "run", lambda self, call, out: (launched.append(call), run(self, call, out))[1])
+        patch.setattr(HostEngine, "run", lambda self, call, out: (launched.append(call), run(self, call, out))[1])
         run_virtual(2, rank)
     assert len(launched) == 4
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from collogue import kernels
+from collogue.calls.terms import MAX_TERMS
 from collogue.errors import CompileError, PlatformError
 from collogue.gpu import failure, jit, workspace
 from collogue.gpu.engine import _launch_more
@@ -16,7 +17,7 @@ from collogue.gpu.failure import FailureRecord
 from collogue.gpu.header import ENTRY_BYTES
 from collogue.gpu.launch import Params
 from collogue.gpu.workspace import CONTROL_BYTES, SENTINELS
-from collogue.group import MAX_WORLD_SIZE
+from collogue.group import MAX_PEERS
 from collogue.planning.extent import GENERATIONS, ONE_SHOT_GENERATIONS
 
 pytestmark = pytest.mark.slow
@@ -52,7 +53,7 @@ def test_another_size_is_seen(name: str, structure: type[ctypes.Structure]) -> N
 
 def test_what_python_reads_is_what_the_compiler_reads() -> None:
     check(
-        f"kMaxWorld == {workspace.MAX_RANKS} && kMaxWorld == {MAX_WORLD_SIZE}",
+        f"kMaxWorld == {workspace.MAX_RANKS} && kMaxWorld == {MAX_PEERS} && kMaxTerms == {MAX_TERMS}",
         f"kGenerations == {GENERATIONS} && kOneShotGenerations == {ONE_SHOT_GENERATIONS}",
         f"kDataOffset == {CONTROL_BYTES}",
         "sizeof(Control) <= kMarksOffset && kMarksOffset + kMarks * kMaxWorld * sizeof(Mark) <= kNotesOffset",

@@ -28,7 +28,8 @@ def found() -> list[dict[str, Any]]:
 #: Per scene, per rank: the error and words of its text.
 EXPECTED = {
     "late": [("CollectiveTimeout", "for rank 1")] * 3,
-    "late_in_the_middle": [("CollectiveTimeout", "for rank 1"), ("CollectiveTimeout", "for rank 1"), ("CollectiveTimeout", "for rank 1")],
+    # The late rank has everybody's bytes, and hears of it afterwards.
+    "late_in_the_middle": [("CollectiveTimeout", "for rank 1"), ("", ""), ("CollectiveTimeout", "for rank 1")],
     "without_tokens": [("CollectiveTimeout", "rank 1")] * 3,
     "other_tokens_and_late": [("MismatchedCall", "rank 2 with (all_reduce, tokens=3")] * 3,
     "in_prepare": [("MismatchedCall", "rank 1 with (a barrier)")] * 3,
@@ -59,9 +60,9 @@ def test_scenes(found: list[dict[str, Any]], scene: str) -> None:
         kind, text, seconds, checked = told
         assert kind == name, (rank, told)
         assert words in text, (rank, told)
-        assert "hint: " in text or kind == "KeyboardInterrupt", (rank, told)
+        assert "hint: " in text or kind in ("KeyboardInterrupt", ""), (rank, told)
         assert seconds < TIMEOUT + 1.0 or "late" in scene, (rank, told)
-        assert checked == ("CollectiveError" if kind == "KeyboardInterrupt" else kind), (rank, told)
+        assert checked == {"KeyboardInterrupt": "CollectiveError", "": "CollectiveTimeout"}.get(kind, kind), (rank, told)
 
 
 def test_late_ranks_are_named_in_time(found: list[dict[str, Any]]) -> None:

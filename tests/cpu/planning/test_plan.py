@@ -211,7 +211,8 @@ def test_fits_is_exact_for_widths_that_no_kernel_takes(monkeypatch: pytest.Monke
                 assert make_kernels(facts, request(3, width), make_plan(facts, request(3, width)))
             with pytest.raises(FormatError, match=f"the largest is {most}"):
                 launch_shape(facts, 3, most + 8, None)
-        monkeypatch.setattr(collogue.communicator, "agree", lambda *a, architecture=architecture, **k: topology(architecture=architecture))
+        facts = topology(architecture=architecture)
+        monkeypatch.setattr(collogue.communicator, "agree", lambda *a, facts=facts, **k: dataclasses.replace(facts, transport="host"))
 
         def rank(group: VirtualGroup, most: int = most) -> None:
             Communicator(group, max_tokens=4, hidden_size=most)
@@ -356,7 +357,7 @@ def test_the_text_of_a_plan_is_80_columns_wide_and_says_everything() -> None:
         assert plan.shape is None or f"{plan.launches}, of up to {plan.rows} rows" in told
 
 
-_NAMES = ("algorithm", "why", "shape", "launches", "predicted", "floor", "measured", "table", "bytes sent", "workspace")
+_NAMES = ("algorithm", "why", "transport", "shape", "launches", "predicted", "floor", "measured", "table", "bytes sent", "workspace")
 
 
 def test_the_text_of_a_measured_plan() -> None:

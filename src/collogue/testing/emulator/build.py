@@ -14,6 +14,7 @@ import torch
 
 from collogue import kernels
 from collogue.calls.request import Request
+from collogue.calls.terms import TermsForm
 from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Wanted, largest_block
@@ -51,6 +52,8 @@ class Case:
     ``rows`` clusters of CTAs do all rows of a call in turns; ``None``: one cluster a row. Each thread holds ``vectors`` times 8 elements.
 
     ``uneven``: calls say how many rows each rank owns; where they do not, rank 0 owns all.
+
+    ``terms``: ``local`` adds so many tensors, as the host path gives them to it.
     """
 
     world: int
@@ -72,6 +75,7 @@ class Case:
     slots: int = 3
     branch: bool = False
     uneven: bool = False
+    terms: TermsForm | None = None
 
     @property
     def cluster(self) -> int:
@@ -101,7 +105,8 @@ class Case:
         residual, norm = self.residual and not moves, self.norm and not moves
         late = norm and not self.prefetch
         shape = tokens, self.hidden_size, self.dtype
-        plain = Request(*shape, residual, norm, False, self.quant, self.wanted, self.operation, late, self.prologue, self.branch)
+        term = self.prologue or self.terms
+        plain = Request(*shape, residual, norm, False, self.quant, self.wanted, self.operation, late, term, self.branch)
         return replace(plain, rows=self.split(tokens, split))
 
     def _rows(self, tokens: int, split: tuple[int, ...] | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeAlias
@@ -12,6 +13,7 @@ import torch
 from collogue import kernels
 from collogue.calls.call import Call
 from collogue.calls.request import Signature
+from collogue.calls.terms import Terms, TermsForm
 from collogue.contract import reference
 from collogue.contract.formats import scale_storage
 from collogue.contract.prologue import Prologue
@@ -20,6 +22,7 @@ from collogue.gpu.failure import FailureRecord
 from collogue.gpu.launch import Params, timeouts
 from collogue.gpu.parameters import fill_call, fill_shape, fill_shard, fill_workspace, later_launches
 from collogue.gpu.workspace import JOURNAL_OFFSET, SENTINELS, Control, clean_control
+from collogue.host.finish import ReferenceFinisher
 from collogue.planning.algorithm import ALGORITHMS
 from collogue.planning.extent import CONTROL_BYTES, ONE_SHOT_GENERATIONS, Extent
 from collogue.testing.compare import compare
@@ -30,7 +33,7 @@ from collogue.testing.inputs import make_inputs, make_prologue
 #: holds CTAs up; keeps a rank from launching one of its kernels until all others have ended.
 MODES = ("fair", "late", "ahead", "slow_ctas", "absent")
 #: Makes a rank's partial from the one that the kind of inputs has given it.
-Terms: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
+Change: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 _POISON = 0xEE
 _LEFT_UNIT = kernels.constants("protocol.cuh")["kLeftUnit"]  # what one-shot leaves to be cleaned is a multiple of this
 _NEVER = (1 << 32) - 1
@@ -120,7 +123,7 @@ def emulate(
     victim: int = 0,
     absent_call: int | None = None,
     kind: str = "normal",
-    terms: Terms | None = None,
+    terms: Change | None = None,
     timeout: float = 1.0,
     before: Callable[[list[torch.Tensor]], None] = lambda workspaces: None,
     written_late: int | None = None,
@@ -302,7 +305,7 @@ def _written_late(
     return replace(call, norm=norm, quant=quant), launches, ranges
 
 
-def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> tuple[list[Call], list[Output]]:
+def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Change | None) -> tuple[list[Call], list[Output]]:
     """What every rank calls, and what every rank must get."""
     values, residual, weight = _inputs(case, ask.tokens, kind, seed)
     if terms is not None:
@@ -329,6 +332,10 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> t
     request, device = case.request(ask.tokens, ask.rows), torch.device("cpu")
     rows = [owned_rows(ask.tokens, case.world, rank, request.rows) for rank in range(case.world)]
     whole = Signature(request, None, device)
+    if case.terms is not None:
+        every = [_terms(case.terms, case, ask.tokens, kind, seed + 100 * rank) for rank in range(case.world)]
+        calls = [Call(terms, residual, norm, case.quant, case.keep_norm, branch_norm=branch, signature=whole) for terms in every]
+        return calls, [_finished(call) for call in calls]
     if ALGORITHMS[case.algorithm].alone:
         expected = [reference.all_reduce([p], **epilogue) for p in partials]  # type: ignore[arg-type]
         return [Call(p, residual, norm, case.quant, branch_norm=branch, signature=whole) for p in partials], expected
@@ -353,6 +360,27 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Terms | None) -> t
         for p, mine, part in zip(partials, own, parts, strict=True)
     ]
     return calls, expected
+
+
+def _terms(form: TermsForm, case: Case, tokens: int, kind: str, seed: int) -> Terms:
+    """Terms of ``form``: tensors of ``kind``, with words of negative zeros."""
+    shape, values = {"tokens": tokens, "hidden_size": case.hidden_size, "seed": seed}, []
+    for k in range(form.count):
+        dtype = torch.float32 if form.wide >> k & 1 else form.dtype
+        values.append(make_inputs(kind, rank=k, dtype=dtype, **shape).partial)  # type: ignore[arg-type]
+        values[-1][:, k % 8 :: 8] = -0.0
+    starts = [k for k in range(form.count) if form.starts >> k & 1]
+    islands = tuple(tuple(range(a, b)) for a, b in itertools.pairwise([*starts, form.count])) if starts else None
+    made = Terms(tuple(values), islands)
+    assert made.form == form
+    return made
+
+
+def _finished(call: Call) -> Output:
+    """What the host path's finisher on the CPU gives for a step."""
+    out = call.signature.empty()
+    ReferenceFinisher().run(call, out)
+    return out
 
 
 def _inputs(case: Case, tokens: int, kind: str, seed: int) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor]:

@@ -1,0 +1,74 @@
+"""The host path on GPUs: the group moves rows, kernels add and finish them. Virtual ranks, and processes that share GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from islands import check, check_experts, on_hosts
+from ranks import HIDDEN_SIZE, communicator
+from samples import every_format
+
+from collogue.errors import CaptureError
+from collogue.planning.islands import split
+from collogue.testing import VirtualGroup, run_virtual
+from collogue.testing.processes import run_processes
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"), pytest.mark.timeout(600)]
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("hosts", ["aa", "aaa", "aaaaaaaa", "aabb", "aaaabbbb", "aaab", "abab", "abc"])
+def test_virtual_ranks(hosts: str, algorithm: Any) -> None:
+    """Islands as virtual hosts, and one host whose transport is asked for: every format, every operation."""
+    islands = split(hosts) if 1 < len(set(hosts)) < len(hosts) else None
+
+    def rank(group: VirtualGroup) -> list[str]:
+        found = []
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            comm = communicator(group, algorithm=algorithm, max_tokens=300, hidden_size=7168, dtype=dtype, transport="host", timeout=20)
+            for i, quant in enumerate((None, *every_format(128, "cuda"))):
+                found += check(comm, islands, 5, quant=quant, width=1024) + check(
+                    comm, islands, 160, quant=quant, kind="normal", seed=i, width=7168
+                )
+            rows = [(3 * r + 1) % 4 for r in range(len(hosts))]
+            found += check(comm, islands, sum(rows), rows=rows, kind="subnormal") + check_experts(comm, islands)
+            group.settle()
+            comm.close()
+        return found
+
+    assert [text for found in run_virtual(len(hosts), rank, device="cuda", hosts=list(hosts), timeout=300) for text in found] == []
+
+
+def on_gpu(group: dist.ProcessGroup, tell: Any, sizes: tuple[int, ...]) -> list[str]:
+    return on_hosts(group, tell, sizes, f"cuda:{torch.cuda.current_device()}")
+
+
+@pytest.mark.parametrize("sizes", [(2,), (3,), (4,), (2, 2), (3, 1)], ids=str)
+def test_processes(sizes: tuple[int, ...]) -> None:
+    """Over gloo where there are fewer GPUs than ranks, else over NCCL."""
+    assert [text for found in run_processes(sum(sizes), on_gpu, sizes, device="cuda", silence=120) for text in found] == []
+
+
+def captured(group: dist.ProcessGroup, tell: Any) -> str:
+    """A call under capture: NCCL's replays give the bits of the eager call, other groups refuse it."""
+    comm = communicator(group, device=f"cuda:{torch.cuda.current_device()}", transport="host")
+    partial = torch.full((4, HIDDEN_SIZE), 1.0 + comm.rank, dtype=torch.bfloat16, device=comm.device)
+    eager = comm.all_reduce(partial).reduced
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = comm.all_reduce(partial).reduced
+    except CaptureError:
+        return "refused"
+    graph.replay()
+    torch.cuda.synchronize()
+    return "equal" if eager is not None and out is not None and torch.equal(eager, out) else "different"
+
+
+def test_graphs() -> None:
+    ranks = 2
+    expected = "equal" if torch.cuda.device_count() >= ranks else "refused"
+    assert run_processes(ranks, captured, device="cuda") == [expected] * ranks
