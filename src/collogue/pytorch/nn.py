@@ -241,7 +241,7 @@ class FusedRMSNorm(nn.Module):
         if self.handover is not None:
             return self.handover.give(out, leading)
         assert out.norm is not None
-        return out.norm.view(*leading, out.norm.shape[-1])
+        return out.norm if out.norm.shape[:-1] == leading else out.norm.view(*leading, out.norm.shape[-1])
 
     @property
     def description(self) -> RMSNorm:
@@ -328,5 +328,5 @@ def finish(
     )
     if taker is not None:
         assert shaped.residual is not None
-        taker.hand_over(shaped.residual, taker.result(out, shape[:-1]))
+        taker.hand_over(shaped.residual, taker.result(shaped, shape[:-1]))
     return shaped

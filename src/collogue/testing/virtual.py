@@ -160,15 +160,16 @@ def run_virtual(
             release()
 
     threads = [threading.Thread(target=work, args=(rank,), name=f"rank{rank}", daemon=True) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         for thread in threads:
             thread.join()
     except BaseException:  # an interrupt: a rank that were left in PyTorch would abort the process when the interpreter ends
         release()
         for thread in threads:
-            thread.join(timeout)
+            if thread.ident is not None:  # it was started
+                thread.join(timeout)
         raise
     if errors:
         first = next((e for _, e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0][1])

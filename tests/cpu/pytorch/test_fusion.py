@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ T, H, EPS = 6, 64, 1e-5
 @pytest.fixture(scope="module")
 def group() -> Iterator[Any]:
     """A real process group, of one rank: its all-reduce does nothing, so every difference is the pass's."""
+    gc.collect()  # communicators that other tests left open, of groups that had the same name
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()

@@ -333,7 +333,7 @@ def test_processes_return_by_rank(faults: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "told"),
-    [("silent", "no rank has said a word for 10 s"), ("dying", "rank 1 ended with exit code 7"), ("raising", "is wrong")],
+    [("silent", "no rank has said a word for 20 s"), ("dying", "rank 1 ended with exit code 7"), ("raising", "is wrong")],
 )
 def test_a_lost_rank_ends_all_and_every_stage_is_told(faults: Any, fault: str, told: str) -> None:
     with pytest.raises(RanksFailed) as caught:
