@@ -41,7 +41,7 @@ class Pool:
         if key not in self._made:
             self._made[key] = None
             try:
-                shape = {"max_tokens": most, "hidden_size": width, "dtype": dtype, "device": device, "timeout": timeout()}
+                shape: dict[str, Any] = {"max_tokens": most, "hidden_size": width, "dtype": dtype, "device": device, "timeout": timeout()}
                 made = Communicator(group(), **shape, transport=peer_on(torch.device(device)))
             except CollogueError as error:
                 reason = str(error).splitlines()[0]
