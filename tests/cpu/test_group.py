@@ -16,7 +16,7 @@ from ranks import check_works, communicator
 
 import collogue
 from collogue.calls.capacity import Capacity
-from collogue.errors import ArgumentError, CapacityError, CollogueError, DTypeError, GroupError, PlatformError, ShapeError
+from collogue.errors import ArgumentError, CapacityError, CaptureError, CollogueError, DTypeError, GroupError, PlatformError, ShapeError
 from collogue.gpu.launch import timeouts
 from collogue.group import TorchGroup, host_name
 from collogue.link import sockets
@@ -326,3 +326,33 @@ def test_a_group_works_after_a_refusal() -> None:
         check_works(communicator(group))
 
     run_virtual(2, rank)
+
+
+# How bytes move
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_nccl_moves_bytes_behind_a_comparison(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ranks call is compared before anything is queued; not under capture, where nobody may wait."""
+    done: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(dist, "all_to_all", lambda taken, given, group: done.append((taken, given, group)))
+    link = SimpleNamespace(exchange=lambda what, payload: done.append((what, payload)))
+    facts = {"device": torch.device("cuda", 0), "by_nccl": True, "link": link, "rank": 1, "process_group": "group", "name": "0"}
+    give, take = [torch.arange(4.0) + r for r in range(3)], [torch.zeros(r, 2, dtype=torch.bfloat16) for r in range(3)]
+    TorchGroup.swap(SimpleNamespace(**facts), "a call", give, take)  # type: ignore[arg-type]
+    if not capturing:
+        assert done.pop(0) == ("a call", b"")
+    ((taken, given, group),) = done
+    assert group == "group"
+    assert [each.numel() for each in given] == [16, 0, 16]
+    assert [each.numel() for each in taken] == [0, 0, 8]
+    assert given[2].data_ptr() == give[2].data_ptr()
+    assert taken[2].data_ptr() == take[2].data_ptr()
+
+
+def test_bytes_that_go_through_the_host_are_in_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    group: Any = SimpleNamespace(device=torch.device("cuda", 0), by_nccl=False, name="7")
+    with pytest.raises(CaptureError, match=r"bytes of group '7' travel through the host.*\nhint: make the call outside of the capture"):
+        TorchGroup.swap(group, "all_reduce", [], [])

@@ -16,12 +16,15 @@ from samples import DTYPES, every_format, same, wild
 import collogue
 from collogue import Output, RMSNorm, reference
 from collogue.calls.call import Call
+from collogue.calls.capacity import Capacity
 from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, describe
 from collogue.contract.spec import as_islands
-from collogue.errors import ArgumentError, CollogueError, MismatchedCall
+from collogue.errors import ArgumentError, CollogueError, MismatchedCall, UnsupportedError
 from collogue.host.engine import HostEngine
-from collogue.planning.host import steps
+from collogue.planning.host import plan_call, steps
 from collogue.planning.islands import adder, split
+from collogue.planning.plan import Plan
+from collogue.planning.topology import Overrides, Topology, check_terms
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.inputs import make_prologue
 from collogue.testing.oracle import by_reference, by_scalar
@@ -166,6 +169,80 @@ def test_explain_names_transport_and_islands() -> None:
     ours, plain = (" ".join(text.split()) for text in texts[0])
     assert "transport host; ranks on the CPU have no memory that others reach; 2 islands: ranks 0 1; 2 3, each added for itself" in ours
     assert "2 islands: ranks 0 1; 2 3, added in rank order" in plain
+
+
+def on_gpus(hosts: str, **facts: Any) -> Topology:
+    way: dict[str, Any] = {"transport": "host", "islands": split(hosts), "why": "no peer access", **facts}
+    return Topology(len(hosts), 4096, 7168, torch.bfloat16, "sm_90a", 132, 1, **way)
+
+
+def planned(topology: Topology, tokens: int, operation: Any = "all_reduce", **more: Any) -> Plan:
+    capacity = Capacity(4096, 7168, torch.bfloat16, torch.device("cpu"), topology.world_size)
+    return plan_call(topology, capacity.request(tokens, True, True, None, False, None, operation, **more))
+
+
+def test_plans_of_gpus_on_the_host_path() -> None:
+    """Small calls by one exchange, others by owners, of two ranks always by one; nothing is predicted, and no line is too long."""
+    ways = [[planned(on_gpus(hosts), tokens).algorithm for tokens in (1, 4096)] for hosts in ("aa", "aaaa", "aabb")]
+    assert ways == [["host_gather"] * 2, ["host_gather", "host_owners"], ["host_gather", "host_owners"]]
+    assert planned(on_gpus("aabb", overrides=Overrides("one_shot")), 4096).algorithm == "host_gather"
+    assert planned(on_gpus("aabb"), 0).algorithm == planned(on_gpus("aabb"), 5, "finish").algorithm == "local"
+    for operation in ("all_reduce", "sharded", "reduce_scatter", "all_gather"):
+        for tokens in (1, 4096):
+            plan = planned(on_gpus("aabbcc"), tokens, operation)
+            lines = str(plan).splitlines()
+            assert max(map(len, lines)) <= 80
+            assert (plan.shape is None) == (operation == "all_gather")
+            assert lines[[line.split()[0] for line in lines].index("predicted")].split() == ["predicted", "-"]
+            assert "3 islands: ranks 0 1; 2 3; 4 5" in " ".join(str(plan).split())
+
+
+def test_sums_of_more_terms_than_a_kernel_adds() -> None:
+    check_terms(on_gpus("a" * 15 + "b"))
+    for facts in (on_gpus("aaaabbbb" * 3, order="rank"), on_gpus("a" * 17 + "b")):
+        with pytest.raises(UnsupportedError, match=r"a sum of this group has (24|18) terms in .*; kernels add at most 16"):
+            check_terms(facts)
+    check_terms(replace(on_gpus("a" * 32, order="rank"), architecture=None))
+    assert planned(on_gpus("aaaabbbb" * 3), 1).algorithm == "host_owners"
+
+
+@pytest.mark.parametrize("wire", [None, FP8Group(32)], ids=str)
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("hosts", ["aaa", "aab", "aaabbb", "ababa", "abc"])
+def test_bytes_are_those_that_the_plan_says(hosts: str, algorithm: Any, wire: Any) -> None:
+    """The rank that sends most sends as many as ``explain`` would say on GPUs."""
+
+    def rank(group: VirtualGroup) -> list[tuple[int, int]]:
+        sent, swap = [0], group.swap
+
+        def counted(what: str, give: Any, take: Any) -> None:
+            sent[0] += sum(each.nbytes for r, each in enumerate(give) if r != group.rank)
+            swap(what, give, take)
+
+        group.swap = counted  # type: ignore[method-assign]
+        comm = communicator(group, algorithm=algorithm, wire=wire)
+        facts, found = replace(comm.topology, architecture="sm_90a", multiprocessors=132), []
+        partial = torch.ones(7, HIDDEN_SIZE, dtype=torch.bfloat16)
+        norm = RMSNorm(torch.ones(HIDDEN_SIZE))
+        calls: dict[Any, Any] = {
+            "all_reduce": lambda: comm.all_reduce(partial, norm=norm),
+            "sharded": lambda: comm.all_reduce(partial, norm=norm, sharded=True),
+            "reduce_scatter": lambda: comm.reduce_scatter(partial, norm=norm),
+            "all_gather": lambda: comm.unshard(comm.shard(partial), 7),
+        }
+        for operation, call in calls.items():
+            sent[0] = 0
+            call()
+            request = comm._capacity.request(7, operation == "all_gather", norm, None, False, None, operation)
+            if operation == "all_gather":
+                request = comm._capacity.request(7, True, None, None, False, None, operation)
+            plan = plan_call(facts, request)
+            assert plan.algorithm.startswith("host")
+            found.append((plan.bytes_sent, sent[0]))
+        return found
+
+    for planned in zip(*run_virtual(len(hosts), rank, hosts=list(hosts)), strict=True):
+        assert max(sent for _, sent in planned) == planned[0][0]
 
 
 class Recording:

@@ -246,6 +246,7 @@ def dequantize(codes: Tensor, scales: Tensor | None, quant: Quant, *, hidden_siz
 
 def finished(y: Tensor, norm: RMSNorm | None, quant: Quant | None, wanted: Wanted) -> Output:
     """What follows the prenorm ``y`` [T, H]: norm and quantization, each output where it was asked for."""
+    _check_arithmetic()
     n = y if norm is None else rms_norm(y, norm)
     codes, scales = (None, None) if quant is None else quantize(n, quant)
     return Output(
@@ -339,6 +340,7 @@ def _over(term: Tensor, wire: Quant) -> Tensor:
 
 def stream(total: Tensor, dtype: torch.dtype, residual: Tensor | None = None, branch_norm: RMSNorm | None = None) -> Tensor:
     """``y`` [T, H] in ``dtype`` from a float32 sum: ``round(total + residual)``, with ``branch_norm`` ``round(residual + its norm)``."""
+    _check_arithmetic()
     if branch_norm is not None:
         total = rms_norm(round_value(total, dtype), branch_norm).float()
     return round_value(total if residual is None else total + residual.float(), dtype)

@@ -9,7 +9,7 @@ import torch
 
 from collogue.communicator import Communicator
 from collogue.errors import CollogueError
-from collogue.flashinfer.workspace import WATCH_INTERVAL, failed, timeout
+from collogue.flashinfer.workspace import WATCH_INTERVAL, failed, peer_on, timeout
 from collogue.gpu.watch import Watch
 
 
@@ -41,7 +41,8 @@ class Pool:
         if key not in self._made:
             self._made[key] = None
             try:
-                made = Communicator(group(), max_tokens=most, hidden_size=width, dtype=dtype, device=device, timeout=timeout())
+                shape: dict[str, Any] = {"max_tokens": most, "hidden_size": width, "dtype": dtype, "device": device, "timeout": timeout()}
+                made = Communicator(group(), **shape, transport=peer_on(torch.device(device)))
             except CollogueError as error:
                 reason = str(error).splitlines()[0]
                 self._logger.warning("not served by Collogue, all-reduce and norm stay apart: %s", reason)

@@ -17,6 +17,7 @@ from collogue.contract.spec import VALUE_DTYPES
 from collogue.errors import ArgumentError, CapacityError, ClosedError, CollogueError, GroupError, NotPrepared, UnsupportedError
 from collogue.gpu.watch import Watch
 from collogue.group import as_group
+from collogue.planning.topology import Transport
 
 #: Seconds that a call waits for a rank before it fails, as long as PyTorch waits for NCCL. FlashInfer waits for ever, and an engine's
 #: ranks may be minutes apart while one of them compiles.
@@ -170,7 +171,8 @@ class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
                 f"the workspace has nothing yet for rows of {hidden_size} in {dtype}, and a CUDA graph is being captured",
                 hint="make such a call once before the capture",
             )
-        made = Communicator(self._group, max_tokens=max_tokens, hidden_size=hidden_size, dtype=dtype, timeout=timeout())
+        way = peer_on(as_group(self._group).device)
+        made = Communicator(self._group, max_tokens=max_tokens, hidden_size=hidden_size, dtype=dtype, timeout=timeout(), transport=way)
         self._communicators.append(made)
         if made.device.type == "cuda":
             self._watches.append(made.watch(failed, WATCH_INTERVAL))
@@ -198,6 +200,11 @@ class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
 
 #: Workspaces by the address of their ``workspace_tensor``, which is all that ``trtllm_allreduce_fusion`` is given.
 _of_tensor: weakref.WeakValueDictionary[int, TRTLLMAllReduceFusionWorkspace] = weakref.WeakValueDictionary()
+
+
+def peer_on(device: torch.device) -> Transport | None:
+    """The transport of engines: on GPUs peers or nothing, as where there are none an engine has its own all-reduce."""
+    return "peer" if device.type == "cuda" else None
 
 
 def timeout() -> float:

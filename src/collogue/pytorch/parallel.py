@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from collogue.communicator import Communicator
 from collogue.contract.calibration import Calibration
+from collogue.contract.quant import Quant
 from collogue.contract.spec import Output
 from collogue.contract.weight import QuantizedWeight
 from collogue.errors import ArgumentError, CollogueError
@@ -38,6 +39,7 @@ def parallelize(
     quant: str | None = None,
     calibration: Calibration | None = None,
     keep_packed: bool = False,
+    wire: Quant | None = None,
 ) -> Any:
     """Cut a transformers decoder among the ranks of ``group``, and end attention and MLP of every layer in one fused call each.
 
@@ -62,6 +64,7 @@ def parallelize(
         calibration: the inputs' amax by layer, for ``"fp8_static"`` and ``"nvfp4"``.
         keep_packed: keep quantized weights that the device has no product for, and decode them in every call. Default: they are
             decoded once, here, to the model's dtype and take its memory.
+        wire: as for :class:`collogue.Communicator`: a format in which terms travel.
     Returns:
         ``model``; its communicator is ``model.comm``, which stays open as long as the model is used. ``state_dict()`` and
         ``save_pretrained`` raise: :func:`collogue.full_state_dict` gives the whole. ``load_state_dict`` takes a whole checkpoint and
@@ -79,7 +82,8 @@ def parallelize(
     known = as_group(group, device)
     decoder = _agree(model, known, fuse, Recipe.of(quant, calibration))
     config, dtype = decoder.base.config, decoder.base.dtype
-    comm = Communicator(group, max_tokens=max_tokens, hidden_size=config.hidden_size, dtype=dtype, device=device, timeout=timeout)
+    asked = {"max_tokens": max_tokens, "hidden_size": config.hidden_size, "dtype": dtype, "device": device, "timeout": timeout}
+    comm = Communicator(group, **asked, wire=wire)
     try:
         with _undone_by_errors(model) as undo:
             _apply(decoder, comm, fuse, keep_packed, undo)

@@ -592,3 +592,12 @@ def test_checkpoints_at_several_world_sizes() -> None:
         for logits in run_virtual(world_size, load):
             torch.testing.assert_close(logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(collogue.full_state_dict(model)[name], tensor) for name, tensor in expected.items())
+
+
+def test_terms_that_travel_in_fewer_bytes() -> None:
+    """Near the whole model's logits, and not the bits that they are without."""
+    model = small_model("llama")
+    whole, plain = model(TOKENS).logits, parallel_logits(model)
+    less = parallel_logits(model, wire=collogue.FP8Group(16))
+    assert not torch.equal(less, plain)
+    assert (less - whole).norm() < 0.1 * whole.norm()
