@@ -88,7 +88,7 @@ class ReferenceEngine:
         return replace(finished, reduced=own.reduced, residual=own.residual)
 
     def _gather(self, shard: Output, call: Call) -> Output:
-        """What the shards of all ranks hold, one below the other. Scales go from the layout of a shard into that of all rows."""
+        """What the shards of all ranks hold, concatenated. Scales go from the layout of a shard into that of all rows."""
         whole = Output()
         for name, tensor in shard.items():
             if name == "scales":

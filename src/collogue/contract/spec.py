@@ -142,8 +142,9 @@ def largest_block(tokens: int, world_size: int, rows: Sequence[int] | None = Non
 
 
 def as_rows(rows: Sequence[int] | None, world_size: int) -> tuple[int, ...] | None:
-    """``rows=`` as calls keep it. Raises :class:`ArgumentError` for what are no Python ints, :class:`ShapeError` for what is no number of
-    rows for each rank.
+    """``rows=`` as calls keep it.
+
+    Raises :class:`ArgumentError` for what are not Python ints, :class:`ShapeError` for what is not a number of rows for each rank.
     """
     if rows is None:
         return None

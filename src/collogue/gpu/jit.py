@@ -103,7 +103,7 @@ def compile_source(
         code = core.Program(source, "c++", chosen).compile("cubin", logs=log)
     except Exception as error:
         raise CompileError(
-            f"NVRTC refused {name} for {architecture}: {error}\n{log.getvalue()}",
+            f"NVRTC failed to compile {name} for {architecture}: {error}\n{log.getvalue()}",
             hint="run `collogue doctor`; if NVRTC is 13.0 or later, please report this with the text above",
         ) from error
     return bytes(code.code), log.getvalue()

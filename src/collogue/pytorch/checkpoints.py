@@ -68,7 +68,7 @@ def method_of(config: Any) -> str | None:
 
 
 def is_quantized(linear: nn.Module) -> bool:
-    """Whether a layer holds codes and scales, whatever they are called."""
+    """Whether a layer holds codes and scales, under any name."""
     return any(tensor.dtype in (torch.float8_e4m3fn, torch.uint8, torch.int8, torch.int32) for tensor in _tensors(linear).values())
 
 

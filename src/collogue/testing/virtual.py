@@ -1,4 +1,4 @@
-"""Virtual ranks: N ranks of one process, a thread each, on the CPU or on whatever GPUs there are.
+"""Virtual ranks: N ranks of one process, a thread each, on the CPU or on the GPUs there are.
 
 On GPUs each rank has a stream of its own and plain device memory as its workspace; kernels, plans and workspace code are
 the ones that real ranks use. Timings of virtual ranks mean nothing: they share a GPU.
@@ -105,7 +105,7 @@ def run_virtual(world_size: int, fn: Callable[[VirtualGroup], T], *, device: str
     """Call ``fn(group)`` in one thread per rank and return the results by rank.
 
     ``device="cuda"`` spreads the ranks over the GPUs there are, ``"cuda:0"`` puts all on one. The first exception of a rank is
-    raised here; the others are released from whatever meeting they wait in. Without a GPU ``"cuda"`` is a :class:`PlatformError`.
+    raised here; the others are released from the meeting that they wait in. Without a GPU ``"cuda"`` is a :class:`PlatformError`.
 
     On GPUs, kernels of one rank wait for kernels of the others, so nothing that waits for a whole GPU (freeing memory, loading a
     kernel, starting a graph capture) may come between the launches of one call: :meth:`Communicator.prepare` first, and

@@ -249,8 +249,8 @@ def _show_report(console: Console, report: Report, shown: int = 20) -> None:
     if len(failures) > shown:
         console.print(f"and {len(failures) - shown} more; --json FILE has all")
     expected = sum(r.passed and r.expected_error is not None for r in report.results)
-    refused = f" ({expected} of them calls that must be refused, and were)" if expected else ""
-    console.print(f"{len(report.results) - len(failures)} of {len(report.results)} cases passed{refused}")
+    rejected = f" ({expected} of them expected errors)" if expected else ""
+    console.print(f"{len(report.results) - len(failures)} of {len(report.results)} cases passed{rejected}")
     for e in report.emulated:
         if e.problem:
             console.print(f"FAILED emulator: {e.program}\n  {e.problem}", highlight=False, markup=False, soft_wrap=True)
@@ -271,7 +271,7 @@ def doctor(
 ) -> None:
     """Say what this machine has, what Collogue will use, and what to do about what is missing.
 
-    Ends with 3 if something is missing that Collogue needs on this machine; a machine without GPUs is not that.
+    Exit status 3 if something is missing that Collogue needs on this machine; a machine without GPUs is not that.
     """
     if journal is not None:
         from collogue.gpu.journal import Journal
@@ -307,8 +307,8 @@ def _show_findings(console: Console, report: Examination, *, closing: bool = Tru
     console.print(table, highlight=False)
     if not closing:
         return
-    where = "" if report.gpus else " On the CPU only: the reference, which is right and slow."
-    console.print(f"Collogue can work here.{where}" if report.usable else "Collogue cannot work here before what is missing is there.")
+    where = "" if report.gpus else " On the CPU only, with the slow reference implementation."
+    console.print(f"Collogue can work here.{where}" if report.usable else "Required components are missing.")
 
 
 def _escape(text: str) -> str:

@@ -207,7 +207,7 @@ def _peers() -> Iterator[Finding]:
     refused = [f"{i}-{j}" for i in range(n) for j in range(n) if i != j and not torch.cuda.can_device_access_peer(i, j)]
     if refused:
         hint = "a group must stay within GPUs that reach each other; virtual machines may hide peer access"
-        yield Finding("peer access", "missing", f"refused for {', '.join(refused)}", hint)
+        yield Finding("peer access", "missing", f"rejected for {', '.join(refused)}", hint)
     else:
         yield Finding("peer access", "ok", f"all {n} GPUs reach each other")
 

@@ -131,7 +131,7 @@ def test_what_is_no_table_is_refused(file: Path, spoil: Callable[[dict[str, Any]
     data = json.loads(file.read_text())
     spoil(data)
     file.write_text(json.dumps(data))
-    with pytest.raises(ArgumentError, match="is no table") as caught:
+    with pytest.raises(ArgumentError, match="is not a table") as caught:
         Table.read(file)
     assert told in caught.value.message
     assert "hint: make one with `collogue tune`" in str(caught.value)
@@ -140,7 +140,7 @@ def test_what_is_no_table_is_refused(file: Path, spoil: Callable[[dict[str, Any]
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     for name in ("x.json", "absent.json", "."):
-        with pytest.raises(ArgumentError, match="is no table"):
+        with pytest.raises(ArgumentError, match="is not a table"):
             Table.read(tmp_path / name)
 
 
@@ -162,7 +162,7 @@ def test_which_file_is_used(file: Path, cache: Path, monkeypatch: pytest.MonkeyP
     assert found(None) is None
     monkeypatch.delenv(VARIABLE)
     own_path("NVIDIA H200", 2).write_text("{")
-    assert "is no table" in str(found(None))  # its own is passed over, and the plan says so; a named one is refused
+    assert "is not a table" in str(found(None))  # its own is passed over, and the plan says so; a named one is refused
     with pytest.raises(ArgumentError):
         found(own_path("NVIDIA H200", 2))
 
@@ -190,7 +190,7 @@ def test_ranks_with_different_tables_are_told(file: Path) -> None:
 
 def test_a_table_that_one_rank_cannot_read_ends_all(file: Path) -> None:
     texts = refusals(2, lambda rank: file if rank == 0 else file.parent / "absent.json")
-    assert all(text.startswith("rank 1: ") and "absent.json is no table" in text and "\nhint: make one" in text for text in texts)
+    assert all(text.startswith("rank 1: ") and "absent.json is not a table" in text and "\nhint: make one" in text for text in texts)
 
 
 def test_the_same_content_in_other_places_is_agreed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,7 +488,7 @@ def test_a_candidate_that_fails_once_is_nowhere_in_the_table(two_gpus: SimpleNam
     target = tmp_path / "t.json"
     result = tune("--hidden-size", "7168", "--tokens", "1,100", "--json", str(target))
     assert result.exit_code == FAILED
-    assert "REFUSED two_shot/256 H=7168 bfloat16 T=100: 3 elements differ" in result.stdout
+    assert "REJECTED two_shot/256 H=7168 bfloat16 T=100: 3 elements differ" in result.stdout
     data = json.loads(target.read_text())
     assert data["passed"] is False
     assert [row["candidate"] for row in data["refused"]] == ["two_shot/256"]
@@ -605,7 +605,7 @@ def test_explain_shows_the_table(file: Path, monkeypatch: pytest.MonkeyPatch) ->
     told = " ".join(call(*asked, "--world-size", "4").stdout.split())
     assert "not used: made for world size 2, not 4" in told
     result = call(*asked, "--table", str(file) + "x")
-    assert (result.exit_code, "is no table" in result.stderr) == (USAGE, True)
+    assert (result.exit_code, "is not a table" in result.stderr) == (USAGE, True)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ Row: TypeAlias = dict[str, Any]
 
 TOKENS, FORMATS, HIDDEN_SIZE = (1, 8, 32), ("none", "nvfp4", "fp8_static"), 7168
 METHOD = (
-    "Every switch is one change of the kernels as they are (base), alone; together has several. Times: as in `collogue bench`, by slope, "
+    "Every switch is one change of the kernels as they are (base), alone; together has several. Times: as in `collogue bench`, "
     "all switches of one shape replayed in turn in one run, median over replays, maximum over ranks, and median over rounds, each with "
     "memory of its own; base again is base once more, so its difference from base is what means nothing. bits_changed: outputs compared "
     "with the reference on the GPU; by_emulator: the same kernel sources with the same edits on the CPU. Registers, code and "

@@ -87,7 +87,7 @@ def _is_headline(row: Row) -> bool:
 
 
 def _latencies(rows: Iterable[Row], x: str) -> dict[str, list[Point]]:
-    """Lines by name with their spreads (a slope may come out near zero: no mark reaches below a third), and the floor of the calls that
+    """Lines by name with their spreads (a slope may come out near zero: no spread reaches below a third), and the floor of the calls that
     send most."""
     found: dict[str, list[Point]] = {}
     floors: dict[float, float] = {}

@@ -10,7 +10,7 @@ from collogue.tools.bench.floors import EMPTY, EXCHANGE
 from collogue.tools.bench.names import Row, label
 
 METHOD = (
-    "Microseconds per call by slope: (CUDA graph of 100 back-to-back calls - graph of 20) / 80; median over replays, maximum over ranks; "
+    "Microseconds per call: (CUDA graph of 100 back-to-back calls - graph of 20) / 80; median over replays, maximum over ranks; "
     "low_us and high_us are the 10th and 90th percentile of the replays' own slopes on that rank. All rows of a round are replayed in "
     "turn, each call takes the next of three input sets (partial, residual, weight, outputs), and before each replay all ranks meet and "
     "all GPUs are idle. A call of Collogue is all_reduce with a residual, RMSNorm and the format, out= given; its outputs equal the "

@@ -48,7 +48,7 @@ def bench(
     dtype: DTypes = None,
     format: Formats = None,
     chains: Annotated[bool, typer.Option(help="Also time other libraries' chains; compiling them takes most of a minute.")] = True,
-    cta_threads: Annotated[int | None, typer.Option(help="Most threads of a CTA, in every call.")] = None,
+    cta_threads: Annotated[int | None, typer.Option(help="Maximum number of threads of a CTA, in every call.")] = None,
     commit: Commit = None,
     json: Json = None,
 ) -> None:
@@ -85,7 +85,7 @@ def model(
     commit: Commit = None,
     json: Json = None,
 ) -> None:
-    """Measure decode steps and prefills of layer stacks with published shapes, with every way to finish a layer.
+    """Measure decode steps and prefills of layer stacks with published shapes, with every implementation of the epilogue.
 
     Collogue eager, by the fusion pass and sharded, against NCCL and torch's symmetric memory with torch.compile. From 512 tokens on
     a size is a prefill.
@@ -109,7 +109,7 @@ def serving(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 1000,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens made for each prompt.")] = 1000,
     concurrency: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 60,
-    prefill_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one prefill.")] = 8192,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of one prefill.")] = 8192,
     model: Annotated[str, typer.Option(help="As in `collogue bench model`.")] = "deepseek-v3-dense",
     layers: Annotated[int | None, typer.Option(min=1, help="Layers that are held and run; default: all, as far as memory allows.")] = None,
     ways: Annotated[Many, many("--ways", "collogue eager, collogue sharded, nccl (the default); and the others of bench model.")] = None,

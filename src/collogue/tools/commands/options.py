@@ -72,7 +72,7 @@ def numbers(flag: str, values: Many, *, low: int, high: int | None = None, step:
 def check_word(flag: str, word: str, *known: str) -> None:
     """A word that is not known is wrong usage."""
     if word not in known:
-        raise typer.BadParameter(f"{word!r} is none of {', '.join(known)}", param_hint=flag)
+        raise typer.BadParameter(f"{word!r} is not one of {', '.join(known)}", param_hint=flag)
 
 
 def format_words(values: Many) -> list[str]:
@@ -130,7 +130,7 @@ def exit_codes() -> Iterator[None]:
 
 @contextmanager
 def progress(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, or a line every :data:`SECONDS_BETWEEN_LINES` where that is no terminal.
+    """A bar on stderr, or a line every :data:`SECONDS_BETWEEN_LINES` where that is not a terminal.
 
     The function it yields says what starts next; what came before then counts as done.
     """

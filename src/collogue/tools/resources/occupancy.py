@@ -1,4 +1,4 @@
-"""Theoretical occupancy: warps of a kernel that one multiprocessor holds at once, as a share of the warps it has room for."""
+"""Theoretical occupancy: warps of a kernel that one SM holds at once, as a share of the warps it has room for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """Limits of one multiprocessor (CUDA C++ Programming Guide, table of technical specifications per compute capability)."""
+    """Limits of one SM (CUDA C++ Programming Guide, table of technical specifications per compute capability)."""
 
     warps: int
     ctas: int
@@ -29,7 +29,7 @@ _REGISTER_UNIT, _SCHEDULERS = 256, 4
 
 
 def resident_ctas(architecture: str, *, threads: int, registers: int, shared_bytes: int) -> int:
-    """CTAs of ``threads`` threads on one multiprocessor, whatever the size of their clusters."""
+    """CTAs of ``threads`` threads on one SM, regardless of the size of their clusters."""
     limit = LIMITS[architecture]
     warps = -(-threads // 32)
     per_warp = _round_up(registers * 32, _REGISTER_UNIT)
@@ -39,7 +39,7 @@ def resident_ctas(architecture: str, *, threads: int, registers: int, shared_byt
 
 
 def occupancy(architecture: str, *, threads: int, registers: int, shared_bytes: int) -> float:
-    """Resident warps over the warps a multiprocessor has room for."""
+    """Resident warps over the warps an SM has room for."""
     ctas = resident_ctas(architecture, threads=threads, registers=registers, shared_bytes=shared_bytes)
     return ctas * -(-threads // 32) / LIMITS[architecture].warps
 

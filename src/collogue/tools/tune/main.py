@@ -25,10 +25,10 @@ from collogue.tools.tune.trials import trials
 #: Seconds without a word from any rank, after which the run is ended.
 SILENCE = 120.0
 METHOD = (
-    "Microseconds per call of all_reduce with a residual and RMSNorm, without quantization, by slope: (CUDA graph of 100 back-to-back "
+    "Microseconds per call of all_reduce with a residual and RMSNorm, without quantization: (CUDA graph of 100 back-to-back "
     "calls - graph of 20) / 80; median over replays, maximum over ranks. The candidates of one number of tokens are replayed in turn, on "
     "the same three input sets; before timing and after the timed graph the outputs of each equal the reference bit for bit, else it is "
-    "refused at every number of tokens."
+    "rejected at every number of tokens."
 )
 
 
@@ -85,7 +85,7 @@ def run(
 def kept_entries(path: Path, machine: Machine, world_size: int, measured: Iterable[Row]) -> list[dict[str, Any]]:
     """What stays of the table in ``path``: entries of this machine of other shapes than ``measured``, with date and commit of their own.
 
-    What was measured anew and refused does not stay. Nothing does of a file that is no table.
+    What was measured again and rejected does not stay, nor does anything of a file that is not a table.
     """
     try:
         Table.read(path)
@@ -134,5 +134,5 @@ def text(data: dict[str, Any]) -> str:
         lines.append(", then ".join(steps))
         lines.append("")
     for row in data["refused"]:
-        lines.append(f"REFUSED {row['candidate']} H={row['hidden_size']} {row['dtype']} T={row['tokens']}: {row['error']}")
+        lines.append(f"REJECTED {row['candidate']} H={row['hidden_size']} {row['dtype']} T={row['tokens']}: {row['error']}")
     return "\n".join(lines)
