@@ -1,6 +1,7 @@
 """The command line: exit codes, data on stdout, the rest on stderr."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -310,3 +311,19 @@ def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: py
         for name in "abcd":
             start(name)
     assert capsys.readouterr().err == "check: 1 of 4 after 11 s, now b\ncheck: 3 of 4 after 22 s, now d\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("explain --device ", {"auto", "cpu", "cuda"}),
+        ("explain --dtype bf", {"bfloat16"}),
+        ("check --format nvfp4,mx", {"nvfp4,mxfp4", "nvfp4,mxfp8"}),
+        ("calibrate --convention m", {"modelopt"}),
+        ("res", {"resources"}),
+    ],
+)
+def test_shells_complete_choices(words: str, offered: set[str]) -> None:
+    asked = {"COMP_WORDS": f"collogue {words}", "COMP_CWORD": str(len(words.split(" "))), "_COLLOGUE_COMPLETE": "complete_bash"}
+    done = subprocess.run([sys.executable, "-m", "collogue"], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert set(done.stdout.split()) == offered

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from collogue.tools.commands.options import (
     OK,
     PICTURES,
     Commit,
+    DeviceName,
     DTypes,
     Formats,
     HiddenSizes,
@@ -22,7 +23,6 @@ from collogue.tools.commands.options import (
     Tokens,
     WorldSizes,
     check_target,
-    check_word,
     console,
     exit_codes,
     lists,
@@ -80,7 +80,9 @@ def model(
     tokens: Tokens = None,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the stack that is timed.")] = 4,
     replays: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 20,
-    scales: Annotated[str, typer.Option(help="Of FP8 activations: static (one), or token (one for each).")] = "static",
+    scales: Annotated[
+        Literal["static", "token"], typer.Option(help="Of FP8 activations: static (one), or token (one for each).")
+    ] = "static",
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the speed-ups: .png, .svg or .pdf.")] = None,
     commit: Commit = None,
     json: Json = None,
@@ -115,7 +117,7 @@ def serving(
     ways: Annotated[Many, many("--ways", "collogue eager, collogue sharded, nccl (the default); and the others of bench model.")] = None,
     chunks: Annotated[int | None, typer.Option(min=1, help="Parts of the prompts, between which the ways take turns.")] = None,
     world_size: Annotated[int | None, typer.Option(min=2, max=8, help="Ranks; default: 8, 4 or 2, as GPUs allow.")] = None,
-    device: Annotated[str, typer.Option(help="cuda; cpu tries the loop without a GPU, and its times mean nothing.")] = "cuda",
+    device: Annotated[DeviceName, typer.Option(help="cpu tries the loop without a GPU; its times mean nothing.")] = "cuda",
     commit: Commit = None,
     json: Json = None,
 ) -> None:
@@ -125,7 +127,6 @@ def serving(
     For a short run: --prompts 120 --layers 8. An estimate of the time is on stderr before serving starts.
     """
     check_target(json)
-    check_word("--device", device, "cpu", "cuda")
     with exit_codes():
         from collogue.tools.bench.schedule import Workload
         from collogue.tools.bench.serving import WAYS, run
