@@ -27,6 +27,7 @@ _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`(~?)([^`]+)`")
 def on_config(config: Any) -> Any:
     """The addresses."""
     config["repo_url"] = urls()["Source"]
+    config["repo_name"] = "GitHub"
     config["site_url"] = urls()["Documentation"]
     return config
 
