@@ -503,6 +503,18 @@ def test_without_any_two_shot_there_is_no_table(two_gpus: SimpleNamespace, cache
     assert list(cache.iterdir()) == []
 
 
+def test_progress_has_a_total(two_gpus: SimpleNamespace, cache: Path) -> None:
+    """Four numbers of tokens of one width, and its communicators and kernels."""
+    totals: list[int] = []
+
+    def begin(steps: int) -> Callable[[str], None]:
+        totals.append(steps)
+        return two_gpus.heard.append
+
+    main.run(hidden_size=[7168], dtype=["bfloat16"], tokens=[1, 100, 300, 500], begin=begin)
+    assert (totals, two_gpus.heard) == ([5], ["T=1"])
+
+
 def test_json_to_stdout_is_alone_there(two_gpus: SimpleNamespace, cache: Path) -> None:
     result = tune("--hidden-size", "64", "--tokens", "3", "--json", "-")
     assert json.loads(result.stdout)["passed"] is True

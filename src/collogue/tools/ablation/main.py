@@ -58,6 +58,15 @@ def run(
     return {"method": METHOD, "switches": described, "bits": bits, "compiled": rows, "times": times}
 
 
+def steps(switches: Sequence[Switch], chosen: Sequence[Case], architectures: Sequence[str], *, timing: bool, measure_facts: bool) -> int:
+    """How often :func:`run` says what is being done."""
+    timed = 1 + 2 * len(chosen) if timing else 0
+    formats = list(dict.fromkeys(case.format for case in chosen))
+    bits = sum(not s.formats or format.split("/")[0] in s.formats for s in switches for format in formats)
+    compiled = sum(s.applies(format, a) for s in switches for format in formats for a in architectures)
+    return timed + (bits + compiled if measure_facts else 0)
+
+
 def _bits(switches: Sequence[Switch], formats: Sequence[str], done: Callable[[str], None]) -> list[Row]:
     """Whether the emulated kernel with a switch gives other bits, for each switch and format where it applies."""
     rows = []

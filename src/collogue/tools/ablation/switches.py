@@ -184,7 +184,7 @@ _FLAG = (
 
 SWITCHES: tuple[Switch, ...] = (
     Switch("base", "the kernels as they are"),
-    Switch("base again", "the same once more: what a difference means nothing below"),
+    Switch("base again", "the baseline repeated: its difference is the noise"),
     # ---- conversion, scale, accumulation, block size
     Switch("e2m1 pairs", "E2M1 by integers in pairs, not eight at a time", (_PAIRS,), formats=("nvfp4", "mxfp4"), architectures=SOFTWARE),
     Switch("e2m1 whole", "eight E2M1 conversions in one block of asm", _WHOLE, formats=("nvfp4", "mxfp4"), architectures=HARDWARE),

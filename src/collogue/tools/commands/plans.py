@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -56,8 +57,14 @@ def tune(
     with exit_codes():
         from collogue.tools.tune.main import run, text
 
-        with progress(None, "tune") as start:
-            data = run(**given, world_size=world_size, json=json, commit=commit, heard=start)
+        with ExitStack() as stack:
+            data = run(
+                **given,
+                world_size=world_size,
+                json=json,
+                commit=commit,
+                begin=lambda steps: stack.enter_context(progress(steps, "tune")),
+            )
         console(json).print(text(data), highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(OK if data["passed"] else FAILED)
 

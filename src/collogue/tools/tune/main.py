@@ -40,7 +40,7 @@ def run(
     world_size: int | None = None,
     json: str | None = None,
     commit: str | None = None,
-    heard: Callable[[str], None] = lambda stage: None,
+    begin: Callable[[int], Callable[[str], None]] = lambda steps: lambda stage: None,
 ) -> dict[str, Any]:
     """Measure, and write the table; returns it as it was written: this machine's own with what it had of other shapes.
 
@@ -49,7 +49,7 @@ def run(
         world_size: default: the number of GPUs, at most 8.
         json: a file, or ``"-"`` for stdout; default: :func:`collogue.planning.table.own_path`, where communicators look.
         commit: recorded; default: what git says of the directory that this package is in.
-        heard: told what is being measured.
+        begin: takes the number of steps, and returns what is told each.
     Raises:
         PlatformError: fewer GPUs than ranks, or than two. ArgumentError (its subclasses): a shape or dtype that cannot be.
     """
@@ -59,6 +59,8 @@ def run(
     if not 2 <= world <= machine.gpus:
         raise PlatformError(f"{machine.gpus} GPUs found; {max(2, world)} required, one for each rank", hint="use a machine with more GPUs")
     every = trials(machine, world, hidden_size=hidden_size, dtype=dtype, tokens=tokens)
+    # Each trial, and the communicators and kernels of each width and dtype.
+    heard = begin(len(every) + len({(trial.case.hidden_size, trial.case.dtype) for trial in every}))
     ranks = run_processes(world, tune_rank, every, device="cuda", silence=SILENCE, heard=lambda rank, stage: None if rank else heard(stage))
     entries = list(make_entries(ranks[0], machine, world))
     refused = [row for row in ranks[0] if row["error"]]
