@@ -22,11 +22,23 @@ from scripts.links import absolute_links, urls  # noqa: E402
 _FILE = re.compile(r"<!-- file: (\S+) -->")
 #: ``:func:`~collogue.errors.ShapeError` `` of a docstring.
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`(~?)([^`]+)`")
+#: The end of a line before the heading of a section.
+_SECTION = re.compile(r"(?<=[^\n])\n(?=[A-Z][\w ]*:\n {4})")
+#: The errors of a docstring, to its end or a blank line.
+_RAISES = re.compile(r"^Raises:\n((?: {4}.*(?:\n|\Z))+)", re.MULTILINE)
+
+
+def _as_prose(section: re.Match[str]) -> str:
+    """``Raises:`` as a paragraph, unless each of its entries is ``Error: when``."""
+    lines = [line[4:] for line in section[1].splitlines()]
+    listed = all(re.match(r"\w+(, \w+)*: |\s", line) for line in lines)
+    return section[0] if listed else f"**Raises:** {' '.join(line.strip() for line in lines)}\n"
 
 
 def on_config(config: Any) -> Any:
     """The addresses."""
     config["repo_url"] = urls()["Source"]
+    config["repo_name"] = "GitHub"
     config["site_url"] = urls()["Documentation"]
     return config
 
@@ -98,16 +110,27 @@ def errors() -> Iterator[str]:
     yield "\n".join(["```text", *tree, "```", ""])
 
 
-GENERATED = {"commands": commands, "exit codes": exit_codes, "errors": errors}
+def error_classes() -> Iterator[str]:
+    """An entry for each class of errors, in the order of the module."""
+    from collogue import errors as module
+
+    for name, kind in vars(module).items():
+        if isinstance(kind, type):
+            yield f"::: collogue.errors.{name}\n    options: {{heading_level: 2, inherited_members: false, merge_init_into_class: false}}\n"
+
+
+GENERATED = {"commands": commands, "exit codes": exit_codes, "errors": errors, "error classes": error_classes}
 
 
 class Roles(griffe.Extension):  # type: ignore[misc]  # griffe is not there where only the types are checked
-    """Docstrings' roles as Markdown: a cross-reference where the name is a full one, else code."""
+    """Docstrings as Markdown: roles as code, pages as links, and the blank line before each section that the parser needs."""
 
     def on_instance(self, *, obj: Any, **_: Any) -> None:
         """Rewrite one docstring."""
         if obj.docstring is not None:
-            obj.docstring.value = _ROLE.sub(lambda match: f"`{match[2].rpartition('.')[2] if match[1] else match[2]}`", obj.docstring.value)
+            text = _ROLE.sub(lambda match: f"`{match[2].rpartition('.')[2] if match[1] else match[2]}`", obj.docstring.value)
+            text = re.sub(r"\bdocs/(\w+)\.md", r"[\1](../\1.md)", text)
+            obj.docstring.value = _RAISES.sub(_as_prose, _SECTION.sub("\n\n", text))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def cache_directory() -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Put a file into its place at once: whoever reads it finds the old one or the new one."""
+    """Put a file into its place at once: a reader finds the old one or the new one."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
     os.replace(file.name, path)

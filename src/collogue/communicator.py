@@ -1,4 +1,4 @@
-"""What people call: :class:`Communicator`."""
+"""The public API: :class:`Communicator`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from collogue.planning.topology import Order, Overrides, Topology, Transport, ag
 
 
 class Communicator(Operations):
-    """Finishes transformer layers inside their all-reduce, for one tensor-parallel group.
+    """All-reduces of one tensor-parallel group, with residual, RMSNorm and quantization in the same kernel.
 
     Args:
         group: the tensor-parallel process group (``torch.distributed.ProcessGroup``). Required: there is no default.
-        max_tokens: most rows of one call.
+        max_tokens: maximum number of rows of one call.
         hidden_size: largest ``H`` of a call; a multiple of 8. Calls may be narrower.
         dtype: of partials, residual and norm: bfloat16, float16 or float32.
         device: the device of every tensor; default: this process's CUDA device if the group has NCCL, else the CPU.
@@ -46,8 +46,8 @@ class Communicator(Operations):
         concurrent: communicators of this GPU whose calls may run at a time, on streams of their own; the same on every rank, 1 to 16.
             Each then takes its part of the SMs and starts the next kernel of its stream late: with 1, two communicators that wait for
             their peers on full GPUs may keep each other from starting until the timeout. Costs about 0.6 us a call. Never changes a
-            bit. Calls on one stream need 1, whatever their number of communicators (docs/reliability.md).
-        cta_threads: most threads of a CTA; default: what the plan expects to be faster. Never changes a bit.
+            bit. Calls on one stream need 1, for any number of communicators (docs/reliability.md).
+        cta_threads: maximum number of threads of a CTA; default: what the plan expects to be faster. Never changes a bit.
         table: a file that ``collogue tune`` wrote, of measured times for the plan; the same content on every rank. Default: what
             the variable ``COLLOGUE_TABLE`` names (empty: none), else the table that ``collogue tune`` left for this machine in the
             user's cache directory. ``False``: none. Never changes a bit (docs/tuning.md).
@@ -227,7 +227,7 @@ class Communicator(Operations):
         """Whether a call of this many tokens (and this hidden size) is within the capacity. Exact, but for what a format asks of the width.
 
         A format's block must divide it, and on GPUs it is at most 16384 for an ``FP8Group`` whose size is not a power of two up to 256.
-        Raises :class:`ShapeError` for what are no whole numbers.
+        Raises :class:`ShapeError` for numbers that are not whole.
         """
         return self._capacity.fits(tokens, hidden_size)
 
@@ -286,7 +286,7 @@ class Communicator(Operations):
         """Call ``on_failure(error)`` once, in a thread of its own, when something has failed: for replays of CUDA graphs.
 
         Does every ``interval`` seconds what :meth:`check` does, which waits for no kernel. Stop it before :meth:`reset`:
-        the returned object has ``stop()`` and is a context manager. Closing or dropping the communicator ends it too, and is no failure.
+        the returned object has ``stop()`` and is a context manager. Closing or dropping the communicator ends it too, without a failure.
         """
         self._open()
         return Watch(while_alive(self.check), on_failure, interval)
@@ -296,7 +296,7 @@ class Communicator(Operations):
         return self._open().journal()
 
     def close(self, *, collective: bool = True) -> None:
-        """Give the workspace back; later calls raise :class:`ClosedError`. Collective, unless ``collective=False``: after a rank has died.
+        """Free the workspace; later calls raise :class:`ClosedError`. Collective, unless ``collective=False``: after a rank has died.
 
         Not collective, no other rank may still be in a call that sends to this one. No graph that holds its calls may be replayed later.
         """
@@ -321,7 +321,7 @@ class Communicator(Operations):
 
     def _refuse_capture(self, what: str) -> None:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise CaptureError(f"comm.{what}() under graph capture", hint="it meets the other ranks: call it before or after the capture")
+            raise CaptureError(f"comm.{what}() under graph capture", hint="call it before or after the capture")
 
     def _open(self) -> Engine:
         if self._engine is None:

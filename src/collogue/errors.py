@@ -1,4 +1,4 @@
-"""Everything Collogue raises on purpose, one class per mistake.
+"""Everything that Collogue raises, one class per mistake.
 
 CollogueError
 ├── ArgumentError (ValueError)      a call that cannot be right; nothing was launched
@@ -18,7 +18,7 @@ CollogueError
 ├── NotPrepared                     a kernel was needed under graph capture before it was loaded
 ├── CaptureError                    something that a CUDA graph cannot hold was called under graph capture
 ├── PlatformError                   this machine cannot do it (no peer access, several hosts, no symmetric memory)
-├── CompileError                    NVRTC refused a kernel
+├── CompileError                    NVRTC failed to compile a kernel
 ├── ConcurrentUseError              two threads used one communicator at once
 └── CollectiveError                 a collective failed; ``comm.reset()`` makes the communicator usable again
     ├── CollectiveTimeout           a rank waited longer than the communicator's timeout
@@ -40,7 +40,7 @@ class CollogueError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[object, ...]:
-        """For pickle and copy: the same error with its hint and whatever else it carries, without calling ``__init__``."""
+        """For pickle and copy: the same error with its hint and everything else that it carries, without calling ``__init__``."""
         return _again, (type(self), self.args), vars(self)
 
 
@@ -111,7 +111,7 @@ class NotPrepared(CollogueError):
 
 
 class CaptureError(CollogueError):
-    """Something that meets the other ranks on the host was called while a CUDA graph was being captured."""
+    """Something that synchronizes with the other ranks on the host was called while a CUDA graph was being captured."""
 
 
 class PlatformError(CollogueError):
@@ -119,7 +119,7 @@ class PlatformError(CollogueError):
 
 
 class CompileError(CollogueError):
-    """NVRTC refused a kernel."""
+    """NVRTC failed to compile a kernel."""
 
 
 class CollectiveError(CollogueError):

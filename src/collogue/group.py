@@ -34,7 +34,7 @@ class SymmetricBuffer:
     """The same number of bytes on every rank, each mapped into this process.
 
     ``local`` is this rank's memory (``uint8``); ``pointers[r]`` is rank r's, as an address valid on this rank's device.
-    ``keep`` holds whatever must stay alive as long as the mapping.
+    ``keep`` holds all that must stay alive as long as the mapping.
     """
 
     local: torch.Tensor
@@ -89,7 +89,7 @@ def compare(texts: list[str]) -> None:
 def as_group(group: Any, device: torch.device | str | None = None) -> Group:
     """``group`` itself if it already is a :class:`Group`, else a :class:`TorchGroup` around the process group.
 
-    Raises :class:`GroupError` where ``group`` is missing, is no group, or does not contain this rank.
+    Raises :class:`GroupError` where ``group`` is missing, is not a group, or does not contain this rank.
     """
     if group is None:
         raise GroupError(
@@ -226,7 +226,7 @@ class TorchGroup:
         return SymmetricBuffer(local, tuple(int(p) for p in handle.buffer_ptrs), handle)
 
     def _permitted(self, step: Callable[[], Any]) -> Any:
-        """``step()``; where one rank's is refused, every rank raises, and none goes on alone."""
+        """``step()``; where one rank's is rejected, every rank raises, and none goes on alone."""
         result, problem = None, ""
         try:
             result = step()
@@ -235,7 +235,7 @@ class TorchGroup:
         for rank, text in enumerate(self.all_gather_object(problem)):
             if text:
                 raise PlatformError(
-                    f"symmetric memory was refused on rank {rank}: {text}",
+                    f"symmetric memory failed on rank {rank}: {text}",
                     hint='run `collogue doctor`: it says which permission a container lacks; transport="host" needs none',
                 )
         return result

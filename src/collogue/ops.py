@@ -1,4 +1,4 @@
-"""``torch.ops.collogue``: the calls of a communicator as PyTorch operators, for whatever traces.
+"""``torch.ops.collogue``: the calls of a communicator as PyTorch operators, for everything that traces.
 
 ``all_reduce``, ``sharded``, ``reduce_scatter`` and ``finish`` take :data:`ARGUMENTS`, ``all_gather`` takes a shard's tensors. The
 communicator is named (:attr:`collogue.Communicator.name`), the format is its label (:func:`.quant.describe`), and what comes
@@ -91,7 +91,7 @@ def _together(
     if prologue == "expert_reduce" and weights is not None and shared is not None and index is None and scaling == 1:
         return ExpertReduce(partial.contiguous(), weights, shared)
     if prologue != "none" or not (index is weights is shared is None and scaling == 1):
-        raise ArgumentError(f"there is no prologue {prologue!r} of these tensors", hint="see the schema: collogue.ops.ARGUMENTS")
+        raise ArgumentError(f"unknown prologue {prologue!r} of these tensors", hint="see the schema: collogue.ops.ARGUMENTS")
     return partial
 
 
@@ -313,7 +313,7 @@ _GATHERED_TENSORS = {f"shard.{name}": place for place, name in enumerate(OUTPUTS
 
 
 def _refuse_grad(operator: str, tensors: dict[str, int], run: Any, keys: Any, *given: Any) -> list[Tensor]:
-    """Refuse what an eager call refuses, tensors that require grad in grad mode, and go on below autograd.
+    """Reject what an eager call rejects, tensors that require grad in grad mode, and go on below autograd.
 
     Where nothing traces, the kernel itself comes next: then without another way through the dispatcher.
     """

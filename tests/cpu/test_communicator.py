@@ -182,7 +182,7 @@ def test_fits_is_exact() -> None:
         assert [t for t in range(-2, 6) if comm.fits(t)] == [0, 1, 2, 3]
         assert [h for h in range(-8, 32) if comm.fits(1, h)] == [8, 16]
         for shape in ((1.5,), ("1",), (None,), (True,), (1, 8.0), (1, "8"), (1, True)):
-            with pytest.raises(ShapeError, match="is no whole number"):
+            with pytest.raises(ShapeError, match="is not a whole number"):
                 comm.fits(*shape)  # type: ignore[arg-type]
 
     run_virtual(2, rank)
@@ -237,7 +237,7 @@ def test_shapes_that_are_none_are_refused(what: str) -> None:
             ({"tokens": True}, ShapeError, "tokens is True"),
             ({"tokens": -1}, ShapeError, "tokens is -1"),
             ({"tokens": 1.5}, ShapeError, "tokens is 1.5"),
-            ({"tokens": 1, "hidden_size": 8.0}, ShapeError, "hidden_size is 8.0, which is no whole"),
+            ({"tokens": 1, "hidden_size": 8.0}, ShapeError, "hidden_size is 8.0, which is not a whole"),
             ({"tokens": 1, "norm": "rms"}, ArgumentError, "norm: expected collogue.RMSNorm, got str"),
             ({"tokens": 1, "quant": "nvfp4"}, FormatError, "quant is a str"),
             ({"tokens": 1, "quant": NVFP4}, FormatError, "quant is the class NVFP4"),

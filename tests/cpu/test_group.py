@@ -314,7 +314,7 @@ def test_symmetric_memory_refused_on_one_rank(step: str, monkeypatch: pytest.Mon
 
     for text in refusals(3, make, PlatformError):
         assert text == (
-            "symmetric memory was refused on rank 1: pidfd_open: Operation not permitted\n"
+            "symmetric memory failed on rank 1: pidfd_open: Operation not permitted\n"
             'hint: run `collogue doctor`: it says which permission a container lacks; transport="host" needs none'
         )
 

@@ -335,7 +335,7 @@ def test_plans_of_every_operation() -> None:
         assert comm.explain(T, operation="finish").bytes_sent == 0
         fused, moved = (comm.explain(T, quant=FP8PerToken(), operation=o).bytes_sent for o in ("sharded", "reduce_scatter"))
         assert fused > moved > 0
-        with pytest.raises(ArgumentError, match=r"no operation 'scatter'\nhint: choose one of all_reduce, sharded, reduce_scatter"):
+        with pytest.raises(ArgumentError, match=r"unknown operation 'scatter'\nhint: choose one of all_reduce, sharded, reduce_scatter"):
             comm.prepare(1, operation="scatter")  # type: ignore[arg-type]
         with pytest.raises(ArgumentError, match="nothing to finish"):
             comm.explain(1, norm=False, operation="finish")
@@ -574,7 +574,7 @@ MISTAKES: dict[str, tuple[Use, type[CollogueError], str, str]] = {
     "gather: norm elsewhere": (gather(norm=zeros(2, H, device="meta")), DeviceError, "shard.norm is on meta", "shard.norm.to('cpu')"),
     "gather: norm with gaps": (gather(norm=zeros(2, 2 * H)[:, :H]), LayoutError, "shard.norm has strides", "contiguous"),
     "gather: norm is no tensor": (gather(norm=[1.0]), ShapeError, "shard.norm must be a tensor", "flatten"),
-    "gather: codes are no tensor": (gather(quant=FP8Static(1.0), codes=[1]), ShapeError, "shard.codes is no tensor", "returned it"),
+    "gather: codes are no tensor": (gather(quant=FP8Static(1.0), codes=[1]), ShapeError, "shard.codes is not a tensor", "returned it"),
     "gather: codes without a format": (gather(**CODES), FormatError, r"holds \['codes', 'scales'\]; quant is none", "quant="),
     "gather: a format without codes": (gather(quant=FP8PerToken(), norm=zeros(2, H)), FormatError, "holds no codes", "quant="),
     "gather: codes without scales": (

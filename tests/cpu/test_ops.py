@@ -347,6 +347,6 @@ def test_what_meets_other_ranks_is_refused_under_capture(comm: collogue.Communic
         patch.setattr(comm, "device", torch.device("cuda", 0))
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         for action in (lambda: comm.prepare(1), comm.reset, comm.close):
-            with pytest.raises(CaptureError, match=r"under graph capture\nhint: it meets the other ranks"):
+            with pytest.raises(CaptureError, match=r"under graph capture\nhint: call it before or after"):
                 action()
     check_works(comm)

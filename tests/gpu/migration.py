@@ -5,6 +5,7 @@ Everything that knows Collogue is below `Answers`; what is above it is written t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from collogue.testing import VirtualGroup
 from collogue.testing.inputs import make_inputs, make_partials
 from collogue.tools.check import Case
 
-collogue.flashinfer.workspace.TIMEOUT = 20.0  # a test does not wait for minutes
+os.environ.setdefault(collogue.flashinfer.workspace.TIMEOUT_VARIABLE, "20")  # a test does not wait for minutes
 
 P = comm.AllReduceFusionPattern
 DTYPES = (torch.bfloat16, torch.float16)

@@ -37,11 +37,11 @@ class Capacity:
             raise DTypeError(f"dtype {self.dtype} is not supported", hint="use torch.bfloat16, torch.float16 or torch.float32")
 
     def fits(self, tokens: int, hidden_size: int | None) -> bool:
-        """Whether a call of this shape is within the capacity. Raises :class:`ShapeError` for what is no shape."""
+        """Whether a call of this shape is within the capacity. Raises :class:`ShapeError` for what is not a shape."""
         width = self.hidden_size if hidden_size is None else hidden_size
         for name, value in (("tokens", tokens), ("hidden_size", width)):
             if not is_whole(value):
-                raise ShapeError(f"{name} is {value!r}, which is no whole number", hint="give rows and their elements as ints")
+                raise ShapeError(f"{name} is {value!r}, which is not a whole number", hint="give rows and their elements as ints")
         return 0 <= tokens <= self.max_tokens and 0 < width <= self.hidden_size and width % 8 == 0
 
     def holds(self, operation: Operation, tokens: int, width: int) -> bool:
@@ -63,7 +63,7 @@ class Capacity:
     ) -> Request:
         """What is planned for such a call. Raises :class:`ArgumentError` (its subclasses) for calls that cannot be."""
         if operation not in get_args(Operation):
-            raise ArgumentError(f"there is no operation {operation!r}", hint=f"choose one of {', '.join(get_args(Operation))}")
+            raise ArgumentError(f"unknown operation {operation!r}", hint=f"choose one of {', '.join(get_args(Operation))}")
         split = as_rows(rows, self.world_size)
         tokens = count_tokens(tokens, split)
         check_kinds(norm if not isinstance(norm, bool) else None, quant)
@@ -94,7 +94,7 @@ class Capacity:
         )
 
     def signature(self, request: Request) -> Signature:
-        """The one signature of all calls with this request, whatever the scales of its format."""
+        """The one signature of all calls with this request, regardless of the scales of its format."""
         label = None if request.quant is None else request.quant.label
         key = replace(request, quant=None), label
         found = self._signatures.get(key)

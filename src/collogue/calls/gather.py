@@ -38,7 +38,7 @@ def check_gather(capacity: Capacity, shard: Output, tokens: int | None, quant: Q
         if name in ("reduced", "residual", "norm"):
             check_values(f"shard.{name}", tensor, capacity)
         elif not isinstance(tensor, torch.Tensor) or tensor.ndim != 2:
-            raise ShapeError(f"shard.{name} is no tensor of two dimensions", hint="pass it as the call that made it returned it")
+            raise ShapeError(f"shard.{name} is not a tensor of two dimensions", hint="pass it as the call that made it returned it")
     hidden_size = _hidden_size(held, quant)
     if hidden_size > capacity.hidden_size or tokens > capacity.max_tokens:
         raise_capacity("the whole", tokens, hidden_size, capacity)

@@ -38,7 +38,7 @@ class PrologueForm:
     def __post_init__(self) -> None:
         if self.kind not in ("expert_combine", "expert_reduce") or self.weights not in ("none", "value", "float32"):
             raise ArgumentError(
-                f"there is no prologue {self.kind!r} with weights {self.weights!r}",
+                f"unknown prologue {self.kind!r} with weights {self.weights!r}",
                 hint='kinds are "expert_combine" and "expert_reduce", weights "none", "value" and "float32"',
             )
         if self.kind == "expert_reduce" and (self.weights == "none" or not self.shared):

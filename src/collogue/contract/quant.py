@@ -112,7 +112,7 @@ class NVFP4(Quant):
         global_scale: ``g``, a **multiplier**: ``448 * 6 / amax`` of the tensor. Number or one-element float32 tensor.
             A tensor is read with the inputs: the kernel just before may write it.
         layout: of the scales: ``"128x4"``, ``"8x4"`` or ``"linear"``.
-        validate: also read a CUDA tensor's value (synchronizes) and refuse one that is not positive and finite.
+        validate: also read a CUDA tensor's value (synchronizes) and reject one that is not positive and finite.
     """
 
     global_scale: float | torch.Tensor
@@ -189,7 +189,7 @@ class FP8Static(Quant):
     Args:
         scale: a **divisor**. Number or one-element float32 tensor. ``out.scales`` is ``None``: the caller has it.
             A tensor is read with the inputs: the kernel just before may write it.
-        validate: also read a CUDA tensor's value (synchronizes) and refuse one that is not positive and finite.
+        validate: also read a CUDA tensor's value (synchronizes) and reject one that is not positive and finite.
     """
 
     scale: float | torch.Tensor
@@ -328,7 +328,7 @@ def parse(
     family = head.rstrip("0123456789") if head.startswith("fp8_group") else head
     options: dict[str, Any] = {}
     if family not in FAMILIES:
-        raise FormatError(f"there is no format {label!r}", hint=f"choose one of none, {', '.join(FAMILIES)}")
+        raise FormatError(f"unknown format {label!r}", hint=f"choose one of none, {', '.join(FAMILIES)}")
     if head != family:
         options["group_size"] = int(head.removeprefix(family))
     kind = FAMILIES[family]

@@ -144,7 +144,7 @@ def rms_norm(y: Tensor, norm: RMSNorm) -> Tensor:
 
 
 def _amax(n: Tensor) -> Tensor:
-    """Largest magnitude along the last dimension, as float32. Ignores NaN: 0 where there is nothing else."""
+    """Largest absolute value along the last dimension, as float32. Ignores NaN: 0 where there is nothing else."""
     # Without the sign, bit patterns are in the order of their values.
     integer, _ = INTEGER_VIEW[n.dtype]
     bits = nan_mask(n).bitwise_not_().bitwise_and_(n.view(integer)).bitwise_and_(torch.iinfo(integer).max)

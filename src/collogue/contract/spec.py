@@ -164,8 +164,9 @@ def as_islands(islands: Sequence[Sequence[int]] | None, world_size: int) -> Isla
 
 
 def as_rows(rows: Sequence[int] | None, world_size: int) -> tuple[int, ...] | None:
-    """``rows=`` as calls keep it. Raises :class:`ArgumentError` for what are no Python ints, :class:`ShapeError` for what is no number of
-    rows for each rank.
+    """``rows=`` as calls keep it.
+
+    Raises :class:`ArgumentError` for what are not Python ints, :class:`ShapeError` for what is not a number of rows for each rank.
     """
     if rows is None:
         return None

@@ -54,7 +54,7 @@ class Pool:
         return self._made[key]
 
     def close(self) -> None:
-        """Give the memory back, without meeting the other ranks."""
+        """Free the memory, without meeting the other ranks."""
         for watch in self._watches:
             watch.stop()
         for made in self._made.values():

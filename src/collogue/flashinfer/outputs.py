@@ -89,7 +89,7 @@ def _values(name: str, buffer: torch.Tensor | None, like: torch.Tensor) -> torch
 
 
 def _bytes(name: str, buffer: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The first bytes of ``buffer``, whatever its dtype, as a tensor of this shape and dtype."""
+    """The first bytes of ``buffer``, of any dtype, as a tensor of this shape and dtype."""
     if buffer is None:
         return torch.empty(shape, dtype=dtype, device=device)
     if buffer.dtype != dtype:

@@ -77,7 +77,7 @@ def form_of(pattern: int) -> Form:
     if pattern in WITH_EXPERTS:
         raise ArgumentError(f"pattern {pattern} takes experts", hint="call allreduce_fusion, or one of the trtllm_moe_ functions")
     if pattern not in _FORMS:
-        raise ArgumentError(f"there is no pattern {pattern!r}", hint="use a constant of AllReduceFusionPattern")
+        raise ArgumentError(f"unknown pattern {pattern!r}", hint="use a constant of AllReduceFusionPattern")
     return _FORMS[pattern]
 
 
@@ -110,5 +110,5 @@ def quant_of(form: Form, scale_factor: torch.Tensor | float | None, layout_code:
 def _layout(code: int | None) -> ScaleLayout:
     layout = _LAYOUTS.get(0 if code is None else code)
     if layout is None:
-        raise FormatError(f"there is no layout code {code!r}", hint="use a constant of QuantizationSFLayout")
+        raise FormatError(f"unknown layout code {code!r}", hint="use a constant of QuantizationSFLayout")
     return layout

@@ -179,7 +179,7 @@ class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
         return made
 
     def destroy(self) -> None:
-        """Give the memory back. Waits for this rank's GPU; not collective, and harmless when repeated."""
+        """Free the memory. Waits for this rank's GPU; not collective, and harmless when repeated."""
         if self._destroyed:
             return
         self._destroyed = True
@@ -378,7 +378,7 @@ def _no_checkpoint() -> UnsupportedError:
 
 
 def _resolve(world_size: int, rank: int, comm_backend: Any | None, group: Any | None) -> tuple[Any, torch.device | None]:
-    """The group and the device of the ranks. A default group of another size is refused, not taken for the one that was meant."""
+    """The group and the device of the ranks. A default group of another size is rejected, not taken for the one that was meant."""
     if group is None:
         group = getattr(comm_backend, "_group", None)
     if group is None:

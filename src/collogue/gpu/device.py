@@ -47,7 +47,7 @@ def use_device(index: int) -> None:
 
 @contextlib.contextmanager
 def _beside_captures() -> Iterator[None]:
-    """What is done inside is no part of a graph that is being captured, in this thread or another, and does not end the capture."""
+    """What is done inside is not part of a graph that is being captured, in this thread or another, and does not end the capture."""
     mode = checked(driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
     try:
         yield
@@ -86,7 +86,7 @@ class Reader:
         return b""
 
     def close(self) -> None:
-        """Give the stream back; nothing can be read any more."""
+        """Destroy the stream; nothing can be read any more."""
         with self._lock:
             self._stream = None
             self._destroy()

@@ -264,7 +264,7 @@ _captured: set[KernelEngine] = set()
 
 
 def _launch_more(launcher: Launcher, more: tuple[tuple[int, int, int], ...], stream: int) -> None:
-    """The launches after the first; then the parameters are the first one's again, also where a launch is refused."""
+    """The launches after the first; then the parameters are the first one's again, also where a launch is rejected."""
     params = launcher.params
     before = params.first, params.count, params.scale_rows
     try:

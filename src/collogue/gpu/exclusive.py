@@ -11,7 +11,7 @@ from collogue.errors import ConcurrentUseError
 
 
 class Exclusive:
-    """``with`` it nobody else is in; a second thread that wants to is refused."""
+    """``with`` it nobody else is in; a second thread that wants to is rejected."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -33,5 +33,5 @@ class Exclusive:
         self.release()
 
     def wait(self) -> threading.Lock:
-        """For ``with``: whoever wants in waits."""
+        """For ``with``: a thread that wants in waits."""
         return self._lock

@@ -34,7 +34,7 @@ class FailureRecord(ctypes.Structure):
 
 
 def finder_of(stop: int, world: int) -> int | None:
-    """The rank that wrote a stop word; ``None`` where no kernel writes such a word."""
+    """The rank that wrote an abort flag; ``None`` where no kernel writes such a word."""
     rank = (stop & 0xFF) - 1
     return rank if stop >> 8 in (TIMEOUT, MISMATCH) and 0 <= rank < world else None
 

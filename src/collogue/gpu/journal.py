@@ -24,7 +24,7 @@ class Journal:
     ``started``: calls that this rank's GPU has started. ``calls``: of the ranks that could be read. ``failure``: what the failure record
     says, or ``None``. A rank whose calls end before the others' is the late one. The stage of a call says how far it has come, as far as
     can be known: ``finished`` if its rank has started a later one; of a rank's last call what this rank's failure record, or the other
-    rank's stop word and what it had found, say, else ``started``.
+    rank's abort flag and what it had found, say, else ``started``.
     """
 
     rank: int
@@ -50,7 +50,7 @@ class Journal:
             data["calls"] = {int(rank): tuple(Entry(**entry) for entry in entries) for rank, entries in data["calls"].items()}
             return cls(**data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArgumentError(f"{path} is no journal: {error}", hint="give a file that a failed call or Journal.save wrote") from error
+            raise ArgumentError(f"{path} is not a journal: {error}", hint="give a file that a failed call or Journal.save wrote") from error
 
     def made(self, rank: int, call: int) -> str | None:
         """What ``rank`` made call number ``call`` with; ``None`` where that is not known."""

@@ -23,7 +23,7 @@ class Params(ctypes.Structure):
 
 
 def timeouts(seconds: float) -> tuple[int, int]:
-    """``Params.timeout`` and ``Params.relay_timeout``: whoever waits for what others relay gives up an eighth later, at most 0.25 s."""
+    """``Params.timeout`` and ``Params.relay_timeout``: a wait for what others relay ends an eighth later, at most 0.25 s."""
 
     def units(t: float) -> int:
         return max(1, round(t * 1e9 / (1 << 20)))

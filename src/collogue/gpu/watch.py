@@ -16,7 +16,7 @@ class Watch:
     """Calls ``check`` every ``interval`` seconds and ``on_failure`` with the first error that it raises, once, in its own thread.
 
     It must not be used to call the communicator; tell the thread that owns it. ``stop()`` ends it, and so does closing the communicator
-    or the end of the process; also a context manager. Raises :class:`ArgumentError` for an interval that is no time.
+    or the end of the process; also a context manager. Raises :class:`ArgumentError` for an interval that is not a time.
     """
 
     def __init__(self, check: Callable[[], None], on_failure: Callable[[CollogueError], None], interval: float) -> None:

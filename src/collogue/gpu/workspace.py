@@ -1,6 +1,6 @@
 """The memory a communicator works in: slots in symmetric memory, control words, and the failure record.
 
-Layout of a rank's symmetric buffer (kernels/protocol.cuh): control words, marks and the journal in the first 4096 bytes, then the
+Layout of a rank's symmetric buffer (kernels/protocol.cuh): control words, call signatures and the journal in the first 4096 bytes, then the
 generations (:class:`collogue.planning.extent.Extent`).
 """
 
@@ -49,7 +49,7 @@ _HINTS: dict[type[CollectiveError], str] = {CollectiveTimeout: _AFTER, Mismatche
 class Control:
     """The control words of one rank.
 
-    Calls started, stop word, what one-shot has left to be cleaned (twice 16 bits), who fills the failure record (1 + call), marks
+    Calls started, abort flag, what one-shot has left to be cleaned (twice 16 bits), who fills the failure record (1 + call), signatures
     ``[call % 4][rank]`` of (number, hash), notes ``[rank]`` of (call, what was found), canaries.
     """
 
@@ -180,7 +180,7 @@ class Workspace:
         return record if record["rank"] == self.group.rank or control is None else noted(record, control.notes, self.topology.world_size)
 
     def _told(self, control: Control | None) -> Record | None:
-        """What this rank's stop word says; fault 0 where it is none that a kernel writes."""
+        """What this rank's abort flag says; fault 0 where it is none that a kernel writes."""
         if control is None or not control.stop:
             return None
         world = self.topology.world_size
@@ -207,7 +207,7 @@ class Workspace:
             finder = found["rank"] if found is not None and fault == MISMATCH else rank
             alike = {journal.made(of, differing) for of in journal.calls}
             if len(alike) == 1 and None not in alike:
-                text = f"the marks of call {differing} differ, and the ranks' calls do not: rank {finder}'s have been written over"
+                text = f"the signatures of call {differing} differ, and the ranks' calls do not: rank {finder}'s have been written over"
                 return CorruptedWorkspace, text
             then = f"; then {self._timeout(journal, found)}" if found is not None and fault == TIMEOUT else ""
             return MismatchedCall, _mismatch(journal, finder, differing) + then
@@ -215,7 +215,7 @@ class Workspace:
             kind, elsewhere = self._elsewhere(found)
             return kind, self._timeout(journal, found) + elsewhere
         if found is not None:
-            return CorruptedWorkspace, f"rank {rank}'s stop word has been written over: no kernel writes what it holds"
+            return CorruptedWorkspace, f"rank {rank}'s abort flag has been written over: no kernel writes what it holds"
         return CorruptedWorkspace, f"rank {rank}'s control words have been written over"
 
     def _timeout(self, journal: Journal, found: Record) -> str:

@@ -2,7 +2,7 @@
 
 An exchange begins with a frame of each rank to every other that says what it is about. When all have said the same, a frame with the
 bytes follows: a rank that has given up meanwhile sends its reason in the place of it.
-Whoever gives up tells the others why. Afterwards the link is broken on every rank until all of them have called :meth:`Link.reset`,
+A rank that gives up tells the others why. Afterwards the link is broken on every rank until all of them have called :meth:`Link.reset`,
 which makes new sockets: nothing of the time before can reach the time after.
 """
 
@@ -37,7 +37,7 @@ class Link:
     """How one communicator exchanges bytes. Collective; ``gather`` is the group's own way to exchange objects, used only here.
 
     Args:
-        group: its name; of the links of one group, calls in another order are told from late ones.
+        group: its name; of the links of one group, calls in another order are distinguished from late ones.
         name: of the communicator, for messages.
         timeout: seconds that an exchange waits for a rank, and a reset for all of them.
     """
@@ -231,7 +231,7 @@ class Link:
         self.failure = None
 
     def close(self) -> None:
-        """Give the sockets back. Ranks that still call hear of it."""
+        """Close the sockets. Ranks that still call hear of it."""
         _LINKS.discard(self)
         if os.getpid() == self._process:  # a forked child has copies: it says nothing, and waits for no thread that it does not have
             alone = self._take()

@@ -26,7 +26,7 @@ class Late(Exception):
 class Sockets:
     """One socket for each other rank, by :meth:`connect`. Collective; ``gather`` is the group's own way to exchange objects, used twice.
 
-    Ranks of one machine meet on its loopback interface. Whoever does not know the token of the link is not let in.
+    Ranks of one machine meet on its loopback interface. A peer that does not know the token of the link is not let in.
     """
 
     def __init__(self, rank: int, size: int, gather: Callable[[Any], list[Any]]) -> None:
@@ -83,7 +83,7 @@ class Sockets:
             time.sleep(min(0.02, _left(deadline)))
 
     def _accept(self, deadline: float) -> None:
-        """Take one connection of a higher rank. What has been given up since, or is no rank of this link, is dropped."""
+        """Take one connection of a higher rank. What has been given up since, or is not a rank of this link, is dropped."""
         self._listener.settimeout(_left(deadline))
         try:
             peer, _ = self._listener.accept()

@@ -43,7 +43,7 @@ class Machine:
     def named(cls, architecture: str) -> Machine:
         """Any machine with GPUs of ``architecture``, one for each rank."""
         if architecture not in ARCHITECTURES:
-            raise ArgumentError(f"there is no architecture {architecture!r}", hint=f"choose one of {', '.join(ARCHITECTURES)}")
+            raise ArgumentError(f"unknown architecture {architecture!r}", hint=f"choose one of {', '.join(ARCHITECTURES)}")
         return cls(architecture, None, ARCHITECTURES[architecture].multiprocessors)
 
     @classmethod
@@ -67,7 +67,7 @@ class Machine:
     def of(cls, device: str, architecture: str | None) -> Machine:
         """The machine of a command line: ``device`` is ``"cpu"``, ``"cuda"`` or ``"auto"``; a named architecture goes before it."""
         if device not in ("auto", "cpu", "cuda"):
-            raise ArgumentError(f"there is no device {device!r}", hint="choose one of auto, cpu, cuda")
+            raise ArgumentError(f"unknown device {device!r}", hint="choose one of auto, cpu, cuda")
         if architecture is not None:
             return cls.named(architecture)
         return cls.here("name an --architecture") if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else cls()
@@ -93,7 +93,7 @@ def dtype_named(name: str) -> torch.dtype:
     """The dtype of values called ``name``. Raises :class:`DTypeError`."""
     known = {name_of(dtype): dtype for dtype in VALUE_DTYPES}
     if name not in known:
-        raise DTypeError(f"there is no dtype {name!r} here", hint=f"choose one of {', '.join(known)}")
+        raise DTypeError(f"unknown dtype {name!r}", hint=f"choose one of {', '.join(known)}")
     return known[name]
 
 
@@ -142,7 +142,7 @@ def explain(
     Raises :class:`ArgumentError` (its subclasses) for calls that cannot be, and for a table that cannot be read.
     """
     if operation not in get_args(Operation):
-        raise ArgumentError(f"there is no operation {operation!r}", hint=f"choose one of {', '.join(get_args(Operation))}")
+        raise ArgumentError(f"unknown operation {operation!r}", hint=f"choose one of {', '.join(get_args(Operation))}")
     known: Operation = operation  # type: ignore[assignment]
     check_hidden_size(hidden_size)
     split = as_rows(rows, world_size)

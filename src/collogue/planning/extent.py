@@ -46,7 +46,7 @@ class Memory:
 
 
 def memory_of(algorithm: str, world_size: int, hidden_size: int, dtype: torch.dtype, quant: Quant | None, *, values: bool) -> Memory:
-    """What a row needs. ``values``: finished rows travel in ``dtype`` as well (or alone, where ``quant`` is ``None``)."""
+    """What a row needs. ``values``: norms and codes travel in ``dtype`` as well (or alone, where ``quant`` is ``None``)."""
     row, width = hidden_size * dtype.itemsize, -(-hidden_size // 8 // world_size)
     if ALGORITHMS[algorithm].one_hop:
         return Memory(row, 0, 0, width)
@@ -60,7 +60,7 @@ def memory_of(algorithm: str, world_size: int, hidden_size: int, dtype: torch.dt
 
 
 def wire_bytes(hidden_size: int, dtype: torch.dtype, quant: Quant | None, values: bool) -> int:
-    """Of a finished row on its way to another rank: values, codes, words of scales (kernels/gather.cuh)."""
+    """Of a row of norms or codes on its way to another rank: values, codes, words of scales (kernels/gather.cuh)."""
     total = (hidden_size * dtype.itemsize if values else 0) + QuantVariant.of(quant).wire_bytes(hidden_size)
     return round_up(total, 16)
 

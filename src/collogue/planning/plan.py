@@ -204,8 +204,8 @@ def _choose(topology: Topology, request: Request) -> tuple[Candidate, str]:
     one, _ = cost.predict("one_shot", world, (world - 1) * message)
     two, _ = cost.predict("two_shot", world, 2 * (world - 1) * -(-message // world))
     if fits and one <= two:
-        return Candidate("one_shot", asked.cta_threads), f"one hop: {one:.1f} us against {two:.1f} us by two"
-    why = f"two hops, fewer bytes: {two:.1f} us against {one:.1f} us by one" if fits else "larger than the one-shot slots"
+        return Candidate("one_shot", asked.cta_threads), f"one-shot: {one:.1f} us against {two:.1f} us by two-shot"
+    why = f"two-shot, fewer bytes: {two:.1f} us against {one:.1f} us by one-shot" if fits else "larger than the one-shot slots"
     return Candidate("two_shot", asked.cta_threads), why
 
 
@@ -250,7 +250,7 @@ def launch_shape(
     """Threads, vectors and clusters for ``tokens`` rows of this width.
 
     With clusters a thread holds one vector and a row is spread over up to 8 CTAs: the fewest cycles between the first load and the
-    last store, and at large sizes the most CTAs whose waits overlap. Where few multiprocessors may be used, a row takes as few
+    last store, and at large sizes the most CTAs whose waits overlap. Where few SMs may be used, a row takes as few
     CTAs as it can; ``cta_threads`` is the most threads that a CTA may then have. In one CTA (no clusters, or groups that only one
     CTA can reduce) threads hold several vectors. Local calls of more rows than SMs are bound by memory: a CTA does a row, with two
     (or four) vectors a thread, and asks for its next row before it finishes this one.
@@ -309,7 +309,7 @@ def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str, *
 
 
 def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1, experts: bool = False) -> int:
-    """Threads that a multiprocessor can hold, by the registers that each needs: a thread holds a vector of every rank.
+    """Threads that an SM can hold, by the registers that each needs: a thread holds a vector of every rank.
 
     ``experts``: terms are computed, from four rows at a time.
     """
@@ -328,13 +328,13 @@ def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1, ex
 
 
 def widest_cta(topology: Topology, algorithm: str, *, experts: bool = False, branch: bool = False) -> int:
-    """Threads of the widest CTA in which nothing spills: alone on a multiprocessor, and no compiler could give its threads more."""
+    """Threads of the widest CTA in which nothing spills: alone on an SM, and no compiler could give its threads more."""
     threads = min(resident_threads(topology, algorithm, experts=experts), 896 if branch else MAX_THREADS)
     return min(threads, 384) if topology.world_size > 4 and ALGORITHMS[algorithm].streams else threads
 
 
 def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: str, *, experts: bool = False) -> int:
-    """CTAs that a multiprocessor is sure to hold: launch bounds ask for no more registers than that leaves to each thread.
+    """CTAs that an SM is sure to hold: launch bounds ask for no more registers than that leaves to each thread.
 
     Few registers let the next kernel start beside this one and more rows be on their way at a time (docs/speed.md), as long as
     nothing spills. Where something does, the compiler is asked again with fewer CTAs (:func:`collogue.gpu.jit.compile_variant`).

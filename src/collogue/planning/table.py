@@ -33,14 +33,14 @@ TableArgument: TypeAlias = "str | os.PathLike[str] | Literal[False] | None"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to do an ``all_reduce``: the algorithm, and the most threads of a CTA (``None``: what the plan takes by itself)."""
+    """An implementation of ``all_reduce``: the algorithm, and the maximum number of threads of a CTA (``None``: the plan's own)."""
 
     algorithm: AllReduceBy
     cta_threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.algorithm not in get_args(AllReduceBy):
-            raise ValueError(f"there is no algorithm {self.algorithm!r}")
+            raise ValueError(f"unknown algorithm {self.algorithm!r}")
         if self.cta_threads is not None and (self.cta_threads not in range(32, 1025) or self.cta_threads % 32):
             raise ValueError(f"a CTA cannot have {self.cta_threads} threads")
 
@@ -121,7 +121,7 @@ class Table:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Table:
-        """The table in the file ``path``. Raises :class:`ArgumentError` where it cannot be read or is no table."""
+        """The table in the file ``path``. Raises :class:`ArgumentError` where it cannot be read or is not a table."""
         try:
             content = Path(path).read_bytes()
             data = json.loads(content)
@@ -129,7 +129,7 @@ class Table:
                 raise ValueError(f"its format is {data['format']!r}, not {FORMAT!r}")
             return cls(hashlib.sha256(content).hexdigest()[:12], tuple(_entry(one) for one in data["entries"]))
         except (OSError, ValueError, TypeError, KeyError) as error:
-            message = f"{os.fspath(path)} is no table: {type(error).__name__}: {error}"
+            message = f"{os.fspath(path)} is not a table: {type(error).__name__}: {error}"
             raise ArgumentError(message, hint=f"make one with `collogue tune`, or unset {VARIABLE}") from error
 
     def select(self, **facts: Any) -> Table:

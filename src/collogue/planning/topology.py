@@ -34,7 +34,7 @@ _LOGGER = logging.getLogger("collogue")
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a user fixes of the plans: the algorithm of ``all_reduce``, how many multiprocessors a call may use, the widest CTA."""
+    """What a user fixes of the plans: the algorithm of ``all_reduce``, how many SMs a call may use, the widest CTA."""
 
     algorithm: AllReduceBy | None = None
     max_sms: int | None = None
@@ -60,7 +60,7 @@ class Topology:
     """Facts that are the same on every rank. ``architecture`` is ``None`` on CPU groups; ``table`` holds what is for this machine.
 
     ``concurrent``: communicators whose calls may run on a GPU at a time, on streams of their own: each takes its part of the GPU, and
-    launches its next kernel only when the one before waits for nobody any more. Else they may wait for each other for ever
+    launches its next kernel only when the one before waits for nobody any more. Else they may wait for each other forever
     (docs/design.md). ``fitting``: clusters that fit on every rank's GPU, where all drivers say it. ``islands``: the split of the ranks,
     one where it is empty; ``why``: of the transport. ``wire``: the label of the format in which terms travel.
     """
@@ -207,7 +207,7 @@ def topology_of(
         elif concurrent > 1:
             table = table.without("several communicators share the GPUs")
         elif overrides != Overrides():
-            table = table.without("the communicator fixes the algorithm, the CTAs or the multiprocessors")
+            table = table.without("the communicator fixes the algorithm, the CTAs or the SMs")
         else:
             named = {} if device is None else {"device": device}
             table = table.select(architecture=architecture, **named, world_size=world_size, dtype=name_of(capacity.dtype))

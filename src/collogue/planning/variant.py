@@ -127,7 +127,7 @@ def source_type(prologue: PrologueForm | TermsForm | None, dtype: torch.dtype) -
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel: ``kernel`` names its file in ``kernels/``. ``stream``: y is stored; ``gather``: finished rows go to every rank.
+    """One kernel: ``kernel`` names its file in ``kernels/``. ``stream``: y is stored; ``gather``: norms and codes go to every rank.
 
     ``uneven``: how many rows each rank owns is a parameter.
     """

@@ -74,7 +74,7 @@ class Form:
         return () if self.attention_in is None else (self.attention_in,)
 
     def blocks(self, layer: nn.Module) -> tuple[Block, Block]:
-        """Attention and MLP of a layer; where a layer is none of ours, the first of each, whose parts it lacks."""
+        """Attention and MLP of a layer; where a layer is not one of ours, the first of each, whose parts it lacks."""
         attention, mlp = (next((block for block in each if block.matches(layer)), each[0]) for each in (self.attention, self.mlp))
         return attention, mlp
 

@@ -31,7 +31,7 @@ def generate(model: Any, comm: Communicator, *args: Any, **kwargs: Any) -> Any:
         chosen = type(model).generate(model, *args, **kwargs)
     tokens = getattr(chosen, "sequences", chosen)
     every = comm._group.all_gather_object((None, _digest(tokens)))
-    hint = "use PyTorch's default generators for whatever samples, and one process for each rank"
+    hint = "use PyTorch's default generators for everything that samples, and one process for each rank"
     _compare(every, CollectiveError, "ranks 0 and {} chose different tokens", hint)
     return chosen
 

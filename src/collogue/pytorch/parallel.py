@@ -137,7 +137,7 @@ class _Undo:
 
 @contextmanager
 def _undone_by_errors(model: nn.Module) -> Iterator[_Undo]:
-    """Whatever goes wrong, memory or an interrupt, the caller holds the unsharded model again."""
+    """After any error, of memory or an interrupt too, the caller holds the unsharded model again."""
     undo, training = _Undo(), [module for module in model.modules() if module.training]
     places = [(tensor, tensor.data, tensor.requires_grad) for tensor in (*model.parameters(), *model.buffers())]
     try:

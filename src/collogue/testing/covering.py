@@ -202,7 +202,7 @@ def _complete(choice: dict[str, Any], open_pairs: Mapping[Pair, None], rng: rand
 
 
 def registers_allowed(variant: Variant) -> int:
-    """Registers a thread that the launch bounds of ``variant`` leave it: of 65,536 on a multiprocessor, for four warps at a time, in
+    """Registers a thread that the launch bounds of ``variant`` leave it: of 65,536 on an SM, for four warps at a time, in
     steps of 8."""
     return min(255, 65536 // (-(-variant.threads * variant.ctas_per_multiprocessor // 128) * 128) // 8 * 8)
 

@@ -1,4 +1,4 @@
-"""What a call must return, worked out without a communicator: by the scalar version, or by the reference."""
+"""What a call must return, computed without a communicator: by the scalar version, or by the reference."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def by_rank(
     """What ``operation`` returns on each rank, from nothing but ``all_reduce`` and the rule of who owns which rows.
 
     Args:
-        residual: [T, H], the shards of all ranks one below the other.
+        residual: [T, H], the shards of all ranks concatenated.
         operation: ``all_gather`` gathers what ``reduce_scatter`` of the same arguments returns; ``finish`` takes a rank's partial for y.
         split: how many rows each rank owns, in place of equal blocks.
     """

@@ -1,4 +1,4 @@
-"""One process per rank, with a watchdog: ranks that fall silent or take too long are ended, and every rank's last stage is told."""
+"""One process per rank, with a watchdog: ranks that fall silent or take too long are ended, and every rank's last stage is reported."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run_processes(
     Args:
         fn: importable (it is pickled). ``group`` is the world's process group; ``tell("text")`` names the stage the rank is in.
         device: ``"cpu"`` (gloo) or ``"cuda"``: NCCL, rank r on GPU r. Where there are more ranks than GPUs, GPUs are given out in turn
-            and the group is gloo's, as NCCL refuses two ranks of one GPU.
+            and the group is gloo's, as NCCL rejects two ranks of one GPU.
         silence: seconds without a word from any rank, after which all are ended.
         limit: seconds for everything, after which all are ended.
         mortal: ranks that may die; the result of one that does is ``None``. The others then do not meet at the end.

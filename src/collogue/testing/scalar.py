@@ -55,7 +55,7 @@ class MiniFloat:
         return np.where(np.isnan(x), self.nan, code)
 
     def decode(self, codes: Array) -> Array:
-        """Float32 values of codes whose magnitude is in the table; the NaN code otherwise."""
+        """Float32 values of codes whose absolute value is in the table; the NaN code otherwise."""
         magnitude = codes % self.sign_bit
         known = magnitude < len(self.values)
         value = np.where(known, self.values[np.where(known, magnitude, 0)], np.nan)
@@ -118,7 +118,7 @@ def expert_combine(rows: Array, index: Array, weights: Array | None, shared: Arr
     """A rank's term as raw bits [T, H], token by token and slot by slot.
 
     Args:
-        rows: the experts' rows, raw bits [P, H]. index: int32 [T, K]; what is no row of them contributes nothing.
+        rows: the experts' rows, raw bits [P, H]. index: int32 [T, K]; what is not a row of them contributes nothing.
         weights: their values, float32 [T, K], or ``None``. shared: raw bits [T, H], or ``None``.
     """
     total = np.zeros((len(index), rows.shape[1]), F32)
@@ -169,7 +169,7 @@ def rms_norm(y: Array, weight: Array, eps: float, weight_offset: float) -> Array
 
 
 def amax(blocks: Array) -> Array:
-    """Largest magnitude along the last axis; NaN does not count."""
+    """Largest absolute value along the last axis; NaN does not count."""
     top: Array = np.where(np.isnan(blocks), F32(0), np.abs(blocks)).max(axis=-1)
     return top
 

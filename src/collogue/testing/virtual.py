@@ -1,4 +1,4 @@
-"""Virtual ranks: N ranks of one process, a thread each, on the CPU or on whatever GPUs there are.
+"""Virtual ranks: N ranks of one process, a thread each, on the CPU or on the GPUs there are.
 
 On GPUs each rank has a stream of its own and plain device memory as its workspace; kernels, plans and workspace code are
 the ones that real ranks use. Timings of virtual ranks mean nothing: they share a GPU.

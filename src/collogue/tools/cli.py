@@ -28,6 +28,7 @@ from collogue.tools.commands.options import (
     OPERATION_NAMES,
     PICTURES,
     Commit,
+    DeviceOrAuto,
     Devices,
     DTypes,
     Formats,
@@ -67,6 +68,7 @@ class _Commands(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
         """Run the command of ``args`` and end the process with its exit code."""
         code = OK
+        self._main_shell_completion({}, "collogue")
         try:
             with self.make_context("collogue", list(sys.argv[1:] if args is None else args)) as context:
                 self.invoke(context)
@@ -78,6 +80,9 @@ class _Commands(TyperGroup):
                 error.show()
             else:
                 message = re.sub(r"^(Invalid value for|Missing \w+) '([^']+)'", r"\1 \2", error.format_message())
+                # Of a choice of words some versions say "Value error, 'a' is not one of 'b', 'c'".
+                message = message.replace("Value error, ", "")
+                message = re.sub(r"(?<= is not one of ).*", lambda words: words[0].replace("'", ""), message)
                 where = error.ctx.command_path if getattr(error, "ctx", None) else "collogue"
                 report_error(message[:1].lower() + message[1:].rstrip("."), f"run `{where} --help`")
         sys.exit(code)
@@ -89,7 +94,6 @@ app = typer.Typer(
     help="All-reduce + residual + RMSNorm + quantization in one GPU kernel, for tensor-parallel LLM inference.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",  # paragraphs of docstrings are wrapped to the terminal, not twice
 )
@@ -117,7 +121,7 @@ def _options(
 
 @app.command(epilog=EXIT_CODES)
 def demo(
-    device: Annotated[str, typer.Option(help="cpu, cuda (a GPU for each rank), or auto.")] = "auto",
+    device: Annotated[DeviceOrAuto, typer.Option(help="cuda: one GPU per rank.")] = "auto",
     world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks.")] = 3,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text that the perplexity is of.")] = 1024,
     format: Formats = None,
@@ -128,7 +132,6 @@ def demo(
     """Run a real language model tensor-parallel and compare the formats."""
     check_target(json)
     check_target(plot, "--plot", PICTURES)
-    check_word("--device", device, "auto", "cpu", "cuda")
     chosen: dict[str, Any] = {"formats": tuple(format_words(format))} if format else {}
     if sharded:
         chosen["sharded"] = True
@@ -149,7 +152,7 @@ def check(
     dtype: DTypes = None,
     format: Formats = None,
     operation: Operations = None,
-    sweep: Annotated[str, typer.Option(help="default or full; only where no list is given.")] = "default",
+    sweep: Annotated[Literal["default", "full"], typer.Option(help="Only where no list is given.")] = "default",
     every: Annotated[int, typer.Option(min=1, help="Take every n-th case only.")] = 1,
     emulate: Annotated[bool, typer.Option("--emulate", help="Also run the kernels' sources on the CPU; needs g++, takes seconds.")] = False,
     commit: Commit = None,
@@ -176,7 +179,6 @@ def check(
         given["operation"] = words(operation)
         for word in given["operation"]:
             check_word("--operation", word, *OPERATION_NAMES)
-    check_word("--sweep", sweep, "default", "full")
     if sweep == "full" and (given or "cpu" in devices):
         raise typer.BadParameter("the full sweep is for --device cuda and takes no lists", param_hint="--sweep")
     with exit_codes():
@@ -249,8 +251,8 @@ def _show_report(console: Console, report: Report, shown: int = 20) -> None:
     if len(failures) > shown:
         console.print(f"and {len(failures) - shown} more; --json FILE has all")
     expected = sum(r.passed and r.expected_error is not None for r in report.results)
-    refused = f" ({expected} of them calls that must be refused, and were)" if expected else ""
-    console.print(f"{len(report.results) - len(failures)} of {len(report.results)} cases passed{refused}")
+    rejected = f" ({expected} of them expected errors)" if expected else ""
+    console.print(f"{len(report.results) - len(failures)} of {len(report.results)} cases passed{rejected}")
     for e in report.emulated:
         if e.problem:
             console.print(f"FAILED emulator: {e.program}\n  {e.problem}", highlight=False, markup=False, soft_wrap=True)
@@ -272,7 +274,7 @@ def doctor(
 ) -> None:
     """Say what this machine has, what Collogue will use, and what to do about what is missing; draw how the GPUs are linked.
 
-    Ends with 3 if something is missing that Collogue needs on this machine; a machine without GPUs is not that.
+    Exit status 3 if something is missing that Collogue needs on this machine; a machine without GPUs is not that.
     """
     if journal is not None:
         from collogue.gpu.journal import Journal
@@ -307,12 +309,16 @@ def doctor(
 
 
 def _show_findings(console: Console, report: Examination, *, closing: bool = True) -> None:
-    style: dict[str, Sequence[str]] = {"ok": ("green", "ok"), "warn": ("yellow", "warn"), "missing": ("red", "missing")}
+    style = {"ok": ("green", "ok"), "warn": ("yellow", "warn"), "missing": ("red", "missing"), "unneeded": ("dim", "-")}
     table = Table.grid(padding=(0, 1))
     for _ in range(3):
         table.add_column(overflow="fold")
-    for f in report.findings:
+    # What is not needed comes last, without hints.
+    for f in sorted(report.findings, key=lambda f: f.status == "unneeded"):
         color, word = style[f.status]
+        if f.status == "unneeded":
+            table.add_row(f"[{color}]{word}[/]", f"[{color}]{f.name}[/]", f"[{color}]not needed here: {_escape(f.detail)}[/]")
+            continue
         table.add_row(f"[{color}]{word}[/]", f.name, _escape(f.detail) + (f"\n[dim]hint: {_escape(f.hint)}[/]" if f.hint else ""))
     console.print(table, highlight=False)
     if report.wiring is not None:
@@ -321,8 +327,8 @@ def _show_findings(console: Console, report: Examination, *, closing: bool = Tru
         console.print(wiring.text(report.wiring), highlight=False, markup=False, soft_wrap=True)
     if not closing:
         return
-    where = "" if report.gpus else " On the CPU only: the reference, which is right and slow."
-    console.print(f"Collogue can work here.{where}" if report.usable else "Collogue cannot work here before what is missing is there.")
+    where = "" if report.gpus else " On the CPU only, with the slow reference implementation."
+    console.print(f"Collogue can work here.{where}" if report.usable else "Required components are missing.")
 
 
 def _escape(text: str) -> str:

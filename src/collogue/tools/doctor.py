@@ -13,19 +13,20 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from collogue.tools import wiring
 from collogue.tools.record import package_version
 
-Status = Literal["ok", "warn", "missing"]
+Status = Literal["ok", "warn", "missing", "unneeded"]
 
 MIN_PYTHON = (3, 11)
 MIN_TORCH = (2, 11)
 MIN_CUDA_CORE = (1, 2)
 MIN_SHM_BYTES = 1 << 30
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 _SYS_PIDFD_OPEN, _SYS_PIDFD_GETFD = 434, 438
 _PTRACE_HINT = "start the container with --cap-add=SYS_PTRACE (Docker) or capabilities.add: [SYS_PTRACE] (Kubernetes)"
@@ -57,7 +58,7 @@ class Examination:
     @property
     def gpus(self) -> bool:
         """Whether torch sees a GPU."""
-        return not any(f.name == "GPUs" and f.status == "missing" for f in self.findings)
+        return not any(f.name == "GPUs" and f.status != "ok" for f in self.findings)
 
     def as_json(self) -> dict[str, Any]:
         drawn = None if self.wiring is None else self.wiring.as_json()
@@ -73,10 +74,22 @@ def examine(*, started: Callable[[str], None] = lambda name: None) -> Examinatio
             findings += probe()
         except Exception as error:  # a probe must not end the report
             findings.append(_failed(name, error))
+    drawn = None
     try:
-        return Examination(findings, wiring.here())
+        drawn = wiring.here()
     except Exception as error:
-        return Examination([*findings, _failed("topology", error)])
+        findings.append(_failed("topology", error))
+    return Examination(findings if _is_for_gpus() else list(map(_unneeded, findings)), drawn)
+
+
+def _is_for_gpus() -> bool:
+    """Whether there are GPUs, or signs of GPUs that torch does not see."""
+    return bool(_gpu_count() or _DRIVER.exists() or shutil.which("nvidia-smi"))
+
+
+def _unneeded(finding: Finding) -> Finding:
+    """On a machine without GPUs what only they need is not missing."""
+    return finding if finding.required or finding.status != "missing" else replace(finding, status="unneeded")
 
 
 def _failed(name: str, error: Exception) -> Finding:
@@ -174,8 +187,7 @@ def _headers() -> Iterator[Finding]:
 
 
 def _driver() -> Iterator[Finding]:
-    path = Path("/proc/driver/nvidia/version")
-    module = path.read_text().splitlines()[0].split(":", 1)[-1].strip() if path.exists() else ""
+    module = _DRIVER.read_text().splitlines()[0].split(":", 1)[-1].strip() if _DRIVER.exists() else ""
     if _gpu_count():
         yield Finding("driver", "ok", module or "loaded", required=True)
     elif module or shutil.which("nvidia-smi"):
@@ -232,7 +244,7 @@ def _peers() -> Iterator[Finding]:
     refused = [f"{i}-{j}" for i in range(n) for j in range(n) if i != j and not torch.cuda.can_device_access_peer(i, j)]
     if refused:
         hint = "a group must stay within GPUs that reach each other; virtual machines may hide peer access"
-        yield Finding("peer access", "missing", f"refused for {', '.join(refused)}", hint)
+        yield Finding("peer access", "missing", f"rejected for {', '.join(refused)}", hint)
     else:
         yield Finding("peer access", "ok", f"all {n} GPUs reach each other")
 
@@ -256,7 +268,7 @@ def _symmetric_memory() -> Iterator[Finding]:
     if _gpu_count() < 2:
         yield Finding(
             "symmetric memory",
-            "warn",
+            "warn" if _gpu_count() else "missing",
             "not tried: it takes two GPUs",
             "virtual ranks work on one GPU" if _gpu_count() else "only GPU groups need it",
         )

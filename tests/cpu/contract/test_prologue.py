@@ -98,7 +98,7 @@ def test_bad_input_of_a_reduction() -> None:
         ExpertReduce(rows, weights.double(), own)
     with pytest.raises(ShapeError, match="token_input"):
         ExpertReduce(rows, weights, own[:2])
-    with pytest.raises(ArgumentError, match="no prologue"):
+    with pytest.raises(ArgumentError, match="unknown prologue"):
         PrologueForm("finish")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="token input"):
         PrologueForm("expert_reduce", "none", shared=True)

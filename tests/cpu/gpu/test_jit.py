@@ -81,7 +81,7 @@ def test_compile_error_says_what_nvrtc_said() -> None:
     with pytest.raises(CompileError) as raised:
         jit.compile_source("this is not C++", "sm_90a", "broken")
     text = str(raised.value)
-    assert "NVRTC refused broken for sm_90a" in text
+    assert "NVRTC failed to compile broken for sm_90a" in text
     assert "error" in raised.value.message.split("\n", 1)[1]
     assert text.splitlines()[-1].startswith("hint: run `collogue doctor`")
 

@@ -62,7 +62,7 @@ class Fake(Workspace):
             setattr(self.failure, name, value)
 
     def stop(self, rank: int, word: int) -> None:
-        """A rank's stop word."""
+        """A rank's abort flag."""
         self.pages[rank][8:12] = struct.pack("<I", word)
 
     def note(self, finder: int, *, call: int, late_rank: int, token: int = 0, stage: int = 0) -> None:
@@ -133,7 +133,7 @@ def test_marks_that_differ_where_calls_do_not_are_written_over() -> None:
     work = Fake(0, 2)
     work.call(0, {0: 4, 1: 4})
     work.pages[0][MARKS_OFFSET + 8 + 5] ^= 1
-    with pytest.raises(CorruptedWorkspace, match="the marks of call 0 differ, and the ranks' calls do not"):
+    with pytest.raises(CorruptedWorkspace, match="the signatures of call 0 differ, and the ranks' calls do not"):
         work.check()
 
 
@@ -190,7 +190,7 @@ def test_a_record_made_from_a_spoilt_stop_word_is_no_timeout(rank: int) -> None:
     work.call(0, {0: 4, 1: 4})
     work.stop(0, TIMEOUT << 8 | (rank + 1 & 0xFF))
     work.fail(fault=TIMEOUT, rank=rank, late_rank=2, call=0)
-    with pytest.raises(CorruptedWorkspace, match="rank 0's stop word has been written over"):
+    with pytest.raises(CorruptedWorkspace, match="rank 0's abort flag has been written over"):
         work.check()
 
 
@@ -336,7 +336,7 @@ def test_a_stop_word_that_is_none_is_corruption(word: int) -> None:
     work.stop(1, word)
     assert not work.failed
     assert work.stages(1) == ["started"]
-    with pytest.raises(CorruptedWorkspace, match="rank 1's stop word"):
+    with pytest.raises(CorruptedWorkspace, match="rank 1's abort flag"):
         work.check()
 
 
@@ -356,7 +356,7 @@ def test_a_page_written_over_is_corruption(byte: int) -> None:
     work = Fake(1, 2)
     work.call(0, {0: 4, 1: 4})
     work.pages[1][:] = bytes([byte]) * CONTROL_BYTES
-    with pytest.raises(CorruptedWorkspace, match="rank 1's stop word"):
+    with pytest.raises(CorruptedWorkspace, match="rank 1's abort flag"):
         work.check()
 
 
@@ -444,7 +444,7 @@ def test_no_two_journals_have_one_name(journals: Path) -> None:
 
 def test_only_journals_are_loaded(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(ArgumentError, match="is no journal"):
+    with pytest.raises(ArgumentError, match="is not a journal"):
         Journal.load(tmp_path / "x.json")
 
 

@@ -279,6 +279,16 @@ def test_times_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found["times"], found["bits"], found["compiled"]) == (["a row"], [], [])
 
 
+def test_progress_has_a_total_that_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many steps as are announced, of switches that apply here and there."""
+    monkeypatch.setattr(main.facts, "changed_bits", lambda switch, format: "")
+    switches = [BY_NAME[name] for name in ("base", "scale division", "e2m1 pairs")]
+    cases, architectures = [CASE, replace(CASE, format="none"), replace(CASE, tokens=CASE.tokens + 7)], ["sm_90a", "sm_100a"]
+    done: list[str] = []
+    main.run(switches, cases, architectures=architectures, timing=False, disassemble=False, done=done.append)
+    assert len(done) == main.steps(switches, cases, architectures, timing=False, measure_facts=True) > 6
+
+
 def call(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["ablate", *arguments], env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 

@@ -15,6 +15,7 @@ from bench_fakes import made
 from typer.testing import CliRunner
 
 from collogue.tools.bench import page, regression, report
+from collogue.tools.bench.cases import COMPILED, NCCL
 from collogue.tools.bench.plot import Point, line_chart
 from collogue.tools.cli import app
 from collogue.tools.commands.options import OK, USAGE
@@ -90,10 +91,35 @@ def test_the_page_shows_every_number_and_needs_nothing_else() -> None:
     assert "<td>3.21</td>" in text
     assert "CompileError: &lt;no&gt;" in text
     assert "Collogue, norm: 3.21 at 8 (3 to 3.4)" in text
-    assert text.count("<svg") == 2 + 2 * 3 + 2 + 2 * 3  # decode; hidden sizes at three T; large; large at other hidden sizes, three T
+    assert text.count("<svg") == 1 + 3 + 1 + 3  # decode; hidden sizes at three T; large; large at other hidden sizes, three T
     assert not re.search(r"(src|href)=|@import|url\(", text)  # one file
+    assert all(svg.count("<polyline") <= 6 for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert "prefers-color-scheme: dark" in text
     for section in ("decode, world 2, bfloat16", "hidden size, world 2, bfloat16", "large, world 2, bfloat16", "Wire, host, compiler"):
         assert f"<h2>{section}</h2>" in text
+
+
+def test_the_page_opens_with_the_speed_up() -> None:
+    data = made()
+    assert "headline" not in page.page(data).split("<body>")[1]  # nothing to compare with
+    for tokens, us in ((1, 9.0), (64, 30.0)):
+        (own,) = report.find(data, section="decode", what="collogue", format="none", norm=True, keep_norm=False, tokens=tokens)
+        own["us"] = 3.0
+        data["cases"].append({**own, "what": NCCL + COMPILED, "us": us})
+    text = page.page(data)
+    headline = text.index('<p class="headline">')
+    assert headline < text.index("<table>") < text.index("<svg") < text.index("<h2>This run</h2>")
+    assert "<b>3.0x as fast at 1 token and 10.0x at 64 tokens</b>" in text
+    assert "<td>over NCCL + compiled norm</td><td>3.00x</td><td>10.00x</td>" in text
+
+
+def test_libraries_that_are_not_installed_are_one_line() -> None:
+    data = made()
+    row = report.find(data, section="decode", what=NCCL)[0]
+    row |= {"us": None, "error": "ModuleNotFoundError: No module named 'nccl'"}
+    text = page.page(data)
+    assert f"Not measured, because not installed: {NCCL}." in text
+    assert 'class="no">no number' not in text
 
 
 def test_changes_beyond_the_noise_are_told() -> None:

@@ -52,7 +52,7 @@ def test_a_compiler_that_refuses_is_an_error(cache: Path, monkeypatch: pytest.Mo
         raise RuntimeError("g++ ..\nerror: no")
 
     monkeypatch.setattr("collogue.testing.emulator.compile_cases", refuse)
-    with pytest.raises(CompileError, match=r"refused the kernels: g\+\+"):
+    with pytest.raises(CompileError, match=r"failed to compile the kernels: g\+\+"):
         run_programs()
 
 

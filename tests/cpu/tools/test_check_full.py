@@ -141,7 +141,7 @@ def test_ranks_that_share_gpus_settle_around_every_call() -> None:
         (["--sweep", "full"], 3, "there is no CUDA GPU"),
         (["--sweep", "full", "--tokens", "3"], 2, "takes no lists"),
         (["--sweep", "full", "--device", "cpu"], 2, "for --device cuda"),
-        (["--sweep", "some"], 2, "'some' is none of default, full"),
+        (["--sweep", "some"], 2, "'some' is not one of default, full"),
     ],
 )
 def test_the_full_sweep_on_the_command_line(arguments: list[str], code: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The command line: exit codes, data on stdout, the rest on stderr."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_check_writes_json_to_a_file_and_a_table_to_stdout(tmp_path: Path) -> No
 def test_check_says_which_calls_were_refused() -> None:
     result = call("check", "--device", "cpu", "--tokens", "1", "--hidden-size", "24", "--format", "nvfp4/linear,none")
     assert result.exit_code == OK
-    assert "6 of 6 cases passed (3 of them calls that must be refused, and were)" in result.stdout
+    assert "6 of 6 cases passed (3 of them expected errors)" in result.stdout
 
 
 def test_check_ends_with_1_and_shows_the_first_difference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +93,8 @@ def test_check_ends_with_1_and_shows_the_first_difference(monkeypatch: pytest.Mo
         (["--world-size", "2,0"], "from 1 to 8"),
         (["--hidden-size", "12"], "a multiple of 8"),
         (["--tokens", "many"], "'many' is not a number"),
-        (["--device", "tpu"], "'tpu' is none of cpu, cuda"),
-        (["--dtype", "float64"], "'float64' is none of bfloat16, float16, float32"),
+        (["--device", "tpu"], "'tpu' is not one of cpu, cuda"),
+        (["--dtype", "float64"], "'float64' is not one of bfloat16, float16, float32"),
         (["--format", "nvfp5"], "unknown format 'nvfp5'"),
         (["--format", "fp8_group15"], "multiple of 16"),
         (["--json", "no/such/folder/x.json"], "there is no directory"),
@@ -118,12 +119,12 @@ def test_wrong_usage_ends_with_2(arguments: list[str], told: str) -> None:
         (["demo", "--plot", "."], "--plot: . is a directory"),
         (["demo", "--plot", "no/such/folder/x.png"], "--plot: there is no directory no/such/folder"),
         (["demo", "--plot", "x.txt"], "--plot: x.txt does not end in .png or .svg or .pdf"),
-        (["demo", "--device", "foo"], "--device: 'foo' is none of auto, cpu, cuda"),
+        (["demo", "--device", "foo"], "--device: 'foo' is not one of auto, cpu, cuda"),
         (["bench", "model", "--plot", "."], "--plot: . is a directory"),
         (["bench", "model", "--plot", "-"], "--plot: - does not end in .png"),
-        (["bench", "serving", "--device", "auto"], "--device: 'auto' is none of cpu, cuda"),
-        (["accuracy", "--device", "foo"], "--device: 'foo' is none of cpu, cuda"),
-        (["calibrate", "x.json", "--device", "foo"], "--device: 'foo' is none of cpu, cuda"),
+        (["bench", "serving", "--device", "auto"], "--device: 'auto' is not one of cpu, cuda"),
+        (["accuracy", "--device", "foo"], "--device: 'foo' is not one of cpu, cuda"),
+        (["calibrate", "x.json", "--device", "foo"], "--device: 'foo' is not one of cpu, cuda"),
         (["calibrate", "."], "OUTPUT: . is a directory"),
         (["calibrate", "no/such/folder/x.json"], "OUTPUT: there is no directory no/such/folder"),
         (["calibrate", "x.txt"], "OUTPUT: x.txt does not end in .json or .safetensors"),
@@ -310,3 +311,19 @@ def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: py
         for name in "abcd":
             start(name)
     assert capsys.readouterr().err == "check: 1 of 4 after 11 s, now b\ncheck: 3 of 4 after 22 s, now d\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("explain --device ", {"auto", "cpu", "cuda"}),
+        ("explain --dtype bf", {"bfloat16"}),
+        ("check --format nvfp4,mx", {"nvfp4,mxfp4", "nvfp4,mxfp8"}),
+        ("calibrate --convention m", {"modelopt"}),
+        ("res", {"resources"}),
+    ],
+)
+def test_shells_complete_choices(words: str, offered: set[str]) -> None:
+    asked = {"COMP_WORDS": f"collogue {words}", "COMP_CWORD": str(len(words.split(" "))), "_COLLOGUE_COMPLETE": "complete_bash"}
+    done = subprocess.run([sys.executable, "-m", "collogue"], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert set(done.stdout.split()) == offered

@@ -63,7 +63,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = [f for probe in (doctor._gpus, doctor._peers, doctor._nvlink, doctor._symmetric_memory, doctor._summary) for f in probe()]
     found = by_name(findings)
     assert found["GPUs"].status == "missing"
-    assert found["symmetric memory"].status == "warn"
+    assert found["symmetric memory"].status == "missing"
     assert Examination(findings).usable
 
 
@@ -240,3 +240,15 @@ def test_what_keeps_the_plugin_out_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert "VLLM_PLUGINS=other" in by_name(doctor_engines.examine_engine("vllm"))["vllm plugin"].detail
     _engine(monkeypatch, seen=False)
     assert "entry point" in by_name(doctor_engines.examine_engine("vllm"))["vllm plugin"].detail
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_what_only_gpus_need_is_not_missing_without_signs_of_one(signs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 0)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "nvidia-smi" if signs else None)
+    monkeypatch.setattr(doctor, "_DRIVER", Path("nowhere"))
+    monkeypatch.setattr(doctor, "PROBES", {name: doctor.PROBES[name] for name in ("Python", "driver", "GPUs", "symmetric memory")})
+    found = by_name(examine().findings)
+    assert {found[name].status for name in ("driver", "GPUs", "symmetric memory")} == {"missing" if signs else "unneeded"}
+    assert found["Python"].status == "ok"
+    assert not examine().gpus

@@ -132,7 +132,7 @@ def test_what_is_no_table_is_refused(file: Path, spoil: Callable[[dict[str, Any]
     data = json.loads(file.read_text())
     spoil(data)
     file.write_text(json.dumps(data))
-    with pytest.raises(ArgumentError, match="is no table") as caught:
+    with pytest.raises(ArgumentError, match="is not a table") as caught:
         Table.read(file)
     assert told in caught.value.message
     assert "hint: make one with `collogue tune`" in str(caught.value)
@@ -141,7 +141,7 @@ def test_what_is_no_table_is_refused(file: Path, spoil: Callable[[dict[str, Any]
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     for name in ("x.json", "absent.json", "."):
-        with pytest.raises(ArgumentError, match="is no table"):
+        with pytest.raises(ArgumentError, match="is not a table"):
             Table.read(tmp_path / name)
 
 
@@ -163,7 +163,7 @@ def test_which_file_is_used(file: Path, cache: Path, monkeypatch: pytest.MonkeyP
     assert found(None) is None
     monkeypatch.delenv(VARIABLE)
     own_path("NVIDIA H200", 2).write_text("{")
-    assert "is no table" in str(found(None))  # its own is passed over, and the plan says so; a named one is refused
+    assert "is not a table" in str(found(None))  # its own is passed over, and the plan says so; a named one is refused
     with pytest.raises(ArgumentError):
         found(own_path("NVIDIA H200", 2))
 
@@ -191,7 +191,7 @@ def test_ranks_with_different_tables_are_told(file: Path) -> None:
 
 def test_a_table_that_one_rank_cannot_read_ends_all(file: Path) -> None:
     texts = refusals(2, lambda rank: file if rank == 0 else file.parent / "absent.json")
-    assert all(text.startswith("rank 1: ") and "absent.json is no table" in text and "\nhint: make one" in text for text in texts)
+    assert all(text.startswith("rank 1: ") and "absent.json is not a table" in text and "\nhint: make one" in text for text in texts)
 
 
 def test_the_same_content_in_other_places_is_agreed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,7 +489,7 @@ def test_a_candidate_that_fails_once_is_nowhere_in_the_table(two_gpus: SimpleNam
     target = tmp_path / "t.json"
     result = tune("--hidden-size", "7168", "--tokens", "1,100", "--json", str(target))
     assert result.exit_code == FAILED
-    assert "REFUSED two_shot/256 H=7168 bfloat16 T=100: 3 elements differ" in result.stdout
+    assert "REJECTED two_shot/256 H=7168 bfloat16 T=100: 3 elements differ" in result.stdout
     data = json.loads(target.read_text())
     assert data["passed"] is False
     assert [row["candidate"] for row in data["refused"]] == ["two_shot/256"]
@@ -502,6 +502,18 @@ def test_without_any_two_shot_there_is_no_table(two_gpus: SimpleNamespace, cache
     two_gpus.wrong = "two_shot"
     assert tune("--hidden-size", "64", "--tokens", "3").exit_code == FAILED
     assert list(cache.iterdir()) == []
+
+
+def test_progress_has_a_total(two_gpus: SimpleNamespace, cache: Path) -> None:
+    """Four numbers of tokens of one width, and its communicators and kernels."""
+    totals: list[int] = []
+
+    def begin(steps: int) -> Callable[[str], None]:
+        totals.append(steps)
+        return two_gpus.heard.append
+
+    main.run(hidden_size=[7168], dtype=["bfloat16"], tokens=[1, 100, 300, 500], begin=begin)
+    assert (totals, two_gpus.heard) == ([5], ["T=1"])
 
 
 def test_json_to_stdout_is_alone_there(two_gpus: SimpleNamespace, cache: Path) -> None:
@@ -606,7 +618,7 @@ def test_explain_shows_the_table(file: Path, monkeypatch: pytest.MonkeyPatch) ->
     told = " ".join(call(*asked, "--world-size", "4").stdout.split())
     assert "not used: made for world size 2, not 4" in told
     result = call(*asked, "--table", str(file) + "x")
-    assert (result.exit_code, "is no table" in " ".join(result.stderr.split())) == (USAGE, True)
+    assert (result.exit_code, "is not a table" in " ".join(result.stderr.split())) == (USAGE, True)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class _Source:
 class Deferred(Tensor):
     """This rank's term of a sum that is not taken yet, in the place of the sum. It has the sum's shape, dtype and device.
 
-    It has no memory. Whatever operator gets it (also from C++, in place, or as ``out=``) gets the sum instead, which is taken by
+    It has no memory. Every operator that gets it (also from C++, in place, or as ``out=``) gets the sum instead, which is taken by
     ``reduce`` at that moment; code that goes past PyTorch's operators to the memory finds none and fails. So nothing can read the
     term for the sum. A fused call takes :attr:`term` and never takes the sum; where it makes the sum by the way, it keeps it here.
 

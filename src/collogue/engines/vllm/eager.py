@@ -1,7 +1,7 @@
 """Models that vLLM does not compile: the all-reduce of a layer waits for the norm after it, and both are one call.
 
 vLLM's layers call ``tensor_model_parallel_all_reduce``, a name of their module, which here returns a :class:`.Deferred` sum; and its
-norms, which are ours (out of tree), take the term out of it. Whatever else reads a deferred sum has vLLM's own all-reduce first.
+norms, which are ours (out of tree), take the term out of it. Everything else that reads a deferred sum has vLLM's own all-reduce first.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def value(node: object) -> torch.Tensor | None:
-    """The fake tensor that stands for a node's value; ``None`` for whatever is no tensor."""
+    """The fake tensor that stands for a node's value; ``None`` for everything that is not a tensor."""
     found = node.meta.get("val") if isinstance(node, Node) else None
     return found if isinstance(found, torch.Tensor) else None
 
@@ -73,7 +73,7 @@ def is_column(tensor: torch.Tensor) -> bool:
 
 
 def root(node: object) -> Any:
-    """The node behind all views and conversions. What is no node stays what it is."""
+    """The node behind all views and conversions. What is not a node stays what it is."""
     while isinstance(node, Node):
         before = source(node)
         if before is None:

@@ -50,7 +50,7 @@ class Norm:
 
 
 def find_norm(stream: Node, why: list[str]) -> Norm | None:
-    """The first RMSNorm over the rows of ``stream``. What comes close and is none of ours leaves its reason in ``why``."""
+    """The first RMSNorm over the rows of ``stream``. What comes close and is not one of ours leaves its reason in ``why``."""
     for reader, operand in readers(stream):
         if reader.target in (aten._fused_rms_norm.default, aten.rms_norm.default):
             found = _operator(stream, reader, why)
@@ -145,7 +145,7 @@ def _weighted(stream: Node, product: Node, factor: Node, eps: float, why: list[s
     rows, result = value(stream), value(product)
     weight = _weight(other_operand(product, factor), rows)
     if weight is None or rows is None or result is None or not equal(result.numel(), rows.numel()):
-        why.append("y * rstd is multiplied by something that is no weight of [H]")
+        why.append("y * rstd is multiplied by something that is not a weight of [H]")
         return None
     node, offset, roundings = weight
     roundings = [*(f"{rounding} before the weight" for rounding in rounded("y * rstd", factor)), *roundings]

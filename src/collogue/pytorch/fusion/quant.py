@@ -171,7 +171,7 @@ def _per_token(
 
 
 def _amax_of(node: Node) -> object:
-    """What ``node`` is the largest magnitude of, along rows."""
+    """What ``node`` is the largest absolute value of, along rows."""
     if node.target is operator.getitem and node.args[1] == 0 and isinstance(node.args[0], Node):
         node = node.args[0]
         if node.target is not aten.max.dim:

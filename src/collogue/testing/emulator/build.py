@@ -148,7 +148,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Edit:
-    """A change to a kernel source that makes a mutated twin: ``old``, which must stand there once, becomes ``new``."""
+    """A change to a kernel source that makes a mutant: ``old``, which must stand there once, becomes ``new``."""
 
     file: str
     old: str

@@ -94,7 +94,7 @@ class Run:
 
     @property
     def stops(self) -> list[int]:
-        """Every rank's stop word."""
+        """Every rank's abort flag."""
         return [control.stop for control in self.controls]
 
     def problem(self) -> str:

@@ -18,7 +18,7 @@ Row: TypeAlias = dict[str, Any]
 
 TOKENS, FORMATS, HIDDEN_SIZE = (1, 8, 32), ("none", "nvfp4", "fp8_static"), 7168
 METHOD = (
-    "Every switch is one change of the kernels as they are (base), alone; together has several. Times: as in `collogue bench`, by slope, "
+    "Every switch is one change of the kernels as they are (base), alone; together has several. Times: as in `collogue bench`, "
     "all switches of one shape replayed in turn in one run, median over replays, maximum over ranks, and median over rounds, each with "
     "memory of its own; base again is base once more, so its difference from base is what means nothing. bits_changed: outputs compared "
     "with the reference on the GPU; by_emulator: the same kernel sources with the same edits on the CPU. Registers, code and "
@@ -56,6 +56,15 @@ def run(
         rows = facts.compiled(switches, smallest, architectures, disassemble=disassemble, done=done)
     described = [{"name": s.name, "what": s.what, "valid": s.valid, "architectures": list(s.architectures)} for s in switches]
     return {"method": METHOD, "switches": described, "bits": bits, "compiled": rows, "times": times}
+
+
+def steps(switches: Sequence[Switch], chosen: Sequence[Case], architectures: Sequence[str], *, timing: bool, measure_facts: bool) -> int:
+    """How often :func:`run` says what is being done."""
+    timed = 1 + 2 * len(chosen) if timing else 0
+    formats = list(dict.fromkeys(case.format for case in chosen))
+    bits = sum(not s.formats or format.split("/")[0] in s.formats for s in switches for format in formats)
+    compiled = sum(s.applies(format, a) for s in switches for format in formats for a in architectures)
+    return timed + (bits + compiled if measure_facts else 0)
 
 
 def _bits(switches: Sequence[Switch], formats: Sequence[str], done: Callable[[str], None]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The switches: each is one choice made otherwise, as edits of the kernel sources, compiler options or the launch.
+"""The switches: each changes one choice, by edits of the kernel sources, compiler options or the launch.
 
 ``base`` is the kernels as they are. An edit names a text that must stand once in its file, so a switch that no longer fits the kernels
 is an error and not a measurement of nothing.
@@ -21,9 +21,9 @@ _CLUSTERS = tuple(name for name in COVERED if ARCHITECTURES[name].has_clusters)
 
 @dataclass(frozen=True)
 class Switch:
-    """One choice made otherwise.
+    """One choice changed.
 
-    ``options``: of the compiler. ``threads``: widest CTA of a launch. ``cluster``: most CTAs of a row, if more than plans take.
+    ``options``: of the compiler. ``threads``: widest CTA of a launch. ``cluster``: maximum number of CTAs of a row, if plans take fewer.
     ``dependent``: whether the next kernel may be launched early (PDL).
     ``valid``: whether outputs are meant to be right; where not, the switch only shows what something costs.
     ``formats``: where the choice matters, by the first part of the label; empty: everywhere.
@@ -184,7 +184,7 @@ _FLAG = (
 
 SWITCHES: tuple[Switch, ...] = (
     Switch("base", "the kernels as they are"),
-    Switch("base again", "the same once more: what a difference means nothing below"),
+    Switch("base again", "the baseline repeated: its difference is the noise"),
     # ---- conversion, scale, accumulation, block size
     Switch("e2m1 pairs", "E2M1 by integers in pairs, not eight at a time", (_PAIRS,), formats=("nvfp4", "mxfp4"), architectures=SOFTWARE),
     Switch("e2m1 whole", "eight E2M1 conversions in one block of asm", _WHOLE, formats=("nvfp4", "mxfp4"), architectures=HARDWARE),
@@ -203,7 +203,7 @@ SWITCHES: tuple[Switch, ...] = (
         cluster=16,
         architectures=("sm_90a", "sm_100a", "sm_103a"),
     ),
-    Switch("128 threads", "CTAs of 128 threads, whatever the plan takes", threads=128, architectures=_CLUSTERS),
+    Switch("128 threads", "CTAs of 128 threads, regardless of the plan", threads=128, architectures=_CLUSTERS),
     Switch("160 threads", "CTAs of 160 threads", threads=160, architectures=_CLUSTERS),
     Switch("192 threads", "CTAs of 192 threads", threads=192, architectures=_CLUSTERS),
     Switch("256 threads", "CTAs of 256 threads", threads=256, architectures=_CLUSTERS),
@@ -263,9 +263,9 @@ SWITCHES: tuple[Switch, ...] = (
         valid=False,
     ),
     Switch("flag", "a word of each CTA behind a fence says that all have come; the others are loaded then, not polled", _FLAG),
-    Switch("no bound", "one-shot waits for ever: no clock, no stop word, no failure record, no bound on stores to peers", _NO_BOUND),
-    Switch("no marks", "one-shot tells nobody what it was called with: no marks, no journal", _NO_MARKS),
-    Switch("unguarded", "no bound and no marks", (*_NO_BOUND, *_NO_MARKS)),
+    Switch("no bound", "one-shot without timeout check: no clock, abort flag, failure record or bound on stores to peers", _NO_BOUND),
+    Switch("no marks", "one-shot without call signatures and journal", _NO_MARKS),
+    Switch("unguarded", "no timeout check, no call signatures", (*_NO_BOUND, *_NO_MARKS)),
     Switch("late addresses", "the assembler works out addresses when it likes: behind the wait for the kernel before", _LATE),
     Switch(
         "nothing kept",

@@ -110,5 +110,5 @@ def sqnr(n: torch.Tensor, quant: Quant) -> float:
 
 
 def clipped(n: torch.Tensor, limit: float) -> float:
-    """Share of the elements whose magnitude is above ``limit``."""
+    """Share of the elements whose absolute value is above ``limit``."""
     return float((n.float().abs() > limit).double().mean())

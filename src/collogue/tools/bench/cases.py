@@ -55,7 +55,7 @@ _NONE = Overrides()
 class Round:
     """Calls of one shape on one world. Floors, ``baselines`` and, for the cases that have one, ``chains`` are timed in turn with them.
 
-    ``timing``: ``"graph"``, by slope of CUDA graphs; ``"eager"``, calls from Python, host included. ``overrides``: what the
+    ``timing``: ``"graph"``, the difference of two graph lengths; ``"eager"``, calls from Python, host included. ``overrides``: what the
     communicator fixes of its plans.
     """
 
@@ -176,7 +176,7 @@ def _few_sms(world_size: int) -> list[Round]:
     for t, limit in product((256, 2048, 8192), LIMITS):
         cases = (_case(world_size, t, HIDDEN_SIZE, "none"), *(_sharded(world_size, t, HIDDEN_SIZE, f) for f in ("nvfp4", "fp8_per_token")))
         overrides = Overrides(max_sms=limit)
-        rounds.append(Round(f"multiprocessors, {limit or 'all'}", cases, (NCCL,), replays=9 if t <= 2048 else 5, overrides=overrides))
+        rounds.append(Round(f"SMs, {limit or 'all'}", cases, (NCCL,), replays=9 if t <= 2048 else 5, overrides=overrides))
     return rounds
 
 
@@ -191,7 +191,7 @@ def chosen_rounds(
     """The product of the lists; a list not given is that of the decode sizes."""
     for name in dtype or ():
         if name not in DTYPES:
-            raise FormatError(f"there is no dtype {name!r} here", hint=f"choose from {', '.join(DTYPES)}")
+            raise FormatError(f"unknown dtype {name!r}", hint=f"choose from {', '.join(DTYPES)}")
     rounds = []
     for d, h, t in product(dtype or ("bfloat16",), hidden_size or (HIDDEN_SIZE,), tokens or TOKENS):
         cases = [_case(world_size, t, h, f, dtype=d) for f in format or FORMATS]

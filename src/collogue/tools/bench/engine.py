@@ -1,4 +1,4 @@
-"""A serving engine without a tokenizer: layers, cache, prefills and decode steps in CUDA graphs, with one way to finish a layer."""
+"""A serving engine without a tokenizer: layers, cache, prefills and decode steps in CUDA graphs, with one epilogue."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Stack:
 
 
 class Engine:
-    """One way to finish a layer: warmed up, with a graph for every size of a decode step. Collective."""
+    """One implementation of the epilogue: warmed up, with a graph for every size of a decode step. Collective."""
 
     def __init__(self, name: str, stack: Stack, comm: Communicator, group: dist.ProcessGroup) -> None:
         self._stack, self._world = stack, comm.world_size

@@ -1,7 +1,7 @@
 """The epilogue as PyTorch operations, for ``torch.compile``: what follows another library's all-reduce in the baselines.
 
 ``y = round(total + residual)``, ``n = round(y * rsqrt(mean(y**2) + eps) * weight)``, and one of a few formats. The same mathematics as the
-numerical contract, but in whatever order the compiler adds, and with its division and root; so it is compared within bounds.
+numerical contract, but in the order in which the compiler adds, and with its division and root; so it is compared within bounds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``collogue bench model``: decode steps and prefills of layer stacks, with every way to finish a layer, in one run.
+"""``collogue bench model``: decode steps and prefills of layer stacks, with every implementation of the epilogue, in one run.
 
 Tokens per second are of the whole model: the time of a short stack, in a CUDA graph, times the model's layers over the stack's.
 A number is kept only if the stack's output is that of NCCL's within :data:`TOLERANCE`.
@@ -68,9 +68,9 @@ def run(
     names, counts = list(model or MODELS), list(tokens or TOKENS)
     for name in names:
         if name not in SHAPES:
-            raise ArgumentError(f"there is no model {name!r}", hint=f"choose one of {', '.join(SHAPES)}")
+            raise ArgumentError(f"unknown model {name!r}", hint=f"choose one of {', '.join(SHAPES)}")
     if scales not in ACTIVATIONS:
-        raise ArgumentError(f"there are no scales {scales!r}", hint=f"choose one of {', '.join(ACTIVATIONS)}")
+        raise ArgumentError(f"unknown scales {scales!r}", hint=f"choose one of {', '.join(ACTIVATIONS)}")
     if device == "cuda":
         environment.set_defaults()
     gpus = torch.cuda.device_count() if device == "cuda" else 8

@@ -6,32 +6,45 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from collogue.tools.bench import serving
-from collogue.tools.bench.floors import EMPTY
+from collogue.tools.bench import report, serving
+from collogue.tools.bench.cases import COMPILED, NCCL, ONE_SHOT, TWO_SHOT
+from collogue.tools.bench.floors import EXCHANGE
 from collogue.tools.bench.names import Row, call_name, label
 from collogue.tools.bench.plot import Point, line_chart
 from collogue.tools.bench.regression import Change, compare, counts
 from collogue.tools.bench.report import number
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 1000px; margin: 24px auto; padding: 0 16px; }
-h1 { font-size: 24px; } h2 { font-size: 19px; margin-top: 36px; border-bottom: 1px solid #ddd; padding-bottom: 4px; }
-svg { width: 100%; height: auto; margin: 8px 0; font: 12px system-ui, sans-serif; }
-svg .title { font-weight: 600; font-size: 14px; } svg .grid { stroke: #e4e4e4; } svg .axis { stroke: #555; }
+:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --faint: #595959; --rule: #e2e2e2; --bad: #b00020; --good: #006d3c; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --paper: #16181c; --faint: #a4a4a4; --rule: #3a3d44; --bad: #ff7a85; --good: #5fd39a; }
+}
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1120px; margin: 24px auto; padding: 0 16px; }
+body { color: var(--ink); background: var(--paper); }
+h1 { font-size: 24px; } h2 { font-size: 19px; margin-top: 36px; border-bottom: 1px solid var(--rule); padding-bottom: 4px; }
+.headline { font-size: 18px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 16px; }
+svg { width: 100%; max-width: 620px; height: auto; font: 12px system-ui, sans-serif; fill: var(--ink); }
+svg .title { font-weight: 600; font-size: 14px; } svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--faint); }
 div.table { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-td, th { padding: 3px 9px; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap; }
-th { white-space: normal; vertical-align: bottom; } td:first-child, th:first-child { text-align: left; }
-.slower, .no { color: #b00020; font-weight: 600; } .faster { color: #006d3c; font-weight: 600; }
-.note { color: #555; font-size: 13px; } dt { font-weight: 600; float: left; clear: left; width: 130px; } dd { margin-left: 140px; }
+td, th { padding: 3px 7px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
+td:first-child, th:first-child { text-align: left; white-space: normal; min-width: 9em; }
+td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper); }
+.slower, .no { color: var(--bad); font-weight: 600; } .faster { color: var(--good); font-weight: 600; }
+.note { color: var(--faint); font-size: 13px; } .note, dd { overflow-wrap: anywhere; }
+dt { font-weight: 600; } dd { margin: 0 0 8px; }
 """
-_FLOOR = "floor"
+_FLOOR = "lower bound"
+#: Lines of a plot.
+_LINES = 6
 
 
 def page(data: dict[str, Any], before: dict[str, Any] | None = None, *, names: tuple[str, str] = ("", "")) -> str:
     """The page of ``data``; with ``before``, it starts with what changed. ``names`` of the two files: of ``before``, then of ``data``."""
     gpus = data["machine"]["gpus"]
     title = f"Collogue on {len(gpus)} x {gpus[0]}" if gpus else "Collogue"
-    body = [f"<h1>{escape(title)}</h1>", _about(data)]
+    body = [f"<h1>{escape(title)}</h1>", *_headline(data)]
     if before is not None:
         body += _regressions(compare(before, data), names, before)
     if data.get("benchmark") == "serving":
@@ -43,12 +56,28 @@ def page(data: dict[str, Any], before: dict[str, Any] | None = None, *, names: t
     body += _others(data)
     if data.get("method"):
         body.append(f'<h2>Method</h2>\n<p class="note">{escape(data["method"])}</p>')
+    body += ["<h2>This run</h2>", _about(data)]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">\n<title>{escape(title)}</title>'
     return (
         f"<!doctype html>\n<html lang='en'>\n<head>{head}\n<style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(body)
         + "\n</body></html>\n"
     )
+
+
+def _headline(data: dict[str, Any]) -> list[str]:
+    """One sentence of ratios, and the table behind it."""
+    ratios = report.speedups(data) if data.get("cases") else {}
+    if not ratios:
+        return []
+    best = list(ratios.values())[-1]
+    least, most = min(best), max(best)
+    tokens = sorted({at for row in ratios.values() for at in row})
+    lines = [["speed-up at T =", *map(str, tokens)]]
+    lines += [[f"over {name}", *(f"{row[at]:.2f}x" if at in row else "-" for at in tokens)] for name, row in ratios.items()]
+    said = f"{best[least]:.1f}x as fast at {least} token{'s' if least > 1 else ''} and {best[most]:.1f}x at {most} tokens"
+    what = "as the fastest all-reduce measured here with a compiled norm behind it."
+    return [f'<p class="headline">All-reduce + residual + RMSNorm is <b>{said}</b> {what}</p>', _html_table(lines)]
 
 
 def _about(data: dict[str, Any]) -> str:
@@ -69,25 +98,39 @@ def _section(title: str, rows: Sequence[Row]) -> list[str]:
     x, other = ("tokens", "hidden_size") if len(tokens) >= len(hidden) else ("hidden_size", "tokens")
     words = {"tokens": "tokens T", "hidden_size": "hidden size H"}
     if len({r[x] for r in rows}) > 1:
-        order = [_FLOOR, *dict.fromkeys(map(call_name, sorted(rows, key=lambda r: (r["what"] != "collogue", not _is_headline(r)))))]
+        order = [_FLOOR, *sorted({call_name(r) for r in rows if _rank(r) < len(_PLOTTED)})]
+        plots = []
         for value in sorted({r[other] for r in rows}):
-            few = [r for r in rows if r[other] == value and r["us"] and _is_headline(r)]
-            at = f"{words[other]} = {value}"
-            parts.append(line_chart(f"Latency, {at}", words[x], "microseconds per call", _latencies(few, x), order=order))
-            shares = _shares(few, x)
-            parts.append(line_chart(f"Share of the floor, {at}", words[x], "floor / latency", shares, order=order, logarithmic=False))
+            shown = sorted((r for r in rows if r[other] == value and r["us"] and _rank(r) < len(_PLOTTED)), key=_rank)
+            names = list(dict.fromkeys(map(call_name, shown)))[: _LINES - 1]
+            lines = _latencies([r for r in shown if call_name(r) in names], x)
+            plots.append(line_chart(f"Latency, {words[other]} = {value}", words[x], "microseconds per call", lines, order=order))
+        parts.append('<div class="plots">' + "\n".join(plots) + "</div>")
     return [*parts, _table(rows)]
 
 
-def _is_headline(row: Row) -> bool:
-    """Whether the row is in the plots: other libraries, the exchange, and Collogue in a few formats. Tables have all."""
-    if row["what"] != "collogue":
-        return bool(row["what"] != EMPTY)
-    return label(row) in ("none", "nvfp4/128x4", "fp8_static", "sharded, nvfp4/128x4", "sharded, fp8_per_token")
+#: What plots show, the most important first; a plot has the first of them that were measured. Tables have all.
+_PLOTTED = (
+    "none",
+    f"{NCCL}{COMPILED}, none",
+    f"{ONE_SHOT}{COMPILED}, none",
+    f"{TWO_SHOT}{COMPILED}, none",
+    "nvfp4/128x4",
+    "sharded, nvfp4/128x4",
+    NCCL,
+    "sharded, fp8_per_token",
+    "fp8_static",
+    EXCHANGE,
+)
+
+
+def _rank(row: Row) -> int:
+    name = label(row)
+    return _PLOTTED.index(name) if name in _PLOTTED else len(_PLOTTED)
 
 
 def _latencies(rows: Iterable[Row], x: str) -> dict[str, list[Point]]:
-    """Lines by name with their spreads (a slope may come out near zero: no mark reaches below a third), and the floor of the calls that
+    """Lines by name with their spreads (a slope may come out near zero: no spread reaches below a third), and the floor of the calls that
     send most."""
     found: dict[str, list[Point]] = {}
     floors: dict[float, float] = {}
@@ -100,29 +143,33 @@ def _latencies(rows: Iterable[Row], x: str) -> dict[str, list[Point]]:
     return found
 
 
-def _shares(rows: Iterable[Row], x: str) -> dict[str, list[Point]]:
-    """The floor over the latency of every row that has a floor."""
-    found: dict[str, list[Point]] = {}
-    for row in rows:
-        if row.get("share"):
-            found.setdefault(call_name(row), []).append(Point(row[x], row["share"], row["share"], row["share"]))
-    return found
-
-
 def _table(rows: Sequence[Row]) -> str:
-    names = list(dict.fromkeys(call_name(r) for r in rows))
-    lines = [["H", "T", *names]]
-    for hidden, tokens in dict.fromkeys((r["hidden_size"], r["tokens"]) for r in rows):
-        found = {call_name(r): r for r in rows if (r["hidden_size"], r["tokens"]) == (hidden, tokens)}
-        lines.append([str(hidden), str(tokens), *(number(found.get(name)) for name in names)])
+    """A table for each hidden size, or for each number of tokens where there are more hidden sizes: a line for each call."""
+    sizes = {name: sorted({r[name] for r in rows}) for name in ("hidden_size", "tokens")}
+    across, by = ("tokens", "hidden_size") if len(sizes["tokens"]) >= len(sizes["hidden_size"]) else ("hidden_size", "tokens")
+    letters = {"hidden_size": "H", "tokens": "T"}
+    tables = []
+    for value in sizes[by]:
+        mine = [r for r in rows if r[by] == value]
+        columns = sorted({r[across] for r in mine})
+        found = {(call_name(r), r[across]): r for r in mine}
+        lines = [[f"microseconds at {letters[by]} = {value}, {letters[across]} =", *map(str, columns)]]
+        names = dict.fromkeys(call_name(r) for r in mine if r["us"] or r["what"] == "collogue")
+        lines += [[name, *(number(found.get((name, at))) for at in columns)] for name in names]
+        tables.append(_html_table(lines))
     missing: dict[tuple[str, str], list[str]] = {}
     for r in rows:
         if r["error"]:
             name = call_name(r) if r["what"] == "collogue" else r["what"]
             missing.setdefault((name, r["error"]), []).append(f"T = {r['tokens']}, H = {r['hidden_size']}")
+    absent = [(name, at) for name, at in missing if at.startswith("ModuleNotFoundError")]
+    not_there = ", ".join(sorted({name for name, _ in absent}))
+    missing = {key: at for key, at in missing.items() if key not in absent}
     errors = [f"{name} ({at[0] if len(at) == 1 else f'{len(at)} cases'}): {error}" for (name, error), at in missing.items()]
     notes = "".join(f'<p class="note"><span class="no">no number</span> {escape(text)}</p>' for text in errors)
-    return _html_table(lines) + notes
+    if not_there:
+        notes += f'<p class="note">Not measured, because not installed: {escape(not_there)}.</p>'
+    return "\n".join(tables) + notes
 
 
 def _serving(data: dict[str, Any]) -> list[str]:
@@ -134,7 +181,7 @@ def _serving(data: dict[str, Any]) -> list[str]:
         if r["seconds"] is not None:
             numbers = [str(r[name]) for name in ("prompts", "prefill_steps", "decode_steps")]
             chunks.append([str(r["chunk"]), r["way"], *numbers, f"{r['tokens_per_second']:.0f}"])
-    return ["<h2>Serving</h2>", f"<p>{escape(title)}</p>", _html_table(cells), _html_table(chunks)]
+    return ["<h2>Serving</h2>", f"<p>{escape(title)}</p>", _html_table(cells), "<h3>Chunk by chunk</h3>", _html_table(chunks)]
 
 
 def _others(data: dict[str, Any]) -> list[str]:

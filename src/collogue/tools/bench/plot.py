@@ -9,8 +9,9 @@ from html import escape
 
 #: Distinguishable also by people who see few colors; lines beyond them are dashed.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#4d4d4d", "#8c510a")
-#: Pixels; ``_RIGHT`` is where the axes end and the legend starts.
-_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM, _LINE, _LETTER = 400, 64, 610, 34, 48, 19, 7.0
+#: Pixels: the axes, their margins, and a line of the legend, which stands below. Narrow, so that letters stay legible on a phone.
+HEIGHT, WIDTH = 380, 560
+_LEFT, _RIGHT, _TOP, _BOTTOM, _LINE = 60, WIDTH - 16, 34, 48, 19
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,18 @@ def line_chart(
     if not points:
         return ""
     xs = sorted({p.x for p in points})
-    height = max(_HEIGHT, _TOP + _LINE * len(series) + 10)
+    height = HEIGHT
     x = _Axis(xs[0] / 1.15, xs[-1] * 1.15, _LEFT, _RIGHT, True)
-    width = _RIGHT + 50 + max(200, round(_LETTER * max(map(len, series))))
     low, high = (min(p.low for p in points), max(p.high for p in points)) if logarithmic else (0.0, max(1.0, max(p.high for p in points)))
     y = _Axis(low / 1.2 if logarithmic else low, high * 1.1, height - _BOTTOM, _TOP, logarithmic)
     parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">',
+        f'<svg viewBox="0 0 {WIDTH} {height + _LINE * len(series) + 6}" role="img" aria-label="{escape(title)}">',
         f'<text x="{_LEFT}" y="18" class="title">{escape(title)}</text>',
         *_frame(x, y, xs, x_label, y_label, height),
     ]
     colors = list(order or series)
     for i, (name, line) in enumerate(series.items()):
-        parts += _line(name, sorted(line, key=lambda p: p.x), x, y, i, colors.index(name))
+        parts += _line(name, sorted(line, key=lambda p: p.x), x, y, height + _LINE * i + 6, colors.index(name))
     return "\n".join([*parts, "</svg>"])
 
 
@@ -110,13 +110,13 @@ def _spaced(xs: Sequence[float], axis: _Axis) -> list[float]:
     """The values whose labels do not run into the one before."""
     kept: list[float] = []
     for value in xs:
-        if not kept or axis.at(value) - axis.at(kept[-1]) > 34:
+        if not kept or axis.at(value) - axis.at(kept[-1]) > 40:
             kept.append(value)
     return kept
 
 
-def _line(name: str, points: Sequence[Point], x: _Axis, y: _Axis, index: int, number: int) -> list[str]:
-    """One line, its markers and spreads, and its entry in the legend. ``number``: of its color and dashes."""
+def _line(name: str, points: Sequence[Point], x: _Axis, y: _Axis, top: int, number: int) -> list[str]:
+    """One line, its markers and spreads, and its entry in the legend at ``top``. ``number``: of its color and dashes."""
     color = COLOURS[number % len(COLOURS)]
     dash = ("", "7 4", "2 3")[number // len(COLOURS) % 3]
     style = f'stroke="{color}"' + (f' stroke-dasharray="{dash}"' if dash else "")
@@ -127,7 +127,7 @@ def _line(name: str, points: Sequence[Point], x: _Axis, y: _Axis, index: int, nu
         if p.high > p.low:
             parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y.at(p.low):.1f}" y2="{y.at(p.high):.1f}" stroke="{color}"/>')
         parts.append(f'<circle cx="{at:.1f}" cy="{y.at(p.y):.1f}" r="3" fill="{color}"><title>{escape(value)}</title></circle>')
-    top, left = _TOP + 6 + _LINE * index, x.end + 18
+    left = _LEFT
     parts.append(f'<line x1="{left}" x2="{left + 22}" y1="{top}" y2="{top}" {style} stroke-width="2.2"/>')
     parts.append(f'<text x="{left + 28}" y="{top + 4}">{escape(name)}</text>')
     return parts

@@ -60,7 +60,7 @@ class Bench:
         return Floors(self.group, self.architecture)
 
     def comm(self, case: Case, overrides: Overrides | None = None) -> Communicator:
-        """The communicator of this width, dtype and overrides (default: the first round's), for the most tokens of any round.
+        """The communicator of this width, dtype and overrides (default: the first round's), for the maximum number of tokens of any round.
 
         The first call is collective.
         """

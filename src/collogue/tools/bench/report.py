@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from collogue.tools.bench.cases import BASELINES, COMPILED, NCCL
+from collogue.tools.bench.cases import BASELINES, COMPILED, NCCL, ONE_SHOT, TWO_SHOT
 from collogue.tools.bench.floors import EMPTY, EXCHANGE
 from collogue.tools.bench.names import Row, label
 
 METHOD = (
-    "Microseconds per call by slope: (CUDA graph of 100 back-to-back calls - graph of 20) / 80; median over replays, maximum over ranks; "
+    "Microseconds per call: (CUDA graph of 100 back-to-back calls - graph of 20) / 80; median over replays, maximum over ranks; "
     "low_us and high_us are the 10th and 90th percentile of the replays' own slopes on that rank. All rows of a round are replayed in "
     "turn, each call takes the next of three input sets (partial, residual, weight, outputs), and before each replay all ranks meet and "
     "all GPUs are idle. A call of Collogue is all_reduce with a residual, RMSNorm and the format, out= given; its outputs equal the "
@@ -93,8 +93,8 @@ def latency_table(data: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def chain_ratios(data: dict[str, Any]) -> dict[int, float]:
-    """By number of tokens: the fastest all-reduce with a compiled norm behind it, over Collogue's call with the norm."""
+def chain_ratios(data: dict[str, Any], chains: tuple[str, ...] = _CHAINS) -> dict[int, float]:
+    """By number of tokens: the fastest of ``chains``, all-reduces with a compiled norm behind them, over Collogue's call with the norm."""
 
     def least(tokens: int, fields: dict[str, Any]) -> float | None:
         rows = find(data, section=("decode", "large"), tokens=tokens, **fields)
@@ -102,10 +102,22 @@ def chain_ratios(data: dict[str, Any]) -> dict[int, float]:
 
     ratios = {}
     for tokens in sorted({row["tokens"] for row in find(data, section=("decode", "large"))}):
-        own, others = least(tokens, _NORM), least(tokens, {"what": _CHAINS, "format": "none"})
+        own, others = least(tokens, _NORM), least(tokens, {"what": chains, "format": "none"})
         if own is not None and others is not None:
             ratios[tokens] = others / own
     return ratios
+
+
+def speedups(data: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """Ratios by number of tokens over each library that was measured, and over the fastest of them."""
+    libraries = {
+        "NCCL + compiled norm": (NCCL + COMPILED,),
+        "symmetric memory + compiled norm": (ONE_SHOT + COMPILED, TWO_SHOT + COMPILED),
+        **{f"{name.split()[0]} + compiled norm": (name + COMPILED,) for name in BASELINES if name not in (NCCL, ONE_SHOT, TWO_SHOT)},
+    }
+    found = {name: chain_ratios(data, chains) for name, chains in libraries.items()}
+    measured = {name: ratios for name, ratios in found.items() if ratios}
+    return {**measured, "the fastest of them": chain_ratios(data)} if len(measured) > 1 else measured
 
 
 def number(row: Row | None, key: str = "us") -> str:

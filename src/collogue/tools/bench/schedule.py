@@ -16,7 +16,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 48)
 class Workload:
     """``prompts`` of ``prompt_tokens`` each, for which ``new_tokens`` are made, the first of them by the prefill.
 
-    ``concurrency``: sequences at a time. ``prefill_tokens``: most tokens of one prefill, which takes whole prompts.
+    ``concurrency``: sequences at a time. ``prefill_tokens``: maximum number of tokens of one prefill, which takes whole prompts.
     Raises :class:`ArgumentError` for a prompt that no prefill can take, or a number below 1.
     """
 

@@ -1,4 +1,4 @@
-"""``collogue bench serving``: prompts served by a small continuous-batching loop, with several ways to finish a layer taking turns.
+"""``collogue bench serving``: prompts served by a small continuous-batching loop, with several epilogues taking turns.
 
 The layers are those of ``collogue bench model``, without embedding of a vocabulary, output head and sampling. The headline is the ratio
 of output tokens per second to NCCL + torch.compile, of the same layers in the same run; no time is scaled to more layers than were run.

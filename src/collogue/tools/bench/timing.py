@@ -1,4 +1,4 @@
-"""Timing by slope: the time of a CUDA graph of 100 calls less that of a graph of 20, divided by 80.
+"""Timing by the difference of two graph lengths: the time of a CUDA graph of 100 calls less that of a graph of 20, divided by 80.
 
 The difference leaves out the launch of the graph and the skew in which the ranks start.
 """

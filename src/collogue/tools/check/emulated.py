@@ -67,7 +67,7 @@ PROGRAMS = tuple(
 def run_programs(*, started: Callable[[Program], None] = lambda program: None) -> list[Emulated]:
     """Compile the kernels for the CPU and run all of :data:`PROGRAMS`. ``started`` hears of each.
 
-    Raises :class:`PlatformError` where there is no C++ compiler, :class:`CompileError` where it refuses the kernels.
+    Raises :class:`PlatformError` where there is no C++ compiler, :class:`CompileError` where it rejects the kernels.
     """
     if os.name != "posix" or shutil.which("g++") is None:
         raise PlatformError("the emulator needs a C++ compiler, and there is no g++ here", hint="install g++, or leave out --emulate")
@@ -92,7 +92,7 @@ def _compile(world_size: int) -> Library:
     try:
         return compile_cases(cases, cache_directory() / "emulator")
     except RuntimeError as error:
-        raise CompileError(f"g++ refused the kernels: {error}", hint="please report this with the text above") from error
+        raise CompileError(f"g++ failed to compile the kernels: {error}", hint="please report this with the text above") from error
 
 
 def run_program(program: Program, library: Library) -> str:

@@ -1,4 +1,4 @@
-"""The kernels that cases need, worked out without ranks, so that they can be compiled together before any case runs."""
+"""The kernels that cases need, computed without ranks, so that they can be compiled together before any case runs."""
 
 from __future__ import annotations
 

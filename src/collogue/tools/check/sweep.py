@@ -53,10 +53,10 @@ def sweep(
     """
     for name in dtype:
         if name not in DTYPES:
-            raise FormatError(f"there is no dtype {name!r} here", hint=f"choose from {', '.join(DTYPES)}")
+            raise FormatError(f"unknown dtype {name!r}", hint=f"choose from {', '.join(DTYPES)}")
     for name in operation:
         if name not in OPERATIONS:
-            raise FormatError(f"there is no operation {name!r}", hint=f"choose from {', '.join(OPERATIONS)}")
+            raise FormatError(f"unknown operation {name!r}", hint=f"choose from {', '.join(OPERATIONS)}")
     labels = list(dict.fromkeys(label for name in format for label in expand(name)))
     return [
         Case(t, h, d, label, n, weight_dtype="float32" if i % 2 else None, operation=cast(Operation, o))
@@ -119,7 +119,7 @@ def _calls(worlds: list[int]) -> list[Case]:
 
 
 def _shapes(worlds: list[int]) -> list[Case]:
-    """Widths that leave lanes and blocks part empty, no tokens at all, and widths that a format must refuse."""
+    """Widths that leave lanes and blocks part empty, no tokens at all, and widths that a format must reject."""
     cases = [
         Case(t, h, dtype, f, 2)
         for h in (8, 24, 264)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from collogue.tools.commands.options import (
     Commit,
@@ -53,8 +54,10 @@ def ablate(
 
         switches = chosen(words(switch) or None)
         if list_:
+            table = Table.grid(padding=(0, 2))
             for one in switches:
-                console(None).print(f"{one.name}: {one.what}", highlight=False, markup=False, soft_wrap=True)
+                table.add_row(one.name, one.what)
+            console(None).print(table, highlight=False, markup=False)
             return
         if facts:
             require_compiler(count=count)
@@ -74,7 +77,8 @@ def ablate(
             raise PlatformError(f"{gpus} GPUs found; timings need at least 2", hint="--no-timing gives the rest")
         world = min(8, gpus) if gpus >= 2 else 2
         cases = main.cases(world, numbers("--tokens", tokens, low=1) or main.TOKENS, format_words(format) or main.FORMATS)
-        with progress(None, "ablate") as start:
+        total = main.steps(switches, cases, architectures, timing=measured, measure_facts=facts)
+        with progress(total, "ablate") as start:
             found = main.run(
                 switches,
                 cases,

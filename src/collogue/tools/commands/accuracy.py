@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from collogue.tools.commands.options import (
     DTYPE_NAMES,
     Commit,
+    DeviceName,
+    DTypeName,
     Formats,
     Json,
     check_target,
-    check_word,
     console,
     exit_codes,
     format_words,
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
 
     from collogue.tools.accuracy.models import Model
 
-ModelName = Annotated[str, typer.Option("--model", help="smollm2, or random: weights with outlier channels.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Convention = Literal["collogue", "modelopt", "compressed-tensors", "torchao"]
+ModelName = Annotated[Literal["smollm2", "random"], typer.Option("--model", help="random: weights with outlier channels.")]
+Device = Annotated[DeviceName, typer.Option(help="Where the ranks are.")]
 Layers = Annotated[int, typer.Option(min=1, help="Layers of --model random.")]
 Width = Annotated[int, typer.Option("--hidden-size", min=32, help="Hidden size of --model random, a multiple of 32.")]
-DType = Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32: of activations and of what the ranks add.")]
+DType = Annotated[DTypeName, typer.Option("--dtype", metavar="DTYPE", help=f"{', '.join(DTYPE_NAMES)}: of activations and partial sums.")]
 
 
 def accuracy(
@@ -51,8 +53,6 @@ def accuracy(
     Needs no GPU: on two cores SmolLM2-135M takes about two minutes.
     """
     check_target(json)
-    check_word("--device", device, "cpu", "cuda")
-    check_word("--dtype", dtype, *DTYPE_NAMES)
     asked = format_words(format)
     with exit_codes():
         _check_model(model)
@@ -72,8 +72,8 @@ def accuracy(
 
 def calibrate(
     output: Annotated[Path, typer.Argument(help="Where to: .json or .safetensors.")],
-    format: Annotated[str, typer.Option(help="fp8_static or nvfp4.")] = "nvfp4",
-    convention: Annotated[str, typer.Option(help="collogue, modelopt, compressed-tensors or torchao.")] = "collogue",
+    format: Annotated[Literal["fp8_static", "nvfp4"], typer.Option(help="Of the scales.")] = "nvfp4",
+    convention: Annotated[Convention, typer.Option(metavar="NAME", help="collogue, modelopt, compressed-tensors or torchao.")] = "collogue",
     model: ModelName = "smollm2",
     world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks (threads of this process).")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the calibration text.")] = 512,
@@ -87,8 +87,6 @@ def calibrate(
     The file says whether a scale is a divisor or a multiplier. For a model of your own: `collogue.Calibration`.
     """
     check_target(output, "OUTPUT", (".json", ".safetensors"))
-    check_word("--device", device, "cpu", "cuda")
-    check_word("--dtype", dtype, *DTYPE_NAMES)
     with exit_codes():
         _check_model(model)
         from collogue.contract import calibration
@@ -106,7 +104,6 @@ def calibrate(
 
 def _check_model(name: str) -> None:
     """Wrong names and missing packages are reported before torch is imported."""
-    check_word("--model", name, "smollm2", "random")
     if name == "smollm2":
         require(*SMOLLM2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from collogue.tools.commands.options import (
     OK,
     PICTURES,
     Commit,
+    DeviceName,
     DTypes,
     Formats,
     HiddenSizes,
@@ -22,7 +23,6 @@ from collogue.tools.commands.options import (
     Tokens,
     WorldSizes,
     check_target,
-    check_word,
     console,
     exit_codes,
     lists,
@@ -48,7 +48,7 @@ def bench(
     dtype: DTypes = None,
     format: Formats = None,
     chains: Annotated[bool, typer.Option(help="Also time other libraries' chains; compiling them takes most of a minute.")] = True,
-    cta_threads: Annotated[int | None, typer.Option(help="Most threads of a CTA, in every call.")] = None,
+    cta_threads: Annotated[int | None, typer.Option(help="Maximum number of threads of a CTA, in every call.")] = None,
     commit: Commit = None,
     json: Json = None,
 ) -> None:
@@ -80,12 +80,14 @@ def model(
     tokens: Tokens = None,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the stack that is timed.")] = 4,
     replays: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 20,
-    scales: Annotated[str, typer.Option(help="Of FP8 activations: static (one), or token (one for each).")] = "static",
+    scales: Annotated[
+        Literal["static", "token"], typer.Option(help="Of FP8 activations: static (one), or token (one for each).")
+    ] = "static",
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the speed-ups: .png, .svg or .pdf.")] = None,
     commit: Commit = None,
     json: Json = None,
 ) -> None:
-    """Measure decode steps and prefills of layer stacks with published shapes, with every way to finish a layer.
+    """Measure decode steps and prefills of layer stacks with published shapes, with every implementation of the epilogue.
 
     Collogue eager, by the fusion pass and sharded, against NCCL and torch's symmetric memory with torch.compile. From 512 tokens on
     a size is a prefill.
@@ -109,13 +111,13 @@ def serving(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 1000,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens made for each prompt.")] = 1000,
     concurrency: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 60,
-    prefill_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one prefill.")] = 8192,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of one prefill.")] = 8192,
     model: Annotated[str, typer.Option(help="As in `collogue bench model`.")] = "deepseek-v3-dense",
     layers: Annotated[int | None, typer.Option(min=1, help="Layers that are held and run; default: all, as far as memory allows.")] = None,
     ways: Annotated[Many, many("--ways", "collogue eager, collogue sharded, nccl (the default); and the others of bench model.")] = None,
     chunks: Annotated[int | None, typer.Option(min=1, help="Parts of the prompts, between which the ways take turns.")] = None,
     world_size: Annotated[int | None, typer.Option(min=2, max=8, help="Ranks; default: 8, 4 or 2, as GPUs allow.")] = None,
-    device: Annotated[str, typer.Option(help="cuda; cpu tries the loop without a GPU, and its times mean nothing.")] = "cuda",
+    device: Annotated[DeviceName, typer.Option(help="cpu tries the loop without a GPU; its times mean nothing.")] = "cuda",
     commit: Commit = None,
     json: Json = None,
 ) -> None:
@@ -125,7 +127,6 @@ def serving(
     For a short run: --prompts 120 --layers 8. An estimate of the time is on stderr before serving starts.
     """
     check_target(json)
-    check_word("--device", device, "cpu", "cuda")
     with exit_codes():
         from collogue.tools.bench.schedule import Workload
         from collogue.tools.bench.serving import WAYS, run

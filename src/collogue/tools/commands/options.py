@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 from rich.console import Console
@@ -32,24 +32,39 @@ Commit = Annotated[str | None, typer.Option(help="The commit to record; default:
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON to FILE; - is stdout.")]
 
 
-def many(flag: str, what: str) -> Any:
-    """An option that takes a list."""
-    return typer.Option(flag, help=f"{what} May be repeated, or comma-separated.", show_default=False)
+#: Choices of one word, which shells complete.
+DeviceName = Literal["cpu", "cuda"]
+DeviceOrAuto = Literal["auto", "cpu", "cuda"]
+DTypeName = Literal["bfloat16", "float16", "float32"]
+OperationName = Literal["all_reduce", "sharded", "reduce_scatter", "all_gather", "finish"]
+DTYPE_NAMES, OPERATION_NAMES = get_args(DTypeName), get_args(OperationName)
 
 
-Devices = Annotated[Many, many("--device", "cpu, cuda.")]
+def completed(*words: str) -> Callable[[str], list[str]]:
+    """What a shell offers for the beginning of a word, or of the last word of a comma-separated list."""
+
+    def offered(incomplete: str) -> list[str]:
+        before, comma, begun = incomplete.rpartition(",")
+        return [before + comma + word for word in words if word.startswith(begun)]
+
+    return offered
+
+
+def many(flag: str, what: str, *words: str) -> Any:
+    """An option that takes a list; ``words``: what may be in it, where that is known."""
+    return typer.Option(flag, help=f"{what} May be repeated, or comma-separated.", show_default=False, autocompletion=completed(*words))
+
+
+Devices = Annotated[Many, many("--device", "cpu, cuda.", *get_args(DeviceName))]
 WorldSizes = Annotated[Many, many("--world-size", "Ranks, 1 to 8.")]
 Tokens = Annotated[Many, many("--tokens", "Rows T.")]
 HiddenSizes = Annotated[Many, many("--hidden-size", "Row length H, a multiple of 8.")]
-DTypes = Annotated[Many, many("--dtype", "bfloat16, float16, float32.")]
+DTypes = Annotated[Many, many("--dtype", "bfloat16, float16, float32.", *DTYPE_NAMES)]
 FORMAT_NAMES = "none, nvfp4, mxfp4, mxfp8, fp8_static, fp8_per_token, fp8_group; options follow, as in nvfp4/8x4 or fp8_group64/column."
-Formats = Annotated[Many, many("--format", FORMAT_NAMES)]
-Operations = Annotated[Many, many("--operation", "all_reduce, sharded, reduce_scatter, all_gather, finish.")]
-
-
-DTYPE_NAMES = ("bfloat16", "float16", "float32")
-OPERATION_NAMES = ("all_reduce", "sharded", "reduce_scatter", "all_gather", "finish")
-_FORMAT_NAME = re.compile(FORMAT_NAMES.partition(";")[0].replace(", ", "|") + "[0-9]*")
+FAMILIES = tuple(FORMAT_NAMES.partition(";")[0].split(", "))
+Formats = Annotated[Many, many("--format", FORMAT_NAMES, *FAMILIES)]
+Operations = Annotated[Many, many("--operation", f"{', '.join(OPERATION_NAMES)}.", *OPERATION_NAMES)]
+_FORMAT_NAME = re.compile("|".join(FAMILIES) + "[0-9]*")
 
 
 def words(values: Many) -> list[str]:
@@ -72,7 +87,7 @@ def numbers(flag: str, values: Many, *, low: int, high: int | None = None, step:
 def check_word(flag: str, word: str, *known: str) -> None:
     """A word that is not known is wrong usage."""
     if word not in known:
-        raise typer.BadParameter(f"{word!r} is none of {', '.join(known)}", param_hint=flag)
+        raise typer.BadParameter(f"{word!r} is not one of {', '.join(known)}", param_hint=flag)
 
 
 def format_words(values: Many) -> list[str]:
@@ -130,7 +145,7 @@ def exit_codes() -> Iterator[None]:
 
 @contextmanager
 def progress(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, or a line every :data:`SECONDS_BETWEEN_LINES` where that is no terminal.
+    """A bar on stderr, or a line every :data:`SECONDS_BETWEEN_LINES` where that is not a terminal.
 
     The function it yields says what starts next; what came before then counts as done.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -9,17 +10,21 @@ import typer
 from collogue.tools.commands.options import (
     DTYPE_NAMES,
     FAILED,
+    FAMILIES,
     FORMAT_NAMES,
     OK,
     OPERATION_NAMES,
     Commit,
+    DeviceOrAuto,
+    DTypeName,
     DTypes,
     HiddenSizes,
     Json,
     Many,
+    OperationName,
     Tokens,
     check_target,
-    check_word,
+    completed,
     console,
     exit_codes,
     format_words,
@@ -52,8 +57,14 @@ def tune(
     with exit_codes():
         from collogue.tools.tune.main import run, text
 
-        with progress(None, "tune") as start:
-            data = run(**given, world_size=world_size, json=json, commit=commit, heard=start)
+        with ExitStack() as stack:
+            data = run(
+                **given,
+                world_size=world_size,
+                json=json,
+                commit=commit,
+                begin=lambda steps: stack.enter_context(progress(steps, "tune")),
+            )
         console(json).print(text(data), highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(OK if data["passed"] else FAILED)
 
@@ -62,15 +73,15 @@ def explain(
     tokens: Annotated[int | None, typer.Option(min=1, help="Rows T of the call; default: 1, or all --rows.")] = None,
     hidden_size: Annotated[int, typer.Option(min=8, help="Row length H, a multiple of 8.")] = 7168,
     world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks.")] = 2,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    format: Annotated[str, typer.Option(help=FORMAT_NAMES)] = "none",
-    operation: Annotated[str, typer.Option(help="all_reduce, sharded, reduce_scatter, all_gather or finish.")] = "all_reduce",
+    dtype: Annotated[DTypeName, typer.Option(metavar="DTYPE", help=f"{', '.join(DTYPE_NAMES)}.")] = "bfloat16",
+    format: Annotated[str, typer.Option(help=FORMAT_NAMES, autocompletion=completed(*FAMILIES))] = "none",
+    operation: Annotated[OperationName, typer.Option(metavar="NAME", help=f"{', '.join(OPERATION_NAMES)}.")] = "all_reduce",
     residual: Annotated[bool, typer.Option(help="Whether the call adds a residual.")] = True,
     norm: Annotated[bool, typer.Option(help="Whether the call has an RMSNorm.")] = True,
     keep_norm: Annotated[bool, typer.Option(help="Whether the norm is also returned beside its codes.")] = False,
     rows: Annotated[Many, many("--rows", "Rows that each rank owns, in place of equal blocks, as in 3,0,5.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Capacity of the communicator; default: this call.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    device: Annotated[DeviceOrAuto, typer.Option(help="Of this machine.")] = "auto",
     architecture: Annotated[str | None, typer.Option(help="Plan for GPUs that need not be here, such as sm_90a.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Predict for GPUs that need not be here: A100, H100, H200, B200, GB200, L40S ...")] = None,
     hosts: Annotated[int, typer.Option(min=1, help="Hosts that the ranks are on.")] = 1,
@@ -82,12 +93,6 @@ def explain(
     Without --architecture and --gpu: on this machine. With --gpu the times are of a model of that machine (docs/machines.md).
     """
     check_target(json)
-    for flag, word, known in (
-        ("--dtype", dtype, DTYPE_NAMES),
-        ("--operation", operation, OPERATION_NAMES),
-        ("--device", device, ("auto", "cpu", "cuda")),
-    ):
-        check_word(flag, word, *known)
     format_words([format])
     split = numbers("--rows", rows, low=0) or None
     if gpu is not None and (architecture is not None or device != "auto"):

@@ -38,14 +38,14 @@ def reliability(
     commit: Commit = None,
     json: Json = None,
 ) -> None:
-    """Check a million calls on the device, make every mistake on purpose, and measure what the protection costs. Needs two GPUs.
+    """Check a million calls on the device, inject every fault, and measure what the protection costs. Needs two GPUs.
 
     Processes are watched: one that hangs or dies is ended and reported, and the rest goes on. docs/reliability.md says what is promised.
     """
     check_target(json)
     for word in words(only):
         if word not in ("cost", "soak", "faults"):
-            raise typer.BadParameter(f"{word!r} is none of cost, soak, faults", param_hint="--only")
+            raise typer.BadParameter(f"{word!r} is not one of cost, soak, faults", param_hint="--only")
     with exit_codes():
         from collogue.testing import environment
 

@@ -54,7 +54,7 @@ def resources(
     """Compile the kernels, without a GPU, and say what each takes: registers, memory, occupancy, code, instructions.
 
     The default is a set of kernels that has every pair of choices (format, world size, hidden size, architecture, dtype, ..) at least once.
-    Lists keep those that have one of the levels. Ends with 1 if a kernel uses local memory (stack or spills).
+    Lists keep those that have one of the levels. Exit status 1 if a kernel uses local memory (stack or spills).
     """
     check_target(json)
     given = lists(world_size, None, hidden_size, dtype, format)
@@ -95,7 +95,7 @@ def check_architectures(names: list[str]) -> list[str]:
 
     for name in names:
         if name not in COVERED:
-            raise FormatError(f"there is no architecture {name!r} here", hint=f"choose from {', '.join(COVERED)}")
+            raise FormatError(f"unknown architecture {name!r}", hint=f"choose from {', '.join(COVERED)}")
     return names
 
 
@@ -110,7 +110,7 @@ def _levels(given: dict[str, list[Any]], architectures: list[str]) -> dict[str, 
     dtypes = {str(d).removeprefix("torch."): d for d in VALUE_DTYPES}
     for name in given.get("dtype", ()):
         if name not in dtypes:
-            raise DTypeError(f"there is no dtype {name!r}", hint=f"choose from {', '.join(dtypes)}")
+            raise DTypeError(f"unknown dtype {name!r}", hint=f"choose from {', '.join(dtypes)}")
     levels: dict[str, list[Any]] = {**given, "architecture": check_architectures(architectures)}
     levels["dtype"] = [dtypes[name] for name in given.get("dtype", ())]
     levels["format"] = [describe(parse(name)) for name in given.get("format", ())]

@@ -15,7 +15,7 @@ FORMATS = ("none", "fp8_static", "fp8_per_token", "fp8_group64", "mxfp8/ceil", "
 
 
 def calibrate(model: ShardedLlama, tokens: torch.Tensor) -> list[float]:
-    """The largest magnitude of every fused call's norm over ``tokens``: the same on every rank, as the norms are."""
+    """The largest absolute value of every fused call's norm over ``tokens``: the same on every rank, as the norms are."""
     amax = [0.0] * model.shape.fused_calls
 
     def observe(call: int, normed: torch.Tensor) -> None:

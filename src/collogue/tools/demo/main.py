@@ -121,7 +121,7 @@ def run(
 def choose_device(device: str, world_size: int) -> str:
     """``"cpu"`` or ``"cuda"``; a GPU for every rank, or an error."""
     if device not in ("auto", "cpu", "cuda"):
-        raise ArgumentError(f"there is no device {device!r}", hint="choose one of auto, cpu, cuda")
+        raise ArgumentError(f"unknown device {device!r}", hint="choose one of auto, cpu, cuda")
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "auto":
         return "cuda" if gpus >= world_size else "cpu"

@@ -76,7 +76,7 @@ class ShardedLlama:
     """One rank of a tensor-parallel Llama. On the CPU in float32 the shards are views of the shared weights.
 
     Args:
-        gemm_dtype: what weights, rounded to the communicator's dtype, are kept in, and what matrix products are worked out in; their
+        gemm_dtype: what weights, rounded to the communicator's dtype, are kept in, and what matrix products are computed in; their
             results are rounded to the communicator's dtype, but for the logits. Default: that dtype. float32 is what a bfloat16 GEMM
             does that accumulates in float32, and on CPUs without bfloat16 units it is much faster.
     """

@@ -35,7 +35,7 @@ class Task:
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of any call."""
+        """Maximum number of tokens of any call."""
         return max(len(self.prompt), len(self.tokens), len(self.calibration))
 
 

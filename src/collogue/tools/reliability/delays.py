@@ -1,4 +1,4 @@
-"""Delays inside kernels: a switch, as those of `collogue ablate`, that lets warps dawdle at random where others might overtake them."""
+"""Delays inside kernels: a switch, as those of `collogue ablate`, that delays warps at random where others might overtake them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DAWDLE = """  // ---- waiting
 _START = "    generation = call % (C::kOneShot ? kOneShotGenerations : kGenerations) * p.generation_bytes;\n"
 DELAYS = Switch(
     "delays inside",
-    "warps dawdle before they send, announce, clean and wait",
+    "warps are delayed before they send, announce, clean and wait",
     (
         Edit("protocol.cuh", "  // ---- waiting\n", _DAWDLE),
         Edit("protocol.cuh", _START, f"{_START}    dawdle(0);\n"),

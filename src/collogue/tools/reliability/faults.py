@@ -1,4 +1,4 @@
-"""What must not be done, done on purpose, and what every rank sees of it.
+"""Fault injection: what must not be done, and what every rank sees of it.
 
 Each fault is what the ranks do instead of calling alike. Afterwards every rank asks ``comm.check()`` until it raises or the time is
 over; then all reset the communicator and compare calls with the reference.
@@ -107,7 +107,7 @@ def _rest(offset: int) -> Callable[[Scene], None]:
 
 
 def _threads(scene: Scene) -> None:
-    """Two threads of one rank in calls that communicate nothing, until one of them is refused."""
+    """Two threads of one rank in calls that communicate nothing, until one of them is rejected."""
     given = scene.calls["a"]
     scene.comm.prepare(given.case.tokens, norm=given.kwargs["norm"], operation="finish", residual=False)
     if not scene.culprit:
@@ -197,7 +197,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("another order", "calls a, b; on one rank b, a", _calls("a,b", "b,a"), _MISMATCH, _MISMATCH, on_cpu=True),
     Fault("call counter flipped", "one bit of the call number in one rank's control words", _flip(lambda scene: 4), _EITHER, _EITHER),
     Fault("mark flipped", "one bit of what rank 0 knows of the last call of another", _flip(_mark, on_first=True), _CORRUPTED, _CORRUPTED),
-    Fault("stop word flipped", "one bit of one rank's stop word", _flip(lambda scene: 8), _TIMEOUT, _CORRUPTED),
+    Fault("stop word flipped", "one bit of one rank's abort flag", _flip(lambda scene: 8), _TIMEOUT, _CORRUPTED),
     Fault("stop word flipped, a fault", "the same, bit 8", _flip(lambda scene: 8, 8), _TIMEOUT, _CORRUPTED),
     Fault("stop word flipped, no fault", "the same, bit 16", _flip(lambda scene: 8, 16), _TIMEOUT, _CORRUPTED),
     Fault("what is left to clean flipped", "one bit of how much one rank has to clean", _rest(12), (), _CORRUPTED),

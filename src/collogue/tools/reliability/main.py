@@ -32,14 +32,14 @@ METHOD = (
     "Soak: every call's outputs are compared with the reference's on the device, word by word, by a kernel that then spoils them; ranks "
     "are delayed at random by spinning kernels, each in graphs of its own. Faults: the last rank does what must not be done; seconds are "
     "from the start of the fault until comm.check(), the next call or comm.watch() raised; afterwards the communicator is reset and "
-    "calls are compared with the reference. Cost: switches of `collogue ablate`, all replayed in turn in one run, by slope, the median of "
+    "calls are compared with the reference. Cost: switches of `collogue ablate`, all replayed in turn in one run, the median of "
     "rounds with memory of their own."
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    """What every rank is told. ``hidden_size`` and ``rows`` are of the calls around faults."""
+    """What every rank reports. ``hidden_size`` and ``rows`` are of the calls around faults."""
 
     counts: Counts = field(default_factory=Counts)
     device: str = "cuda"

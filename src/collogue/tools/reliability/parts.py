@@ -24,7 +24,7 @@ _KINDS = ("normal", "order", "outlier", "normal", "subnormal", "nan", "inf")
 
 @dataclass(frozen=True)
 class Run:
-    """One communicator and the cases that it is called with. ``delays_inside``: with kernels whose warps dawdle."""
+    """One communicator and the cases that it is called with. ``delays_inside``: with kernels whose warps are delayed."""
 
     cases: tuple[Case, ...]
     algorithm: Literal["one_shot", "two_shot"] | None = None

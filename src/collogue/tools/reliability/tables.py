@@ -38,8 +38,8 @@ def soak(data: Data) -> Iterator[Sequence[str]]:
 
 
 def mutants(data: Data) -> Iterator[Sequence[str]]:
-    """Seeds until a twin was caught, and by what."""
-    yield ["mutated twin", "caught by seed", "seen first"]
+    """Seeds until a mutant was caught, and by what."""
+    yield ["mutant", "caught by seed", "seen first"]
     for row in data["mutants"]:
         yield [row["mutant"], f"{row['seeds']} of {row['of']}", " ".join(row["seen"].replace("|", "/").split())]
 
@@ -48,7 +48,7 @@ def mutants(data: Data) -> Iterator[Sequence[str]]:
 _COLUMNS = {
     "base": "as it is",
     "base again": "as it is, again",
-    "no marks": "no marks, no journal",
+    "no marks": "no signatures, no journal",
     "no bound": "no bound",
     "unguarded": "neither",
 }

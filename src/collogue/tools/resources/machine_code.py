@@ -61,7 +61,7 @@ def disassemble(cubin: bytes) -> str:
         file.flush()
         done = subprocess.run([str(nvdisasm()), file.name], capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
-        raise CompileError(f"nvdisasm refused the cubin: {done.stderr.strip()}", hint="use an nvdisasm as new as NVRTC")
+        raise CompileError(f"nvdisasm failed to read the cubin: {done.stderr.strip()}", hint="use an nvdisasm as new as NVRTC")
     return done.stdout
 
 

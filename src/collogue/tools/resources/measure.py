@@ -89,7 +89,7 @@ def measure_revision(
     Args:
         revision: a commit, as git names it, of the repository that this package lies in.
     Raises:
-        PlatformError: this is no repository, or it has no such commit.
+        PlatformError: this is not a repository, or it has no such commit.
     """
     rows = []
     with tempfile.TemporaryDirectory(prefix="collogue-resources-") as folder:

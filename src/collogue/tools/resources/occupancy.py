@@ -1,10 +1,10 @@
-"""Theoretical occupancy: warps of a kernel that one multiprocessor holds at once, as a share of the warps it has room for."""
+"""Theoretical occupancy: warps of a kernel that one SM holds at once, as a share of the warps it has room for."""
 
 from __future__ import annotations
 
 from collogue.planning.architecture import ARCHITECTURES
 
-#: Registers of a multiprocessor of every architecture.
+#: Registers of an SM of every architecture.
 _REGISTERS = 65536
 #: Shared memory that the system takes for itself in every CTA, and the unit in which shared memory is given out.
 _RESERVED, _SHARED_UNIT = 1024, 128
@@ -13,7 +13,7 @@ _REGISTER_UNIT, _SCHEDULERS = 256, 4
 
 
 def resident_ctas(architecture: str, *, threads: int, registers: int, shared_bytes: int) -> int:
-    """CTAs of ``threads`` threads on one multiprocessor, whatever the size of their clusters."""
+    """CTAs of ``threads`` threads on one SM, regardless of the size of their clusters."""
     limit = ARCHITECTURES[architecture]
     warps = -(-threads // 32)
     per_warp = _round_up(registers * 32, _REGISTER_UNIT)
@@ -23,7 +23,7 @@ def resident_ctas(architecture: str, *, threads: int, registers: int, shared_byt
 
 
 def occupancy(architecture: str, *, threads: int, registers: int, shared_bytes: int) -> float:
-    """Resident warps over the warps a multiprocessor has room for."""
+    """Resident warps over the warps an SM has room for."""
     ctas = resident_ctas(architecture, threads=threads, registers=registers, shared_bytes=shared_bytes)
     return ctas * -(-threads // 32) / ARCHITECTURES[architecture].warps
 

@@ -40,7 +40,7 @@ def from_json(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compile_choice(choice: Mapping[str, Any]) -> Compiled:
-    """The kernel that a plan makes for ``choice``, compiled anew. Raises ``CompileError``."""
+    """The kernel that a plan makes for ``choice``, compiled again. Raises ``CompileError``."""
     variant = variant_of(choice)
     code, log = jit.compile_variant(variant, choice["architecture"], verbose=True)
     return Compiled(variant.name, code, log, variant.threads)

@@ -25,10 +25,10 @@ from collogue.tools.tune.trials import trials
 #: Seconds without a word from any rank, after which the run is ended.
 SILENCE = 120.0
 METHOD = (
-    "Microseconds per call of all_reduce with a residual and RMSNorm, without quantization, by slope: (CUDA graph of 100 back-to-back "
+    "Microseconds per call of all_reduce with a residual and RMSNorm, without quantization: (CUDA graph of 100 back-to-back "
     "calls - graph of 20) / 80; median over replays, maximum over ranks. The candidates of one number of tokens are replayed in turn, on "
     "the same three input sets; before timing and after the timed graph the outputs of each equal the reference bit for bit, else it is "
-    "refused at every number of tokens."
+    "rejected at every number of tokens."
 )
 
 
@@ -40,7 +40,7 @@ def run(
     world_size: int | None = None,
     json: str | None = None,
     commit: str | None = None,
-    heard: Callable[[str], None] = lambda stage: None,
+    begin: Callable[[int], Callable[[str], None]] = lambda steps: lambda stage: None,
 ) -> dict[str, Any]:
     """Measure, and write the table; returns it as it was written: this machine's own with what it had of other shapes.
 
@@ -49,7 +49,7 @@ def run(
         world_size: default: the number of GPUs, at most 8.
         json: a file, or ``"-"`` for stdout; default: :func:`collogue.planning.table.own_path`, where communicators look.
         commit: recorded; default: what git says of the directory that this package is in.
-        heard: told what is being measured.
+        begin: takes the number of steps, and returns what is told each.
     Raises:
         PlatformError: fewer GPUs than ranks, or than two. ArgumentError (its subclasses): a shape or dtype that cannot be.
     """
@@ -59,6 +59,8 @@ def run(
     if not 2 <= world <= machine.gpus:
         raise PlatformError(f"{machine.gpus} GPUs found; {max(2, world)} required, one for each rank", hint="use a machine with more GPUs")
     every = trials(machine, world, hidden_size=hidden_size, dtype=dtype, tokens=tokens)
+    # Each trial, and the communicators and kernels of each width and dtype.
+    heard = begin(len(every) + len({(trial.case.hidden_size, trial.case.dtype) for trial in every}))
     ranks = run_processes(world, tune_rank, every, device="cuda", silence=SILENCE, heard=lambda rank, stage: None if rank else heard(stage))
     entries = list(make_entries(ranks[0], machine, world))
     refused = [row for row in ranks[0] if row["error"]]
@@ -85,7 +87,7 @@ def run(
 def kept_entries(path: Path, machine: Machine, world_size: int, measured: Iterable[Row]) -> list[dict[str, Any]]:
     """What stays of the table in ``path``: entries of this machine of other shapes than ``measured``, with date and commit of their own.
 
-    What was measured anew and refused does not stay. Nothing does of a file that is no table.
+    What was measured again and rejected does not stay, nor does anything of a file that is not a table.
     """
     try:
         Table.read(path)
@@ -134,5 +136,5 @@ def text(data: dict[str, Any]) -> str:
         lines.append(", then ".join(steps))
         lines.append("")
     for row in data["refused"]:
-        lines.append(f"REFUSED {row['candidate']} H={row['hidden_size']} {row['dtype']} T={row['tokens']}: {row['error']}")
+        lines.append(f"REJECTED {row['candidate']} H={row['hidden_size']} {row['dtype']} T={row['tokens']}: {row['error']}")
     return "\n".join(lines)
