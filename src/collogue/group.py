@@ -155,7 +155,7 @@ class TorchGroup:
         self.link: Link | None = None
 
     def connect(self, timeout: float) -> Link | None:
-        """Have whatever this object exchanges, but for what goes by NCCL, travel by a link of its own, with bounded waits. Collective."""
+        """Have all that this object exchanges, except by NCCL, travel by a link of its own, with bounded waits. Collective."""
         if self.size > 1:
             from collogue.link import Link
 

@@ -316,7 +316,7 @@ def all_reduce(
         Adds in float32 from +0, rank 0 first; adds the residual; rounds once to ``y``, which norm and quantization read. With several
         islands: each island's ranks in rank order from +0, then the islands' sums in order from +0.
     Raises:
-        ShapeError, DTypeError: tensors that do not fit together. ArgumentError: islands that are no split of the ranks.
+        ShapeError, DTypeError: tensors that do not fit together. ArgumentError: islands that do not split the ranks.
     """
     terms = _terms(partials)
     islands = as_islands(islands, len(terms))

@@ -1,4 +1,4 @@
-"""Terms in a format of fewer bytes on their way to whoever adds them: a caller's choice, which changes the bits of the sum."""
+"""Terms in a format of fewer bytes on their way to the rank that adds them: a caller's choice, which changes the bits of the sum."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def logger_of(module: str, maker: str, name: str) -> Any:
 
 
 def choose(switch: str, ways: Mapping[str, Callable[[], str]], logger: Any) -> None:
-    """Go the way that the environment variable ``switch`` names, guarded; a name that is none of ``ways`` is logged and changes nothing."""
+    """Go the way that the environment variable ``switch`` names, guarded; an unknown name is logged and changes nothing."""
     value = os.environ[switch]
     way = ways.get(value.strip().lower())
     if way is None:

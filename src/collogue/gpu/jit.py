@@ -134,7 +134,7 @@ def ptx(source: str, name: str, chosen: Any) -> bytes:
 
 def _refused(name: str, architecture: str, why: str) -> CompileError:
     hint = "run `collogue doctor`; if NVRTC is 12.8 or later, please report this with the text above"
-    return CompileError(f"NVRTC refused {name} for {architecture}: {why}", hint=hint)
+    return CompileError(f"NVRTC failed to compile {name} for {architecture}: {why}", hint=hint)
 
 
 def options(

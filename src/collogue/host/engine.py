@@ -1,4 +1,4 @@
-"""The engine of groups that move the bytes of calls themselves: on CPU groups the reference finishes rows, on CUDA groups kernels do.
+"""The engine of groups that move the bytes of calls themselves. The reference adds and applies the epilogue on the CPU, kernels on GPUs.
 
 Small calls: every rank gets every term, adds all of them and finishes all rows. Others: the terms of a row go to the rank that owns it,
 which adds them and the residual; what it has made goes to every rank.
@@ -132,7 +132,7 @@ class HostEngine:
         self._rows.gather(y, blocks, f"{what}, rows back")
 
     def _term(self, call: Call) -> torch.Tensor:
-        """This rank's term [T, H]: a partial as it is, a prologue worked out."""
+        """This rank's term [T, H]: a partial as it is, a prologue computed."""
         if not isinstance(call.partial, PROLOGUES):
             return call.partial  # type: ignore[return-value]
         return self._run_alone(call.partial, call.signature.request.dtype)
@@ -149,7 +149,7 @@ class HostEngine:
         return out.reduced
 
     def _gather(self, shard: Output, call: Call, out: Output, blocks: list[range], what: str) -> None:
-        """What the shards of all ranks hold, one below the other. Scales go from the layout of a shard into that of all rows."""
+        """What the shards of all ranks hold, concatenated. Scales go from the layout of a shard into that of all rows."""
         mine = blocks[self.group.rank]
         for name, tensor in shard.items():
             whole, own = getattr(out, name), tensor

@@ -1,4 +1,4 @@
-"""What adds and finishes rows that have been brought together: the reference, or kernels of this rank's GPU.
+"""What adds rows that have been brought together and applies the epilogue: the reference, or kernels of this rank's GPU.
 
 A step is a :class:`.Call` of this rank alone: an ``all_reduce`` of :class:`.Terms` or of a prologue, or a ``finish``.
 """
@@ -40,7 +40,7 @@ class Steps:
         keep_norm: bool = False,
         branch_norm: RMSNorm | None = None,
     ) -> Call:
-        """Add, and whatever of the epilogue is given."""
+        """Add, and apply the epilogue that is given."""
         step = Call(term, residual, norm, quant, keep_norm, branch_norm=branch_norm)
         return self._signed(step, term.tokens, term.hidden_size, dtype)
 

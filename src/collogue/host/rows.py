@@ -1,4 +1,4 @@
-"""How rows go between the ranks of a group that moves bytes for them: terms to whoever adds them, rows to everybody."""
+"""How rows go between the ranks of a group that moves bytes for them: terms to the rank that adds them, rows to everybody."""
 
 from __future__ import annotations
 

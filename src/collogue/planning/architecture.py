@@ -16,7 +16,7 @@ class Architecture:
     """GPUs of one compute capability.
 
     ``multiprocessors``: of the first of ``gpus``, for plans where none is at hand to ask. ``warps``, ``ctas`` and ``shared_bytes``:
-    limits of one multiprocessor (CUDA C++ Programming Guide, table of technical specifications per compute capability).
+    limits of one SM (CUDA C++ Programming Guide, table of technical specifications per compute capability).
     ``status``: ``"measured"`` and checked on such a GPU, or only ``"compiled"`` in the tests.
     """
 

@@ -30,7 +30,7 @@ from collogue.planning.topology import Topology, topology_of
 class Machine:
     """What a plan needs to know. ``architecture`` is ``None`` for the CPU; ``device`` is the GPU's name, ``None`` if it is any.
 
-    ``gpu``: of a machine that is not here, whose times are predicted.
+    ``gpu``: of another machine, whose times are predicted.
     """
 
     architecture: str | None = None

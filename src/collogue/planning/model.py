@@ -1,4 +1,4 @@
-"""Predicted time of a call on machines that are not here: a line fitted to two H200, scaled by the vendor's rates (docs/machines.md).
+"""Predicted time of a call on other machines: a line fitted to two H200, scaled by the vendor's rates (docs/machines.md).
 
 It never decides anything: plans choose by :mod:`collogue.planning.cost` on every machine.
 """
@@ -73,12 +73,12 @@ def predict(gpu: Gpu, plan: Plan, request: Request) -> tuple[float, float]:
         if ALGORITHMS[plan.algorithm].alone and request.operation != "finish":
             what = "a world of one"
         hint = "all_reduce and sharded of 2 to 8 ranks are; --architecture shows the plan of any call"
-        raise ArgumentError(f"{what} is not modelled for GPUs that are not here", hint=hint)
+        raise ArgumentError(f"{what} is not modeled for other GPUs", hint=hint)
     return MODEL.us(gpu, plan.algorithm, plan.bytes_sent, norm=request.norm, amax=has_amax(request.quant))
 
 
 def has_amax(quant: Quant | None) -> bool:
-    """Whether scales are of the values at hand, so that a largest magnitude must be found first."""
+    """Whether scales are of the values at hand, so that their amax must be found first."""
     return quant is not None and not isinstance(quant, FP8Static)
 
 

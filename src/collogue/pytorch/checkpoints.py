@@ -73,7 +73,7 @@ def method_of(config: Any) -> str | None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer holds codes, whatever they are called: floating-point numbers of a byte, or a weight that is no such number."""
+    """Whether a layer holds codes, under any name: one-byte floating-point numbers, or a weight of integers."""
     return any(
         not (tensor.is_floating_point() and tensor.element_size() > 1) and (tensor.is_floating_point() or name.startswith("weight"))
         for name, tensor in _tensors(module).items()

@@ -121,7 +121,7 @@ def run_virtual(
     """Call ``fn(group)`` in one thread per rank and return the results by rank.
 
     ``device="cuda"`` spreads the ranks over the GPUs there are, ``"cuda:0"`` puts all on one. The first exception of a rank is
-    raised here; the others are released from whatever meeting they wait in. Without a GPU ``"cuda"`` is a :class:`PlatformError`.
+    raised here; the others are released from the meeting that they wait in. Without a GPU ``"cuda"`` is a :class:`PlatformError`.
     ``hosts``: by rank, the name of the host that it is to be on.
 
     On GPUs, kernels of one rank wait for kernels of the others, so nothing that waits for a whole GPU (freeing memory, loading a

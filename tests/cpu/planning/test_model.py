@@ -92,7 +92,7 @@ def test_the_plan_is_the_machines_own_and_only_its_times_are_of_the_model(gpu: s
     "asked", [{"operation": "finish"}, {"operation": "reduce_scatter"}, {"operation": "all_gather"}, {"world_size": 1}]
 )
 def test_what_nothing_was_fitted_to_is_refused(asked: dict[str, Any]) -> None:
-    with pytest.raises(ArgumentError, match="is not modelled for GPUs that are not here"):
+    with pytest.raises(ArgumentError, match="is not modeled for other GPUs"):
         explain(
             Machine.with_gpu("B200"), 8, **{"hidden_size": 64, "world_size": 2, "norm": asked.get("operation") != "all_gather", **asked}
         )
