@@ -22,7 +22,6 @@ from ranks import communicator
 from collogue.contract.quant import NVFP4
 dist.init_process_group("gloo", init_method=sys.argv[2], rank=int(sys.argv[1]), world_size=3)
 with communicator(dist.group.WORLD, algorithm="two_shot", timeout=20) as comm:
-    assert comm.islands == ((0, 1), (2,)) or comm.islands is None, comm.islands
     assert comm.islands == ((0,), (1, 2)), comm.topology
     found = check(comm, comm.islands, 5, quant=NVFP4(3.0)) + check(comm, comm.islands, 2, kind="normal")
 print(found)
