@@ -159,7 +159,13 @@ def _nvrtc() -> Iterator[Finding]:
         yield Finding("NVRTC", "ok", detail, required=needed)
     except Exception as error:  # not installed, or not loadable: each library says it in its own way
         why = "" if needed else " (only needed where there are GPUs)"
-        yield Finding("NVRTC", "missing", f"{error}".splitlines()[0] + why, "pip install nvidia-cuda-nvrtc", required=needed)
+        yield Finding(
+            "NVRTC",
+            "missing",
+            f"{error}".splitlines()[0].partition(": No such file")[0] + why,
+            "pip install nvidia-cuda-nvrtc",
+            required=needed,
+        )
 
 
 def _headers() -> Iterator[Finding]:
