@@ -170,7 +170,13 @@ def _nvrtc() -> Iterator[Finding]:
         yield Finding("NVRTC", "ok", detail, required=needed)
     except Exception as error:  # not installed, or not loadable: each library says it in its own way
         why = "" if needed else " (only needed where there are GPUs)"
-        yield Finding("NVRTC", "missing", f"{error}".splitlines()[0] + why, "pip install nvidia-cuda-nvrtc", required=needed)
+        yield Finding(
+            "NVRTC",
+            "missing",
+            f"{error}".splitlines()[0].partition(": No such file")[0] + why,
+            "pip install nvidia-cuda-nvrtc",
+            required=needed,
+        )
 
 
 def _headers() -> Iterator[Finding]:
@@ -358,7 +364,7 @@ def _cache() -> Iterator[Finding]:
 
 def _summary() -> Iterator[Finding]:
     n = _gpu_count()
-    yield Finding("CPU groups", "ok", "gloo, any world size from 1 to 8, through the reference")
+    yield Finding("CPU groups", "ok", "gloo, any world size from 1 to 64, through the reference")
     if n >= 2:
         yield Finding("GPU groups", "ok", f"kernels, one process per GPU, world size up to {min(n, 8)}; more as virtual ranks")
     elif n == 1:

@@ -36,5 +36,5 @@ def test_what_protection_cost_on_the_way() -> None:
     runs = json.loads((ROOT / "benchmarks/results/cost-steps-2xh200.json").read_text())["runs"]
     before, told = runs["before"]["us"], runs["told in every wait"]["us"]
     design, reliability = ((ROOT / "docs" / name).read_text() for name in ("design.md", "reliability.md"))
-    assert f"from {before['none, base']:.3f} to {told['none, base']:.3f} us" in design
-    assert f"{before['nvfp4/128x4, base']:.3f} us against {before['nvfp4/128x4, no bound']:.3f} without the bound" in reliability
+    assert f"from {before['none, base']:.3f} to {told['none, base']:.3f} µs" in design
+    assert f"{before['nvfp4/128x4, base']:.3f} µs against {before['nvfp4/128x4, no bound']:.3f} without the bound" in reliability

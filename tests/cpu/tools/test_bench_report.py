@@ -164,6 +164,11 @@ def test_the_command(tmp_path: Path) -> None:
     result = call(str(first), str(second), "--output", str(output))
     assert f"{len(slower['cases'])} slower, 0 faster" in result.stdout
     assert "before: a.json" in output.read_text()
+    other = made()
+    other["cases"] = [{**row, "hidden_size": 8} for row in other["cases"]]
+    (tmp_path / "d.json").write_text(json.dumps(other))
+    result = call(str(first), str(tmp_path / "d.json"), "--output", str(output))
+    assert (result.exit_code, "have no call in common" in " ".join(result.stderr.split())) == (USAGE, True)
     (tmp_path / "c.json").write_text("{}")
     assert call(str(tmp_path / "c.json")).exit_code == USAGE
     assert call("no-such-file.json").exit_code == USAGE

@@ -93,7 +93,7 @@ def serving(data: Data) -> Iterator[Sequence[str]]:
 
 def host(data: Data) -> Iterator[Sequence[str]]:
     """Host time of one eager call in every way to make it."""
-    yield ["call", "ranks", "us of host time"]
+    yield ["call", "ranks", "µs of host time"]
     for row in data["host"]:
         yield [f"`{row['what']}`", str(row["world_size"]), f"{row['us']:.1f}"]
 

@@ -156,8 +156,11 @@ def report(
         if len(read) == 1:
             text = page.page(read[0])
         else:
+            changes = regression.compare(read[0], read[1])
+            if not changes:
+                raise typer.BadParameter(f"{later and later.name} and {results.name} have no call in common", param_hint="LATER")
             text = page.page(read[1], read[0], names=(results.name, str(later and later.name)))
-            out.print(regression.counts(regression.compare(read[0], read[1])), highlight=False)
+            out.print(regression.counts(changes), highlight=False)
         output.write_text(text, encoding="utf-8")
         out.print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
 

@@ -49,7 +49,7 @@ def run(
         world_size: default: the number of GPUs, at most 8.
         json: a file, or ``"-"`` for stdout; default: :func:`collogue.planning.table.own_path`, where communicators look.
         commit: recorded; default: what git says of the directory that this package is in.
-        begin: takes the number of steps, and returns what hears of each.
+        begin: takes the number of steps, and returns what to call with the name of each.
     Raises:
         PlatformError: fewer GPUs than ranks, or than two. ArgumentError (its subclasses): a shape or dtype that cannot be.
     """
