@@ -463,7 +463,7 @@ def test_a_fused_model_has_the_gradients_of_its_graph(backend: str, group: Any) 
         ("reduces by max", lambda x, r, w: llama(collectives.all_reduce(x, "max", dist.group.WORLD), w)),
         ("no communicator for float32 rows of 64", lambda x, r, w: llama(functional(x.float()), w.float())),
         ("no weight", lambda x, r, w: torch.nn.functional.rms_norm(functional(x) + r, (H,), None, EPS)),
-        ("no weight of [H]", lambda x, r, w: (lambda y: torch.nn.functional.rms_norm(y, (H,), None, EPS) * r)(functional(x) + r)),
+        ("not a weight of [H]", lambda x, r, w: (lambda y: torch.nn.functional.rms_norm(y, (H,), None, EPS) * r)(functional(x) + r)),
         ("computed from the sum", lambda x, r, w: (lambda y: operator_norm(y, y[0, 0]))(functional(x) + r)),
         ("eps is not a constant", lambda x, r, w: (lambda y: y * torch.rsqrt(y.pow(2).mean(-1, True) + r[..., :1]) * w)(in_float(x))),
     ],
@@ -481,7 +481,7 @@ def test_near_misses_are_left_alone_and_explained(reason: str, model: Callable[.
     ("reason", "model"),
     [
         ("row by row", lambda y, w: ((lambda z: z * torch.rsqrt(z.pow(2).mean(-1) + EPS))(y.float()) * w).to(y.dtype)),
-        ("no weight of [H]", lambda y, w: torch.nn.functional.rms_norm(y, (H,), None, EPS) * w[:, None]),
+        ("not a weight of [H]", lambda y, w: torch.nn.functional.rms_norm(y, (H,), None, EPS) * w[:, None]),
     ],
 )
 def test_what_lies_along_columns_is_no_norm_of_rows(reason: str, model: Callable[..., Any], group: Any) -> None:
