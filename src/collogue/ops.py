@@ -12,7 +12,8 @@ scales belong to one row each.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -312,6 +313,19 @@ _TENSORS = {"partial": 0, "residual": 1, "RMSNorm.weight": 2, "expert weights": 
 _GATHERED_TENSORS = {f"shard.{name}": place for place, name in enumerate(OUTPUTS)}
 
 
+class _Untraced:
+    """An operator's function, which Dynamo must not look into where a graph has broken: what it calls is no model's code."""
+
+    def __init__(self, function: Callable[..., list[Tensor]]) -> None:
+        self._function = function
+        self._disabled: Callable[..., list[Tensor]] | None = None
+
+    def __call__(self, *given: Any) -> list[Tensor]:
+        if self._disabled is None and "torch._dynamo" in sys.modules:  # nothing is imported for it
+            self._disabled = torch.compiler.disable(self._function)  # type: ignore[no-untyped-call]
+        return (self._disabled or self._function)(*given)
+
+
 def _refuse_grad(operator: str, tensors: dict[str, int], run: Any, keys: Any, *given: Any) -> list[Tensor]:
     """Reject what an eager call rejects, tensors that require grad in grad mode, and go on below autograd.
 
@@ -333,7 +347,8 @@ _library: Any = torch.library.Library("collogue", "DEF")  # type: ignore[no-unty
 _TAGS = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides]
 
 
-def _register(name: str, arguments: str, tensors: dict[str, int], run: Any, fake: Any) -> None:
+def _register(name: str, arguments: str, tensors: dict[str, int], function: Any, fake: Any) -> None:
+    run = _Untraced(function)
     _library.define(f"{name}({arguments}) -> Tensor[]", tags=_TAGS)
     for device in ("CPU", "CUDA"):
         _library.impl(name, run, device)

@@ -16,7 +16,7 @@ from models import small_model
 from torch.utils._pytree import tree_leaves
 
 import collogue
-from collogue import FP8PerToken, FP8Static, Quant, RMSNorm
+from collogue import FP8PerToken, FP8Static, Quant, RMSNorm, registry
 from collogue.errors import ArgumentError
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,8 @@ T, H, EPS = 6, 64, 1e-5
 @pytest.fixture(scope="module")
 def group() -> Iterator[Any]:
     """A real process group, of one rank: its all-reduce does nothing, so every difference is the pass's."""
-    gc.collect()  # communicators that other tests left open, of groups that had the same name
+    gc.collect()
+    registry._COMMUNICATORS.clear()  # what other tests left open, of groups that had the same name
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()

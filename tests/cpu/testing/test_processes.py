@@ -30,8 +30,9 @@ def test_a_rank_hears_no_interrupt() -> None:
 def test_an_interrupted_program_with_virtual_ranks_does_not_abort() -> None:
     """A thread that is still in PyTorch when the interpreter ends would (SIGABRT)."""
     code = """
-import os, torch
+import os, signal, torch
 from collogue.testing import run_virtual
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 def rank(group):
     group.barrier()
     if group.rank == 0:

@@ -110,7 +110,7 @@ def test_speedups_are_against_the_better_baseline() -> None:
 
 
 def test_unknown_models() -> None:
-    with pytest.raises(ArgumentError, match="no model 'gpt'"):
+    with pytest.raises(ArgumentError, match="unknown model 'gpt'"):
         model.run(model=["gpt"], device="cpu")
 
 
