@@ -314,7 +314,7 @@ _GATHERED_TENSORS = {f"shard.{name}": place for place, name in enumerate(OUTPUTS
 
 
 class _Untraced:
-    """An operator's function, which Dynamo must not look into where a graph has broken: what it calls is no model's code."""
+    """An operator's function, which Dynamo must not look into where a graph has broken: what it calls is not part of a model."""
 
     def __init__(self, function: Callable[..., list[Tensor]]) -> None:
         self._function = function
