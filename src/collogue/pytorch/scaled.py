@@ -180,6 +180,9 @@ class ScaledLinear(Linear):
         ``torch.nn.functional.scaled_mm`` on GPUs that have it for this pair of formats: FP8Static with FP8Static (sm_89 and later),
         FP8PerToken with FP8PerToken (sm_90), FP8Group(128) with FP8Block(128) (sm_90). Elsewhere both are decoded and
         multiplied, in float32 on the CPU and in bfloat16 on GPUs; a log line says so once, and :meth:`explain`.
+    Graphs:
+        A tensor ``x`` is quantized by PyTorch operations, which copy numbers from the host: under CUDA graph capture pass an output, or use
+        the parallel layers, whose communicator quantizes with a kernel.
     Raises:
         ArgumentError: an output without codes. ShapeError: codes or features of another shape. FormatError: a block that does not divide.
     """
@@ -236,13 +239,18 @@ def has_product(activation: Quant | None, weight: WeightFormat, device: torch.de
     return not isinstance(_recipe(activation, weight, device), str)
 
 
+def _on_device(scale: float | Tensor, device: torch.device) -> Tensor:
+    """A scale as ``[1, 1]`` float32. A number is filled in by the device: a copy from the host could not be captured in a CUDA graph."""
+    if isinstance(scale, Tensor):
+        return scale.to(device).reshape(1, 1)
+    return torch.full((1, 1), scale, dtype=torch.float32, device=device)
+
+
 def _tensor_wise(codes: Tensor, scales: None, layer: Linear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     assert isinstance(layer.activation, FP8Static)
     assert isinstance(layer.format, FP8Static)
-    of_x, of_weight = (torch.as_tensor(each.scale, dtype=torch.float32, device=codes.device) for each in (layer.activation, layer.format))
-    return _scaled_mm(
-        codes, layer, of_x.reshape(1, 1), of_weight.reshape(1, 1), ScalingType.TensorWise, ScalingType.TensorWise, bias, dtype
-    )
+    of_x, of_weight = (_on_device(each.scale, codes.device) for each in (layer.activation, layer.format))
+    return _scaled_mm(codes, layer, of_x, of_weight, ScalingType.TensorWise, ScalingType.TensorWise, bias, dtype)
 
 
 def _row_wise(codes: Tensor, scales: Tensor, layer: Linear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
