@@ -18,6 +18,7 @@ from collogue.contract.spec import Output
 from collogue.contract.weight import QuantizedWeight
 from collogue.errors import ArgumentError, CollogueError
 from collogue.group import Group, as_group
+from collogue.planning.topology import Transport
 from collogue.pytorch.boundaries import Boundaries, Untouched, WholeNorm, check_use, partial_of
 from collogue.pytorch.checkpoints import QuantizedLinear
 from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, no_checkpoint
@@ -40,6 +41,7 @@ def parallelize(
     calibration: Calibration | None = None,
     keep_packed: bool = False,
     wire: Quant | None = None,
+    transport: Transport | None = None,
 ) -> Any:
     """Cut a transformers decoder among the ranks of ``group``, and end attention and MLP of every layer in one fused call each.
 
@@ -65,6 +67,7 @@ def parallelize(
         keep_packed: keep quantized weights that the device has no product for, and decode them in every call. Default: they are
             decoded once, here, to the model's dtype and take its memory.
         wire: as for :class:`collogue.Communicator`: a format in which terms travel.
+        transport: as for :class:`collogue.Communicator`: what moves bytes between the ranks.
     Returns:
         ``model``; its communicator is ``model.comm``, which stays open as long as the model is used. ``state_dict()`` and
         ``save_pretrained`` raise: :func:`collogue.full_state_dict` gives the whole. ``load_state_dict`` takes a whole checkpoint and
@@ -83,7 +86,7 @@ def parallelize(
     decoder = _agree(model, known, fuse, Recipe.of(quant, calibration))
     config, dtype = decoder.base.config, decoder.base.dtype
     asked = {"max_tokens": max_tokens, "hidden_size": config.hidden_size, "dtype": dtype, "device": device, "timeout": timeout}
-    comm = Communicator(group, **asked, wire=wire)
+    comm = Communicator(group, **asked, wire=wire, transport=transport)
     try:
         with _undone_by_errors(model) as undo:
             _apply(decoder, comm, fuse, keep_packed, undo)

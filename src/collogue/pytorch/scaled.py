@@ -259,11 +259,16 @@ def _row_wise(codes: Tensor, scales: Tensor, layer: Linear, bias: Tensor | None,
 
 
 def _block_wise(codes: Tensor, scales: Tensor, layer: Linear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The product wants the activations' scales column by column, as ``FP8Group(layout="column")`` gives them when T % 4 == 0."""
+    """The product takes a multiple of 4 rows with scales column by column, and weight scales in rows of a multiple of 4."""
     assert layer.weight_scale is not None
-    by_columns = scales.t().contiguous().t()
-    weights = layer.weight_scale.t()
-    return _scaled_mm(codes, layer, by_columns, weights, ScalingType.BlockWise1x128, ScalingType.BlockWise128x128, bias, dtype)
+    rows, missing = codes.shape[0], -codes.shape[0] % 4
+    if missing:
+        codes = F.pad(codes.view(torch.uint8), (0, 0, 0, missing)).view(codes.dtype)
+        scales = F.pad(scales, (0, 0, 0, missing))
+    by_columns, weights = scales.t().contiguous().t(), layer.weight_scale.data
+    if weights.shape[1] % 4:
+        weights = F.pad(weights, (0, -weights.shape[1] % 4))
+    return _scaled_mm(codes, layer, by_columns, weights.t(), ScalingType.BlockWise1x128, ScalingType.BlockWise128x128, bias, dtype)[:rows]
 
 
 def _scaled_mm(
