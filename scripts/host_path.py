@@ -35,6 +35,8 @@ from collogue.tools.record import circumstances
 
 RESULT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "host-path.json"
 WIDTH, EPS = 4096, 1e-5
+#: Launches between two events: what a launch costs the host is not the kernel's time.
+REPEATS = 10
 
 
 def synchronize(device: torch.device) -> None:
@@ -116,11 +118,13 @@ def kernels(turns: int = 50) -> list[dict[str, Any]]:
         for _ in range(turns):
             for name, call in calls.items():
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+                call()  # the GPU is busy while the next ones are launched
                 begin.record()
-                call()
+                for _ in range(REPEATS):
+                    call()
                 end.record()
                 torch.cuda.synchronize()
-                us[name].append(begin.elapsed_time(end) * 1e3)
+                us[name].append(begin.elapsed_time(end) * 1e3 / REPEATS)
         median = {name: statistics.median(times) for name, times in us.items()}
         rows.append(
             {"terms": count, **{f"{k} us": round(v, 1) for k, v in median.items()}, "of copy": round(median["copy"] / median["kernel"], 3)}

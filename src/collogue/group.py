@@ -24,6 +24,7 @@ from collogue.link.sockets import machine
 
 if TYPE_CHECKING:
     from collogue.link import Link
+    from collogue.link.staging import Staging
 
 #: Ranks of a group, and of one whose kernels write into each other's memory.
 MAX_WORLD_SIZE, MAX_PEERS = 64, 8
@@ -153,15 +154,18 @@ class TorchGroup:
         self.host = host_name()
         self.alone = _making.setdefault(self.name, threading.RLock())
         self.link: Link | None = None
+        self.staging: Staging | None = None
 
     def connect(self, timeout: float) -> Link | None:
         """Have all that this object exchanges, except by NCCL, travel by a link of its own, with bounded waits. Collective."""
         if self.size > 1:
             from collogue.link import Link
+            from collogue.link.staging import Staging
 
             _made[self.name] += 1
             name = f"communicator {_made[self.name]} of group {self.name!r}"
             self.link = Link(self.name, name, self.rank, self.size, self.all_gather_object, timeout)
+            self.staging = None if self.device.type == "cpu" else Staging(self.device)
         return self.link
 
     def all_gather_object(self, value: Any) -> list[Any]:
@@ -200,12 +204,19 @@ class TorchGroup:
         dist.all_to_all(taken, given, group=self.process_group)
 
     def _swap_by_link(self, link: Link, what: str, give: Sequence[torch.Tensor], take: Sequence[torch.Tensor]) -> None:
-        staged = {id(each): _as_bytes(each).cpu() for each in give}  # one copy of what all ranks get
-        payloads = [b"" if rank == self.rank else _memory(staged[id(each)]) for rank, each in enumerate(give)]
-        given = link.exchange(what, payloads)
-        for rank, target in enumerate(take):
-            if rank != self.rank and target.numel():
-                _as_bytes(target).copy_(torch.frombuffer(given[rank], dtype=torch.uint8))
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        given = {id(give[rank]): _as_bytes(give[rank]) for rank in others}  # what all ranks get is copied once
+        taken = {rank: _as_bytes(take[rank]) for rank in others}
+        if self.staging is None:  # on the CPU the tensors themselves are sent and filled
+            sent, filled = given, taken
+        else:
+            blocks = self.staging.blocks(each.numel() for each in (*given.values(), *taken.values()))
+            sent, filled = dict(zip(given, blocks, strict=False)), dict(zip(taken, blocks[len(given) :], strict=True))
+            self.staging.fetch(zip(sent.values(), given.values(), strict=True))
+        payloads = [b"" if rank == self.rank else _memory(sent[id(each)]) for rank, each in enumerate(give)]
+        link.exchange(what, payloads, {rank: _memory(each) for rank, each in filled.items()})
+        if self.staging is not None:
+            self.staging.bring((target, filled[rank]) for rank, target in taken.items() if target.numel())
 
     def all_gather(self, output: torch.Tensor, block: torch.Tensor) -> None:
         out, inp = _as_bytes(output), _as_bytes(block)

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
 from collogue.errors import ClosedError, CollectiveError, CollectiveTimeout, ConcurrentUseError, MismatchedCall
@@ -56,10 +56,10 @@ class Link:
 
     # ---- exchanging
 
-    def exchange(self, what: str, payload: Bytes | Sequence[Bytes]) -> list[Bytes]:
+    def exchange(self, what: str, payload: Bytes | Sequence[Bytes], into: Mapping[int, memoryview] | None = None) -> list[Bytes]:
         """What every rank has for this one, by rank. ``what`` is the same on every rank, or all raise :class:`MismatchedCall`.
 
-        ``payload``: for every rank, or one for each.
+        ``payload``: for every rank, or one for each. ``into``: by rank, where the bytes go; they are as many.
 
         Raises :class:`CollectiveTimeout` where ranks are late, :class:`CollectiveError` where one has ended or given up.
         """
@@ -70,7 +70,7 @@ class Link:
                 raise copy.copy(self.failure)
             try:
                 payloads = [payload] * self.size if isinstance(payload, Bytes) else list(payload)
-                return self._move(what, payloads, self._announce(what, list(map(len, payloads))))
+                return self._move(what, payloads, self._announce(what, list(map(len, payloads))), into or {})
             except CollectiveError as error:
                 self._fail(error)
                 raise
@@ -121,11 +121,11 @@ class Link:
             raise unpack_error(rank, text)
         return text, nbytes
 
-    def _move(self, what: str, payloads: list[Bytes], sizes: dict[int, int]) -> list[Bytes]:
+    def _move(self, what: str, payloads: list[Bytes], sizes: dict[int, int], into: Mapping[int, memoryview]) -> list[Bytes]:
         """Send every peer its payload, and receive theirs. The wait is counted from the last byte that moved."""
         left = {rank: [memoryview(FRAME.pack(BYTES, 0, len(payloads[rank]))), memoryview(payloads[rank])] for rank in sizes}
         self._cut_off = set(left)
-        coming = {rank: Incoming(size) for rank, size in sizes.items()}
+        coming = {rank: Incoming(size, into.get(rank)) for rank, size in sizes.items()}
         while left or not all(each.done for each in coming.values()):
             waiting = {rank for rank, each in coming.items() if not each.done}
             ready = self._select(waiting, self.timeout, set(left))

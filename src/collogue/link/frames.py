@@ -69,10 +69,14 @@ def peek(peer: socket.socket) -> list[tuple[int, str]] | None:
 
 
 class Incoming:
-    """The frame of bytes of a peer, as far as it has come. ``stopped``: length of the reason that came instead."""
+    """The frame of bytes of a peer, as far as it has come. ``stopped``: length of the reason that came instead.
 
-    def __init__(self, size: int) -> None:
-        self.head, self.block, self.stopped = bytearray(FRAME.size), bytearray(size), 0
+    ``block``: where the bytes go; default: memory of its own.
+    """
+
+    def __init__(self, size: int, block: memoryview | None = None) -> None:
+        self.head, self.stopped = bytearray(FRAME.size), 0
+        self.block = bytearray(size) if block is None else block
         self._rest = [memoryview(self.head), *([memoryview(self.block)] if size else [])]
 
     @property
