@@ -1,6 +1,8 @@
 """Experts combined in the call against a combine kernel of ``torch.compile`` and the plain call behind it: ``experts.py OUT.json``.
 
-One process, two virtual ranks on one GPU, a thread and a stream each; bfloat16, residual and norm. Calls lie in CUDA graphs of many and
+``inside`` is the call whose own kernel combines, ``in_front`` the call that launches a kernel for it first; ``fused`` is the one of them
+that the plan takes. One process, two virtual ranks on one GPU, a thread and a stream each; bfloat16, residual and norm. Calls lie in CUDA
+graphs of many and
 of few calls, which both ranks replay together, the ways in turn. A time is the difference of the two graphs over the calls between them,
 in microseconds: the slower rank's, the median over replays. ``rows_us``: the time in which memory would read the experts' rows once, at
 4.3 TB/s, on both ranks. There is no NVLink in these times.
@@ -10,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +22,17 @@ from collogue.testing import environment
 environment.set_defaults()
 
 import torch  # noqa: E402
+from ways import of_slower_rank, time_ways  # noqa: E402
 
 import collogue  # noqa: E402
+from collogue.planning import plan  # noqa: E402
 from collogue.testing import VirtualGroup, run_virtual  # noqa: E402
 from collogue.tools.record import circumstances  # noqa: E402
 
 WORLD = 2
 #: Bytes a microsecond.
 MEMORY = 4.3e6
+MOST_INSIDE = plan.MOST_TOKENS_OF_EXPERTS
 
 
 def combine(rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
@@ -57,55 +61,37 @@ def measure(tokens: int, hidden_size: int, slots: int, compiled: Callable[..., t
     torch.cuda.synchronize()
 
     def rank(group: VirtualGroup) -> dict[str, list[float]]:
-        comm = collogue.Communicator(group, max_tokens=tokens, hidden_size=hidden_size, table=False)
+        shape: dict[str, Any] = {"max_tokens": tokens, "hidden_size": hidden_size, "table": False}
+        comm, inside, in_front = (collogue.Communicator(group, **shape) for _ in range(3))
         with torch.inference_mode():
             rows, index, weights, shared = inputs(group.rank)
             term = collogue.ExpertCombine(rows, index, weights, shared)
             residual, norm = torch.ones_like(shared), collogue.RMSNorm(torch.ones_like(shared[0]))
             comm.prepare(tokens, norm=norm)
-            comm.prepare(tokens, norm=norm, prologue=term)
+            for each, most in ((inside, tokens), (in_front, tokens - 1)):
+                group.settle()
+                if group.rank == 0:
+                    plan.MOST_TOKENS_OF_EXPERTS = most
+                group.settle()
+                each.prepare(tokens, norm=norm, prologue=term)
+                group.settle()
             out = comm.empty(tokens, residual=True, norm=norm)
+            torch.empty_like(shared)  # memory for what a kernel in front writes: to ask the GPU for it would wait for other ranks' kernels
             partial = compiled(rows, index, weights, shared)
             ways: dict[str, Callable[[], Any]] = {
-                "fused": lambda: comm.all_reduce(term, residual=residual, norm=norm, out=out),
+                "inside": lambda: inside.all_reduce(term, residual=residual, norm=norm, out=out),
+                "in_front": lambda: in_front.all_reduce(term, residual=residual, norm=norm, out=out),
                 "unfused": lambda: comm.all_reduce(compiled(rows, index, weights, shared), residual=residual, norm=norm, out=out),
                 "plain": lambda: comm.all_reduce(partial, residual=residual, norm=norm, out=out),
             }
-            graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
-            for way, call in ways.items():
-                group.settle()
-                call()
-                group.settle()
-                for count in counts:
-                    for turn in range(WORLD):  # capturing waits for the GPU: one rank at a time
-                        if turn == group.rank:
-                            graph = torch.cuda.CUDAGraph()
-                            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-                                for _ in range(count):
-                                    call()
-                            graphs[way, count] = graph
-                        group.settle()
-            times: dict[tuple[str, int], list[float]] = {key: [] for key in graphs}
-            for turn in range(replays + 2):
-                for key, graph in graphs.items():
-                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-                    group.settle()
-                    start.record()
-                    graph.replay()
-                    end.record()
-                    group.settle()
-                    if turn > 1:
-                        times[key].append(start.elapsed_time(end) * 1e3)
-            comm.check()
-            group.settle()
-            graphs.clear()
-            group.settle()
-        comm.close()
-        many, few = counts
-        return {way: [(long - short) / (many - few) for long, short in zip(times[way, many], times[way, few], strict=True)] for way in ways}
+            times = time_ways(group, ways, counts, replays)
+        for each in (comm, inside, in_front):
+            each.close()
+        return times
 
     by_rank = run_virtual(WORLD, rank, device="cuda:0", timeout=60.0)
-    found = {way: statistics.median(map(max, zip(*(times[way] for times in by_rank), strict=True))) for way in by_rank[0]}
+    found = of_slower_rank(by_rank)
+    found["fused"] = found["inside" if tokens <= MOST_INSIDE else "in_front"]
     rows_us = WORLD * tokens * (slots + 1) * hidden_size * 2 / MEMORY
     return {**found, "ratio": found["fused"] / found["unfused"], "added": found["fused"] - found["plain"], "rows_us": rows_us}
 
@@ -114,7 +100,7 @@ def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="Experts combined in the call, against a kernel of their own and the plain call.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512, 4096])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 128, 256, 512, 4096])
     parser.add_argument("--hidden-size", type=int, default=7168)
     parser.add_argument("--slots", type=int, default=8, help="experts of a token")
     parser.add_argument("--replays", type=int, default=21)

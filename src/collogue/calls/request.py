@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -91,6 +91,13 @@ def make_request(
     return Request(
         tokens, hidden_size, dtype, residual, norm, wide_weight, quant, wanted, operation, late_weight, prologue, branch, wide_branch, rows
     )
+
+
+def sum_alone(request: Request) -> Request:
+    """What a kernel is asked for that only adds what ``request`` sums, on one rank."""
+    wanted = replace(request.wanted, reduced=True, residual=False, norm=False, codes=False, scales=False)
+    plain: dict[str, Any] = {"residual": False, "norm": False, "wide_weight": False, "quant": None, "late_weight": False}
+    return replace(request, operation="all_reduce", rows=None, branch=False, wide_branch=False, wanted=wanted, **plain)
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,13 @@ _LOGGER = logging.getLogger("collogue")
 class _Ready:
     """A planned call with its kernels loaded. An all-gather has one of them for values, ``main`` for codes and scales.
 
-    ``more``: first row, number of rows and padding of the launches after the first.
+    ``more``: first row, number of rows and padding of the launches after the first. ``term``: computes this rank's terms, in front.
     """
 
     main: Launcher | None
     values: Launcher | None = None
     more: tuple[tuple[int, int, int], ...] = ()
+    term: Launcher | None = None
 
     def launch(self, stream: int) -> None:
         """All launches of a call other than an all-gather."""
@@ -94,16 +95,19 @@ class KernelEngine:
 
     def _build(self, request: Request) -> _Ready:
         plan = make_plan(self.topology, request)
-        main = values = None
+        main = values = term = None
         if request.operation == "all_gather" and plan.algorithm == "local":
             return _Ready(None)  # the shard is the whole
         for kernel in make_kernels(self.topology, request, plan):
+            if plan.term is not None and term is None:
+                term = self._launcher(kernel, plan.term)
+                continue
             launcher = self._launcher(kernel, plan)
             if request.operation == "all_gather" and kernel.variant.keep_norm:
                 values = launcher
             else:
                 main = launcher
-        return _Ready(main, values, later_launches(self.topology, request, plan, self.group.rank))
+        return _Ready(main, values, later_launches(self.topology, request, plan, self.group.rank), term)
 
     def _launcher(self, kernel: Kernel, plan: Plan) -> Launcher:
         request, shape, variant = kernel.request, kernel.shape, kernel.variant
@@ -200,6 +204,11 @@ class KernelEngine:
         assert ready.main is not None
         ready.main.quant = None
         fill_call(ready.main.params, call, out)
+        if ready.term is not None:
+            partial = torch.empty(call.tokens, call.hidden_size, dtype=call.signature.request.dtype, device=call.signature.device)
+            fill_call(ready.term.params, Call(call.partial), Output(reduced=partial))
+            ready.term(stream)
+            ready.main.params.partial = partial.data_ptr()
         ready.launch(stream)
 
     def _all_gather(self, ready: _Ready, call: Call, out: Output, stream: int) -> None:

@@ -17,8 +17,7 @@ COLLOGUE_DEVICE void local(const Params& p) {
   Packed<D::kParts> residual[C::kResidual ? C::kVectors : 1];
   const auto load = [&](u32 t) {
     source.aim(t);
-#pragma unroll
-    for (int i = 0; i < C::kVectors; i++) x[i] = source.term(i);
+    ask_for_terms(source, x, 0);
     if constexpr (C::kResidual) {
 #pragma unroll
       for (int i = 0; i < C::kVectors; i++) residual[i] = row.load(p.residual + row.offset(t), i);

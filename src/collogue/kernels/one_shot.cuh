@@ -23,8 +23,7 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
   Vector x[C::kVectors], r{};
   Opening<C> opening(ranks);
   opening.begin(row, [&] {
-#pragma unroll
-    for (int i = 0; i < C::kVectors; i++) x[i] = source.term(i);
+    ask_for_terms(source, x, 0);
     if constexpr (C::kResidual && C::kVectors == 1) r = row.load(residual, 0);
   });
   for (u32 turn = 0;; turn++) {
@@ -65,8 +64,8 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
     if (t >= p.tokens) break;
     row.next();
     slot_offset = static_cast<u32>(row.offset(t));
-#pragma unroll
-    for (int i = 0; i < C::kVectors; i++) x[i] = source.term(t, i);
+    source.aim(t);
+    ask_for_terms(source, x, 0);
     if constexpr (C::kResidual && C::kVectors == 1) r = row.load(p.residual + row.offset(t), 0);
   }
   opening.end();

@@ -4,6 +4,7 @@
 //   digest()    for compute_now(): what the first load needs
 //   term(i)     this rank's term of this thread's vector i, in the dtype of the sum; zeros past the end of the row. Of several terms:
 //               what begin() makes a sum of
+//   terms(x)    the same for all of this thread's vectors; all 32 lanes together; only where that is another way (ask_for_terms)
 // A term that is asked for twice is the same twice: nothing that it is made of changes during a call.
 #pragma once
 #include "row.cuh"
@@ -26,6 +27,17 @@ struct DirectSource {
     return term(i);
   }
 };
+
+// x[i] = term(i) for every vector. All 32 lanes together.
+template <class Source, class Term, int kVectors>
+COLLOGUE_DEVICE auto ask_for_terms(Source& source, Term (&x)[kVectors], int = 0) -> decltype(source.terms(x)) {
+  source.terms(x);
+}
+template <class Source, class Term, int kVectors>
+COLLOGUE_DEVICE void ask_for_terms(Source& source, Term (&x)[kVectors], ...) {
+#pragma unroll
+  for (int i = 0; i < kVectors; i++) x[i] = source.term(i);
+}
 
 // The dtype of weights that there are none of: all are 1.
 struct NoWeight {
@@ -98,16 +110,67 @@ struct ExpertCombineSource : ExpertRows<C, W> {
       for (int b = 0; b < Rows::kBatch; b++)
         if (named[b] < row.p.expert_rows) Rows::add_weighted(sum, x[b], w[b]);
     }
+    return rounded(sum, shared);
+  }
+  COLLOGUE_DEVICE Vector term(u32 of, int i) {
+    aim(of);
+    return term(i);
+  }
+  // Index and weight of slot k are asked for by lane k, so that rows wait for one load of theirs, and as many rows as registers hold are
+  // on their way together.
+  COLLOGUE_DEVICE void terms(Vector (&x)[C::kVectors]) const {
+    if constexpr (C::kVectors * D::kParts > 4) {  // they would not fit
+#pragma unroll
+      for (int i = 0; i < C::kVectors; i++) x[i] = term(i);
+      return;
+    }
+    constexpr int kTogether = 8 / (D::kParts * C::kVectors);
+    const u32 slots = row.p.experts, lane = thread_index() % 32;
+    const u64 slot = static_cast<u64>(t) * slots + lane;
+    u32 named = ~0u;
+    float w = 0.0f;
+    if (lane < slots) {
+      named = load_input_word(row.p.expert_index + slot);
+      w = this->weight(slot);
+    }
+    Vector shared[C::kVectors];
+    float sum[C::kVectors][8] = {};
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++)
+      if constexpr (kShared) shared[i] = row.load(row.p.shared_expert + row.offset(t), i);
+#pragma unroll 1
+    for (u32 k = 0; k < slots; k += kTogether) {
+      Vector v[kTogether][C::kVectors];
+#pragma unroll
+      for (int b = 0; b < kTogether; b++) {
+        const u32 of = of_lane(named, k + b);  // none in lanes past the last slot
+        if (of < row.p.expert_rows) {
+#pragma unroll
+          for (int i = 0; i < C::kVectors; i++) v[b][i] = row.load(this->place(of), i);
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < kTogether; b++) {
+        const u32 of = of_lane(named, k + b);
+        const float by = from_bits(of_lane(bits(w), k + b));
+        if (of >= row.p.expert_rows) continue;
+#pragma unroll
+        for (int i = 0; i < C::kVectors; i++) Rows::add_weighted(sum[i], v[b][i], by);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < C::kVectors; i++) x[i] = rounded(sum[i], shared[i]);
+  }
+
+ private:
+  // What is behind the sum over the slots.
+  COLLOGUE_DEVICE Vector rounded(float (&sum)[8], const Vector& shared) const {
     if (row.p.scaling != 1.0f) {
 #pragma unroll
       for (int j = 0; j < 8; j++) sum[j] = sum[j] * row.p.scaling;
     }
     if constexpr (kShared) add<D>(sum, shared);
     return D::round(sum);
-  }
-  COLLOGUE_DEVICE Vector term(u32 of, int i) {
-    aim(of);
-    return term(i);
   }
 };
 

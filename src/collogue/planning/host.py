@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from collogue.calls.request import Request
+from collogue.calls.request import Request, sum_alone
 from collogue.calls.terms import MAX_TERMS, TermsForm
 from collogue.contract.quant import parse
 from collogue.contract.spec import Islands, largest_block, owned_rows
@@ -130,8 +130,7 @@ def bytes_sent(topology: Topology, request: Request, algorithm: str) -> int:
 def steps(topology: Topology, request: Request, rank: int) -> list[Request]:
     """What the kernels of ``rank`` are asked for in such a call, one after the other."""
     plain = replace(request, operation="all_reduce", rows=None, prologue=None)
-    sum_only = replace(plain, residual=False, norm=False, wide_weight=False, quant=None, late_weight=False, branch=False, wide_branch=False)
-    sum_only = replace(sum_only, wanted=replace(sum_only.wanted, reduced=True, residual=False, norm=False, codes=False, scales=False))
+    sum_only = sum_alone(plain)
     finish = replace(plain, operation="finish", residual=False, branch=False, wide_branch=False)
     finish = replace(finish, wanted=replace(finish.wanted, reduced=False, residual=False))
     if request.operation == "all_gather":

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from collogue.calls.request import Request
+from collogue.calls.request import Request, sum_alone
+from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Wanted, largest_block
 from collogue.errors import CapacityError, FormatError
@@ -30,6 +31,8 @@ MAX_THREADS_OF_VECTORS = 256
 MAX_THREADS = 1024
 #: Two-shot: wider CTAs are few, and have another row on its way before they finish one.
 MAX_THREADS_OF_ROWS_IN_TURN = 512
+#: Tokens of the largest call whose kernel computes the terms of experts itself: each of its threads has few rows on their way.
+MOST_TOKENS_OF_EXPERTS = 128
 #: Largest hidden size where a cluster does a row, and where one CTA does.
 MAX_HIDDEN_SIZE, MAX_HIDDEN_SIZE_OF_A_CTA = 32768, 16384
 
@@ -55,7 +58,8 @@ class Plan:
 
     ``rows`` of the call are done by one launch (with the sharded residual and its halves: rows of each owner), ``launches`` in all;
     a launch uses ``workspace_bytes`` of each rank's workspace. ``measured_us`` is read off ``table``, the measured table that was
-    looked at, if it holds this call. ``model``: what ``predicted_us`` and ``floor_us`` are a model of.
+    looked at, if it holds this call. ``model``: what ``predicted_us`` and ``floor_us`` are a model of. ``term``: of the kernel in front
+    that computes this rank's terms, where the one that sums them does not.
     """
 
     algorithm: Algorithm
@@ -71,6 +75,7 @@ class Plan:
     table: str = "none"
     model: str = "two H200 without the format"
     transport: str = "peer"
+    term: Plan | None = None
 
     def __str__(self) -> str:
         """For people: a line for each fact, at most 80 columns wide."""
@@ -80,6 +85,7 @@ class Plan:
             "why": self.why,
             "transport": self.transport,
             "shape": "-" if self.shape is None else str(self.shape),
+            **({} if self.term is None else {"terms": f"a kernel in front, {self.term.shape}"}),
             "launches": f"{self.launches}, of up to {self.rows} rows" if self.shape is not None else "-",
             "predicted": "-" if not modeled else f"{self.predicted_us:.2f} us, by a model of {self.model}",
             "floor": "-" if not modeled else f"{self.floor_us:.2f} us, likewise",
@@ -146,11 +152,15 @@ def make_plan(topology: Topology, request: Request) -> Plan:
     if not topology.has_clusters:
         why += f"; {topology.architecture} has no clusters: one CTA per row, no PDL"
     threads = candidate.cta_threads if candidate is not None else None
+    front = None
+    if isinstance(request.prologue, PrologueForm) and algorithm != "local" and tokens > MOST_TOKENS_OF_EXPERTS:
+        front = make_plan(replace(topology, world_size=1), sum_alone(request))
+        why += "; a kernel in front computes the terms"
     # All launches have the grid of the last one, which may be shorter: every cluster has a row in each of them.
-    experts = request.prologue is not None
+    experts = request.prologue is not None and front is None
     width, quant = request.hidden_size, request.quant
     shape = launch_shape(topology, least, width, quant, algorithm, cta_threads=threads, experts=experts, branch=request.branch)
-    return Plan(algorithm, why, shape, sent, predicted, floor, rows, launches, used, measured, table)
+    return Plan(algorithm, why, shape, sent, predicted, floor, rows, launches, used, measured, table, term=front)
 
 
 def _owners_bytes(request: Request, world: int, term: int, finished: int) -> tuple[int, int]:
@@ -345,8 +355,13 @@ def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: s
 
 
 def make_kernels(topology: Topology, request: Request, plan: Plan) -> tuple[Kernel, ...]:
-    """The kernels of ``plan``, which was made for ``request`` on GPUs: one, or in an all-gather one for values and one for codes."""
+    """The kernels of ``plan``, which was made for ``request`` on GPUs, in their order: one, or in an all-gather one for values and one for
+    codes. Where the terms have a kernel in front, that one and what sums them.
+    """
     assert plan.shape is not None
+    if plan.term is not None:
+        before = make_kernels(replace(topology, world_size=1), sum_alone(request), plan.term)
+        return (*before, *make_kernels(topology, replace(request, prologue=None), replace(plan, term=None)))
     if plan.algorithm != "all_gather":
         return (Kernel(request, plan.shape, make_variant(topology, request, plan.shape, plan.algorithm)),)
     parts = []

@@ -25,7 +25,7 @@ CASES = {
     "one-shot-loop": Case(3, 264, 32, rows=1, prologue=PLAIN),
     "one-shot-vectors": Case(3, 576, 64, vectors=2, rows=1, dtype=torch.float16, quant=MXFP8("ceil"), prologue=COMBINE, slots=16),
     "two-shot": Case(4, 24, 32, kernel="two_shot", prologue=REDUCE, slots=6),
-    "two-shot-loop": Case(3, 264, 32, kernel="two_shot", rows=2, quant=FP8PerToken(), keep_norm=True, prologue=COMBINE),
+    "two-shot-loop": Case(3, 264, 32, kernel="two_shot", rows=2, quant=FP8PerToken(), keep_norm=True, prologue=COMBINE, slots=6),
     "two-shot-vectors": Case(3, 576, 64, kernel="two_shot", vectors=2, rows=1, dtype=torch.float16, prologue=PLAIN, slots=8),
     "two-shot-launches": Case(3, 288, 64, kernel="two_shot", quant=NVFP4(37.5, "8x4"), max_tokens=5, launches=3, prologue=REDUCE),
     "sharded": Case(4, 24, 32, kernel="sharded", max_tokens=5, prologue=replace(COMBINE, weights="value", shared=False)),
@@ -36,6 +36,8 @@ CASES = {
     "reduce-scatter-sum": Case(4, 24, 32, kernel="reduce_scatter", residual=False, norm=False, max_tokens=5, prologue=REDUCE),
     "local": Case(2, 576, 96, kernel="local", quant=NVFP4(100.0), prologue=COMBINE),
     "local-loop": Case(2, 576, 64, kernel="local", vectors=2, rows=1, prologue=REDUCE),
+    "local-combine-loop": Case(2, 576, 64, kernel="local", vectors=2, rows=1, prologue=COMBINE, slots=9),
+    "local-combine-vectors": Case(2, 1032, 64, kernel="local", vectors=4, rows=1, dtype=torch.float32, prologue=PLAIN, slots=7),
 }
 
 
@@ -54,11 +56,15 @@ def test_every_call_equals_the_reference(build: Build, name: str) -> None:
     ("name", "edit"),
     [
         # An index that names no row is taken for the first.
-        ("one-shot", Edit("source.cuh", "if (named[b] < row.p.expert_rows) Rows::add", "Rows::add")),
+        ("two-shot-loop", Edit("source.cuh", "if (named[b] < row.p.expert_rows) Rows::add", "Rows::add")),
+        ("one-shot", Edit("source.cuh", "if (of >= row.p.expert_rows) continue;", "")),
+        # A slot is another lane's.
+        ("local-combine-loop", Edit("source.cuh", "from_bits(of_lane(bits(w), k + b))", "from_bits(of_lane(bits(w), b))")),
         # An expert that is not used.
         ("two-shot", Edit("source.cuh", "if (w[b] != 0.0f) Rows::add", "Rows::add")),
         # The last slots of a batch.
-        ("one-shot", Edit("source.cuh", "k += Rows::kBatch) {", "k += Rows::kBatch + 1) {")),
+        ("two-shot-loop", Edit("source.cuh", "k += Rows::kBatch) {", "k += Rows::kBatch + 1) {")),
+        ("local-combine-loop", Edit("source.cuh", "k += kTogether) {", "k += kTogether + 1) {")),
         # The sum is scaled after the shared expert.
         ("one-shot-vectors", Edit("source.cuh", "if (row.p.scaling != 1.0f) {", "if (false) {")),
     ],

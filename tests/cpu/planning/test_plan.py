@@ -18,6 +18,7 @@ import torch
 import collogue.communicator
 from collogue.calls.request import Request, make_request
 from collogue.communicator import Communicator
+from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import MXFP8, NVFP4, FP8Group, FP8PerToken, Quant, parse
 from collogue.contract.spec import Operation
 from collogue.errors import ArgumentError, CapacityError, FormatError
@@ -27,6 +28,7 @@ from collogue.gpu.parameters import fill_shape, fill_workspace, later_launches
 from collogue.planning.cost import CONSTANTS, Constants, fit, predict
 from collogue.planning.extent import GENERATIONS, ONE_SHOT_GENERATIONS, memory_of, workspace_extent
 from collogue.planning.plan import (
+    MOST_TOKENS_OF_EXPERTS,
     LaunchShape,
     Plan,
     launch_shape,
@@ -188,6 +190,26 @@ def test_every_call_that_fits_has_launches_inside_the_workspace() -> None:
             starts = [first for first, _, _ in later_launches(facts, call, plan, 0)]
             assert starts == list(range(plan.rows, total, plan.rows))
     assert launches > 100  # the grid has calls that are cut
+
+
+@pytest.mark.parametrize("operation", ["all_reduce", "sharded", "reduce_scatter"])
+def test_terms_of_many_tokens_have_a_kernel_in_front(operation: Operation) -> None:
+    combine, most = PrologueForm("expert_combine", "float32", shared=True), MOST_TOKENS_OF_EXPERTS
+    few, many = (request(tokens, operation=operation, prologue=combine) for tokens in (most, most + 1))
+    assert make_plan(topology(4), few).term is None
+    assert [k.variant.source_type.split(",")[0] for k in make_kernels(topology(4), few, make_plan(topology(4), few))] == [
+        "ExpertCombineSource"
+    ]
+    plan = make_plan(topology(4), many)
+    assert plan.term is not None
+    before, main = make_kernels(topology(4), many, plan)
+    assert (before.variant.kernel, before.variant.world, before.variant.stream) == ("local", 1, True)
+    assert (before.variant.norm, before.variant.residual) == (False, False)
+    assert before.variant.source_type.startswith("ExpertCombineSource")
+    plain = request(many.tokens, operation=operation)
+    assert [main] == list(make_kernels(topology(4), plain, make_plan(topology(4), plain)))
+    assert "terms" in str(plan)
+    assert make_plan(topology(1), many).term is None
 
 
 def test_what_does_not_fit_one_launch_is_cut_as_little_as_possible() -> None:

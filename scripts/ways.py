@@ -1,0 +1,52 @@
+"""Times of several ways to do the same on virtual ranks of one GPU, in turn."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from collogue.testing import VirtualGroup
+
+
+def time_ways(group: VirtualGroup, ways: Mapping[str, Callable[[], Any]], counts: tuple[int, int], replays: int) -> dict[str, list[float]]:
+    """Microseconds of a call of each way on this rank, by replay. Calls lie in CUDA graphs of many and of few of them (``counts``), which
+    all ranks replay together, the ways in turn; a time is the difference of the two over the calls between them.
+    """
+    graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+    for way, call in ways.items():
+        group.settle()
+        call()
+        group.settle()
+        for count in counts:
+            for turn in range(group.size):  # capturing waits for the GPU: one rank at a time
+                if turn == group.rank:
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                        for _ in range(count):
+                            call()
+                    graphs[way, count] = graph
+                group.settle()
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in graphs}
+    for turn in range(replays + 2):
+        for key, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            group.settle()
+            start.record()
+            graph.replay()
+            end.record()
+            group.settle()
+            if turn > 1:
+                times[key].append(start.elapsed_time(end) * 1e3)
+    group.settle()
+    graphs.clear()
+    group.settle()
+    many, few = counts
+    return {way: [(long - short) / (many - few) for long, short in zip(times[way, many], times[way, few], strict=True)] for way in ways}
+
+
+def of_slower_rank(by_rank: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """The median over replays of the slower rank's time of each way."""
+    return {way: statistics.median(map(max, zip(*(times[way] for times in by_rank), strict=True))) for way in by_rank[0]}
