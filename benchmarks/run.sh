@@ -3,14 +3,14 @@
 #
 #   benchmarks/run.sh OUT_DIRECTORY [PART ...]
 #
-# Parts, each a few minutes: check latency suites multiprocessors reliability tune model model-per-token serving ablation; default: all, in that order.
+# Parts, each a few minutes: check latency suites multiprocessors reliability tune model model-per-token generate serving ablation; default: all, in that order.
 # PYTHON=python3 chooses the Python that has collogue, COMMIT what is recorded, WORLDS="3 4" the numbers of ranks of `latency`, `tune` and
 # both of `model` (default: theirs). Nothing else may use the GPUs meanwhile. Exits with 1 if anything differed or failed.
 set -uo pipefail
 out=${1:?usage: benchmarks/run.sh OUT_DIRECTORY [PART ...]}
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(check latency suites multiprocessors reliability tune model model-per-token serving ablation)
+[ ${#parts[@]} -gt 0 ] || parts=(check latency suites multiprocessors reliability tune model model-per-token generate serving ablation)
 python=${PYTHON:-python3}
 commit=${COMMIT:-$(git -C "$(dirname "$0")" describe --always --dirty)}
 mkdir -p "$out"
@@ -36,6 +36,7 @@ for part in "${parts[@]}"; do
     tune) collogue tune tune "${worlds[@]}" ;;
     model) collogue model bench model "${worlds[@]}" ;;
     model-per-token) collogue model-per-token bench model "${worlds[@]}" --model llama-3.1-8b --scales token ;;
+    generate) collogue generate bench generate ;;
     serving) collogue serving bench serving --prompts 240 --layers 16 ;;  # a part of the whole workload
     ablation) collogue ablation ablate --no-facts ;;  # facts need no GPU: ablation-compiled.json
     *) echo "there is no part $part" >&2; exit 2 ;;

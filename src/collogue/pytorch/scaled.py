@@ -261,14 +261,30 @@ def _row_wise(codes: Tensor, scales: Tensor, layer: Linear, bias: Tensor | None,
 def _block_wise(codes: Tensor, scales: Tensor, layer: Linear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The product takes a multiple of 4 rows with scales column by column, and weight scales in rows of a multiple of 4."""
     assert layer.weight_scale is not None
-    rows, missing = codes.shape[0], -codes.shape[0] % 4
-    if missing:
-        codes = F.pad(codes.view(torch.uint8), (0, 0, 0, missing)).view(codes.dtype)
-        scales = F.pad(scales, (0, 0, 0, missing))
-    by_columns, weights = scales.t().contiguous().t(), layer.weight_scale.data
+    padded, by_columns = _in_fours(codes, scales)
+    weights = layer.weight_scale.data
     if weights.shape[1] % 4:
         weights = F.pad(weights, (0, -weights.shape[1] % 4))
-    return _scaled_mm(codes, layer, by_columns, weights.t(), ScalingType.BlockWise1x128, ScalingType.BlockWise128x128, bias, dtype)[:rows]
+    kinds = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
+    return _scaled_mm(padded, layer, by_columns, weights.t(), *kinds, bias, dtype)[: codes.shape[0]]
+
+
+def _in_fours(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes ``[T, I]`` and scales ``[T, I / 128]`` with T rounded up to a multiple of 4, the scales with strides ``(1, T)``.
+
+    What stands in the rows that are added does not matter. ``FP8Group(layout="column")`` gives multiples of 4 so: nothing is copied.
+    """
+    tokens, blocks = scales.shape
+    rows = -(-tokens // 4) * 4
+    if rows == tokens and scales.stride() == (1, tokens):
+        return codes, scales
+    by_columns = scales.new_empty(blocks, rows).t()
+    by_columns[:tokens].copy_(scales)
+    if rows == tokens:
+        return codes, by_columns
+    padded = codes.new_empty(rows, codes.shape[1])
+    padded[:tokens].copy_(codes)
+    return padded, by_columns
 
 
 def _scaled_mm(

@@ -30,6 +30,7 @@ WRITTEN_BY = {
     "latency-": "bench",
     "suites-": "bench",
     "model-": "bench model",
+    "generate-": "bench generate",
     "serving-": "bench serving",
     "tune-": "tune",
     "resources.": "resources",

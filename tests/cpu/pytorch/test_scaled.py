@@ -236,3 +236,19 @@ def test_parallel_layers_quantize_by_the_communicators_kernel_on_gpus() -> None:
             assert len(calls) == 1
 
     run_virtual(1, rank)
+
+
+@pytest.mark.parametrize("layout", ["row", "column"])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 8])
+def test_blocks_in_fours(tokens: int, layout: Any) -> None:
+    """What Hopper's product takes: rows in fours, scales column by column."""
+    x = torch.randn(tokens, IN, generator=torch.Generator().manual_seed(7)).bfloat16()
+    codes, scales = collogue.quantize(x, collogue.FP8Group(128, layout=layout))
+    assert scales is not None
+    padded, by_columns = scaled._in_fours(codes, scales)
+    rows = -(-tokens // 4) * 4
+    assert (padded.shape, by_columns.shape, by_columns.stride()) == ((rows, IN), (rows, IN // 128), (1, rows))
+    assert torch.equal(padded[:tokens].view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(by_columns[:tokens], scales)
+    assert (by_columns.data_ptr() == scales.data_ptr()) == (layout == "column" and tokens % 4 == 0)
+    assert (padded.data_ptr() == codes.data_ptr()) == (tokens % 4 == 0)

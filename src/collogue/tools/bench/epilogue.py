@@ -6,6 +6,7 @@ numerical contract, but in the order in which the compiler adds, and with its di
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from collogue.contract.quant import E2M1_MAX, E4M3_MAX, NVFP4, SMALLEST_SCALE, FP8PerToken, FP8Static, Quant
+from collogue.contract.quant import E2M1_MAX, E4M3_MAX, NVFP4, SMALLEST_SCALE, FP8Group, FP8PerToken, FP8Static, Quant
 from collogue.contract.reference import dequantize
 from collogue.contract.spec import Output
 
 #: (total, residual, weight, given scale) -> y, and n or codes and scales.
 Epilogue = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+#: (values, given scale) -> codes and scales; values where there is no format.
+Encoder = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
 #: Formats that the compiled baselines have.
 FORMATS = ("none", "fp8_static", "fp8_per_token", "nvfp4/128x4")
@@ -27,8 +30,8 @@ NORM_BOUND, CODES_BOUND = 2.0**-7, 2.0**-4
 
 
 def epilogue(quant: Quant | None, eps: float) -> Epilogue:
-    """The function for a format of :data:`FORMATS`. Raises :class:`NotImplementedError` for others."""
-    encode = _encoder(quant)
+    """The function for a format that :func:`encoder` knows."""
+    encode = encoder(quant)
 
     def run(total: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y = (total.float() + residual.float()).to(total.dtype)
@@ -39,13 +42,16 @@ def epilogue(quant: Quant | None, eps: float) -> Epilogue:
     return run
 
 
-def _encoder(quant: Quant | None) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]:
+def encoder(quant: Quant | None) -> Encoder:
+    """The function for a format of :data:`FORMATS`, or FP8Group with float32 scales. Raises :class:`NotImplementedError` for others."""
     if quant is None:
         return lambda n, scale: (n,)
     if isinstance(quant, FP8Static):
         return lambda n, scale: (_e4m3(n.float() / scale),)
     if isinstance(quant, FP8PerToken):
         return _per_token
+    if isinstance(quant, FP8Group) and quant.scale_format == "float32":
+        return functools.partial(_groups, quant.group_size, quant.layout)
     if isinstance(quant, NVFP4) and quant.layout == "128x4":
         return _nvfp4
     raise NotImplementedError(f"no compiled epilogue for {quant.label}")
@@ -58,6 +64,14 @@ def _e4m3(x: torch.Tensor) -> torch.Tensor:
 def _per_token(n: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
     scales = (n.float().abs().amax(dim=-1, keepdim=True) / E4M3_MAX).clamp(min=SMALLEST_SCALE)
     return _e4m3(n.float() / scales), scales
+
+
+def _groups(size: int, layout: str, n: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Scales of layout ``"column"`` lie column by column, without padding."""
+    groups = n.float().view(n.shape[0], -1, size)
+    scales = (groups.abs().amax(dim=-1) / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    codes = _e4m3(groups / scales[..., None]).view(n.shape)
+    return codes, scales.t().contiguous().t() if layout == "column" else scales
 
 
 def _nvfp4(n: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -6,10 +6,10 @@ A number is kept only if the stack's output is that of NCCL's within :data:`TOLE
 
 from __future__ import annotations
 
+import functools
 import json as json_module
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from collogue.testing import environment
 from collogue.testing.processes import run_processes
 from collogue.tools.bench import tables
 from collogue.tools.bench.stack import ACTIVATIONS, SHAPES, functions_of, make_blocks, rank_shape
+from collogue.tools.bench.timing import captured, everywhere, microseconds
 from collogue.tools.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL, Blocks, make_step
 from collogue.tools.record import circumstances
 
@@ -142,7 +143,7 @@ def _measure(group: dist.ProcessGroup, comm: Communicator, name: str, tokens: in
         row = {"model": name, "world_size": comm.world_size, "tokens": tokens, "prefill": prefill, "what": what, "us": None, "error": None}
         fusion.compile.report().clear()
         try:
-            run = _ready(make_step(what, stack, comm, group), partial, residual)
+            run = captured(functools.partial(make_step(what, stack, comm, group), partial, residual), device)
             result = run().float()
             if what == "collogue pass":
                 row["error"] = _left_out(fusion.compile.report(), len(stack.functions))
@@ -154,11 +155,11 @@ def _measure(group: dist.ProcessGroup, comm: Communicator, name: str, tokens: in
             runs[what] = run
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        failed = _everywhere(group, row["error"])
+        failed = everywhere(group, row["error"])
         row["error"] = next((text for text in failed if text), None)
         found[what] = row
     right = [what for what in found if found[what]["error"] is None]
-    for what, times in zip(right, _times([runs[what] for what in right], group, replays), strict=True):
+    for what, times in zip(right, _times([runs[what] for what in right], group, replays, device), strict=True):
         row = found[what]
         row["us"] = statistics.median(times) * whole.layers / layers
         row["tokens_per_second"] = tokens / row["us"] * 1e6
@@ -177,57 +178,15 @@ def _left_out(report: fusion.Report, units: int) -> str | None:
     return outside
 
 
-def _everywhere(group: dist.ProcessGroup, value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def _ready(step: Callable[..., torch.Tensor], partial: torch.Tensor, residual: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """The step, warmed up; on a GPU captured in a graph whose output stays where it is."""
-    if partial.device.type != "cuda":
-        return lambda: step(partial, residual)
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(partial, residual)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        result = step(partial, residual)
-
-    def run() -> torch.Tensor:
-        graph.replay()
-        return result
-
-    return run
-
-
-def _times(runs: Sequence[Callable[[], torch.Tensor]], group: dist.ProcessGroup, replays: int) -> list[list[float]]:
+def _times(runs: Sequence[Callable[[], torch.Tensor]], group: dist.ProcessGroup, replays: int, device: torch.device) -> list[list[float]]:
     """Microseconds of every replay but the first two, the longest of all ranks; the runs take turns, and all ranks start together."""
     taken = []
     for _ in range(replays + 2):
         for run in runs:
             dist.barrier(group)
-            taken.append(_microseconds(run))
-    slowest = [max(times) for times in zip(*_everywhere(group, taken), strict=True)]
+            taken.append(microseconds(run, device))
+    slowest = [max(times) for times in zip(*everywhere(group, taken), strict=True)]
     return [slowest[i :: len(runs)][2:] for i in range(len(runs))]
-
-
-def _microseconds(run: Callable[[], torch.Tensor]) -> float:
-    """Of one of two runs in a row."""
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        run()
-        return (time.perf_counter() - start) * 1e6
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    events[0].record()
-    run()
-    run()
-    events[1].record()
-    torch.cuda.synchronize()
-    return float(events[0].elapsed_time(events[1])) * 1e3 / 2
 
 
 # ---- report

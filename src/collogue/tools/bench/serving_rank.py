@@ -17,6 +17,7 @@ from collogue.tools.bench.fused import synchronize
 from collogue.tools.bench.model import TOLERANCE
 from collogue.tools.bench.schedule import Step, Workload, decode_rows, prefill_counts, schedule
 from collogue.tools.bench.stack import SHAPES, Shape, rank_shape
+from collogue.tools.bench.timing import everywhere
 
 #: Share of the free memory that layers may take; the rest is for activations, workspace and graphs.
 SHARE = 0.8
@@ -52,7 +53,7 @@ def serving_rank(
             for way in ways:
                 row: Row = {"way": way, "chunk": chunk, "prompts": part.prompts, "error": errors.get(way), "seconds": None}
                 if way in engines:
-                    row |= _slowest(_everywhere(group, serve(engines[way], part, group, stack.device, tell)))
+                    row |= _slowest(everywhere(group, serve(engines[way], part, group, stack.device, tell)))
                     tell(f"chunk {chunk + 1} of {len(works)}, {way}: {row['tokens_per_second']:.0f} tokens/s, {row['seconds']:.1f} s")
                 rows.append(row)
     return {"layers": held, "rows": rows}
@@ -61,7 +62,7 @@ def serving_rank(
 def _layers(group: dist.ProcessGroup, shape: Shape, whole: int, asked: int | None, work: Workload, device: torch.device) -> int:
     """``asked``, or as many as the model has and memory of every rank allows. Raises :class:`PlatformError` where they do not fit."""
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 2**62
-    fit = min(_everywhere(group, int(SHARE * free / layer_bytes(shape, work))))
+    fit = min(everywhere(group, int(SHARE * free / layer_bytes(shape, work))))
     if fit < (asked or 1):
         gibibytes = layer_bytes(shape, work) / 2**30
         raise PlatformError(f"{asked or 1} layers of {gibibytes:.2f} GiB do not fit", hint=f"{fit} would: --layers {fit}, or more ranks")
@@ -92,7 +93,7 @@ def _engines(
                     error = f"relative difference {difference:.3g} to NCCL's output"
         except Exception as failure:  # an error is a result; the other ways are still timed
             error = f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
-        error = next((text for text in _everywhere(group, error) if text), None)
+        error = next((text for text in everywhere(group, error) if text), None)
         if error is None:
             engines[way] = engine
         else:
@@ -165,12 +166,6 @@ def serve(engine: Engine, work: Workload, group: dist.ProcessGroup, device: torc
         "ms_per_token": pace / (work.new_tokens - 1) * 1e3 if work.new_tokens > 1 else None,
         "ms_to_first_token": waits * 1e3,
     }
-
-
-def _everywhere(group: dist.ProcessGroup, value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
 
 
 def _slowest(ranks: list[Row]) -> Row:

@@ -26,7 +26,10 @@ ACTIVATION_SCALE = 8.0 / E4M3_MAX
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's published widths. ``low_rank``: DeepSeek's query and key-value ranks (with the rotary part) instead of one projection."""
+    """A model's published widths. ``low_rank``: DeepSeek's query and key-value ranks (with the rotary part) instead of one projection.
+
+    ``vocabulary``: where the model is run from tokens to tokens (:mod:`collogue.tools.bench.decoder`). ``head_norms``: of queries and keys.
+    """
 
     name: str
     layers: int
@@ -36,18 +39,22 @@ class Shape:
     kv_heads: int
     head_dim: int
     low_rank: tuple[int, int] | None = None
+    vocabulary: int = 0
+    head_norms: bool = False
 
 
 SHAPES = {
     s.name: s
     for s in (
-        Shape("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128),
+        Shape("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128, vocabulary=128256),
+        Shape("qwen3-8b", 36, 4096, 12288, 32, 8, 128, vocabulary=151936, head_norms=True),
         Shape("llama-3.1-70b", 80, 8192, 28672, 64, 8, 128),
         Shape("qwen3-32b", 64, 5120, 25600, 64, 8, 128),
         # 128 heads of 128 + 64; queries through 1536, keys and values through 512 + 64. Projections only: no attention core.
         Shape("deepseek-v3-dense", 61, 7168, 18432, 128, 128, 192, (1536, 576)),
         Shape("deepseek-v3-shared", 61, 7168, 2048, 128, 128, 192, (1536, 576)),
         Shape("tiny", 2, 64, 96, 4, 4, 16),
+        Shape("small", 2, 128, 256, 4, 2, 64, vocabulary=256, head_norms=True),
     )
 }
 

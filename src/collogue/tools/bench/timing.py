@@ -9,10 +9,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 SHORT, LONG = 20, 100
 #: Input sets that calls take in turn.
@@ -95,6 +97,49 @@ def _capture(call: Callable[[int], object], count: int, stream: torch.cuda.Strea
         finally:
             graph.capture_end()
     return graph
+
+
+def captured(step: Callable[[], T], device: torch.device, warmups: int = 3) -> Callable[[], T]:
+    """``step``, run ``warmups`` times; on a GPU captured in a CUDA graph, whose results stay where they are."""
+    if device.type != "cuda":
+        return step
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for _ in range(warmups):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        result = step()
+
+    def run() -> T:
+        graph.replay()
+        return result
+
+    return run
+
+
+def microseconds(run: Callable[[], object], device: torch.device, count: int = 2) -> float:
+    """Of one of ``count`` runs in a row; on the CPU of one run, whose time means nothing."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e6
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    events[0].record()
+    for _ in range(count):
+        run()
+    events[1].record()
+    torch.cuda.synchronize()
+    return float(events[0].elapsed_time(events[1])) * 1e3 / count
+
+
+def everywhere(group: dist.ProcessGroup, value: Any) -> list[Any]:
+    """``value`` of every rank."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def meet(group: dist.ProcessGroup) -> None:

@@ -42,13 +42,13 @@ class Blocks:
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``torch.compile``. Without a GPU nothing is generated: only the graphs are made."""
-        return torch.compile(_with_own_code(function), backend="inductor" if self.on_gpu else "aot_eager", fullgraph=True)
+        return torch.compile(with_own_code(function), backend="inductor" if self.on_gpu else "aot_eager", fullgraph=True)
 
     def fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``collogue.compile``, likewise."""
         from collogue.pytorch.fusion import compile
 
-        fused: Callable[..., Any] = compile(_with_own_code(function), backend="inductor" if self.on_gpu else "eager", fullgraph=True)
+        fused: Callable[..., Any] = compile(with_own_code(function), backend="inductor" if self.on_gpu else "eager", fullgraph=True)
         return fused
 
     def run(self, block: Block, codes: Tensor, scale: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Blocks:
 _NUMBERS = itertools.count()
 
 
-def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """What was compiled, and which sizes have varied, is known to torch.compile by code object: units that share one disturb each other."""
 
     def unit(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""``collogue bench``, ``collogue bench model``, ``collogue bench serving`` and ``collogue bench report``."""
+"""``collogue bench`` and its parts: ``model``, ``generate``, ``serving``, ``report``."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ from collogue.tools.commands.options import (
     exit_codes,
     lists,
     many,
+    numbers,
+    progress,
     words,
+    write_json,
 )
 from collogue.tools.packages import require
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
+_SCHEMES = "fp8_static, fp8_per_token, fp8_block, mxfp8, nvfp4"
 _SUITES = "latency, bandwidth, epilogues, hidden, world, eager, sms; default: latency, hidden, bandwidth."
 Suites = Annotated[Many, many("--suite", _SUITES)]
 _Results = typer.Argument(metavar="RESULTS", exists=True, dir_okay=False, readable=True)
@@ -103,6 +107,40 @@ def model(
         given |= {"layers": layers, "replays": replays, "scales": scales}
         passed = run(**given, model=words(name), json=json, plot=picture, commit=commit)
         raise typer.Exit(OK if passed else FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
+def generate(
+    model: Annotated[Many, many("--model", "llama-3.1-8b, qwen3-8b.", "llama-3.1-8b", "qwen3-8b")] = None,
+    scheme: Annotated[Many, many("--scheme", f"{_SCHEMES}; default: the first three. bfloat16 always.", *_SCHEMES.split(", "))] = None,
+    batch: Annotated[Many, many("--batch", "Sequences of a decode step; default: 1, 8, 64.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of each model; default: all.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=3, help="Decode steps that are timed in a row.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the ways take turns.")] = 5,
+    world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks, one per GPU.")] = 1,
+    device: Annotated[DeviceName, typer.Option(help="cpu tries it without a GPU; its times mean nothing.")] = "cuda",
+    commit: Commit = None,
+    json: Json = None,
+) -> None:
+    """Tokens per second and time to the first token of decoders with random weights, in FP8 and in bfloat16.
+
+    Collogue's kernels between the products against the same by torch.compile, in turn, CUDA graphs in all; bytes of the weights, the
+    products alone, and the bytes that a step must read.
+    """
+    check_target(json)
+    batches = numbers("--batch", batch, low=1)
+    with exit_codes():
+        from collogue.tools.bench.generate import run, steps, text
+
+        names, schemes = words(model), words(scheme)
+        sizes: dict[str, Any] = {"layers": layers, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
+        where: dict[str, Any] = {"world_size": world_size, "device": device, "commit": commit}
+        with progress(steps(names, schemes, batches), "bench generate") as start:
+            data = run(model=names, scheme=schemes, batch=batches, started=start, **sizes, **where)
+        write_json(data, json)
+        console(json).print(text(data), highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(OK if data["passed"] else FAILED)
 
 
 @app.command(epilog=EXIT_CODES)
