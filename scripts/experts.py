@@ -20,14 +20,15 @@ from typing import Any
 from collogue.testing import environment
 
 environment.set_defaults()
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from ways import of_slower_rank, time_ways  # noqa: E402
 
 import collogue  # noqa: E402
 from collogue.planning import plan  # noqa: E402
 from collogue.testing import VirtualGroup, run_virtual  # noqa: E402
 from collogue.tools.record import circumstances  # noqa: E402
+from scripts.ways import of_slower_rank, time_ways  # noqa: E402
 
 WORLD = 2
 #: Bytes a microsecond.
