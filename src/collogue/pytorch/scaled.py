@@ -66,6 +66,9 @@ class Linear(nn.Module):
     weight: nn.Parameter
     weight_scale: nn.Parameter | None
     bias: nn.Parameter | None
+    #: The scales of FP8Static as ``[1, 1]``, beside the weight: a product that made them would launch a kernel for each.
+    weight_factor: Tensor | None
+    input_factor: Tensor | None
 
     def __init__(
         self, weight: Tensor | QuantizedWeight, bias: Tensor | None, activation: Quant | None = None, dtype: torch.dtype | None = None
@@ -78,6 +81,8 @@ class Linear(nn.Module):
         self.register_parameter("weight_scale", None if scales is None else nn.Parameter(scales, False))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
         self.activation = activation
+        for name, format in (("weight_factor", self.format), ("input_factor", activation)):
+            self.register_buffer(name, _factor(format, self.weight.device), persistent=False)
         #: Where the scales of codes are, for codes that come as a tensor.
         self.handover: Handover | None = None
         self.dtype = dtype or (torch.bfloat16 if quantized else self.weight.dtype)
@@ -94,11 +99,14 @@ class Linear(nn.Module):
         if self.format is None:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
         kept = {name: self._parameters.pop(name) for name in ("weight", "weight_scale")}
+        factors = {name: self._buffers.pop(name) for name in ("weight_factor", "input_factor")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, parameter in kept.items():
             if parameter is not None:
                 parameter.data = fn(parameter.data.view(torch.uint8)).view(parameter.dtype)
             self._parameters[name] = parameter
+        for name, factor in factors.items():
+            self._buffers[name] = None if factor is None else fn(factor.view(torch.uint8)).view(factor.dtype)
         return self
 
     def explain(self) -> str:
@@ -239,17 +247,19 @@ def has_product(activation: Quant | None, weight: WeightFormat, device: torch.de
     return not isinstance(_recipe(activation, weight, device), str)
 
 
-def _on_device(scale: float | Tensor, device: torch.device) -> Tensor:
-    """A scale as ``[1, 1]`` float32. A number is filled in by the device: a copy from the host could not be captured in a CUDA graph."""
-    if isinstance(scale, Tensor):
-        return scale.to(device).reshape(1, 1)
-    return torch.full((1, 1), scale, dtype=torch.float32, device=device)
+def _factor(format: object, device: torch.device) -> Tensor | None:
+    """The scale of FP8Static as the product takes it; ``None`` for every other format."""
+    if not isinstance(format, FP8Static):
+        return None
+    if isinstance(format.scale, Tensor):
+        return format.scale.to(device).reshape(1, 1)
+    return torch.full((1, 1), format.scale, dtype=torch.float32, device=device)
 
 
 def _tensor_wise(codes: Tensor, scales: None, layer: Linear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    assert isinstance(layer.activation, FP8Static)
-    assert isinstance(layer.format, FP8Static)
-    of_x, of_weight = (_on_device(each.scale, codes.device) for each in (layer.activation, layer.format))
+    assert layer.input_factor is not None
+    assert layer.weight_factor is not None
+    of_x, of_weight = layer.input_factor, layer.weight_factor
     return _scaled_mm(codes, layer, of_x, of_weight, ScalingType.TensorWise, ScalingType.TensorWise, bias, dtype)
 
 
@@ -272,14 +282,15 @@ def _block_wise(codes: Tensor, scales: Tensor, layer: Linear, bias: Tensor | Non
 def _in_fours(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Codes ``[T, I]`` and scales ``[T, I / 128]`` with T rounded up to a multiple of 4, the scales with strides ``(1, T)``.
 
-    What stands in the rows that are added does not matter. ``FP8Group(layout="column")`` gives multiples of 4 so: nothing is copied.
+    What stands in the rows that are added does not matter. Scales of ``FP8Group(layout="column")`` lie so already.
     """
     tokens, blocks = scales.shape
     rows = -(-tokens // 4) * 4
-    if rows == tokens and scales.stride() == (1, tokens):
-        return codes, scales
-    by_columns = scales.new_empty(blocks, rows).t()
-    by_columns[:tokens].copy_(scales)
+    if scales.stride() == (1, rows):  # their memory has the rows that are added
+        by_columns = scales.as_strided((rows, blocks), (1, rows))
+    else:
+        by_columns = scales.new_empty(blocks, rows).t()
+        by_columns[:tokens].copy_(scales)
     if rows == tokens:
         return codes, by_columns
     padded = codes.new_empty(rows, codes.shape[1])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from collogue.communicator import Communicator
-from collogue.contract.quant import FP8Group, FP8Static, Quant
+from collogue.contract.quant import FP8Group, Quant
 from collogue.contract.spec import RMSNorm
 from collogue.contract.weight import QuantizedWeight
 from collogue.nn import ColumnParallelLinear, RowParallelLinear
@@ -227,19 +227,7 @@ def _layer(scheme: str, weights: Sequence[Tensor], comm: Communicator) -> Layer:
 
 
 def _quantized(scheme: str, weight: Tensor) -> tuple[QuantizedWeight, Quant | None]:
-    """As ``collogue.parallelize(quant=scheme)`` does it, with scales as the products read them: static ones are tensors on the device,
-    those of groups lie column by column.
-    """
+    """As ``collogue.parallelize(quant=scheme)`` does it, but that scales of groups lie column by column, as the products read them."""
     made = Recipe(scheme, _STATIC).quantize(weight, "x")
-    codes, activation = made.weight, made.activation
-    if isinstance(codes.format, FP8Static):
-        codes = replace(codes, format=_on_device(codes.format, weight.device))
-    if isinstance(activation, FP8Static):
-        activation = _on_device(activation, weight.device)
-    if isinstance(activation, FP8Group):
-        activation = replace(activation, layout="column")
-    return codes, activation
-
-
-def _on_device(format: FP8Static, device: torch.device) -> FP8Static:
-    return FP8Static(torch.full((1,), float(format.scale), device=device))
+    activation = made.activation
+    return made.weight, replace(activation, layout="column") if isinstance(activation, FP8Group) else activation
