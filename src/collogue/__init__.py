@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collogue.communicator import Communicator
     from collogue.contract import formats, reference
     from collogue.contract.calibration import Calibration
-    from collogue.contract.prologue import ExpertCombine, ExpertReduce, PrologueForm
+    from collogue.contract.prologue import ExpertCombine, ExpertReduce, Gated, PrologueForm
     from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
     from collogue.contract.reference import dequantize, quantize
     from collogue.contract.spec import Output, RMSNorm
@@ -44,6 +44,7 @@ __all__ = [
     "FP8Group",
     "FP8PerToken",
     "FP8Static",
+    "Gated",
     "Journal",
     "MismatchedCall",
     "NotPrepared",
@@ -73,7 +74,7 @@ _HOMES = {
     "full_state_dict": "collogue.pytorch.cut",
     "parallelize": "collogue.pytorch.parallel",
     **dict.fromkeys(("MXFP4", "MXFP8", "NVFP4", "FP8Group", "FP8PerToken", "FP8Static", "Quant"), "collogue.contract.quant"),
-    **dict.fromkeys(("ExpertCombine", "ExpertReduce", "PrologueForm"), "collogue.contract.prologue"),
+    **dict.fromkeys(("ExpertCombine", "ExpertReduce", "Gated", "PrologueForm"), "collogue.contract.prologue"),
     **dict.fromkeys(("dequantize", "quantize"), "collogue.contract.reference"),
     **dict.fromkeys(("Output", "RMSNorm"), "collogue.contract.spec"),
     **dict.fromkeys(("CollectiveError", "CollectiveTimeout", "CollogueError", "MismatchedCall", "NotPrepared"), "collogue.errors"),

@@ -23,13 +23,13 @@ from collogue import registry
 from collogue.calls.call import Call, check_no_grad
 from collogue.calls.outputs import write_traced
 from collogue.contract.formats import code_spec, empty_scales
-from collogue.contract.prologue import PROLOGUES, ExpertCombine, ExpertReduce, Prologue
+from collogue.contract.prologue import PROLOGUES, ExpertCombine, ExpertReduce, Gated, Prologue
 from collogue.contract.quant import NVFP4, FP8Static, Quant, describe, parse
 from collogue.contract.spec import OUTPUTS, OWNING, Operation, Output, RMSNorm, Wanted, as_rows, check_split
 from collogue.errors import ArgumentError
 
 #: Of every operator but ``all_gather``. ``partial`` is y for ``finish``; ``scale_value`` counts where ``scale`` is ``None``. Of a prologue
-#: (its kind) ``partial`` is the experts' output, and ``shared_expert`` the token input of an ``expert_reduce``.
+#: (its kind) ``partial`` is the experts' output, and ``shared_expert`` the token input of an ``expert_reduce``; of ``gated``, gate and up.
 ARGUMENTS = (
     "Tensor partial, Tensor? residual, Tensor? weight, float eps, float weight_offset, str quant, Tensor? scale, "
     "float scale_value, float smallest, bool keep_norm, str comm, bool prefetch=True, str prologue='none', Tensor? expert_index=None, "
@@ -53,7 +53,7 @@ def call(comm: str, asked: Call, out: Output | None = None) -> Output:
     partial, norm, quant, branch = asked.partial, asked.norm, asked.quant, asked.branch_norm
     scale = quant.given_scale if quant is not None else None
     tensors = getattr(torch.ops.collogue, asked.operation).default(
-        partial.expert_output if isinstance(partial, PROLOGUES) else partial,
+        partial.main if isinstance(partial, PROLOGUES) else partial,
         asked.residual,
         None if norm is None else norm.weight,
         0.0 if norm is None else norm.eps,
@@ -75,11 +75,13 @@ def call(comm: str, asked: Call, out: Output | None = None) -> Output:
 
 
 def _apart(partial: Tensor | Prologue) -> tuple[str, Tensor | None, Tensor | None, Tensor | None, float]:
-    """An operator's last arguments: what is not the experts' output."""
+    """An operator's last arguments: what is not the main tensor."""
     if isinstance(partial, ExpertCombine):
         return "expert_combine", partial.index, partial.weights, partial.shared_expert, float(partial.scaling)
     if isinstance(partial, ExpertReduce):
         return "expert_reduce", None, partial.weights, partial.token_input, 1.0
+    if isinstance(partial, Gated):
+        return "gated", None, None, partial.up, 1.0
     return "none", None, None, None, 1.0
 
 
@@ -89,11 +91,18 @@ def _together(
     """The inverse. Raises :class:`ArgumentError` for arguments that are of no prologue."""
     if prologue == "expert_combine" and index is not None:
         return ExpertCombine(partial.contiguous(), index, weights, shared, scaling)
+    if prologue == "gated" and shared is not None and index is weights is None and scaling == 1:
+        return _gated(partial, shared)
     if prologue == "expert_reduce" and weights is not None and shared is not None and index is None and scaling == 1:
         return ExpertReduce(partial.contiguous(), weights, shared)
     if prologue != "none" or not (index is weights is shared is None and scaling == 1):
         raise ArgumentError(f"unknown prologue {prologue!r} of these tensors", hint="see the schema: collogue.ops.ARGUMENTS")
     return partial
+
+
+def _gated(gate: Tensor, up: Tensor) -> Gated:
+    """Tracers may have given one of the two other strides."""
+    return Gated(gate, up) if gate.stride() == up.stride() else Gated(gate.contiguous(), up.contiguous())
 
 
 def gather(

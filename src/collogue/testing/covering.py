@@ -51,6 +51,7 @@ PROLOGUES = {
     "combine/unweighted/shared": PrologueForm("expert_combine", "none", shared=True),
     "reduce/float32": PrologueForm("expert_reduce", "float32", shared=True),
     "reduce/value": PrologueForm("expert_reduce", "value", shared=True),
+    "gated": PrologueForm("gated", "none"),
 }
 
 #: The factors and their levels. Hidden sizes stand for classes: below a block, one CTA, several, the largest cluster.
