@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from collogue.contract.calibration import Calibration
     from collogue.contract.prologue import ExpertCombine, ExpertReduce, Gated, PrologueForm
     from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-    from collogue.contract.reference import dequantize, quantize
+    from collogue.contract.reference import dequantize
     from collogue.contract.spec import Output, RMSNorm
     from collogue.errors import CollectiveError, CollectiveTimeout, CollogueError, MismatchedCall, NotPrepared
+    from collogue.functions import quantize
     from collogue.gpu.journal import Journal
     from collogue.planning.plan import Plan
     from collogue.pytorch import nn
@@ -75,7 +76,8 @@ _HOMES = {
     "parallelize": "collogue.pytorch.parallel",
     **dict.fromkeys(("MXFP4", "MXFP8", "NVFP4", "FP8Group", "FP8PerToken", "FP8Static", "Quant"), "collogue.contract.quant"),
     **dict.fromkeys(("ExpertCombine", "ExpertReduce", "Gated", "PrologueForm"), "collogue.contract.prologue"),
-    **dict.fromkeys(("dequantize", "quantize"), "collogue.contract.reference"),
+    "dequantize": "collogue.contract.reference",
+    "quantize": "collogue.functions",
     **dict.fromkeys(("Output", "RMSNorm"), "collogue.contract.spec"),
     **dict.fromkeys(("CollectiveError", "CollectiveTimeout", "CollogueError", "MismatchedCall", "NotPrepared"), "collogue.errors"),
 }

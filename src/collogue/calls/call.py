@@ -160,6 +160,10 @@ def _check_prologue(given: Prologue, operation: Operation, capacity: Capacity) -
         (check_device if isinstance(given, Gated) else check_rows)(each, tensor, capacity.device)
         if each.rpartition(".")[2] not in ("index", "weights"):
             check_alignment(each, tensor)
+    if isinstance(given, Gated) and given.row_stride % 8:
+        raise LayoutError(
+            f"rows of {name}.gate and {name}.up lie {given.row_stride} elements apart, not a multiple of 8", hint="pass both contiguous"
+        )
     if given.main.dtype != capacity.dtype:
         raise DTypeError(
             f"{next(given.tensors())[0]} has dtype {given.main.dtype}; the communicator was made for {capacity.dtype}",

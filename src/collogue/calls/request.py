@@ -56,6 +56,11 @@ class Request:
     wide_branch: bool = False
     rows: tuple[int, ...] | None = None
 
+    @property
+    def adds_rows(self) -> bool:
+        """Whether a term is computed from several rows at a time, which takes registers."""
+        return self.prologue is not None and self.prologue.kind != "gated"
+
 
 def make_request(
     tokens: int,

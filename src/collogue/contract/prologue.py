@@ -224,8 +224,8 @@ class Gated:
     :func:`collogue.nn.gated` needs no communicator.
 
     Args:
-        gate: ``[T, H]``, the communicator's dtype, 16-byte aligned. Elements of a row lie beside each other; rows may lie further apart,
-            by a multiple of 8 elements.
+        gate: ``[T, H]``, the communicator's dtype, 16-byte aligned. The elements of a row lie beside each other; rows may lie further
+            apart, by a multiple of 8 elements.
         up: the same, with the strides of ``gate``. :meth:`of` takes both from one tensor.
     Order and rounding:
         ``e`` is the exponential by a fixed polynomial, each operation rounded to float32 (docs/contract.md gives every constant). It is
@@ -252,10 +252,8 @@ class Gated:
         if self.tokens == 0 or self.hidden_size == 0:
             return
         for name, tensor in self.tensors():
-            if tensor.stride(1) != 1 or (self.tokens > 1 and tensor.stride(0) % 8):
-                raise LayoutError(
-                    f"{name} has strides {tensor.stride()}; expected (S, 1), S a multiple of 8", hint=f"pass {name}.contiguous()"
-                )
+            if tensor.stride(1) != 1:
+                raise LayoutError(f"{name} has strides {tensor.stride()}; expected (S, 1)", hint=f"pass {name}.contiguous()")
         if self.tokens > 1 and self.up.stride(0) != self.gate.stride(0):
             raise LayoutError(
                 f"rows of Gated.gate lie {self.gate.stride(0)} elements apart, of Gated.up {self.up.stride(0)}",

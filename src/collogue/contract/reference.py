@@ -485,6 +485,14 @@ def all_gather(shards: Sequence[Output], *, quant: Quant | None = None, rows: Se
     return gathered
 
 
+def finish_alone(y: Tensor | Gated, quant: Quant | None) -> Output:
+    """What :func:`collogue.quantize` and :func:`collogue.nn.gated` come to: codes and scales; without a format the values, as ``reduced``."""
+    if quant is None:
+        return Output(reduced=term_of(y))
+    codes, scales = quantize(term_of(y), quant)
+    return Output(codes=codes, scales=scales)
+
+
 def finish(y: Tensor | Gated, *, norm: RMSNorm | None = None, quant: Quant | None = None, keep_norm: bool = False) -> Output:
     """What :meth:`collogue.Communicator.finish` returns: norm and quantization of ``y`` [T, H], which is not returned."""
     y = term_of(y)
