@@ -367,7 +367,13 @@ class Operations:
     ) -> Output[None, None, Tensor, Tensor, Tensor]: ...
     @overload
     def finish(
-        self, y: Tensor | Gated, *, norm: RMSNorm | None = None, quant: Quant | None = None, keep_norm: bool = False, out: Output | None = None
+        self,
+        y: Tensor | Gated,
+        *,
+        norm: RMSNorm | None = None,
+        quant: Quant | None = None,
+        keep_norm: bool = False,
+        out: Output | None = None,
     ) -> Output: ...
     def finish(
         self,

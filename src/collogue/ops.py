@@ -353,7 +353,7 @@ def _fake_gather(*given: Any, **named: Any) -> list[Tensor]:
 
 def _fake_alone(x: Tensor, up: Tensor | None, quant: str, scale: Tensor | None, scale_value: float, smallest: float) -> list[Tensor]:
     format = _format(quant, 1.0, smallest)
-    return [x.new_empty(x.shape)] if format is None else _fake_codes(format, *x.shape, x.device)
+    return [x.new_empty(x.shape)] if format is None else _fake_codes(format, x.shape[0], x.shape[1], x.device)
 
 
 # ---- autograd

@@ -160,7 +160,7 @@ def _check_prologue(given: Prologue, operation: Operation, capacity: Capacity) -
         (check_device if isinstance(given, Gated) else check_rows)(each, tensor, capacity.device)
         if each.rpartition(".")[2] not in ("index", "weights"):
             check_alignment(each, tensor)
-    if isinstance(given, Gated) and given.row_stride % 8:
+    if isinstance(given, Gated) and given.row_stride % 8 and given.hidden_size % 8 == 0:
         raise LayoutError(
             f"rows of {name}.gate and {name}.up lie {given.row_stride} elements apart, not a multiple of 8", hint="pass both contiguous"
         )

@@ -219,6 +219,7 @@ def quantize(n: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
             f"quantize takes [T, H] in bfloat16, float16 or float32, got {n.dtype} {list(n.shape)}", hint="flatten to two dimensions"
         )
     _check_arithmetic()
+    n = n.contiguous()
     tokens, hidden_size = n.shape
     shape, dtype = code_spec(quant, tokens, hidden_size)
     if isinstance(quant, FP8Static):
@@ -486,7 +487,7 @@ def all_gather(shards: Sequence[Output], *, quant: Quant | None = None, rows: Se
 
 
 def finish_alone(y: Tensor | Gated, quant: Quant | None) -> Output:
-    """What :func:`collogue.quantize` and :func:`collogue.nn.gated` come to: codes and scales; without a format the values, as ``reduced``."""
+    """What :func:`collogue.quantize` and :func:`collogue.nn.gated` return: codes and scales; without a format the values (``reduced``)."""
     if quant is None:
         return Output(reduced=term_of(y))
     codes, scales = quantize(term_of(y), quant)
