@@ -32,6 +32,7 @@ ORDER = (
     "engine",
     "registry",
     "ops",
+    "functions",
     "operations",
     "communicator",
     "__init__",

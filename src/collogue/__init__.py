@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from collogue.communicator import Communicator
     from collogue.contract import formats, reference
     from collogue.contract.calibration import Calibration
-    from collogue.contract.prologue import ExpertCombine, ExpertReduce, PrologueForm
+    from collogue.contract.prologue import ExpertCombine, ExpertReduce, Gated, PrologueForm
     from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-    from collogue.contract.reference import dequantize, quantize
+    from collogue.contract.reference import dequantize
     from collogue.contract.spec import Output, RMSNorm
     from collogue.errors import CollectiveError, CollectiveTimeout, CollogueError, MismatchedCall, NotPrepared
+    from collogue.functions import quantize
     from collogue.gpu.journal import Journal
     from collogue.planning.plan import Plan
     from collogue.pytorch import nn
@@ -44,6 +45,7 @@ __all__ = [
     "FP8Group",
     "FP8PerToken",
     "FP8Static",
+    "Gated",
     "Journal",
     "MismatchedCall",
     "NotPrepared",
@@ -73,8 +75,9 @@ _HOMES = {
     "full_state_dict": "collogue.pytorch.cut",
     "parallelize": "collogue.pytorch.parallel",
     **dict.fromkeys(("MXFP4", "MXFP8", "NVFP4", "FP8Group", "FP8PerToken", "FP8Static", "Quant"), "collogue.contract.quant"),
-    **dict.fromkeys(("ExpertCombine", "ExpertReduce", "PrologueForm"), "collogue.contract.prologue"),
-    **dict.fromkeys(("dequantize", "quantize"), "collogue.contract.reference"),
+    **dict.fromkeys(("ExpertCombine", "ExpertReduce", "Gated", "PrologueForm"), "collogue.contract.prologue"),
+    "dequantize": "collogue.contract.reference",
+    "quantize": "collogue.functions",
     **dict.fromkeys(("Output", "RMSNorm"), "collogue.contract.spec"),
     **dict.fromkeys(("CollectiveError", "CollectiveTimeout", "CollogueError", "MismatchedCall", "NotPrepared"), "collogue.errors"),
 }

@@ -12,7 +12,7 @@ from collogue import ops
 from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity, count_tokens
 from collogue.calls.gather import check_gather
-from collogue.contract.prologue import Prologue
+from collogue.contract.prologue import Gated, Prologue
 from collogue.contract.quant import FP8Static, Quant, Scaled
 from collogue.contract.spec import Operation, Output, RMSNorm, as_rows
 from collogue.engine import Engine
@@ -147,7 +147,7 @@ class Operations:
 
         Args:
             partial: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. This rank's term; not modified. Or
-                :class:`collogue.ExpertCombine` or ``ExpertReduce``: the term is computed in the same kernel.
+                :class:`collogue.ExpertCombine`, ``ExpertReduce`` or ``Gated``: the term is computed in the same kernel.
             residual: ``[T, H]``, same dtype. The same values on every rank.
             norm: :class:`collogue.RMSNorm`. Without one, ``quant`` quantizes ``y``.
             quant: a format: :class:`collogue.NVFP4`, ``FP8PerToken``, ...: the subclasses of :class:`collogue.Quant`.
@@ -339,39 +339,45 @@ class Operations:
 
     @overload
     def finish(
-        self, y: Tensor, *, norm: RMSNorm, quant: None = None, keep_norm: bool = False, out: Output | None = None
+        self, y: Tensor | Gated, *, norm: RMSNorm, quant: None = None, keep_norm: bool = False, out: Output | None = None
     ) -> Output[None, None, Tensor, None, None]: ...
     @overload
     def finish(
-        self, y: Tensor, *, norm: None = None, quant: FP8Static, out: Output | None = None
+        self, y: Tensor | Gated, *, norm: None = None, quant: FP8Static, out: Output | None = None
     ) -> Output[None, None, None, Tensor, None]: ...
     @overload
     def finish(
-        self, y: Tensor, *, norm: None = None, quant: Scaled, out: Output | None = None
+        self, y: Tensor | Gated, *, norm: None = None, quant: Scaled, out: Output | None = None
     ) -> Output[None, None, None, Tensor, Tensor]: ...
     @overload
     def finish(
-        self, y: Tensor, *, norm: RMSNorm, quant: FP8Static, keep_norm: Literal[False] = False, out: Output | None = None
+        self, y: Tensor | Gated, *, norm: RMSNorm, quant: FP8Static, keep_norm: Literal[False] = False, out: Output | None = None
     ) -> Output[None, None, None, Tensor, None]: ...
     @overload
     def finish(
-        self, y: Tensor, *, norm: RMSNorm, quant: FP8Static, keep_norm: Literal[True], out: Output | None = None
+        self, y: Tensor | Gated, *, norm: RMSNorm, quant: FP8Static, keep_norm: Literal[True], out: Output | None = None
     ) -> Output[None, None, Tensor, Tensor, None]: ...
     @overload
     def finish(
-        self, y: Tensor, *, norm: RMSNorm, quant: Scaled, keep_norm: Literal[False] = False, out: Output | None = None
+        self, y: Tensor | Gated, *, norm: RMSNorm, quant: Scaled, keep_norm: Literal[False] = False, out: Output | None = None
     ) -> Output[None, None, None, Tensor, Tensor]: ...
     @overload
     def finish(
-        self, y: Tensor, *, norm: RMSNorm, quant: Scaled, keep_norm: Literal[True], out: Output | None = None
+        self, y: Tensor | Gated, *, norm: RMSNorm, quant: Scaled, keep_norm: Literal[True], out: Output | None = None
     ) -> Output[None, None, Tensor, Tensor, Tensor]: ...
     @overload
     def finish(
-        self, y: Tensor, *, norm: RMSNorm | None = None, quant: Quant | None = None, keep_norm: bool = False, out: Output | None = None
+        self,
+        y: Tensor | Gated,
+        *,
+        norm: RMSNorm | None = None,
+        quant: Quant | None = None,
+        keep_norm: bool = False,
+        out: Output | None = None,
     ) -> Output: ...
     def finish(
         self,
-        y: Tensor,
+        y: Tensor | Gated,
         *,
         norm: RMSNorm | None = None,
         quant: Quant | None = None,
@@ -383,7 +389,8 @@ class Operations:
         ``n = norm(y); codes, scales = quant(n)``
 
         Args:
-            y: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. Not modified and not returned.
+            y: ``[T, H]``, the communicator's dtype, row-contiguous, 16-byte aligned. Not modified and not returned. Or
+                :class:`collogue.Gated`: y is computed in the same kernel.
             norm, quant, keep_norm: as for :meth:`all_reduce`; at least one of norm and quant.
             out: tensors to write, exactly those the call returns.
         Returns:

@@ -1,6 +1,7 @@
 """``torch.ops.collogue``: the calls of a communicator as PyTorch operators, for everything that traces.
 
-``all_reduce``, ``sharded``, ``reduce_scatter`` and ``finish`` take :data:`ARGUMENTS`, ``all_gather`` takes a shard's tensors. The
+``all_reduce``, ``sharded``, ``reduce_scatter`` and ``finish`` take :data:`ARGUMENTS`, ``all_gather`` takes a shard's tensors, and
+``alone``, which is :func:`collogue.quantize` and :func:`collogue.nn.gated`, has no communicator. The
 communicator is named (:attr:`collogue.Communicator.name`), the format is its label (:func:`.quant.describe`), and what comes
 back is the list of the call's outputs in the order of :class:`collogue.Output`.
 
@@ -23,13 +24,13 @@ from collogue import registry
 from collogue.calls.call import Call, check_no_grad
 from collogue.calls.outputs import write_traced
 from collogue.contract.formats import code_spec, empty_scales
-from collogue.contract.prologue import PROLOGUES, ExpertCombine, ExpertReduce, Prologue
+from collogue.contract.prologue import PROLOGUES, ExpertCombine, ExpertReduce, Gated, Prologue
 from collogue.contract.quant import NVFP4, FP8Static, Quant, describe, parse
 from collogue.contract.spec import OUTPUTS, OWNING, Operation, Output, RMSNorm, Wanted, as_rows, check_split
 from collogue.errors import ArgumentError
 
 #: Of every operator but ``all_gather``. ``partial`` is y for ``finish``; ``scale_value`` counts where ``scale`` is ``None``. Of a prologue
-#: (its kind) ``partial`` is the experts' output, and ``shared_expert`` the token input of an ``expert_reduce``.
+#: (its kind) ``partial`` is the experts' output, and ``shared_expert`` the token input of an ``expert_reduce``; of ``gated``, gate and up.
 ARGUMENTS = (
     "Tensor partial, Tensor? residual, Tensor? weight, float eps, float weight_offset, str quant, Tensor? scale, "
     "float scale_value, float smallest, bool keep_norm, str comm, bool prefetch=True, str prologue='none', Tensor? expert_index=None, "
@@ -40,6 +41,7 @@ _GATHERED = (
     "Tensor? reduced, Tensor? residual, Tensor? norm, Tensor? codes, Tensor? scales, SymInt tokens, str quant, float smallest, str comm, "
     "int[]? rows=None"
 )
+_ALONE = "Tensor x, Tensor? up, str quant, Tensor? scale, float scale_value, float smallest"
 _SUMMING: tuple[Operation, ...] = ("all_reduce", "sharded", "reduce_scatter", "finish")
 
 
@@ -53,7 +55,7 @@ def call(comm: str, asked: Call, out: Output | None = None) -> Output:
     partial, norm, quant, branch = asked.partial, asked.norm, asked.quant, asked.branch_norm
     scale = quant.given_scale if quant is not None else None
     tensors = getattr(torch.ops.collogue, asked.operation).default(
-        partial.expert_output if isinstance(partial, PROLOGUES) else partial,
+        partial.main if isinstance(partial, PROLOGUES) else partial,
         asked.residual,
         None if norm is None else norm.weight,
         0.0 if norm is None else norm.eps,
@@ -75,11 +77,13 @@ def call(comm: str, asked: Call, out: Output | None = None) -> Output:
 
 
 def _apart(partial: Tensor | Prologue) -> tuple[str, Tensor | None, Tensor | None, Tensor | None, float]:
-    """An operator's last arguments: what is not the experts' output."""
+    """An operator's last arguments: what is not the main tensor."""
     if isinstance(partial, ExpertCombine):
         return "expert_combine", partial.index, partial.weights, partial.shared_expert, float(partial.scaling)
     if isinstance(partial, ExpertReduce):
         return "expert_reduce", None, partial.weights, partial.token_input, 1.0
+    if isinstance(partial, Gated):
+        return "gated", None, None, partial.up, 1.0
     return "none", None, None, None, 1.0
 
 
@@ -89,11 +93,18 @@ def _together(
     """The inverse. Raises :class:`ArgumentError` for arguments that are of no prologue."""
     if prologue == "expert_combine" and index is not None:
         return ExpertCombine(partial.contiguous(), index, weights, shared, scaling)
+    if prologue == "gated" and shared is not None and index is weights is None and scaling == 1:
+        return _gated(partial, shared)
     if prologue == "expert_reduce" and weights is not None and shared is not None and index is None and scaling == 1:
         return ExpertReduce(partial.contiguous(), weights, shared)
     if prologue != "none" or not (index is weights is shared is None and scaling == 1):
         raise ArgumentError(f"unknown prologue {prologue!r} of these tensors", hint="see the schema: collogue.ops.ARGUMENTS")
     return partial
+
+
+def _gated(gate: Tensor, up: Tensor) -> Gated:
+    """Tracers may have given one of the two other strides."""
+    return Gated(gate, up) if gate.stride() == up.stride() else Gated(gate.contiguous(), up.contiguous())
 
 
 def gather(
@@ -105,6 +116,33 @@ def gather(
     tensors = torch.ops.collogue.all_gather.default(*given, tokens, describe(quant), getattr(quant, "smallest", 0.0), comm, split)
     there = [tensor is not None for tensor in given]
     return _output(tensors, Wanted(*there), out, [(f"shard.{name}", tensor) for name, tensor in shard.items()])
+
+
+def alone(y: Tensor | Gated, quant: Quant | None) -> Output:
+    """:func:`finish_alone` through the operator."""
+    scale = None if quant is None else quant.given_scale
+    values = torch.ops.collogue.alone.default(
+        y.gate if isinstance(y, Gated) else y,
+        y.up if isinstance(y, Gated) else None,
+        describe(quant),
+        scale if isinstance(scale, Tensor) else None,
+        scale if isinstance(scale, float | int) else 1.0,
+        getattr(quant, "smallest", 0.0),
+    )
+    return _output(values, _wanted_alone(quant), None, ())
+
+
+def _wanted_alone(quant: Quant | None) -> Wanted:
+    return Wanted(reduced=quant is None, residual=False, norm=False, codes=quant is not None, scales=bool(quant and quant.scale_dtype))
+
+
+def finish_alone(y: Tensor | Gated, quant: Quant | None) -> Output:
+    """Codes and scales of ``y``, or, without a format, what it is computed to, as ``reduced``. No communicator."""
+    if (y.gate if isinstance(y, Gated) else y).is_cuda:
+        from collogue.gpu.alone import finish
+    else:
+        from collogue.contract.reference import finish_alone as finish
+    return finish(y, quant)
 
 
 def _output(tensors: list[Tensor], wanted: Wanted, out: Output | None, given: Iterable[tuple[str, Tensor]]) -> Output:
@@ -126,6 +164,13 @@ def _tensors(out: Output) -> list[Tensor]:
 @functools.lru_cache(maxsize=256)
 def _format(label: str, scale: float, smallest: float) -> Quant | None:
     return parse(label, global_scale=scale, static_scale=scale, smallest=smallest)
+
+
+def _scaled_format(label: str, scale: Tensor | None, scale_value: float, smallest: float) -> Quant | None:
+    format = _format(label, scale_value, smallest)
+    if scale is not None and isinstance(format, NVFP4):
+        return NVFP4(scale, format.layout)
+    return FP8Static(scale) if scale is not None and isinstance(format, FP8Static) else format
 
 
 # ---- what runs
@@ -156,11 +201,7 @@ def _run(
     rows: Sequence[int] | None = None,
 ) -> list[Tensor]:
     given = _together(partial, prologue, expert_index, expert_weights, shared_expert, scaling)
-    format = _format(quant, scale_value, smallest)
-    if scale is not None and isinstance(format, NVFP4):
-        format = NVFP4(scale, format.layout)
-    elif scale is not None and isinstance(format, FP8Static):
-        format = FP8Static(scale)
+    format = _scaled_format(quant, scale, scale_value, smallest)
     norm = None if weight is None else RMSNorm(weight, eps, weight_offset, prefetch)
     owner = registry.find(comm)
     engine, split = owner._engine, as_rows(rows, owner.world_size)
@@ -218,6 +259,10 @@ def _run_gather(*given: Any) -> list[Tensor]:
     shard = Output(asked.reduced, asked.residual, asked.norm, asked.codes, asked.scales)
     format = _format(asked.quant, 1.0, asked.smallest)
     return _tensors(registry.find(asked.comm).all_gather(shard, asked.tokens, quant=format, rows=asked.rows))
+
+
+def _run_alone(x: Tensor, up: Tensor | None, quant: str, scale: Tensor | None, scale_value: float, smallest: float) -> list[Tensor]:
+    return _tensors(finish_alone(x if up is None else _gated(x, up), _scaled_format(quant, scale, scale_value, smallest)))
 
 
 # ---- what tracers see
@@ -306,6 +351,11 @@ def _fake_gather(*given: Any, **named: Any) -> list[Tensor]:
     return [*values, *_fake_codes(format, tokens, width, codes.device)]
 
 
+def _fake_alone(x: Tensor, up: Tensor | None, quant: str, scale: Tensor | None, scale_value: float, smallest: float) -> list[Tensor]:
+    format = _format(quant, 1.0, smallest)
+    return [x.new_empty(x.shape)] if format is None else _fake_codes(format, x.shape[0], x.shape[1], x.device)
+
+
 # ---- autograd
 
 #: What errors call the tensors of an operator's arguments, and where they stand.
@@ -359,3 +409,4 @@ def _register(name: str, arguments: str, tensors: dict[str, int], function: Any,
 for _operation in _SUMMING:
     _register(_operation, ARGUMENTS, _TENSORS, functools.partial(_run, _operation), functools.partial(_fake, _operation))
 _register("all_gather", _GATHERED, _GATHERED_TENSORS, _run_gather, _fake_gather)
+_register("alone", _ALONE, {}, _run_alone, _fake_alone)

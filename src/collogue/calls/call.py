@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from collogue.calls.capacity import Capacity, check_hidden_size, check_kinds, check_norm_kind, raise_capacity
 from collogue.calls.request import Signature, make_request
 from collogue.calls.terms import Terms
-from collogue.contract.prologue import PROLOGUES, ExpertCombine, Prologue
+from collogue.contract.prologue import PROLOGUES, ExpertCombine, Gated, Prologue
 from collogue.contract.quant import Quant
 from collogue.contract.spec import OWNING, Operation, Output, RMSNorm, Wanted, check_split, owned_rows
 from collogue.errors import ArgumentError, DeviceError, DTypeError, GradError, IndexRangeError, LayoutError, ShapeError
@@ -153,16 +153,20 @@ def check_call(capacity: Capacity, call: Call) -> Call:
 def _check_prologue(given: Prologue, operation: Operation, capacity: Capacity) -> tuple[int, int]:
     """T and H. What fits what inside of a prologue it has checked itself."""
     name = type(given).__name__
-    if operation == "finish":
+    if operation == "finish" and not isinstance(given, Gated):
         raise ArgumentError(f"y is a collogue.{name}, and finish sums nothing", hint="pass it to all_reduce or reduce_scatter")
     for each, tensor in given.tensors():
         check_ordinary(each, tensor)
-        check_rows(each, tensor, capacity.device)
+        (check_device if isinstance(given, Gated) else check_rows)(each, tensor, capacity.device)
         if each.rpartition(".")[2] not in ("index", "weights"):
             check_alignment(each, tensor)
-    if given.expert_output.dtype != capacity.dtype:
+    if isinstance(given, Gated) and given.row_stride % 8 and given.hidden_size % 8 == 0:
+        raise LayoutError(
+            f"rows of {name}.gate and {name}.up lie {given.row_stride} elements apart, not a multiple of 8", hint="pass both contiguous"
+        )
+    if given.main.dtype != capacity.dtype:
         raise DTypeError(
-            f"{name}.expert_output has dtype {given.expert_output.dtype}; the communicator was made for {capacity.dtype}",
+            f"{next(given.tensors())[0]} has dtype {given.main.dtype}; the communicator was made for {capacity.dtype}",
             hint="make one communicator per dtype, or convert the tensors",
         )
     return given.tokens, given.hidden_size

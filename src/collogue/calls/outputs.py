@@ -136,5 +136,6 @@ def _overlap(name: str, other: str) -> OverlapError:
 
 def _extent(name: str, tensor: torch.Tensor) -> tuple[int, int]:
     """First byte and one past the last byte of the tensor; of scales, with their padding."""
-    elements = scale_elements(tensor) if name.endswith("scales") else tensor.numel()
+    spanned = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    elements = scale_elements(tensor) if name.endswith("scales") else spanned
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()

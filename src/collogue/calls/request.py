@@ -56,6 +56,11 @@ class Request:
     wide_branch: bool = False
     rows: tuple[int, ...] | None = None
 
+    @property
+    def adds_rows(self) -> bool:
+        """Whether a term is computed from several rows at a time, which takes registers."""
+        return self.prologue is not None and self.prologue.kind != "gated"
+
 
 def make_request(
     tokens: int,
@@ -77,7 +82,7 @@ def make_request(
     """What is planned for such a call. For ``all_gather`` residual, norm and quant say what the shard holds."""
     wanted = Wanted.of(has_residual=residual, has_norm=norm, quant=quant, keep_norm=keep_norm, operation=operation)
     check_split(operation, tokens, rows)
-    if prologue is not None and operation in ("finish", "all_gather"):
+    if prologue is not None and (operation == "all_gather" or (operation == "finish" and prologue.kind != "gated")):
         raise ArgumentError(f"{operation} sums nothing and takes no prologue", hint="pass it to all_reduce or reduce_scatter")
     if branch and operation in ("finish", "all_gather"):
         raise ArgumentError(f"{operation} sums nothing and takes no branch_norm", hint="pass it to all_reduce or reduce_scatter")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 
@@ -19,7 +19,7 @@ from collogue.errors import ArgumentError, DTypeError, LayoutError, ScaleError, 
 #: Most slots of a token, and most experts whose outputs lie one below the other.
 MAX_TOP_K, MAX_EXPERTS = 16, 64
 
-Kind = Literal["expert_combine", "expert_reduce"]
+Kind = Literal["expert_combine", "expert_reduce", "gated"]
 #: The dtype of the weights: none are given, the communicator's, or float32.
 WeightKind = Literal["none", "value", "float32"]
 
@@ -29,6 +29,7 @@ class PrologueForm:
     """What kernels are compiled for: a prologue without its tensors and numbers. ``prepare``, ``empty`` and ``explain`` take it too.
 
     ``weights``: ``"value"`` are of the communicator's dtype. ``shared``: a shared expert is given (of ``expert_reduce``, always).
+    ``PrologueForm("gated", "none")`` has neither.
     """
 
     kind: Kind
@@ -36,16 +37,20 @@ class PrologueForm:
     shared: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("expert_combine", "expert_reduce") or self.weights not in ("none", "value", "float32"):
+        if self.kind not in get_args(Kind) or self.weights not in get_args(WeightKind):
             raise ArgumentError(
                 f"unknown prologue {self.kind!r} with weights {self.weights!r}",
-                hint='kinds are "expert_combine" and "expert_reduce", weights "none", "value" and "float32"',
+                hint='kinds are "expert_combine", "expert_reduce" and "gated", weights "none", "value" and "float32"',
             )
+        if self.kind == "gated" and (self.weights != "none" or self.shared):
+            raise ArgumentError("gated has neither weights nor a shared expert", hint='PrologueForm("gated", "none")')
         if self.kind == "expert_reduce" and (self.weights == "none" or not self.shared):
             raise ArgumentError("expert_reduce has weights and a token input", hint='PrologueForm("expert_reduce", "float32", shared=True)')
 
     def __str__(self) -> str:
         """``expert_combine, float32 weights, shared expert``."""
+        if self.kind == "gated":
+            return self.kind
         weights = {"none": "no weights", "value": "weights", "float32": "float32 weights"}[self.weights]
         return ", ".join([self.kind, weights, *["shared expert"] * (self.shared and self.kind == "expert_combine")])
 
@@ -82,7 +87,7 @@ class ExpertCombine:
     scaling: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_values("ExpertCombine.expert_output", self.expert_output, "[P, H]")
+        _check_values("ExpertCombine.expert_output", self.expert_output, "[P, H]", "give the experts' rows, H columns each")
         index = self.index
         if not isinstance(index, torch.Tensor) or index.ndim != 2:
             raise ShapeError(f"ExpertCombine.index must be a tensor of shape [T, K], got {_shown(index)}", hint="one row for each token")
@@ -101,6 +106,11 @@ class ExpertCombine:
             raise ScaleError(
                 f"ExpertCombine.scaling is {self.scaling!r}", hint="pass a finite Python number, such as a routed_scaling_factor"
             )
+
+    @property
+    def main(self) -> torch.Tensor:
+        """What says the dtype, and stands in the place of a partial among an operator's arguments."""
+        return self.expert_output
 
     @property
     def tokens(self) -> int:
@@ -163,12 +173,17 @@ class ExpertReduce:
     token_input: torch.Tensor
 
     def __post_init__(self) -> None:
-        _check_values("ExpertReduce.expert_output", self.expert_output, "[E, T, H]")
+        _check_values("ExpertReduce.expert_output", self.expert_output, "[E, T, H]", "give the experts' rows, H columns each")
         experts, tokens, hidden_size = self.expert_output.shape
         if not 1 <= experts <= MAX_EXPERTS:
             raise ShapeError(f"ExpertReduce.expert_output has {experts} experts", hint=f"E is 1 to {MAX_EXPERTS}")
         _check_weights("ExpertReduce.weights", self.weights, (experts, tokens), self.expert_output.dtype, "expert_output")
         _check_shared("ExpertReduce.token_input", self.token_input, (tokens, hidden_size), self.expert_output.dtype)
+
+    @property
+    def main(self) -> torch.Tensor:
+        """What says the dtype, and stands in the place of a partial among an operator's arguments."""
+        return self.expert_output
 
     @property
     def tokens(self) -> int:
@@ -201,9 +216,93 @@ class ExpertReduce:
         )
 
 
-Prologue: TypeAlias = ExpertCombine | ExpertReduce
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """A gated unit (SwiGLU), computed in the kernel that uses it: what an MLP gives its last layer.
+
+    ``round_D(silu(gate) * up)``, ``silu(g) = g / (1 + e(-g))``. :meth:`collogue.Communicator.finish` quantizes it, without a sum;
+    :func:`collogue.nn.gated` needs no communicator.
+
+    Args:
+        gate: ``[T, H]``, the communicator's dtype, 16-byte aligned. The elements of a row lie beside each other; rows may lie further
+            apart, by a multiple of 8 elements.
+        up: the same, with the strides of ``gate``. :meth:`of` takes both from one tensor.
+    Order and rounding:
+        ``e`` is the exponential by a fixed polynomial, each operation rounded to float32 (docs/contract.md gives every constant). It is
+        within 1.2 units in the last place, and silu within 2.5, down to ``g = -88``; below, silu is 0. The product is rounded once to
+        the communicator's dtype; -0 becomes +0. NaN stays NaN.
+    Synchronization:
+        Both are read with the inputs: the preceding kernel may have written them.
+    Raises:
+        ShapeError, DTypeError, LayoutError.
+    """
+
+    gate: torch.Tensor
+    up: torch.Tensor
+
+    def __post_init__(self) -> None:
+        _check_values("Gated.gate", self.gate, "[T, H]", "give the gate's rows, H columns each")
+        _check_values("Gated.up", self.up, "[T, H]", "give the rows that the gate multiplies")
+        if self.up.shape != self.gate.shape:
+            raise ShapeError(
+                f"Gated.up has shape {_shown(self.up)}, Gated.gate {_shown(self.gate)}", hint="give one element of up for each of gate"
+            )
+        if self.up.dtype != self.gate.dtype:
+            raise DTypeError(f"Gated.up has dtype {self.up.dtype}, Gated.gate {self.gate.dtype}", hint=f"pass up.to({self.gate.dtype})")
+        if self.tokens == 0 or self.hidden_size == 0:
+            return
+        for name, tensor in self.tensors():
+            if tensor.stride(1) != 1:
+                raise LayoutError(f"{name} has strides {tensor.stride()}; expected (S, 1)", hint=f"pass {name}.contiguous()")
+        if self.tokens > 1 and self.up.stride(0) != self.gate.stride(0):
+            raise LayoutError(
+                f"rows of Gated.gate lie {self.gate.stride(0)} elements apart, of Gated.up {self.up.stride(0)}",
+                hint="pass both contiguous, or both halves of one tensor: Gated.of(gate_up)",
+            )
+
+    @classmethod
+    def of(cls, gate_up: torch.Tensor) -> Gated:
+        """Of one tensor ``[T, 2 H]``: the gate's columns first. Nothing is copied."""
+        if not isinstance(gate_up, torch.Tensor) or gate_up.ndim != 2 or gate_up.shape[1] % 2:
+            raise ShapeError(f"gate_up must be a tensor of shape [T, 2 H], got {_shown(gate_up)}", hint="the gate's columns come first")
+        return cls(*gate_up.chunk(2, dim=1))
+
+    @property
+    def main(self) -> torch.Tensor:
+        """What says the dtype, and stands in the place of a partial among an operator's arguments."""
+        return self.gate
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.gate.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.gate.shape[1]
+
+    @property
+    def row_stride(self) -> int:
+        """Elements from one row to the next, of both tensors."""
+        return self.gate.stride(0) if self.tokens > 1 else self.hidden_size
+
+    @property
+    def form(self) -> PrologueForm:
+        """What it has in common with all prologues that one kernel does."""
+        return PrologueForm("gated", "none")
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor, by name."""
+        yield from (("Gated.gate", self.gate), ("Gated.up", self.up))
+
+    def rows(self, start: int, stop: int) -> Gated:
+        """The terms of tokens ``start`` to ``stop - 1``."""
+        return Gated(self.gate[start:stop], self.up[start:stop])
+
+
+Prologue: TypeAlias = ExpertCombine | ExpertReduce | Gated
 #: For ``isinstance``.
-PROLOGUES = (ExpertCombine, ExpertReduce)
+PROLOGUES = (ExpertCombine, ExpertReduce, Gated)
 
 
 def form_of(prologue: Prologue | PrologueForm | None) -> PrologueForm | None:
@@ -212,7 +311,7 @@ def form_of(prologue: Prologue | PrologueForm | None) -> PrologueForm | None:
         return prologue
     if not isinstance(prologue, PROLOGUES):
         raise ArgumentError(
-            f"prologue is a {type(prologue).__name__}; expected ExpertCombine, ExpertReduce or PrologueForm",
+            f"prologue is a {type(prologue).__name__}; expected ExpertCombine, ExpertReduce, Gated or PrologueForm",
             hint='pass collogue.PrologueForm("expert_combine", weights="float32", shared=True), or what the call itself will take',
         )
     return prologue.form
@@ -222,9 +321,9 @@ def _shown(tensor: object) -> str:
     return str(list(tensor.shape)) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
 
 
-def _check_values(name: str, tensor: torch.Tensor, shape: str) -> None:
+def _check_values(name: str, tensor: torch.Tensor, shape: str, hint: str) -> None:
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != shape.count(",") + 1:
-        raise ShapeError(f"{name} must be a tensor of shape {shape}, got {_shown(tensor)}", hint="give the experts' rows, H columns each")
+        raise ShapeError(f"{name} must be a tensor of shape {shape}, got {_shown(tensor)}", hint=hint)
     if tensor.dtype not in VALUE_DTYPES:
         raise DTypeError(f"{name} has dtype {tensor.dtype}", hint="use the communicator's dtype: bfloat16, float16 or float32")
 

@@ -36,7 +36,7 @@ from collogue.contract.formats import (
     scales_per_row,
     unpack_nibbles,
 )
-from collogue.contract.prologue import ExpertCombine, ExpertReduce, Prologue
+from collogue.contract.prologue import ExpertCombine, ExpertReduce, Gated, Prologue
 from collogue.contract.quant import E2M1_MAX, E4M3_MAX, MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, check_wire, describe
 from collogue.contract.spec import VALUE_DTYPES, Operation, Output, RMSNorm, Wanted, as_islands, as_rows, check_split, owned_rows
 from collogue.errors import ArgumentError, DTypeError, FormatError, PlatformError, ShapeError
@@ -83,10 +83,44 @@ def expert_reduce(given: ExpertReduce) -> Tensor:
     return round_value(total + given.token_input.float(), given.expert_output.dtype)
 
 
+#: ``e(x)``: 1 / ln 2, ln 2 in two parts of which the first times a whole number is exact, and the polynomial's constants from the last to
+#: the first.
+_PER_LN2, _LN2_HIGH, _LN2_LOW = float.fromhex("0x1.715476p+0"), float.fromhex("0x1.62e4p-1"), float.fromhex("0x1.7f7d1cp-20")
+_POLYNOMIAL = tuple(
+    map(float.fromhex, ("0x1.6a23cep-10", "0x1.123a2p-7", "0x1.5558f2p-5", "0x1.555492p-3", "0x1.fffffcp-2", "0x1p+0", "0x1p+0"))
+)
+#: Below, silu is 0; above, ``1 + e(-g)`` is 1.
+_SILU_LEAST, _SILU_MOST = -88.0, 32.0
+
+
+def silu(g: Tensor) -> Tensor:
+    """``g / (1 + e(-g))`` in float32, 0 where ``g < -88``. ``e(x)`` is within 1.2 units in the last place of the exponential.
+
+    Order and rounding:
+        ``x = max(-g, -32)``, ``n = rint(x * log2e)``, ``r = (x - n * ln2_high) - n * ln2_low``; ``p = c6; p = p * r + c5; ..; p = p * r +
+        c0``; ``e = p * 2**n``. Each operation is rounded by itself.
+    """
+    x = (-g).clamp_(min=-_SILU_MOST)
+    n = (x * _PER_LN2).round_()
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    p = torch.full_like(r, _POLYNOMIAL[0])
+    for constant in _POLYNOMIAL[1:]:
+        p = p.mul_(r).add_(constant)
+    power = ((n.clamp(-126, 127).nan_to_num_().int() + 127) << 23).view(torch.float32)
+    return (g / (1.0 + p * power)).masked_fill_(g < _SILU_LEAST, 0.0)
+
+
+def gated(given: Gated) -> Tensor:
+    """The term [T, H] of :class:`collogue.Gated`: ``silu(gate) * up``, rounded once."""
+    return round_value(silu(given.gate.float()) * given.up.float(), given.gate.dtype)
+
+
 def term_of(given: Tensor | Prologue) -> Tensor:
     """A rank's term [T, H]: a partial as it is, a prologue computed."""
     if isinstance(given, ExpertCombine):
         return expert_combine(given)
+    if isinstance(given, Gated):
+        return gated(given)
     return expert_reduce(given) if isinstance(given, ExpertReduce) else given
 
 
@@ -185,6 +219,7 @@ def quantize(n: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
             f"quantize takes [T, H] in bfloat16, float16 or float32, got {n.dtype} {list(n.shape)}", hint="flatten to two dimensions"
         )
     _check_arithmetic()
+    n = n.contiguous()
     tokens, hidden_size = n.shape
     shape, dtype = code_spec(quant, tokens, hidden_size)
     if isinstance(quant, FP8Static):
@@ -451,8 +486,17 @@ def all_gather(shards: Sequence[Output], *, quant: Quant | None = None, rows: Se
     return gathered
 
 
-def finish(y: Tensor, *, norm: RMSNorm | None = None, quant: Quant | None = None, keep_norm: bool = False) -> Output:
+def finish_alone(y: Tensor | Gated, quant: Quant | None) -> Output:
+    """What :func:`collogue.quantize` and :func:`collogue.nn.gated` return: codes and scales; without a format the values (``reduced``)."""
+    if quant is None:
+        return Output(reduced=term_of(y))
+    codes, scales = quantize(term_of(y), quant)
+    return Output(codes=codes, scales=scales)
+
+
+def finish(y: Tensor | Gated, *, norm: RMSNorm | None = None, quant: Quant | None = None, keep_norm: bool = False) -> Output:
     """What :meth:`collogue.Communicator.finish` returns: norm and quantization of ``y`` [T, H], which is not returned."""
+    y = term_of(y)
     _check_values([("y", y)], norm)
     return finished(
         y, norm, quant, Wanted.of(has_residual=False, has_norm=norm is not None, quant=quant, keep_norm=keep_norm, operation="finish")

@@ -23,7 +23,7 @@ from collogue.gpu.exclusive import Exclusive
 from collogue.gpu.failure import FailureRecord
 from collogue.gpu.journal import Journal
 from collogue.gpu.launch import Launcher, timeouts
-from collogue.gpu.order import StreamOrder
+from collogue.gpu.order import AnyOrder, StreamOrder
 from collogue.gpu.parameters import fill_call, fill_shape, fill_shard, fill_workspace, later_launches
 from collogue.gpu.workspace import Workspace
 from collogue.group import Group
@@ -54,21 +54,36 @@ class _Ready:
             _launch_more(self.main, self.more, stream)
 
 
+@dataclass
+class Nobody:
+    """A group of one rank: what kernels that send nothing need of a group."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    def barrier(self) -> None:
+        """Nobody else is there."""
+
+
 class KernelEngine:
     """Runs checked calls on this rank's GPU. See :meth:`collogue.Communicator.all_reduce`."""
 
-    def __init__(self, group: Group, topology: Topology, timeout: float, name: str = "?") -> None:
+    #: What a user does to have kernels loaded before a capture.
+    how_to_load = "call comm.prepare(tokens={tokens}, ...) or make the call once before the capture"
+
+    def __init__(self, group: Group | Nobody, topology: Topology, timeout: float, name: str = "?") -> None:
         self.group = group
         self.topology = topology
         self.timeout = timeout
         self.index = group.device.index
-        self.workspace = Workspace(group, topology, timeout, name) if topology.world_size > 1 else None
+        self.workspace = None if isinstance(group, Nobody) or topology.world_size == 1 else Workspace(group, topology, timeout, name)
         self._kernels: dict[Variant, Any] = {}
         self._ready: dict[Signature, _Ready] = {}
         self._bound: dict[object, Bound] = {}
         self.latest: Bound = unbound  # most calls are like the one before: to be tried before `quick`
         self.in_use = Exclusive()
-        self._order = StreamOrder(self.index)
+        self._order: StreamOrder | AnyOrder = StreamOrder(self.index)
         self.stream: int | None = None  # of the last call, where a call on it need not wait for anything
         record = (ctypes.c_uint64 * 2)() if self.workspace is None else (ctypes.c_uint64 * 2).from_address(self.workspace.failure_pointer)
         #: Fault and finder, and whom the finder missed: zero while nothing has failed.
@@ -115,7 +130,7 @@ class KernelEngine:
             if torch.cuda.is_current_stream_capturing():
                 raise NotPrepared(
                     f"{variant.name} is not loaded and a CUDA graph is being captured",
-                    hint=f"call comm.prepare(tokens={request.tokens}, ...) or make the call once before the capture",
+                    hint=self.how_to_load.format(tokens=request.tokens),
                 )
             assert self.topology.architecture is not None
             code = jit.cubin(variant, self.topology.architecture)

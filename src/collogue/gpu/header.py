@@ -119,7 +119,7 @@ def _text(entry: bytes, rows: tuple[int, ...] | None) -> str:
         f"dtype={str(dtype).removeprefix('torch.')}",
     ]
     parts += [f"rows={'uneven' if rows is None else list(rows)}"] * uneven
-    parts += [f"expert_combine(top_k={slots})" if prologue == "expert_combine" else "expert_reduce"] * (prologue is not None)
+    parts += [f"{prologue}(top_k={slots})" if prologue == "expert_combine" else str(prologue)] * (prologue is not None)
     parts += [f"branch_norm{' in float32' * wide_branch}"] * branch
     parts += ["residual"] * residual + [f"norm(eps={_shortest(eps)}, weight_offset={_shortest(offset)})"] * norm
     parts += ["weight in float32"] * (wide and norm)

@@ -51,6 +51,20 @@ class StreamOrder:
         self._event.record(torch.cuda.ExternalStream(stream, device=self._index))  # type: ignore[no-untyped-call]
 
 
+class AnyOrder:
+    """Of calls that share no memory: none waits for another."""
+
+    def __init__(self) -> None:
+        self.stream: int | None = None
+
+    def enter(self, stream: int) -> None:
+        """Before a call."""
+        self.stream = stream
+
+    def leave(self, stream: int) -> None:
+        """Behind the call."""
+
+
 def _may_be_destroyed(index: int, stream: int) -> bool:
     """Whether the current stream, with this handle, is one that PyTorch did not make: such a stream's id is its handle."""
     return stream != 0 and int(torch._C._cuda_getCurrentStream(index)[0]) == stream

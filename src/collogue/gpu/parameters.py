@@ -9,7 +9,7 @@ import torch
 from collogue.calls.call import Call
 from collogue.calls.request import Request
 from collogue.calls.terms import Terms
-from collogue.contract.prologue import ExpertReduce, Prologue
+from collogue.contract.prologue import ExpertReduce, Gated, Prologue
 from collogue.contract.spec import Output, largest_block, owned_rows
 from collogue.gpu import header
 from collogue.gpu.launch import Params
@@ -96,6 +96,9 @@ def _fill_term(params: Params, term: torch.Tensor | Prologue | Terms) -> None:
     if isinstance(term, Terms):
         for k, value in enumerate(term.values):
             params.terms[k] = value.data_ptr()
+        return
+    if isinstance(term, Gated):
+        params.partial, params.up, params.row_stride = term.gate.data_ptr(), term.up.data_ptr(), term.row_stride
         return
     params.partial, params.experts = term.expert_output.data_ptr(), term.count
     if term.weights is not None:

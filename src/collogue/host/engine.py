@@ -17,7 +17,7 @@ from collogue.calls.call import Call, check_indices
 from collogue.calls.request import Signature
 from collogue.calls.terms import Terms
 from collogue.contract.formats import place_scales, read_scales, scale_storage
-from collogue.contract.prologue import PROLOGUES, ExpertCombine, ExpertReduce
+from collogue.contract.prologue import PROLOGUES, ExpertCombine, Prologue
 from collogue.contract.quant import Quant, check_wire, describe
 from collogue.contract.spec import Output, owned_rows
 from collogue.errors import CollectiveError
@@ -141,7 +141,7 @@ class HostEngine:
         """The float32 sum of an island's terms."""
         return self._run_alone(terms, torch.float32)
 
-    def _run_alone(self, given: Terms | ExpertCombine | ExpertReduce, dtype: torch.dtype) -> torch.Tensor:
+    def _run_alone(self, given: Terms | Prologue, dtype: torch.dtype) -> torch.Tensor:
         step = self._steps.add(given, dtype)
         out = step.signature.empty()
         self._finisher.run(step, out)
@@ -203,8 +203,8 @@ def _describe(call: Call, number: int) -> str:
         parts.append(f"rows={list(call.rows)}")
     if isinstance(call.partial, ExpertCombine):
         parts.append(f"expert_combine(top_k={call.partial.count})")
-    elif isinstance(call.partial, ExpertReduce):
-        parts.append("expert_reduce")
+    elif isinstance(call.partial, PROLOGUES):
+        parts.append(call.partial.form.kind)
     if call.shard is not None:
         parts.append(f"shard={'+'.join(name for name, _ in call.shard.items())}")
     else:

@@ -6,7 +6,7 @@ A step is a :class:`.Call` of this rank alone: an ``all_reduce`` of :class:`.Ter
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -102,28 +102,14 @@ class ReferenceFinisher:
         """Nothing is held."""
 
 
-@dataclass
-class _Alone:
-    """A group of one rank: what kernels that send nothing need of a group."""
-
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-    name: str = "alone"
-    host: str = ""
-
-    def barrier(self) -> None:
-        """Nobody else is there."""
-
-
 class KernelFinisher:
     """Kernels of this rank's GPU, as a world of one runs them (kernels/local.cuh)."""
 
     def __init__(self, topology: Topology, device: torch.device, timeout: float) -> None:
-        from collogue.gpu.engine import KernelEngine
+        from collogue.gpu.engine import KernelEngine, Nobody
 
         alone = replace(topology, world_size=1, transport="peer", islands=(), table=None)
-        self._engine = KernelEngine(_Alone(device), alone, timeout)  # type: ignore[arg-type]
+        self._engine = KernelEngine(Nobody(device), alone, timeout)
 
     def run(self, step: Call, out: Output) -> None:
         if step.tokens:

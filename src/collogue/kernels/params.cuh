@@ -53,6 +53,8 @@ struct Params {
   float scale_value;
   float smallest;            // lower bound of dynamic FP8 scales
   u32 header[2];             // what the kernel cannot tell of itself (collogue/gpu/header.py)
+  const u8* up;              // [T, H] what silu(partial) is multiplied by; rows of both lie row_stride elements apart
+  u32 row_stride;
   u32 bounds[kMaxBounds];    // kUneven: rank r owns rows bounds[r] to bounds[r + 1] - 1; `tokens` behind the last
   const u8* terms[kMaxTerms];  // [T, H] each: what is added in their order (source.cuh)
 };

@@ -7,6 +7,7 @@
 //   terms(x)    the same for all of this thread's vectors; all 32 lanes together; only where that is another way (ask_for_terms)
 // A term that is asked for twice is the same twice: nothing that it is made of changes during a call.
 #pragma once
+#include "activation.cuh"
 #include "row.cuh"
 
 namespace collogue {
@@ -209,6 +210,33 @@ struct ExpertReduceSource : ExpertRows<C, W> {
     }
     add<D>(sum, input);
     return D::round(sum);
+  }
+  COLLOGUE_DEVICE Vector term(u32 of, int i) {
+    aim(of);
+    return term(i);
+  }
+};
+
+// collogue.Gated: a product, of tensors whose rows lie Params::row_stride elements apart.
+template <class C>
+struct GatedSource {
+  using D = typename C::D;
+  using Vector = Packed<D::kParts>;
+  static constexpr bool kWorkedOut = true;
+  const RowPlace<C>& row;
+  u64 first;  // of this thread's vectors, in bytes
+
+  COLLOGUE_DEVICE explicit GatedSource(const RowPlace<C>& r) : row(r), first(0) {}
+  COLLOGUE_DEVICE void aim(u32 t) { first = (static_cast<u64>(t) * row.p.row_stride + row.vector(0) * 8) * D::kBytes; }
+  COLLOGUE_DEVICE u32 digest() const { return folded(row.p.partial + first) ^ folded(row.p.up); }
+  COLLOGUE_DEVICE Vector term(int i) const {
+    const Vector gate = row.load(row.p.partial + first, i), up = row.load(row.p.up + first, i);
+    float g[8], u[8];
+    D::widen(gate, g);
+    D::widen(up, u);
+#pragma unroll
+    for (int j = 0; j < 8; j++) g[j] = silu(g[j]) * u[j];
+    return D::round(g);
   }
   COLLOGUE_DEVICE Vector term(u32 of, int i) {
     aim(of);

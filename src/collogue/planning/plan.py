@@ -157,7 +157,7 @@ def make_plan(topology: Topology, request: Request) -> Plan:
         front = make_plan(replace(topology, world_size=1), sum_alone(request))
         why += "; a kernel in front computes the terms"
     # All launches have the grid of the last one, which may be shorter: every cluster has a row in each of them.
-    experts = request.prologue is not None and front is None
+    experts = request.adds_rows and front is None
     width, quant = request.hidden_size, request.quant
     shape = launch_shape(topology, least, width, quant, algorithm, cta_threads=threads, experts=experts, branch=request.branch)
     return Plan(algorithm, why, shape, sent, predicted, floor, rows, launches, used, measured, table, term=front)
@@ -392,7 +392,7 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         clustered=shape.cluster > 1,
         blocks=block_class(request.hidden_size),
         loop=loop,
-        ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, algorithm, experts=request.prologue is not None),
+        ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, algorithm, experts=request.adds_rows),
         first_poll=FIRST_POLL_CYCLES if ALGORITHMS[algorithm].one_hop else 0,
         ahead=int(
             loop

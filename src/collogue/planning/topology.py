@@ -243,14 +243,25 @@ def _facts(group: Group, capacity: Capacity, timeout: float, overrides: Override
     shape = f"max_tokens={capacity.max_tokens}, hidden_size={capacity.hidden_size}, dtype={capacity.dtype}"
     together = f", concurrent={concurrent}" if concurrent != 1 else ""
     facts: dict[str, Any] = {"asked": f"{shape}, timeout={float(timeout)}{overrides}{together}", "host": group.host}
-    if group.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(group.device)
-        facts["architecture"] = architecture_of((properties.major, properties.minor))
-        facts["device"] = properties.name
-        facts["multiprocessors"] = properties.multi_processor_count
-        facts["gpu"] = str(properties.uuid)
-        facts["fitting"] = fitting(group.device) if properties.major >= 9 else None
-    return facts
+    return facts | (_gpu(group.device) if group.device.type == "cuda" else {})
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "architecture": architecture_of((properties.major, properties.minor)),
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "gpu": str(properties.uuid),
+        "fitting": fitting(device) if properties.major >= 9 else None,
+    }
+
+
+def alone(capacity: Capacity) -> Topology:
+    """Of calls that one GPU makes without a group."""
+    facts = _gpu(capacity.device)
+    known = {name: facts[name] for name in ("architecture", "device", "multiprocessors", "fitting")}
+    return topology_of(1, capacity, **known, why="no group")
 
 
 def _reach(group: Group, every: list[dict[str, Any]]) -> list[set[int]]:

@@ -119,6 +119,8 @@ def source_type(prologue: PrologueForm | TermsForm | None, dtype: torch.dtype) -
         return "DirectSource"
     if isinstance(prologue, TermsForm):
         return f"TermsSource, {_DTYPES[prologue.dtype]}, {prologue.count}, {prologue.wide:#x}u, {prologue.starts:#x}u"
+    if prologue.kind == "gated":
+        return "GatedSource"
     weights = {"none": "NoWeight", "value": _DTYPES[dtype], "float32": "Float32"}[prologue.weights]
     if prologue.kind == "expert_reduce":
         return f"ExpertReduceSource, {weights}"
@@ -160,7 +162,8 @@ class Variant:
     @property
     def name(self) -> str:
         """Short and unique enough for a profiler's list."""
-        before = "terms_" if self.source_type.startswith("TermsSource") else "experts_" * (self.source_type != "DirectSource")
+        source = self.source_type.partition("Source")[0]
+        before = {"Direct": "", "Terms": "terms_", "Gated": "gated_"}.get(source, "experts_")
         before += "uneven_" * self.uneven
         parts = ["branch"] * self.branch + ["residual"] * self.residual + ["norm"] * self.norm
         if self.quant.row.kind is not None:

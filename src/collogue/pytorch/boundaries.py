@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from collogue.communicator import Communicator
+from collogue.contract.prologue import Gated
 from collogue.errors import ArgumentError
 from collogue.pytorch.cut import Cut
 from collogue.pytorch.forms import Form
@@ -101,6 +102,24 @@ class Boundaries:
         out = finish(self.comm, mlp, residual=middle.residual, norm=self.next_norm, branch_norm=self.mlp_out, hand_over=hands_over)
         assert out.residual is not None
         return out.residual
+
+
+class GatedMLP:
+    """``down(silu(gate) * up)``, where the input of ``down`` is quantized: in the kernel that computes it.
+
+    ``names``: of the MLP's layers: gate and up, or both in one, and down.
+    """
+
+    def __init__(self, mlp: nn.Module, names: Sequence[str], comm: Communicator) -> None:
+        self.mlp, self.names, self.comm = mlp, names, comm
+
+    def forward(self, x: Tensor) -> Tensor:
+        *columns, down = (getattr(self.mlp, name) for name in self.names)
+        parts = [column(x) for column in columns]
+        leading, rows = parts[0].shape[:-1], [part.reshape(-1, part.shape[-1]) for part in parts]
+        given = Gated.of(*rows) if len(rows) == 1 else Gated(*rows)
+        partial: Tensor = down(self.comm.finish(given, quant=down.activation))
+        return partial.view(*leading, partial.shape[-1])
 
 
 def partial_of(returned: Any) -> Tensor:

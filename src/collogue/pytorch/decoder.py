@@ -49,7 +49,8 @@ class Decoder:
     """A model that can be cut. ``model`` holds ``base`` and maybe an ``lm_head``.
 
     ``sums``: the names of modules that add several partials. ``norms``: eps and weight offset by name in ``base``. ``inputs``: the
-    format that a norm's result has for the linear layers behind it, and their names. ``heads`` and ``key_value_heads``: of one rank.
+    format that a norm's result has for the linear layers behind it, and their names. ``gated``: the MLPs whose last layer has quantized
+    inputs ``silu(gate) * up``, with the names of their layers, the last one last. ``heads`` and ``key_value_heads``: of one rank.
     """
 
     model: Any
@@ -60,6 +61,7 @@ class Decoder:
     sums: tuple[str, ...]
     norms: dict[str, tuple[float, float]]
     inputs: dict[str, tuple[Quant, tuple[str, ...]]]
+    gated: dict[str, tuple[str, ...]]
     heads: int
     key_value_heads: int
     head: Cut | None
@@ -98,6 +100,7 @@ def plan(model: Any, world_size: int, *, fuse: bool, recipe: Recipe | None = Non
     sums: list[str] = []
     norms: dict[str, tuple[float, float]] = {}
     inputs: dict[str, tuple[Quant, tuple[str, ...]]] = {}
+    gated: dict[str, tuple[str, ...]] = {}
     for index, layer in enumerate(base.layers):
         prefix, blocks = f"layers.{index}.", form.blocks(layer)
         _check_code(base, layer, f"layers.{index}", blocks, fuse)
@@ -108,7 +111,10 @@ def plan(model: Any, world_size: int, *, fuse: bool, recipe: Recipe | None = Non
                 if format is not None and norm is not None:
                     inputs[prefix + norm] = format, tuple(each.name for each in columns)
             linears += columns
-            linears += [_linear(base, prefix + name, False, counted, ranks, source) for name, counted in block.rows.items()]
+            rows = [_linear(base, prefix + name, False, counted, ranks, source) for name, counted in block.rows.items()]
+            linears += rows
+            if fuse and block.gated is not None and _is_gated(base.get_submodule(prefix + block.gated), rows, world_size):
+                gated[prefix + block.gated] = *block.columns, *block.rows
             tensors += [_tensors(base, prefix + name, cuts, ranks) for name, cuts in block.tensors.items()]
             sums += [prefix + block.sums] if block.sums is not None else []
         _check_all_planned(layer, prefix, linears)
@@ -117,7 +123,9 @@ def plan(model: Any, world_size: int, *, fuse: bool, recipe: Recipe | None = Non
     if fuse:
         norms["norm"] = _norm(base.norm, "norm")
     heads = queries // world_size, max(1, keys // world_size)
-    return Decoder(whole, base, form, tuple(linears), tuple(tensors), tuple(sums), norms, inputs, *heads, _head(whole, base, world_size))
+    return Decoder(
+        whole, base, form, tuple(linears), tuple(tensors), tuple(sums), norms, inputs, gated, *heads, _head(whole, base, world_size)
+    )
 
 
 @dataclass(frozen=True)
@@ -264,6 +272,14 @@ def _linear(base: nn.Module, name: str, column: bool, counted: Counted, ranks: _
     plain: Any = getattr(linear, "base_layer", linear) if lora else linear
     check_linear(plain, name)
     return LinearPlan(name, linear, column, ranks.cut(plain.weight.shape[dim], dim, counted, name))
+
+
+def _is_gated(mlp: nn.Module, rows: list[LinearPlan], world_size: int) -> bool:
+    """Whether the MLP's activation is silu, and each rank's part of what it gives its last layer is quantized."""
+    (down,) = rows
+    activation = next((child for name, child in mlp.named_children() if name in _ACTIVATIONS), None)
+    quantized = down.quantized is not None and down.quantized.activation is not None
+    return quantized and type(activation).__name__ in ("SiLU", "SiLUActivation") and down.cut.size // world_size % 8 == 0
 
 
 def _submodule(base: nn.Module, name: str) -> nn.Module:

@@ -20,7 +20,7 @@ class Block:
 
     ``columns`` and ``rows``: its linear layers. ``tensors``: modules that hold parameters themselves, and each one's. ``sums``: the
     module that adds several partials. ``alone``: whether the columns are all that reads the block's input, which may then be quantized
-    for them.
+    for them. ``gated``: the module that gives its last layer ``act(gate) * up``, of the columns in this order.
     """
 
     columns: dict[str, Counted]
@@ -28,6 +28,7 @@ class Block:
     tensors: dict[str, Cuts] = field(default_factory=dict)
     sums: str | None = None
     alone: bool = True
+    gated: str | None = None
 
     @property
     def modules(self) -> set[str]:
@@ -95,17 +96,18 @@ _FUSED_ATTENTION = (Block({"self_attn.qkv_proj": ("heads", "key-value heads", "k
 
 
 def _gated(name: str) -> Block:
-    return Block({f"{name}.gate_proj": ("features",), f"{name}.up_proj": ("features",)}, {f"{name}.down_proj": ("features",)})
+    columns: dict[str, Counted] = {f"{name}.gate_proj": ("features",), f"{name}.up_proj": ("features",)}
+    return Block(columns, {f"{name}.down_proj": ("features",)}, gated=name)
 
 
 _MLP = (_gated("mlp"),)
-_FUSED_MLP = (Block({"mlp.gate_up_proj": ("features", "features")}, {"mlp.down_proj": ("features",)}),)
+_FUSED_MLP = (Block({"mlp.gate_up_proj": ("features", "features")}, {"mlp.down_proj": ("features",)}, gated="mlp"),)
 
 
 def _experts(shared: str | None = None) -> Block:
     """Experts, each with its features cut, and maybe a shared one, whose partial the MLP adds to theirs."""
     linear = _gated(f"mlp.{shared}") if shared else Block({}, {})
-    return Block(linear.columns, linear.rows, {"mlp.experts": _EXPERTS}, sums="mlp", alone=False)
+    return Block(linear.columns, linear.rows, {"mlp.experts": _EXPERTS}, sums="mlp", alone=False, gated=linear.gated)
 
 
 _EXPERTS: Cuts = {"gate_up_proj": (1, ("features", "features")), "down_proj": (2, ("features",))}

@@ -17,6 +17,7 @@ from collogue.contract.quant import Quant
 from collogue.contract.spec import Output, RMSNorm
 from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat
 from collogue.errors import ArgumentError
+from collogue.functions import gated
 from collogue.ops import is_traced
 from collogue.pytorch.cut import Cut
 from collogue.pytorch.scaled import Handover, Linear, ScaledLinear
@@ -29,6 +30,7 @@ __all__ = [
     "RowParallelLinear",
     "ScaledLinear",
     "finish",
+    "gated",
     "gather_columns",
 ]
 

@@ -19,7 +19,7 @@ from collogue.contract.weight import QuantizedWeight
 from collogue.errors import ArgumentError, CollogueError
 from collogue.group import Group, as_group
 from collogue.planning.topology import Transport
-from collogue.pytorch.boundaries import Boundaries, Untouched, WholeNorm, check_use, partial_of
+from collogue.pytorch.boundaries import Boundaries, GatedMLP, Untouched, WholeNorm, check_use, partial_of
 from collogue.pytorch.checkpoints import QuantizedLinear
 from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, no_checkpoint
 from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
@@ -184,6 +184,9 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, 
             handover = Handover(format)
             for module in (base.get_submodule(each) for each in (name, *readers)):
                 module.handover = handover
+        for name, parts in decoder.gated.items():
+            mlp = base.get_submodule(name)
+            undo.set(mlp, "forward", GatedMLP(mlp, [part.rpartition(".")[2] for part in parts], comm).forward)
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             next_norm = base.norm if following is None else getattr(following, form.attention_in or "", None)
             undo.set(layer, "forward", Boundaries(layer, form, comm, following, next_norm).forward)
@@ -298,7 +301,7 @@ class _Row(RowParallelLinear):
         given, beta = (x.new_zeros(()), 0.0) if bias is None else (bias, self.factor)
         return torch.addmm(given, rows, self.weight.t(), beta=beta, alpha=self.factor).view(*x.shape[:-1], -1)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor | Output) -> Tensor:  # type: ignore[override]
         partial = self.partial(x)
         return _sum(partial, self.comm) if self.summed else partial
 

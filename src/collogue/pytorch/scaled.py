@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import ScalingType
 
 from collogue.contract.quant import FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.contract.reference import dequantize, quantize
+from collogue.contract.reference import dequantize
 from collogue.contract.spec import Output
 from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat
 from collogue.errors import ArgumentError, ShapeError
+from collogue.functions import quantize
 
 _log = logging.getLogger("collogue")
 _CODES = (torch.float8_e4m3fn, torch.uint8)
@@ -189,8 +190,8 @@ class ScaledLinear(Linear):
         FP8PerToken with FP8PerToken (sm_90), FP8Group(128) with FP8Block(128) (sm_90). Elsewhere both are decoded and
         multiplied, in float32 on the CPU and in bfloat16 on GPUs; a log line says so once, and :meth:`explain`.
     Graphs:
-        A tensor ``x`` is quantized by PyTorch operations, which copy numbers from the host: under CUDA graph capture pass an output, or use
-        the parallel layers, whose communicator quantizes with a kernel.
+        May be captured in a CUDA graph once it was called with so many rows: a tensor ``x`` is quantized by :func:`collogue.quantize`, one
+        kernel.
     Raises:
         ArgumentError: an output without codes. ShapeError: codes or features of another shape. FormatError: a block that does not divide.
     """

@@ -51,6 +51,7 @@ PROLOGUES = {
     "combine/unweighted/shared": PrologueForm("expert_combine", "none", shared=True),
     "reduce/float32": PrologueForm("expert_reduce", "float32", shared=True),
     "reduce/value": PrologueForm("expert_reduce", "value", shared=True),
+    "gated": PrologueForm("gated", "none"),
 }
 
 #: The factors and their levels. Hidden sizes stand for classes: below a block, one CTA, several, the largest cluster.
@@ -129,7 +130,7 @@ def variant_of(choice: Choice) -> Variant:
     branch = choice.get("branch", "none")
     split = (tokens, *[0] * (choice["world"] - 1)) if choice.get("rows") == "uneven" else None
     request = replace(request, rows=split, branch=branch != "none", wide_branch=branch == "float32")
-    shape = launch_shape(topology, tokens, hidden_size, quant, algorithm, experts=prologue is not None, branch=branch != "none")
+    shape = launch_shape(topology, tokens, hidden_size, quant, algorithm, experts=request.adds_rows, branch=branch != "none")
     return make_variant(topology, request, shape, algorithm)
 
 

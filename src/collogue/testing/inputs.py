@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import torch
 
-from collogue.contract.prologue import ExpertCombine, ExpertReduce, Prologue, PrologueForm
+from collogue.contract.prologue import ExpertCombine, ExpertReduce, Gated, Prologue, PrologueForm
 
 Tensor: TypeAlias = torch.Tensor
 
@@ -87,10 +87,15 @@ def make_prologue(
 
     Rows that nothing names, or whose weight is 0, are NaN. Slots are -1 here and there, every slot of every third token of odd ranks, and
     of all tokens of rank 2, which has no rows at all; some rows are named twice. ``wild``: some indices lie outside of the tensor.
+    Gates are up to 16 times as large as their kind's; of odd ranks, gate and up are halves of one tensor.
     """
     value, nan = (_EXPERTS + 4 * rank), torch.full((), torch.nan, dtype=dtype, device=device)
     weight_dtype = torch.float32 if form.weights == "float32" else dtype
     shared = KINDS[kind](_random((tokens, hidden_size), value + 1, seed, device), rank, dtype)
+    if form.kind == "gated":
+        bits = _random((tokens, hidden_size), value, seed, device)
+        gate = (KINDS[kind](bits, rank, dtype).float() * (1 + _field(bits, 59, 4))).to(dtype)
+        return Gated.of(torch.cat((gate, shared), dim=1)) if rank % 2 else Gated(gate, shared)
     if form.kind == "expert_reduce":
         bits = _random((count, tokens), value + 2, seed, device)
         weights = torch.where(_field(bits, 60, 3) < 3, 0.0, _normal(bits)).to(weight_dtype)

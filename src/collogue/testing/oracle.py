@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from collogue.contract import reference
-from collogue.contract.prologue import ExpertReduce, Prologue
+from collogue.contract.prologue import ExpertReduce, Gated, Prologue
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Output, RMSNorm
 from collogue.testing import scalar
@@ -73,9 +73,11 @@ def by_scalar(
 
 def scalar_term(given: Prologue) -> torch.Tensor:
     """A rank's term by the scalar version, of CPU tensors."""
-    dtype = given.expert_output.dtype
-    name, rows = cast(scalar.DType, str(dtype).removeprefix("torch.")), _bits(given.expert_output)
-    if isinstance(given, ExpertReduce):
+    dtype = given.main.dtype
+    name, rows = cast(scalar.DType, str(dtype).removeprefix("torch.")), _bits(given.main)
+    if isinstance(given, Gated):
+        term = scalar.gated(rows, _bits(given.up), name)
+    elif isinstance(given, ExpertReduce):
         term = scalar.expert_reduce(rows, given.weights.float().numpy(), _bits(given.token_input), name)
     else:
         weights = None if given.weights is None else given.weights.float().numpy()

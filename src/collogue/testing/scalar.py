@@ -143,6 +143,31 @@ def expert_reduce(rows: Array, weights: Array, token_input: Array, dtype: DType)
         return narrow(total + widen(token_input, dtype), dtype)
 
 
+def exponential(x: Array) -> Array:
+    """``e(x)`` for float32 from -32 to 88: ``2**n`` by table, the rest by a polynomial, constant by constant."""
+    n = np.rint(x * F32(12102203 * 2.0**-23))  # 1 / ln 2
+    rest = (x - n * F32(45426 * 2.0**-16)) - n * F32(12566158 * 2.0**-43)  # ln 2, in two parts
+    p = np.full_like(rest, F32(11866599 * 2.0**-33))
+    for numerator, power in ((8985872, -30), (11185273, -28), (11184713, -26), (16777214, -25), (1, 0), (1, 0)):
+        p = p * rest
+        p = p + F32(numerator * 2.0**power)
+    return np.asarray([F32(each) * F32(2.0 ** int(k)) for each, k in zip(p.ravel(), n.ravel(), strict=True)], F32).reshape(x.shape)
+
+
+def silu(gate: Array) -> Array:
+    """``g / (1 + e(-g))``; 0 below -88, and g itself from 32 on, where 1 + e(-32) is 1."""
+    total = np.ones_like(gate)
+    inside = (gate >= -88) & (gate < 32)
+    total[inside] = F32(1) + exponential(-gate[inside])
+    return np.where(gate < -88, F32(0), gate / total)
+
+
+def gated(gate: Array, up: Array, dtype: DType) -> Array:
+    """``silu(gate) * up`` as raw bits, from raw bits."""
+    with np.errstate(all="ignore"):
+        return narrow(silu(widen(gate, dtype)) * widen(up, dtype), dtype)
+
+
 def mean_square(y: Array) -> Array:
     """Squares of 8 neighbors one after the other, 32 such sums folded by halves, blocks of 256 in index order: float32 [T]."""
     tokens, hidden_size = y.shape

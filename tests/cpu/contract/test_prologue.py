@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from collogue import ExpertCombine, ExpertReduce, PrologueForm, reference
+from collogue import ExpertCombine, ExpertReduce, Gated, PrologueForm, reference
 from collogue.contract.prologue import MAX_EXPERTS, MAX_TOP_K
 from collogue.errors import ArgumentError, DTypeError, LayoutError, ScaleError, ShapeError
 from collogue.testing.inputs import KINDS, make_prologue
@@ -18,6 +20,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FORMS = [
     *(PrologueForm("expert_combine", w, s) for w, s in itertools.product(("none", "value", "float32"), (False, True))),  # type: ignore[arg-type]
     *(PrologueForm("expert_reduce", w, shared=True) for w in ("value", "float32")),  # type: ignore[arg-type]
+    PrologueForm("gated", "none"),
 ]
 BITS = {2: torch.int16, 4: torch.int32}
 
@@ -100,5 +103,79 @@ def test_bad_input_of_a_reduction() -> None:
         ExpertReduce(rows, weights, own[:2])
     with pytest.raises(ArgumentError, match="unknown prologue"):
         PrologueForm("finish")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="neither weights"):
+        PrologueForm("gated")
     with pytest.raises(ArgumentError, match="token input"):
         PrologueForm("expert_reduce", "none", shared=True)
+
+
+# ---- a gated unit
+
+
+def off(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest distance in units in the last place of float32."""
+    units = np.spacing(exact.abs().float().numpy()).astype(np.float64)
+    return float(((found.double() - exact).abs().numpy() / units).max())
+
+
+def test_silu_is_near_that_of_float64() -> None:
+    """Every bfloat16, a fine grid, and random numbers between; also the exponential in it. Each bound is nearly reached."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    random = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    g = torch.cat((every, torch.linspace(-88, 88, 2**21), random, 8 * random))
+    g = g[g.isfinite() & (g >= -88)]
+    error = off(reference.silu(g), g.double() / (1 + (-g.double()).exp()))
+    assert 2.0 < error < 2.5, error
+
+
+def test_silu_has_its_limits() -> None:
+    g = torch.tensor([torch.inf, -torch.inf, torch.nan, -88.0, -88.00001, 0.0, 3e38, -3e38, 32.0, 1e-38])
+    found = reference.silu(g)
+    assert found[[0, 1, 4, 5, 6, 7, 8]].tolist() == [torch.inf, 0.0, 0.0, 0.0, float(torch.tensor(3e38)), 0.0, 32.0]
+    assert found[2].isnan()
+    assert -5.4e-37 < float(found[3]) < -5.3e-37
+    assert float(found[9]) == float(g[9]) / 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_product_is_rounded_once(dtype: torch.dtype) -> None:
+    """Every 16-bit gate by a few factors; no negative zero, one NaN."""
+    if dtype == torch.float32:
+        gate = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1)) * 20
+    else:
+        gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
+    for factor in (1.0, -1.0, 0.0, -0.37, torch.inf, torch.nan):
+        given = Gated(gate, torch.full_like(gate, factor))
+        found = reference.term_of(given)
+        assert same(found, scalar_term(given)), factor
+        assert not torch.signbit(found[(found == 0)]).any()
+        assert same(found, reference.round_value(reference.silu(gate.float()) * given.up.float(), dtype))
+
+
+def test_both_halves_of_one_tensor() -> None:
+    x = torch.randn(3, 32)
+    given = Gated.of(x)
+    assert given.gate.data_ptr() == x.data_ptr()
+    assert (given.tokens, given.hidden_size, given.row_stride) == (3, 16, 32)
+    assert torch.equal(reference.term_of(given), reference.term_of(Gated(x[:, :16].clone(), x[:, 16:].clone())))
+    assert given.rows(1, 3).tokens == 2
+    assert Gated.of(x[:1]).row_stride == 16
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "make"),
+    [
+        (ShapeError, r"\[T, 2 H\], got \[3, 9\]", lambda: Gated.of(torch.ones(3, 9))),
+        (ShapeError, r"\[T, 2 H\], got \[8\]", lambda: Gated.of(torch.ones(8))),
+        (ShapeError, r"Gated.gate must be a tensor of shape \[T, H\], got list", lambda: Gated([1.0], torch.ones(1, 8))),  # type: ignore[arg-type]
+        (ShapeError, r"up has shape \[3, 8\], Gated.gate \[3, 16\]", lambda: Gated(torch.ones(3, 16), torch.ones(3, 8))),
+        (DTypeError, "Gated.gate has dtype torch.float64", lambda: Gated.of(torch.ones(3, 16).double())),
+        (DTypeError, "up has dtype torch.float16, Gated.gate torch.float32", lambda: Gated(torch.ones(3, 8), torch.ones(3, 8).half())),
+        (LayoutError, "gate has strides", lambda: Gated(torch.ones(8, 3).t(), torch.ones(3, 8))),
+        (LayoutError, "8 elements apart, of Gated.up 16", lambda: Gated(torch.ones(3, 8), torch.ones(3, 16)[:, :8])),
+    ],
+)
+def test_bad_gates(error: type[Exception], text: str, make: Callable[[], Gated]) -> None:
+    with pytest.raises(error, match=text) as found:
+        make()
+    assert "hint: " in str(found.value)

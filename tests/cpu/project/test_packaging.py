@@ -113,7 +113,7 @@ def test_public_names() -> None:
             assert value.__doc__, f"{name} has no docstring"
     for name in ("Communicator", "RMSNorm", "Output", "NVFP4", "MXFP4", "MXFP8", "FP8Static", "FP8PerToken", "FP8Group", "CollogueError"):
         assert name in collogue.__all__
-    assert collogue.quantize is collogue.reference.quantize
+    assert collogue.dequantize is collogue.reference.dequantize
     assert not [name for name in collogue.__all__ if name.startswith("_") and name != "__version__"]
 
 

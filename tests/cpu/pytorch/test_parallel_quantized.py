@@ -110,7 +110,7 @@ def test_experts_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("name", ["fp8_per_token", "nvfp4"])
 def test_nothing_is_quantized_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused calls give the codes that q, k, v, gate and up read: only o and down quantize their inputs."""
+    """The fused calls give the codes that q, k, v, gate and up read, and a gated unit those of down: only o quantizes its input."""
     from collogue.pytorch import scaled
 
     model = small_model("llama", **SIZES)
@@ -124,7 +124,32 @@ def test_nothing_is_quantized_twice(name: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(scaled, "quantize", counting)
     logits(model, 1, quant=name, calibration=calibration)
-    assert counted == [(18, 768), (18, 768)] * 2
+    assert counted == [(18, 768)] * 2
+
+
+@pytest.mark.parametrize(("kind", "count"), [("llama", 2), ("phi3", 2), ("glm4", 2), ("gemma", 0), ("qwen3_moe", 1)])
+def test_which_mlps_are_gated_units(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose activation is silu and whose last layer has quantized inputs: never of models that are not quantized."""
+    model = small_model(kind, **SIZES | {"num_key_value_heads": 2})
+    seen: list[tuple[int, ...]] = []
+    original = collogue.reference.gated
+    monkeypatch.setattr(collogue.reference, "gated", lambda given: seen.append(tuple(given.gate.shape)) or original(given))
+    logits(model, 1)
+    assert seen == []
+    logits(model, 1, quant="fp8_per_token")
+    assert seen == [(18, 768)] * count
+
+
+def test_an_mlp_that_was_given_another_activation_is_found() -> None:
+    model = small_model("llama", **SIZES)
+
+    def rank(group: VirtualGroup) -> None:
+        mine = collogue.parallelize(copy.deepcopy(model), group, max_tokens=18, quant="fp8_per_token")
+        mine.model.layers[0].mlp.act_fn = torch.nn.GELU()
+        with pytest.raises(ArgumentError, match="act_fn of a decoder layer was replaced"):
+            mine(TOKENS)
+
+    run_virtual(1, rank)
 
 
 def test_generate() -> None:

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,12 +38,16 @@ OPTIONS = (
 )
 
 
+#: Of operations that have no kernel of their name.
+_ALGORITHM_OF = {"reduce_scatter": "sharded", "finish": "local"}
+
+
 @dataclass(frozen=True)
 class Case:
     """What is emulated: one kernel in one launch shape, for calls of up to ``max_tokens`` tokens, in up to ``launches`` launches each.
 
     ``kernel``: ``one_shot``, ``two_shot``, ``local``, or an operation: ``sharded``, ``reduce_scatter``, ``all_gather`` (of the norm, or
-    of codes where ``quant`` is given).
+    of codes where ``quant`` is given), ``finish``.
 
     ``branch``: the sum is normed before the residual is added. ``prologue``: what stands in the place of partials, ``slots`` of each
     token, or experts.
@@ -84,16 +89,18 @@ class Case:
 
     @property
     def wanted(self) -> Wanted:
-        wanted = Wanted.of(has_residual=self.residual, has_norm=self.norm, quant=self.quant, keep_norm=self.keep_norm)
+        asked: dict[str, Any] = {"has_norm": self.norm, "quant": self.quant, "keep_norm": self.keep_norm}
+        asked["operation"] = "finish" if self.kernel == "finish" else "all_reduce"
+        wanted = Wanted.of(has_residual=self.residual, **asked)
         return replace(wanted, residual=False, reduced=False) if self.kernel == "all_gather" else wanted
 
     @property
     def operation(self) -> Operation:
-        return self.kernel if ALGORITHMS[self.algorithm].owned else "all_reduce"  # type: ignore[return-value]
+        return self.kernel if ALGORITHMS[self.algorithm].owned or self.kernel == "finish" else "all_reduce"  # type: ignore[return-value]
 
     @property
     def algorithm(self) -> Algorithm:
-        return "sharded" if self.kernel == "reduce_scatter" else self.kernel  # type: ignore[return-value]
+        return _ALGORITHM_OF.get(self.kernel, self.kernel)  # type: ignore[return-value]
 
     def split(self, tokens: int, split: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
         """How many rows each rank owns in a call of so many tokens, ``split`` if given; ``None``: equal blocks."""
@@ -102,7 +109,7 @@ class Case:
     def request(self, tokens: int, split: tuple[int, ...] | None = None) -> Request:
         """Of one call."""
         moves = self.kernel == "all_gather"
-        residual, norm = self.residual and not moves, self.norm and not moves
+        residual, norm = self.residual and not moves and self.operation != "finish", self.norm and not moves
         late = norm and not self.prefetch
         shape = tokens, self.hidden_size, self.dtype
         term = self.prologue or self.terms

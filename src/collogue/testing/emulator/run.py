@@ -336,6 +336,9 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Change | None) -> 
         every = [_terms(case.terms, case, ask.tokens, kind, seed + 100 * rank) for rank in range(case.world)]
         calls = [Call(terms, residual, norm, case.quant, case.keep_norm, branch_norm=branch, signature=whole) for terms in every]
         return calls, [_finished(call) for call in calls]
+    if case.operation == "finish":
+        expected = [reference.finish(p, norm=norm, quant=case.quant, keep_norm=case.keep_norm) for p in partials]  # type: ignore[arg-type]
+        return [Call(p, None, norm, case.quant, operation="finish", signature=whole) for p in partials], expected
     if ALGORITHMS[case.algorithm].alone:
         expected = [reference.all_reduce([p], **epilogue) for p in partials]  # type: ignore[arg-type]
         return [Call(p, residual, norm, case.quant, branch_norm=branch, signature=whole) for p in partials], expected

@@ -1,0 +1,77 @@
+"""What needs no communicator: quantization and gated units, by the reference on the CPU and a kernel on GPUs."""
+
+from __future__ import annotations
+
+from typing import overload
+
+from torch import Tensor
+
+from collogue.contract.prologue import Gated
+from collogue.contract.quant import Quant
+from collogue.contract.spec import Output
+from collogue.errors import ArgumentError, ShapeError
+from collogue.ops import alone, finish_alone, is_traced
+
+
+def quantize(n: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
+    """Quantize ``n`` to ``(codes, scales)``; scales are ``None`` for :class:`collogue.FP8Static`.
+
+    Args:
+        n: ``[T, H]``, bfloat16, float16 or float32.
+        quant: a format, as calls take it.
+    Order and rounding:
+        Those of :func:`collogue.reference.quantize`, bit for bit, on every device.
+    Synchronization:
+        None. On GPUs it is one kernel on the current stream, for H a multiple of 8 up to 32768 (16384 before sm_90, and for an ``FP8Group``
+        whose size is not a power of two up to 256); wider rows, and a scale that lies elsewhere, are left to PyTorch operations. The
+        kernel may be captured in a CUDA graph once the same call has been made; PyTorch operations may not.
+    Raises:
+        ShapeError, FormatError. NotPrepared: under graph capture, and no such call was made before.
+    """
+    out = (alone if is_traced() else finish_alone)(n, quant)
+    assert out.codes is not None
+    return out.codes, out.scales
+
+
+@overload
+def gated(gate_up: Tensor | tuple[Tensor, Tensor], quant: None = None) -> Tensor: ...
+@overload
+def gated(gate_up: Tensor | tuple[Tensor, Tensor], quant: Quant) -> Output: ...
+def gated(gate_up: Tensor | tuple[Tensor, Tensor], quant: Quant | None = None) -> Tensor | Output:
+    """A gated unit (SwiGLU), quantized in the same kernel: ``silu(gate) * up``, what an MLP gives its last layer.
+
+    >>> y = down(collogue.nn.gated(gate_up, down.activation))  # down: ScaledLinear or RowParallelLinear
+
+    Args:
+        gate_up: ``[.., 2 I]``, the gate's features first, or the pair ``(gate, up)``, ``[.., I]`` each; bfloat16, float16 or float32.
+        quant: the format of the next layer's input; ``None``: values.
+    Returns:
+        :class:`collogue.Output` with ``codes`` and ``scales`` of ``[T, I]`` rows, T the product of the leading dimensions; without
+        ``quant`` the values, ``[.., I]``.
+    Order and rounding:
+        Those of :class:`collogue.Gated`: the values are rounded once to their dtype, and quantized as :func:`collogue.quantize` does. The
+        same bits on every device.
+    Synchronization:
+        As :func:`collogue.quantize`: one kernel, no communication.
+    Raises:
+        ArgumentError, ShapeError, DTypeError, FormatError. NotPrepared: under graph capture, and no such call was made before.
+    """
+    if isinstance(gate_up, Tensor):
+        if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
+            raise ShapeError(f"gate_up has shape {list(gate_up.shape)}; expected [.., 2 I]", hint="the gate's features come first")
+        pair = tuple(gate_up.reshape(-1, gate_up.shape[-1]).chunk(2, dim=1))
+        shape = *gate_up.shape[:-1], gate_up.shape[-1] // 2
+    elif isinstance(gate_up, tuple | list) and len(gate_up) == 2 and all(isinstance(each, Tensor) and each.ndim for each in gate_up):
+        if gate_up[0].shape != gate_up[1].shape:
+            raise ShapeError(
+                f"gate has shape {list(gate_up[0].shape)}, up {list(gate_up[1].shape)}", hint="give one element of up for each of gate"
+            )
+        pair = tuple(each.reshape(-1, each.shape[-1]) for each in gate_up)
+        shape = tuple(gate_up[0].shape)
+        if pair[0].stride() != pair[1].stride():
+            pair = tuple(each.contiguous() for each in pair)
+    else:
+        kind = type(gate_up).__name__
+        raise ArgumentError(f"gate_up is a {kind}; expected a tensor [.., 2 I] or a pair", hint="pass gate_up, or (gate, up)")
+    out = (alone if is_traced() else finish_alone)(Gated(*pair), quant)
+    return out if out.reduced is None else out.reduced.view(shape)
