@@ -122,7 +122,7 @@ class Collogue:
         return _taken(out), out.residual
 
     def gate(self, both: Tensor, quant: Quant | None) -> Rows:
-        return self.pack(self.units.silu_mul(both), quant)  # two kernels; one when there is a call that gates and quantizes
+        return gated(both) if quant is None else gated(both, quant)
 
     def pack(self, rows: Tensor, quant: Quant | None) -> Rows:
         return rows if quant is None else self.comm.finish(rows.contiguous(), quant=quant)
