@@ -16,7 +16,7 @@ from torch import Tensor
 from collogue.communicator import Communicator
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Output, RMSNorm
-from collogue.nn import RowParallelLinear
+from collogue.nn import RowParallelLinear, gated
 from collogue.tools.bench.epilogue import Encoder, encoder, epilogue
 from collogue.tools.bench.stack import EPS, Shape
 from collogue.tools.bench.variants import with_own_code
