@@ -62,7 +62,7 @@ class Call:
     @property
     def bindable(self) -> bool:
         """Whether the next call like it may take the short way (``gpu/bound.py``), which knows the arguments of most calls only."""
-        return self.shard is None and self.branch_norm is None and not isinstance(self.partial, (*PROLOGUES, Terms))
+        return self.shard is None and self.branch_norm is None and isinstance(self.partial, (torch.Tensor, Gated))
 
     def wants(self) -> Wanted:
         """Which outputs the call has, of a call that has not been checked. Raises :class:`ArgumentError` where there would be none."""

@@ -16,7 +16,7 @@ from collogue.calls.capacity import Capacity
 from collogue.contract import reference
 from collogue.contract.prologue import Gated
 from collogue.contract.quant import FAMILIES, Quant
-from collogue.contract.spec import VALUE_DTYPES, Output
+from collogue.contract.spec import VALUE_DTYPES, Operation, Output
 from collogue.errors import NotPrepared
 from collogue.gpu.engine import KernelEngine, Nobody
 from collogue.gpu.order import AnyOrder
@@ -45,16 +45,13 @@ class Alone(KernelEngine):
 
     def finish(self, y: torch.Tensor | Gated, quant: Quant | None) -> Output | None:
         """Codes and scales, or values as ``reduced``; ``None`` where there is no kernel for such rows."""
-        if isinstance(y, torch.Tensor):
-            done = self.latest("finish", y, None, None, quant, False, None)
-            done = self.quick(Call(y, quant=quant, operation="finish"), None) if done is None else done
-            if done is not None:
-                return done
-        if not self.takes(y.shape[1] if isinstance(y, torch.Tensor) else y.hidden_size, quant):
-            return None
         # Without a format the values are the result: the sum of a world of one.
-        asked = Call(_usable(y), quant=quant, operation="all_reduce" if quant is None else "finish")
-        return self.run(check_call(self.capacity, asked), None)
+        operation: Operation = "all_reduce" if quant is None else "finish"
+        done = self.latest(operation, y, None, None, quant, False, None)
+        done = self.quick(Call(y, quant=quant, operation=operation), None) if done is None else done
+        if done is not None or not self.takes(y.hidden_size if isinstance(y, Gated) else y.shape[1], quant):
+            return done
+        return self.run(check_call(self.capacity, Call(_usable(y), quant=quant, operation=operation)), None)
 
 
 def _usable(y: torch.Tensor | Gated) -> torch.Tensor | Gated:

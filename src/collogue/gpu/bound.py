@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 from collogue.calls.call import ALIGNMENT, Call
 from collogue.calls.request import Form
+from collogue.contract.prologue import Gated
 from collogue.contract.quant import Quant
 from collogue.contract.spec import OUTPUTS, Operation, Output, RMSNorm
 from collogue.gpu import header
@@ -47,7 +48,7 @@ def key_of(call: Call, out: Output | None) -> tuple[Any, ...]:
     quant = call.quant
     return (
         call.operation,
-        call.partial.shape,  # type: ignore[union-attr]  # prologues go the long way
+        _shape_of(call.partial),
         call.residual is None,
         None if call.norm is None else call.norm.prefetch,
         None if quant is None else quant.label,
@@ -56,6 +57,11 @@ def key_of(call: Call, out: Output | None) -> tuple[Any, ...]:
         torch.is_inference_mode_enabled(),
         call.rows,
     )
+
+
+def _shape_of(partial: Any) -> object:
+    """Raises :class:`AttributeError` for prologues that go the long way."""
+    return (partial.gate.shape, partial.row_stride) if partial.__class__ is Gated else partial.shape
 
 
 def unbound(*arguments: object) -> None:
@@ -81,7 +87,10 @@ def bind(
     has_scale = quant is not None and quant.given_scale is not None
     has_scale_tensor = has_scale and isinstance(quant.given_scale, torch.Tensor)  # type: ignore[union-attr]
     has_smallest = hasattr(quant, "smallest")
-    fields = ["partial"] + ["residual"] * has_residual + ["weight"] * has_norm + ["scale"] * has_scale_tensor
+    gated, row_stride = isinstance(call.partial, Gated), call.partial.row_stride if isinstance(call.partial, Gated) else 0
+    if gated and has_out:
+        return None  # what may overlap is worked out for tensors without gaps
+    fields = ["partial"] + ["up"] * gated + ["residual"] * has_residual + ["weight"] * has_norm + ["scale"] * has_scale_tensor
     fields += [_FIELDS[name] for name in named] * has_out
     outputs, others = _together(named), _together(absent)
     nothing = (None,) * len(absent)
@@ -93,7 +102,7 @@ def bind(
     params = launcher.params
     words = memoryview((ctypes.c_ubyte * ctypes.sizeof(params)).from_buffer(params)).cast("B")[: 8 * len(_ADDRESSES)]
     pointers = (ctypes.c_uint64 * len(_ADDRESSES)).from_buffer(params)
-    places = [_ADDRESSES.index(field) for field in fields]
+    places = [_ADDRESSES.index(field) if field in _ADDRESSES else -1 for field in fields]
     spans = call.signature.input_bytes, tuple(forms[name].nbytes for name in named)
     padded = [(name, forms[name].nbytes) for name in named if forms[name].padded] if has_out else []
     allocators = [(OUTPUTS.index(name), _ADDRESSES.index(_FIELDS[name]), _allocator(forms[name], call.signature.device)) for name in named]
@@ -108,7 +117,7 @@ def bind(
 
     def packed(addresses: tuple[int, ...]) -> bytes | None:
         """The words of tensors at ``addresses``; ``None`` where one is misaligned, or an output overlaps another tensor."""
-        row = [0] * len(_ADDRESSES)
+        row = [0] * (len(_ADDRESSES) + 1)  # the last one for what lies elsewhere among the parameters
         for place, address in zip(places, addresses, strict=True):
             row[place] = address
         partial, residual, weight, *_ = row
@@ -119,12 +128,12 @@ def bind(
             return None
         if len(known) >= _MOST_PLACES:
             known.clear()
-        known[addresses] = found = b"".join(address.to_bytes(8, sys.byteorder) for address in row)
+        known[addresses] = found = b"".join(address.to_bytes(8, sys.byteorder) for address in row[:-1])
         return found
 
     def bound(
         asked: Operation,
-        partial: torch.Tensor,
+        partial: Any,
         residual: torch.Tensor | None,
         norm: RMSNorm | None,
         quant: Quant | None,
@@ -134,12 +143,14 @@ def bind(
     ) -> Output | None:
         if asked != operation or keeps is not keep_norm or rows != split:
             return None
-        tensors: tuple[Any, ...]
+        tensors: tuple[Any, ...] = (partial,)
+        if gated:
+            if partial.__class__ is not Gated:
+                return None
+            tensors = (partial.gate, partial.up)
         if has_residual:
-            tensors = (partial, residual)
-        elif residual is None:
-            tensors = (partial,)
-        else:
+            tensors += (residual,)
+        elif residual is not None:
             return None
         if has_norm:
             if norm.__class__ is not RMSNorm or norm.prefetch is not prefetch:
@@ -187,6 +198,8 @@ def bind(
             return None
         try:
             words[:] = row
+            if gated:
+                params.up, params.row_stride = addresses[1], row_stride
             if not has_out:
                 values: list[Any] = [None] * len(OUTPUTS)
                 for slot, place, allocate in allocators:

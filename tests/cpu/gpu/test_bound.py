@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from collogue import MXFP8, NVFP4, ExpertCombine, FP8Group, FP8PerToken, FP8Static, Output, Quant, RMSNorm
+from collogue import MXFP8, NVFP4, ExpertCombine, FP8Group, FP8PerToken, FP8Static, Gated, Output, Quant, RMSNorm
 from collogue.calls.call import Call, check_call
 from collogue.calls.capacity import Capacity
 from collogue.calls.outputs import check_out
@@ -481,3 +481,38 @@ def test_rows_are_part_of_what_is_bound(operation: Operation) -> None:
         assert made.idle()
     keys = {bound.key_of(bench.call(operation, rows=each), None) for each in (None, rows, (4, 2))}
     assert len(keys) == 3
+
+
+@pytest.mark.parametrize("operation", ["finish", "all_reduce"])
+def test_a_gated_unit(operation: Operation) -> None:
+    """Two tensors, or the halves of one, whose calls share a launcher; what is unusual goes the long way."""
+    bench, quant = Bench("finish"), FP8PerToken()
+
+    def halves(tokens: int = T) -> Gated:
+        return Gated.of(torch.randn(tokens, 2 * H).to(BF16))
+
+    def pair() -> Gated:
+        return Gated(*(torch.randn(T, H).to(BF16) for _ in range(2)))
+
+    def call(term: Any, **changes: Any) -> Call:
+        return bench.call(operation, **{"norm": None, "residual": None, "quant": quant, **changes}, partial=term)
+
+    bounds = {}
+    for make in (halves, pair):
+        bench.first = check_call(bench.capacity, call(make()))
+        bounds[make] = bench.bind(None)
+        assert bound.bind(bench.engine, bench.first, bench.first.signature.empty(), bench.launcher, bench._launch) is None
+    assert bound.key_of(call(halves()), None) != bound.key_of(call(pair()), None)
+    assert bound.key_of(call(pair()), None) != bound.key_of(call(pair().gate), None)
+    for make, other in ((halves, pair), (pair, halves), (halves, pair)):
+        asked = call(make())
+        out = bench.run(bounds[make], asked, None)
+        assert out is not None
+        assert bench.launched.pop() == bench.expected(asked, out)
+        misaligned = Gated(*(torch.zeros(T * H + 1, dtype=BF16)[1:].view(T, H) for _ in range(2)))
+        for term in (other(), halves(3), pair().gate, misaligned):
+            assert bench.run(bounds[make], call(term), None) is None
+        assert bench.run(bounds[make], call(make(), residual=torch.zeros(T, H, dtype=BF16)), None) is None
+    plain = Bench("finish")
+    assert plain.run(plain.fresh, call(pair(), norm=RMSNorm(torch.ones(H), eps=1e-5)), None) is None
+    assert plain.idle()
