@@ -23,7 +23,7 @@ collogue() {
   local file=$1
   shift
   echo "== $*"
-  "$python" -m collogue.tools.cli "$@" --commit "$commit" --json "$out/$file-$name.json" || failed=1
+  "$python" -m collogue "$@" --commit "$commit" --json "$out/$file-$name.json" || failed=1
 }
 
 for part in "${parts[@]}"; do

@@ -41,7 +41,7 @@ def measure(tokens: int, hidden_size: int, quant: collogue.Quant | None, replays
         comm.prepare(tokens, branch_norm=branch, norm=norm, quant=quant)
         comm.prepare(tokens, residual=False, norm=branch)
         comm.prepare(tokens, residual=False, norm=norm, quant=quant, operation="finish")
-        out = comm.empty(tokens, branch_norm=branch, norm=norm, quant=quant)
+        out = comm.empty(tokens, residual=True, branch_norm=branch, norm=norm, quant=quant)
         normed = comm.empty(tokens, residual=False, norm=branch)
         last = comm.empty(tokens, residual=False, norm=norm, quant=quant, operation="finish")
         stream = torch.empty_like(partial)

@@ -77,7 +77,6 @@ def measure(tokens: int, hidden_size: int, slots: int, compiled: Callable[..., t
                 each.prepare(tokens, norm=norm, prologue=term)
                 group.settle()
             out = comm.empty(tokens, residual=True, norm=norm)
-            torch.empty_like(shared)  # memory for what a kernel in front writes: to ask the GPU for it would wait for other ranks' kernels
             partial = compiled(rows, index, weights, shared)
             ways: dict[str, Callable[[], Any]] = {
                 "inside": lambda: inside.all_reduce(term, residual=residual, norm=norm, out=out),

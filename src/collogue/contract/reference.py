@@ -53,8 +53,13 @@ _LARGEST_FINITE = torch.finfo(torch.float32).max
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """A float32 tensor without dimensions. Division needs one: by a Python number, PyTorch may multiply by a reciprocal instead."""
-    return torch.as_tensor(value, dtype=torch.float32, device=device).reshape(())
+    """A float32 tensor without dimensions. Division needs one: by a Python number, PyTorch may multiply by a reciprocal instead.
+
+    A number is filled in on the device: a copy from the host could not be captured in a CUDA graph.
+    """
+    if isinstance(value, Tensor):
+        return torch.as_tensor(value, dtype=torch.float32, device=device).reshape(())
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def expert_combine(given: ExpertCombine) -> Tensor:

@@ -84,6 +84,7 @@ class KernelEngine:
         self.latest: Bound = unbound  # most calls are like the one before: to be tried before `quick`
         self.in_use = Exclusive()
         self._order: StreamOrder | AnyOrder = StreamOrder(self.index)
+        self._terms: torch.Tensor | None = None  # this rank's terms, where a kernel in front computes them
         self.stream: int | None = None  # of the last call, where a call on it need not wait for anything
         record = (ctypes.c_uint64 * 2)() if self.workspace is None else (ctypes.c_uint64 * 2).from_address(self.workspace.failure_pointer)
         #: Fault and finder, and whom the finder missed: zero while nothing has failed.
@@ -116,6 +117,9 @@ class KernelEngine:
         for kernel in make_kernels(self.topology, request, plan):
             if plan.term is not None and term is None:
                 term = self._launcher(kernel, plan.term)
+                if self._terms is None:  # once: graphs keep its address
+                    most = self.topology.max_tokens * self.topology.hidden_size
+                    self._terms = torch.empty(most, dtype=self.topology.dtype, device=self.group.device)
                 continue
             launcher = self._launcher(kernel, plan)
             if request.operation == "all_gather" and kernel.variant.keep_norm:
@@ -220,10 +224,9 @@ class KernelEngine:
         ready.main.quant = None
         fill_call(ready.main.params, call, out)
         if ready.term is not None:
-            partial = torch.empty(call.tokens, call.hidden_size, dtype=call.signature.request.dtype, device=call.signature.device)
-            fill_call(ready.term.params, Call(call.partial), Output(reduced=partial))
+            fill_call(ready.term.params, Call(call.partial), Output(reduced=self._terms))
             ready.term(stream)
-            ready.main.params.partial = partial.data_ptr()
+            ready.main.params.partial = ready.term.params.stream
         ready.launch(stream)
 
     def _all_gather(self, ready: _Ready, call: Call, out: Output, stream: int) -> None:
@@ -272,6 +275,7 @@ class KernelEngine:
             self._bound.clear()
             self.latest = unbound
             self._kernels.clear()
+            self._terms = None
             _captured.discard(self)
             _OPEN.discard(self)
             if self.workspace is not None:

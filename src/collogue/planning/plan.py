@@ -311,9 +311,9 @@ def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str, *
     else:
         # Clusters do not fill a GPC, which costs about a tenth.
         clusters = topology.multiprocessors * ctas * (9 if shape.cluster > 1 else 10) // 10 // shape.cluster
-    if topology.ranks_per_gpu > 1:
-        clusters //= 2 * topology.ranks_per_gpu  # this kernel and, where it starts early, the next of every rank are resident together
-    if algorithm != "local":
+    if algorithm != "local":  # which waits for nobody
+        if topology.ranks_per_gpu > 1:
+            clusters //= 2 * topology.ranks_per_gpu  # this kernel and, where it starts early, the next of every rank are resident together
         clusters //= topology.concurrent  # the kernels of every communicator that may wait at a time are resident together
     return max(1, min(clusters, MAX_CTAS // shape.cluster))
 
