@@ -24,6 +24,8 @@ CASES = {
     "one-shot-cluster": Case(3, 576, 64, keep_norm=True, quant=NVFP4(37.5)),
     "one-shot-float32": Case(2, 264, 32, dtype=torch.float32, quant=FP8PerToken()),
     "one-shot-loop": Case(3, 264, 32, rows=2, quant=FP8PerToken(), keep_norm=True),
+    "one-shot-loop-two-ranks": Case(2, 576, 64, rows=2, quant=NVFP4(37.5), max_tokens=7),
+    "one-shot-loop-one-cluster": Case(2, 128, 32, rows=1, dtype=torch.float32, norm=False, branch=True, max_tokens=5),
     "one-shot-vectors": Case(3, 576, 64, vectors=2, rows=1, dtype=torch.float16, quant=MXFP8(rounding="ceil")),
     "two-shot": Case(4, 24, 32, kernel="two_shot"),
     "two-shot-cluster": Case(2, 576, 64, kernel="two_shot", quant=NVFP4(37.5)),
@@ -129,6 +131,21 @@ def test_three_rows_on_their_way(build: Build, case: Case, kind: str) -> None:
         mode = PRESENT[-1 - seed]
         run = emulate(library, (case.max_tokens, 2 * case.launches, case.max_tokens - 1), seed=seed, mode=mode, victim=seed % 2, kind=kind)
         assert run.problem() == ""
+
+
+#: As it was before rows were sent ahead, and as it is where terms are worked out.
+IN_TURN = Edit("one_shot.cuh", "kAhead = C::kAhead,", "kAhead = false,")
+
+
+@pytest.mark.parametrize("name", ["one-shot-loop", "one-shot-loop-two-ranks", "one-shot-loop-one-cluster"])
+def test_one_shot_sends_its_rows_ahead_or_in_turn(build: Build, name: str) -> None:
+    case = CASES[name]
+    assert case.variant.ahead
+    ahead, in_turn = build(case), build(case, edits=(IN_TURN, Edit(PROTOCOL, "if constexpr (!C::kAhead) pause();", "pause();")))
+    for seed, mode in enumerate(PRESENT):
+        runs = [emulate(library, (case.max_tokens, 1, 3, 2), seed=seed, mode=mode, victim=seed % 2) for library in (ahead, in_turn)]
+        assert [run.problem() for run in runs] == ["", ""]
+        assert runs[0].sent == runs[1].sent
 
 
 @pytest.mark.parametrize("wiped", ["shot.wipe_terms(t, i);\n", "shot.wipe_terms(added, i);", "shot.wipe_y(t, i);"])
