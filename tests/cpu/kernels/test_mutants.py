@@ -82,7 +82,10 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
         replace(_AHEAD, world=3),
         (Edit(_ONE, "ranks.disguise(source.term(t, i))", "source.term(t, i)"),),
     ),
-    "one_shot: the next row sent for the one behind it": (_AHEAD, (Edit(_ONE, "ask_ahead(t + 2 * grid_rows())", "ask_ahead(t + grid_rows())"),)),
+    "one_shot: the next row sent for the one behind it": (
+        _AHEAD,
+        (Edit(_ONE, "ask_ahead(t + 2 * grid_rows())", "ask_ahead(t + grid_rows())"),),
+    ),
     "one_shot: a row ahead sent before the call has begun": (_AHEAD, (_SENT_BEFORE,)),
     "one_shot: a row ahead not sent": (_AHEAD, (Edit(_ONE, "if (ahead < p.tokens)", "if (ahead < p.tokens - 1)"),)),
     "row exchange not waited for": (
