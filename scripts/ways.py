@@ -1,25 +1,40 @@
-"""Times of several ways to do the same on virtual ranks of one GPU, in turn."""
+"""Times of several ways to do the same, in turn: on virtual ranks of one GPU, or on others that meet."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from collogue.testing import VirtualGroup
+
+class Ranks(Protocol):
+    """What a :class:`collogue.testing.VirtualGroup` has, too. ``settle``: afterwards nothing of any rank runs on any GPU."""
+
+    rank: int
+    size: int
+
+    def settle(self) -> None: ...
 
 
-def time_ways(group: VirtualGroup, ways: Mapping[str, Callable[[], Any]], counts: tuple[int, int], replays: int) -> dict[str, list[float]]:
+def time_ways(
+    group: Ranks,
+    ways: Mapping[str, Callable[[], Any]],
+    counts: tuple[int, int],
+    replays: int,
+    replayed: Callable[[str], None] = lambda way: None,
+) -> dict[str, list[float]]:
     """Microseconds of a call of each way on this rank, by replay. Calls lie in CUDA graphs of many and of few of them (``counts``), which
-    all ranks replay together, the ways in turn; a time is the difference of the two over the calls between them.
+    all ranks replay together, the ways in turn; a time is the difference of the two over the calls between them. ``replayed(way)`` is
+    called behind each replay, and once behind the first call.
     """
     graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
     for way, call in ways.items():
         group.settle()
         call()
         group.settle()
+        replayed(way)
         for count in counts:
             for turn in range(group.size):  # capturing waits for the GPU: one rank at a time
                 if turn == group.rank:
@@ -38,6 +53,7 @@ def time_ways(group: VirtualGroup, ways: Mapping[str, Callable[[], Any]], counts
             graph.replay()
             end.record()
             group.settle()
+            replayed(key[0])
             if turn > 1:
                 times[key].append(start.elapsed_time(end) * 1e3)
     group.settle()

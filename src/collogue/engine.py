@@ -7,7 +7,7 @@ from typing import Protocol
 
 from collogue.calls.call import Call, check_call
 from collogue.calls.capacity import Capacity
-from collogue.calls.outputs import check_out
+from collogue.calls.outputs import check_out, check_padding
 from collogue.calls.request import Signature
 from collogue.contract.quant import Quant
 from collogue.contract.spec import Output
@@ -43,6 +43,7 @@ def make_engine(group: Group, topology: Topology, timeout: float, name: str, wir
 
 def run(engine: Engine, capacity: Capacity, call: Call, out: Output | None = None) -> Output:
     """Check a call and run it; without tokens there is nothing to do."""
+    check_padding(call.write_padding, out)
     if call.shard is None:
         check_call(capacity, call)
     if out is not None:

@@ -12,6 +12,7 @@ from collogue import ops
 from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity, count_tokens
 from collogue.calls.gather import check_gather
+from collogue.calls.outputs import check_padding
 from collogue.contract.prologue import Gated, Prologue
 from collogue.contract.quant import FP8Static, Quant, Scaled
 from collogue.contract.spec import Operation, Output, RMSNorm, as_rows
@@ -21,8 +22,12 @@ from collogue.ops import is_traced
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
-class _Given(TypedDict, total=False):
+class _Finishing(TypedDict, total=False):
     out: Output | None
+    write_padding: bool
+
+
+class _Given(_Finishing, total=False):
     branch_norm: RMSNorm | None
     rows: Sequence[int] | None
 
@@ -140,6 +145,7 @@ class Operations:
         out: Output | None = None,
         branch_norm: RMSNorm | None = None,
         rows: Sequence[int] | None = None,
+        write_padding: bool = True,
     ) -> Output:
         """Sum ``partial`` over the group, add the residual, normalize and quantize each row.
 
@@ -160,6 +166,9 @@ class Operations:
                 ``y = round(residual + round(branch_norm(round(s))))``. Needs a residual. Its weight is read with the inputs.
             rows: with ``sharded``: how many rows each rank owns (``owned_rows(rows=rows)``), in place of equal blocks. Python ints from 0,
                 the same list on every rank; their sum is T. A captured graph keeps them.
+            write_padding: ``False``, only with ``out``: the padding of ``out.scales`` need not be written. Each of its bytes is then 0 or
+                what it was before. For an ``out`` that a call with as many tokens has written: its padding is still there, and a call
+                saves up to 127 rows of zeros. Each rank for itself; may be captured. Without padding it changes nothing.
         Returns:
             :class:`collogue.Output`: ``reduced`` or ``residual`` (y), ``norm``, ``codes``, ``scales``; identical bits on
             every rank, and the same bits whether ``sharded`` or not. The tensors are the caller's: no later call writes them.
@@ -175,7 +184,9 @@ class Operations:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        return self._call("sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm, out, branch_norm, rows)
+        return self._call(
+            "sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm, out, branch_norm, rows, write_padding
+        )
 
     @overload
     def reduce_scatter(
@@ -278,6 +289,7 @@ class Operations:
         out: Output | None = None,
         branch_norm: RMSNorm | None = None,
         rows: Sequence[int] | None = None,
+        write_padding: bool = True,
     ) -> Output:
         """The rows of :meth:`all_reduce` that this rank owns, and no others: its first half, for engines that gather later.
 
@@ -289,6 +301,7 @@ class Operations:
             norm, quant, keep_norm, branch_norm: as for :meth:`all_reduce`.
             rows: how many rows each rank owns, in place of equal blocks, as for :meth:`all_reduce`; then ``own = owned_rows(rows=rows)``.
             out: tensors to write, exactly those the call returns; ``out.residual`` may be ``residual``.
+            write_padding: as for :meth:`all_reduce`.
         Returns:
             :class:`collogue.Output`, each tensor with R rows: the bits that :meth:`all_reduce` has in these rows. Scales are in the layout
             of a tensor of R rows. R may be 0 (T < N); such a rank calls like all others. The tensors are the caller's.
@@ -299,7 +312,7 @@ class Operations:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
         """
-        return self._call("reduce_scatter", partial, residual, norm, quant, keep_norm, out, branch_norm, rows)
+        return self._call("reduce_scatter", partial, residual, norm, quant, keep_norm, out, branch_norm, rows, write_padding)
 
     def all_gather(
         self,
@@ -309,6 +322,7 @@ class Operations:
         quant: Quant | None = None,
         out: Output | None = None,
         rows: Sequence[int] | None = None,
+        write_padding: bool = True,
     ) -> Output:
         """Give every rank the rows of all ranks: the second half of ``all_reduce(sharded=True)``.
 
@@ -321,6 +335,7 @@ class Operations:
             quant: the format of codes and scales; its own scale is not read. ``None`` where the shard has no codes.
             out: tensors to write, exactly those that the shard holds; they share no memory with it.
             rows: how many rows each rank owns, in place of equal blocks, as for :meth:`all_reduce`.
+            write_padding: as for :meth:`all_reduce`.
         Returns:
             :class:`collogue.Output` with the tensors that the shard holds, of T rows, the same on every rank. Scales go from the layout
             of R rows into that of T rows; all padding is zero. The tensors are the caller's.
@@ -333,37 +348,38 @@ class Operations:
         """
         if is_traced():
             split = as_rows(rows, self._capacity.world_size)
+            check_padding(write_padding, out)
             return ops.gather(self.name, shard, count_tokens(tokens, split), quant, out, split)
         self._open()  # closed is the first thing that can be wrong
-        return self._run(check_gather(self._capacity, shard, tokens, quant, rows), out)
+        return self._run(check_gather(self._capacity, shard, tokens, quant, rows, write_padding), out)
 
     @overload
     def finish(
-        self, y: Tensor | Gated, *, norm: RMSNorm, quant: None = None, keep_norm: bool = False, out: Output | None = None
+        self, y: Tensor | Gated, *, norm: RMSNorm, quant: None = None, keep_norm: bool = False, **more: Unpack[_Finishing]
     ) -> Output[None, None, Tensor, None, None]: ...
     @overload
     def finish(
-        self, y: Tensor | Gated, *, norm: None = None, quant: FP8Static, out: Output | None = None
+        self, y: Tensor | Gated, *, norm: None = None, quant: FP8Static, **more: Unpack[_Finishing]
     ) -> Output[None, None, None, Tensor, None]: ...
     @overload
     def finish(
-        self, y: Tensor | Gated, *, norm: None = None, quant: Scaled, out: Output | None = None
+        self, y: Tensor | Gated, *, norm: None = None, quant: Scaled, **more: Unpack[_Finishing]
     ) -> Output[None, None, None, Tensor, Tensor]: ...
     @overload
     def finish(
-        self, y: Tensor | Gated, *, norm: RMSNorm, quant: FP8Static, keep_norm: Literal[False] = False, out: Output | None = None
+        self, y: Tensor | Gated, *, norm: RMSNorm, quant: FP8Static, keep_norm: Literal[False] = False, **more: Unpack[_Finishing]
     ) -> Output[None, None, None, Tensor, None]: ...
     @overload
     def finish(
-        self, y: Tensor | Gated, *, norm: RMSNorm, quant: FP8Static, keep_norm: Literal[True], out: Output | None = None
+        self, y: Tensor | Gated, *, norm: RMSNorm, quant: FP8Static, keep_norm: Literal[True], **more: Unpack[_Finishing]
     ) -> Output[None, None, Tensor, Tensor, None]: ...
     @overload
     def finish(
-        self, y: Tensor | Gated, *, norm: RMSNorm, quant: Scaled, keep_norm: Literal[False] = False, out: Output | None = None
+        self, y: Tensor | Gated, *, norm: RMSNorm, quant: Scaled, keep_norm: Literal[False] = False, **more: Unpack[_Finishing]
     ) -> Output[None, None, None, Tensor, Tensor]: ...
     @overload
     def finish(
-        self, y: Tensor | Gated, *, norm: RMSNorm, quant: Scaled, keep_norm: Literal[True], out: Output | None = None
+        self, y: Tensor | Gated, *, norm: RMSNorm, quant: Scaled, keep_norm: Literal[True], **more: Unpack[_Finishing]
     ) -> Output[None, None, Tensor, Tensor, Tensor]: ...
     @overload
     def finish(
@@ -373,7 +389,7 @@ class Operations:
         norm: RMSNorm | None = None,
         quant: Quant | None = None,
         keep_norm: bool = False,
-        out: Output | None = None,
+        **more: Unpack[_Finishing],
     ) -> Output: ...
     def finish(
         self,
@@ -383,6 +399,7 @@ class Operations:
         quant: Quant | None = None,
         keep_norm: bool = False,
         out: Output | None = None,
+        write_padding: bool = True,
     ) -> Output:
         """Normalize and quantize rows that are already summed: a model's first layer, whose input is an embedding and no partial sum.
 
@@ -393,6 +410,7 @@ class Operations:
                 :class:`collogue.Gated`: y is computed in the same kernel.
             norm, quant, keep_norm: as for :meth:`all_reduce`; at least one of norm and quant.
             out: tensors to write, exactly those the call returns.
+            write_padding: as for :meth:`all_reduce`.
         Returns:
             :class:`collogue.Output`: ``norm``, ``codes``, ``scales``, the bits of :meth:`all_reduce` for the same y. The tensors are
             the caller's.
@@ -404,7 +422,7 @@ class Operations:
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared.
         """
-        return self._call("finish", y, None, norm, quant, keep_norm, out)
+        return self._call("finish", y, None, norm, quant, keep_norm, out, write_padding=write_padding)
 
     def _call(
         self,
@@ -417,14 +435,15 @@ class Operations:
         out: Output | None,
         branch_norm: RMSNorm | None = None,
         rows: Sequence[int] | None = None,
+        write_padding: bool = True,
     ) -> Output:
         engine = None if _is_dynamo_compiling() else self._engine
         split = None if rows is None else as_rows(rows, self._capacity.world_size)
         if engine is not None and branch_norm is None:  # what most calls come to: its arguments are not put together first
-            done = engine.latest(operation, partial, residual, norm, quant, keep_norm, out, split)
+            done = engine.latest(operation, partial, residual, norm, quant, keep_norm, out, split, write_padding)
             if done is not None:
                 return done
-        call = Call(partial, residual, norm, quant, keep_norm, operation, branch_norm=branch_norm, rows=split)
+        call = Call(partial, residual, norm, quant, keep_norm, operation, branch_norm=branch_norm, rows=split, write_padding=write_padding)
         if engine is not None:
             done = engine.quick(call, out)
             if done is not None:

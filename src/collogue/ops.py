@@ -22,7 +22,7 @@ from torch import Tensor
 
 from collogue import registry
 from collogue.calls.call import Call, check_no_grad
-from collogue.calls.outputs import write_traced
+from collogue.calls.outputs import check_padding, write_traced
 from collogue.contract.formats import code_spec, empty_scales
 from collogue.contract.prologue import PROLOGUES, ExpertCombine, ExpertReduce, Gated, Prologue
 from collogue.contract.quant import NVFP4, FP8Static, Quant, describe, parse
@@ -52,6 +52,7 @@ def is_traced() -> bool:
 
 def call(comm: str, asked: Call, out: Output | None = None) -> Output:
     """A call of the communicator ``comm`` through the operator of its operation. The operator's results are copied into ``out``."""
+    check_padding(asked.write_padding, out)
     partial, norm, quant, branch = asked.partial, asked.norm, asked.quant, asked.branch_norm
     scale = quant.given_scale if quant is not None else None
     tensors = getattr(torch.ops.collogue, asked.operation).default(

@@ -34,7 +34,11 @@ from collogue.errors import (
     ShapeError,
 )
 from collogue.formats import empty_scales
+from collogue.gpu.launch import Params
+from collogue.gpu.parameters import fill_shape, later_launches
 from collogue.host.engine import HostEngine
+from collogue.planning.plan import make_kernels, make_plan
+from collogue.planning.topology import topology_of
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 from collogue.testing.inputs import make_partials
@@ -465,6 +469,53 @@ def test_a_closed_communicator_says_so() -> None:
     run_virtual(2, rank)
 
 
+# Padding that an earlier call has written
+
+
+@pytest.mark.parametrize("quant", [NVFP4(400.0), NVFP4(400.0, "8x4"), FP8Group(32, layout="column"), FP8PerToken()])
+def test_padding_of_an_earlier_call_need_not_be_written(quant: Quant) -> None:
+    """Each byte of it is 0 afterwards, or what it was; everything else is as ever. Ranks need not agree."""
+
+    def rank(group: VirtualGroup) -> None:
+        comm, given = communicator(group), arguments(group.rank)
+        partial, norm = given["partial"], given["norm"]
+        shard = comm.shard(given["residual"])
+        whole = {"residual": given["residual"], "norm": norm, "quant": quant}
+        part = {**whole, "residual": shard}
+        gathered = comm.reduce_scatter(partial, **part)
+        calls: list[Callable[..., Output]] = [
+            lambda **more: comm.all_reduce(partial, **whole, **more),
+            lambda **more: comm.all_reduce(partial, **part, sharded=True, **more),
+            lambda **more: comm.reduce_scatter(partial, **part, **more),
+            lambda **more: comm.all_gather(gathered, T, quant=quant, **more),
+            lambda **more: comm.finish(partial, norm=norm, quant=quant, **more),
+        ]
+        for call in calls:
+            right = call()
+            padded = call()
+            equal(call(out=padded, write_padding=group.rank == 0), right)
+
+    run_virtual(2, rank)
+
+
+def test_padding_is_written_by_the_last_launch_unless_it_is_not_asked_for() -> None:
+    """The same kernel is told of no rows of scales; the words that ranks compare are the same."""
+    capacity = Capacity(MAX_TOKENS, H, BF16, torch.device("cpu"), 2, 0)
+    topology = topology_of(2, capacity, architecture="sm_90a", multiprocessors=132)
+    given = {"residual": True, "norm": RMSNorm(zeros(H)), "quant": NVFP4(1.0), "keep_norm": False, "hidden_size": None}
+    asked = capacity.request(5, **given, operation="all_reduce")  # type: ignore[arg-type]
+    filled = []
+    for request in (asked, replace(asked, write_padding=False)):
+        plan, params = make_plan(topology, request), Params()
+        fill_shape(params, topology, request, plan, 0)
+        several = replace(plan, rows=2, launches=3)
+        filled.append((params.scale_rows, [pad for *_, pad in later_launches(topology, request, several, 0)], tuple(params.header)))
+        assert make_kernels(topology, request, plan)[0].variant == make_kernels(topology, asked, plan)[0].variant
+    assert [filled[0][:2], filled[1][:2]] == [(5, [0, 5]), (0, [0, 0])]
+    assert filled[0][2] == filled[1][2]
+    assert capacity.signature(asked) is not capacity.signature(replace(asked, write_padding=False))
+
+
 # Mistakes
 
 
@@ -618,6 +669,25 @@ MISTAKES: dict[str, tuple[Use, type[CollogueError], str, str]] = {
         "memory of their own",
     ),
     "unshard: wrong rows": (lambda c, g: c.unshard(g["partial"], T), ShapeError, "shard.residual has shape", "comm.shard"),
+    "finish: padding of fresh scales": (
+        finish(quant=NVFP4(1.0), write_padding=False),
+        ArgumentError,
+        "write_padding=False without out=",
+        "out= of an earlier call",
+    ),
+    "scatter: padding of fresh scales": (scatter(write_padding=False), ArgumentError, "write_padding=False without out=", "earlier call"),
+    "gather: padding of fresh scales": (
+        lambda c, g: c.all_gather(Output(norm=zeros(2, H)), T, write_padding=False),
+        ArgumentError,
+        "write_padding=False without out=",
+        "earlier call",
+    ),
+    "sharded: padding by number": (
+        sharded(write_padding=0),
+        ArgumentError,
+        "write_padding is 0; expected True or False",
+        "out.scales",
+    ),
     "finish: nothing to do": (finish(norm=None), ArgumentError, "finish without norm= and quant=", "FP8PerToken"),
     "finish: y of one dimension": (finish(y=zeros(H)), ShapeError, "y must be a tensor of shape", "x.view(-1, H)"),
     "finish: too many rows": (finish(y=zeros(MAX_TOKENS + 1, H)), CapacityError, "y has shape", "comm.fits"),

@@ -24,6 +24,7 @@ def sweep_of(size: int, *, thorough: bool) -> list[Case]:
 
 #: What communicators of further random sequences fix, by scenario.
 FIXED = {
+    "one_shot_sequence": Overrides(algorithm="one_shot"),
     "two_shot_sequence": Overrides(algorithm="two_shot"),
     "few_multiprocessors": Overrides(max_sms=8),
 }

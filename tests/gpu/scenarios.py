@@ -32,6 +32,11 @@ def random_sequence(world: World) -> None:
     _random_sequence(world, random_cases(world.size))
 
 
+def one_shot_sequence(world: World) -> None:
+    """One-shot wherever it fits: of many rows, a CTA sends its next one ahead."""
+    _random_sequence(world, random_cases(world.size, FEW), **_fixed("one_shot_sequence"))
+
+
 def two_shot_sequence(world: World) -> None:
     """The same where every all-reduce goes by two hops, those of one token too."""
     _random_sequence(world, random_cases(world.size, FEW), **_fixed("two_shot_sequence"))
@@ -510,6 +515,7 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
     for f in (
         sweep,
         random_sequence,
+        one_shot_sequence,
         two_shot_sequence,
         few_multiprocessors,
         operations,

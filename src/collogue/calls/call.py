@@ -26,8 +26,8 @@ class Call:
 
     ``partial``: this rank's term [T, H], or what it is computed from, or, in a step of the host path, all terms; of ``finish``, y; of
     ``all_gather``, a tensor without memory (meta) that only says the shape and dtype of gathered values. ``shard``: what is gathered.
-    ``rows``: how many each rank owns, as :func:`.spec.as_rows` returns them. A new argument of a call is a field here and a field of
-    :class:`Request`.
+    ``rows``: how many each rank owns, as :func:`.spec.as_rows` returns them. ``write_padding``: of the scales; without it ``out=`` has
+    what an earlier call has written there. A new argument of a call is a field here and a field of :class:`Request`.
     """
 
     partial: torch.Tensor | Prologue | Terms
@@ -39,6 +39,7 @@ class Call:
     shard: Output | None = None
     branch_norm: RMSNorm | None = None
     rows: tuple[int, ...] | None = None
+    write_padding: bool = True
     signature: Signature = None  # type: ignore[assignment]  # set by check_call
 
     @property
@@ -145,6 +146,7 @@ def check_call(capacity: Capacity, call: Call) -> Call:
         branch=branch is not None,
         wide_branch=branch is not None and branch.weight.dtype != capacity.dtype,
         rows=call.rows,
+        write_padding=call.write_padding,
     )
     call.signature = capacity.signature(request)
     return call

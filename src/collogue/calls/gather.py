@@ -15,7 +15,14 @@ from collogue.contract.spec import Output, Wanted, as_rows, check_split, owned_r
 from collogue.errors import ArgumentError, FormatError, ShapeError
 
 
-def check_gather(capacity: Capacity, shard: Output, tokens: int | None, quant: Quant | None, rows: Sequence[int] | None = None) -> Call:
+def check_gather(
+    capacity: Capacity,
+    shard: Output,
+    tokens: int | None,
+    quant: Quant | None,
+    rows: Sequence[int] | None = None,
+    write_padding: bool = True,
+) -> Call:
     """Check the arguments of one ``all_gather``: what ``shard`` holds must be this rank's rows of ``tokens``."""
     if not isinstance(shard, Output):
         raise ArgumentError(f"shard is a {type(shard).__name__}", hint="pass what comm.reduce_scatter returned, or collogue.Output(...)")
@@ -47,13 +54,15 @@ def check_gather(capacity: Capacity, shard: Output, tokens: int | None, quant: Q
         quant.check_hidden_size(hidden_size)
     wanted = Wanted.held(shard)
     whole = torch.empty(tokens, hidden_size, dtype=capacity.dtype, device="meta")
-    request = Request(tokens, hidden_size, capacity.dtype, False, False, False, quant, wanted, "all_gather", rows=split)
+    shape = tokens, hidden_size, capacity.dtype
+    request = Request(*shape, False, False, False, quant, wanted, "all_gather", rows=split, write_padding=bool(write_padding))
     owned = f"rank {capacity.rank} of {capacity.world_size} owns {mine} of {tokens} rows"
     forms = forms_of(request, mine, mine)
     check_forms("shard", held, forms, capacity.device, hint=f"{owned}; pass its shard as comm.reduce_scatter or comm.shard returns it")
     if torch.is_grad_enabled():
         check_no_grad(*((f"shard.{name}", tensor) for name, tensor in held.items()))
-    return Call(whole, quant=quant, operation="all_gather", shard=shard, rows=split, signature=capacity.signature(request))
+    signature = capacity.signature(request)
+    return Call(whole, quant=quant, operation="all_gather", shard=shard, rows=split, write_padding=write_padding, signature=signature)
 
 
 def _packed(quant: Quant | None) -> set[str]:

@@ -23,6 +23,16 @@ def check_out(call: Call, out: Output) -> None:
     _check_overlap(call, given)
 
 
+def check_padding(write_padding: bool, out: Output | None) -> None:
+    """Raise :class:`ArgumentError` where padding is not to be written and no earlier call can have done it."""
+    if not isinstance(write_padding, bool):
+        hint = "pass write_padding=False to leave the padding of out.scales as an earlier call has written it"
+        raise ArgumentError(f"write_padding is {write_padding!r}; expected True or False", hint=hint)
+    if not write_padding and out is None:
+        hint = "pass the out= of an earlier call of as many tokens, or leave write_padding out"
+        raise ArgumentError("write_padding=False without out=: the padding of fresh scales would hold anything", hint=hint)
+
+
 def write(result: Output, out: Output) -> None:
     """Copy ``result`` into the tensors of ``out``, scales with the padding that lies under a strided view."""
     for name, source in result.items():

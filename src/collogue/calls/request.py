@@ -38,7 +38,7 @@ class Request:
     """What a plan is made for: the shape of a call, not its tensors.
 
     ``late_weight``: the kernel before may write the weight. It makes another kernel, and no difference between ranks. ``rows``: of each
-    rank; ``None``: equal blocks, or no owners.
+    rank; ``None``: equal blocks, or no owners. ``write_padding``: of scales; each rank for itself, and no other kernel.
     """
 
     tokens: int
@@ -55,6 +55,7 @@ class Request:
     branch: bool = False
     wide_branch: bool = False
     rows: tuple[int, ...] | None = None
+    write_padding: bool = True
 
     @property
     def adds_rows(self) -> bool:
@@ -78,6 +79,7 @@ def make_request(
     branch: bool = False,
     wide_branch: bool = False,
     rows: tuple[int, ...] | None = None,
+    write_padding: bool = True,
 ) -> Request:
     """What is planned for such a call. For ``all_gather`` residual, norm and quant say what the shard holds."""
     wanted = Wanted.of(has_residual=residual, has_norm=norm, quant=quant, keep_norm=keep_norm, operation=operation)
@@ -93,9 +95,8 @@ def make_request(
     residual = residual and operation != "finish"
     if isinstance(prologue, PrologueForm) and prologue.weights == "float32" and dtype == torch.float32:
         prologue = replace(prologue, weights="value")
-    return Request(
-        tokens, hidden_size, dtype, residual, norm, wide_weight, quant, wanted, operation, late_weight, prologue, branch, wide_branch, rows
-    )
+    shape = tokens, hidden_size, dtype, residual, norm, wide_weight, quant, wanted, operation, late_weight, prologue, branch, wide_branch
+    return Request(*shape, rows, write_padding)
 
 
 def sum_alone(request: Request) -> Request:

@@ -39,7 +39,7 @@ _FIELDS = {"reduced": "stream", "residual": "stream", "norm": "norm", "codes": "
 _ADDRESSES = [name for name, *_ in Params._fields_[:8]]
 assert all(getattr(Params, name).offset == 8 * place for place, name in enumerate(_ADDRESSES))
 
-#: Takes operation, partial, residual, norm, quant, keep_norm, out and rows.
+#: Takes operation, partial, residual, norm, quant, keep_norm, out, rows and write_padding.
 Bound = Callable[..., "Output | None"]
 
 
@@ -56,6 +56,7 @@ def key_of(call: Call, out: Output | None) -> tuple[Any, ...]:
         out is None,
         torch.is_inference_mode_enabled(),
         call.rows,
+        call.write_padding,
     )
 
 
@@ -79,7 +80,7 @@ def bind(
     forms, index, quant = call.signature.forms, engine.index, call.quant
     named = [name for name in OUTPUTS if name in forms]
     absent = [name for name in OUTPUTS if name not in forms]
-    split = call.rows
+    split, padding = call.rows, call.write_padding
     operation, keep_norm, kind, label = call.operation, call.keep_norm, type(quant), None if quant is None else quant.label
     prefetch = None if call.norm is None else call.norm.prefetch
     in_place = out is not None and out.residual is not None and out.residual is call.residual
@@ -140,8 +141,9 @@ def bind(
         keeps: bool,
         out: Output | None,
         rows: tuple[int, ...] | None = None,
+        write_padding: bool = True,
     ) -> Output | None:
-        if asked != operation or keeps is not keep_norm or rows != split:
+        if asked != operation or keeps is not keep_norm or rows != split or write_padding is not padding:
             return None
         tensors: tuple[Any, ...] = (partial,)
         if gated:
@@ -166,7 +168,7 @@ def bind(
         if has_scale and isinstance(quant.given_scale, torch.Tensor) is not has_scale_tensor:  # type: ignore[union-attr]
             return None
         if has_scale_tensor:
-            tensors += (quant.given_scale,)  # type: ignore[union-attr,operator]
+            tensors += (quant.given_scale,)  # type: ignore[union-attr]
         if has_out:
             if out.__class__ is not Output or others(out) != nothing:
                 return None

@@ -164,7 +164,7 @@ class KernelEngine:
         if bound is None or bound is self.latest:
             return None
         self.latest = bound
-        return bound(call.operation, call.partial, call.residual, call.norm, call.quant, call.keep_norm, out, call.rows)
+        return bound(call.operation, call.partial, call.residual, call.norm, call.quant, call.keep_norm, out, call.rows, call.write_padding)
 
     def run(self, call: Call, out: Output | None) -> Output:
         if self._debug and not call.bindable and not torch.cuda.is_current_stream_capturing():

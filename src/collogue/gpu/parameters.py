@@ -29,7 +29,7 @@ def fill_shape(params: Params, topology: Topology, request: Request, plan: Plan,
         ends = list(itertools.accumulate(request.rows))
         params.bounds[:] = [0, *ends, *[tokens] * (len(params.bounds) - 1 - len(ends))]
     rows = rows_of_scales(topology, request, rank)
-    params.scale_rows = rows if plan.launches == 1 else 0
+    params.scale_rows = rows if plan.launches == 1 and request.write_padding else 0
     params.column_stride, params.shard_column_stride = -(-rows // 4) * 4, -(-owned // 4) * 4
     if not ALGORITHMS[algorithm].alone:
         memory = launch_memory(topology, request, algorithm)
@@ -120,9 +120,9 @@ def rows_of_scales(topology: Topology, request: Request, rank: int) -> int:
 
 
 def later_launches(topology: Topology, request: Request, plan: Plan, rank: int) -> tuple[tuple[int, int, int], ...]:
-    """First row, number of rows and padding of the launches after the first; the last one writes the padding."""
+    """First row, number of rows and padding of the launches after the first; the last one writes the padding, if any does."""
     owned = ALGORITHMS[plan.algorithm].owned
     total = largest_block(request.tokens, topology.world_size, request.rows) if owned else request.tokens
     starts = range(plan.rows, plan.rows * plan.launches, plan.rows) if plan.launches > 1 else ()
-    pad = rows_of_scales(topology, request, rank)
+    pad = rows_of_scales(topology, request, rank) if request.write_padding else 0
     return tuple((first, min(plan.rows, total - first), pad if first + plan.rows >= total else 0) for first in starts)

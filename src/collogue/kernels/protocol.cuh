@@ -222,6 +222,12 @@ struct Ranks {
 
   // ---- waiting
 
+  // Polling lines that are being written slows their arrival: leave the wire alone until the words can be here.
+  COLLOGUE_DEVICE void pause() const {
+    if constexpr (C::kFirstPoll != 0)
+      while (clock_cycles() - sent_at < C::kFirstPoll) {
+      }
+  }
   // Until `missing()` is false in every lane of the warp, or the call is stopped. `missing_rank()`: whom this lane waits for, or
   // kNobody. All lanes together.
   template <class Missing, class MissingRank>
@@ -232,10 +238,7 @@ struct Ranks {
         if (!stopped) look_around(missing_rank, started, stage, token);
         if (stopped) return;
       }
-      // Polling lines that are being written slows their arrival: leave the wire alone until the words can be here.
-      if constexpr (C::kFirstPoll != 0)
-        while (clock_cycles() - sent_at < C::kFirstPoll) {
-        }
+      if constexpr (!C::kAhead) pause();
       bool waiting = true;
       for (u32 polls = 0; waiting && polls < kPollsBetweenLooks; polls++) waiting = any_in_warp(missing());
       if (!waiting) return;

@@ -61,7 +61,8 @@ class Bench:
 
     @staticmethod
     def run(made: bound.Bound, call: Call, out: Output | None) -> Output | None:
-        return made(call.operation, call.partial, call.residual, call.norm, call.quant, call.keep_norm, out, call.rows)
+        given = call.operation, call.partial, call.residual, call.norm, call.quant, call.keep_norm
+        return made(*given, out, call.rows, call.write_padding)
 
     def call(self, operation: Operation = "all_reduce", **changes: Any) -> Call:
         """A call with fresh tensors."""
@@ -516,3 +517,17 @@ def test_a_gated_unit(operation: Operation) -> None:
     plain = Bench("finish")
     assert plain.run(plain.fresh, call(pair(), norm=RMSNorm(torch.ones(H), eps=1e-5)), None) is None
     assert plain.idle()
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_whether_padding_is_written_is_part_of_what_is_bound(write: bool) -> None:
+    """The parameters say it: a call of the other kind, or of neither, must not be launched with them."""
+    bench = Bench(quant=NVFP4(3.0), write_padding=write)
+    call, out = bench.call(quant=NVFP4(3.0), write_padding=write), bench.first.signature.empty()
+    assert bench.bound(call, out) is out
+    assert bench.launched.pop() == bench.expected(call, out)
+    for other in (not write, int(write), None):
+        assert bench.bound(bench.call(quant=NVFP4(3.0), write_padding=other), out) is None
+        assert bench.idle()
+    keys = {bound.key_of(bench.call(quant=NVFP4(3.0), write_padding=each), out) for each in (True, False)}
+    assert len(keys) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from emulated import PRESENT, PROTOCOL, TOKENS, TURNED, TWO_WARPS, Build, turning
 
+from collogue.contract.formats import scale_storage
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static
 from collogue.gpu.failure import MISMATCH, TIMEOUT
 from collogue.testing.emulator import Ask, Case, Edit, Library, emulate
 from collogue.testing.inputs import KINDS
+from collogue.tools.ablation.switches import SWITCHES
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +27,8 @@ CASES = {
     "one-shot-cluster": Case(3, 576, 64, keep_norm=True, quant=NVFP4(37.5)),
     "one-shot-float32": Case(2, 264, 32, dtype=torch.float32, quant=FP8PerToken()),
     "one-shot-loop": Case(3, 264, 32, rows=2, quant=FP8PerToken(), keep_norm=True),
+    "one-shot-loop-two-ranks": Case(2, 576, 64, rows=2, quant=NVFP4(37.5), max_tokens=7),
+    "one-shot-loop-one-cluster": Case(2, 128, 32, rows=1, dtype=torch.float32, norm=False, branch=True, max_tokens=5),
     "one-shot-vectors": Case(3, 576, 64, vectors=2, rows=1, dtype=torch.float16, quant=MXFP8(rounding="ceil")),
     "two-shot": Case(4, 24, 32, kernel="two_shot"),
     "two-shot-cluster": Case(2, 576, 64, kernel="two_shot", quant=NVFP4(37.5)),
@@ -95,6 +100,43 @@ def test_a_run_is_repeatable(build: Build) -> None:
     assert ticks[0] == ticks[1] != ticks[2]
 
 
+# Padding that is there from an earlier call
+
+PADDED = {
+    "128x4": Case(2, 576, 64, quant=NVFP4(37.5)),  # padding of rows; below of columns too
+    "128x4-columns": Case(2, 288, 64, quant=NVFP4(37.5), max_tokens=3, rows=2),
+    "8x4-launches": Case(3, 288, 64, kernel="two_shot", quant=NVFP4(37.5, "8x4"), max_tokens=5, launches=3),
+    "float-columns": Case(2, 288, 64, kernel="sharded", quant=FP8Group(16, layout="column"), max_tokens=7, launches=2, rows=1),
+    "packed-columns": Case(
+        2, 576, 64, kernel="reduce_scatter", vectors=2, quant=FP8Group(48, scale_format="ue8m0", layout="column"), max_tokens=6
+    ),
+    "all-gather": Case(2, 288, 64, kernel="all_gather", quant=MXFP8(rounding="floor"), max_tokens=7),
+    "local": Case(2, 288, 64, kernel="local", quant=NVFP4(37.5)),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_that_is_not_asked_for_is_not_written(build: Build, name: str) -> None:
+    """Not one byte of it, and all else as ever. Ranks need not agree: each speaks of its own memory."""
+    case = PADDED[name]
+    library = build(case)
+    every, none = (Ask(case.max_tokens, write_padding=write) for write in (True, False))
+    for seed, mode in enumerate(PRESENT):
+        run = emulate(library, [none, every, none], seed=seed, mode=mode, victim=seed % 2)
+        assert run.problem() == "", mode
+        left = [scale_storage(run.outputs[call][0].scales) == 0xEE for call in (0, 1)]  # type: ignore[arg-type]
+        assert left[0].sum() > left[1].sum()
+    mixed = [[none, *[every] * (case.world - 1)], every]
+    run = emulate(library, mixed, seed=7)
+    assert (run.error, run.leftover, [record.fault for record in run.failures]) == ("", 0, [0] * case.world)
+
+
+def test_padding_that_must_not_be_written_is_seen(build: Build) -> None:
+    written = Edit("opening.cuh", "scale_rows = ranks.p.scale_rows;", "scale_rows = ranks.p.tokens;")
+    run = emulate(build(PADDED["128x4"], edits=(written,)), [Ask(3, write_padding=False)], seed=0)
+    assert re.search(r"scales\[.*: 0x00 \(0\), expected 0xee", run.problem())
+
+
 # Words that look like the sentinel
 
 
@@ -129,6 +171,18 @@ def test_three_rows_on_their_way(build: Build, case: Case, kind: str) -> None:
         mode = PRESENT[-1 - seed]
         run = emulate(library, (case.max_tokens, 2 * case.launches, case.max_tokens - 1), seed=seed, mode=mode, victim=seed % 2, kind=kind)
         assert run.problem() == ""
+
+
+@pytest.mark.parametrize("name", ["one-shot-loop", "one-shot-loop-two-ranks", "one-shot-loop-one-cluster"])
+def test_one_shot_sends_its_rows_ahead_or_in_turn(build: Build, name: str) -> None:
+    case = CASES[name]
+    assert case.variant.ahead
+    in_turn = next(switch for switch in SWITCHES if switch.name == "rows in turn")
+    libraries = build(case), build(case, edits=in_turn.edits)
+    for seed, mode in enumerate(PRESENT):
+        runs = [emulate(library, (case.max_tokens, 1, 3, 2), seed=seed, mode=mode, victim=seed % 2) for library in libraries]
+        assert [run.problem() for run in runs] == ["", ""]
+        assert runs[0].sent == runs[1].sent
 
 
 @pytest.mark.parametrize("wiped", ["shot.wipe_terms(t, i);\n", "shot.wipe_terms(added, i);", "shot.wipe_y(t, i);"])

@@ -15,7 +15,7 @@ from collogue.calls.call import Call
 from collogue.calls.request import Signature
 from collogue.calls.terms import Terms, TermsForm
 from collogue.contract import reference
-from collogue.contract.formats import scale_storage
+from collogue.contract.formats import place_scales, read_scales, scale_storage
 from collogue.contract.prologue import Prologue
 from collogue.contract.spec import Output, RMSNorm, owned_rows
 from collogue.gpu.failure import FailureRecord
@@ -67,13 +67,15 @@ class _Job(ctypes.Structure):
 class Ask:
     """What a rank is called with: a number of tokens, which case of the library, and what is not compiled in.
 
-    ``rows``: how many each rank owns, where the case is of uneven rows.
+    ``rows``: how many each rank owns, where the case is of uneven rows. ``write_padding`` as of the call; without it what kernels must
+    leave as it was is in the expected outputs too.
     """
 
     tokens: int
     case: int = 0
     eps: float = 1e-6
     rows: tuple[int, ...] | None = None
+    write_padding: bool = True
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ def emulate(
     for i, (c, call) in enumerate((c, call) for c in range(communicators) for call in calls):
         memory, asked = memories[c], _by_rank(call, world)
         made = {ask: _calls(library.cases[ask.case], ask, kind, seed + i, terms) for ask in set(asked)}
+        made = {ask: (given, right if ask.write_padding else _unpadded(given, right)) for ask, (given, right) in made.items()}
         every.append(made)
         others: list[list[tuple[_Launch, Params]]] = [[] for _ in range(world)]
         if written_late is not None:
@@ -329,7 +332,7 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Change | None) -> 
     norm = RMSNorm(weight, eps=ask.eps, weight_offset=1.0, prefetch=case.prefetch) if case.norm else None
     branch = RMSNorm(_inputs(case, 1, kind, seed + 1)[2], eps=2 * ask.eps, weight_offset=0.5) if case.branch else None
     epilogue = {"residual": residual, "norm": norm, "quant": case.quant, "keep_norm": case.keep_norm, "branch_norm": branch}
-    request, device = case.request(ask.tokens, ask.rows), torch.device("cpu")
+    request, device = replace(case.request(ask.tokens, ask.rows), write_padding=ask.write_padding), torch.device("cpu")
     rows = [owned_rows(ask.tokens, case.world, rank, request.rows) for rank in range(case.world)]
     whole = Signature(request, None, device)
     if case.terms is not None:
@@ -396,6 +399,21 @@ def _inputs(case: Case, tokens: int, kind: str, seed: int) -> tuple[list[torch.T
         hit = torch.rand(tokens, case.hidden_size // per_word, generator=generator) < 0.125
         one.partial[hit.repeat_interleave(per_word, dim=1)] = -0.0
     return [one.partial for one in inputs], inputs[0].residual if case.residual else None, inputs[0].weight
+
+
+def _unpadded(calls: list[Call], expected: list[Output]) -> list[Output]:
+    """``expected``, with what :func:`_poisoned` has put there in the place of padding."""
+    found = []
+    for call, out in zip(calls, expected, strict=True):
+        if out.scales is not None and call.quant is not None:
+            rows, width = call.signature.finished_rows, call.hidden_size
+            values = read_scales(out.scales, call.quant, rows, width)
+            held = scale_storage(place_scales(torch.full_like(values.view(torch.uint8), 1).view(values.dtype), call.quant, rows, width))
+            scales = place_scales(values, call.quant, rows, width)  # a copy, padding and all
+            scale_storage(scales)[held == 0] = _POISON
+            out = replace(out, scales=scales)
+        found.append(out)
+    return found
 
 
 def _poisoned(call: Call) -> Output:
