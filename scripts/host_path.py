@@ -1,4 +1,4 @@
-"""Times the host path on one GPU, against what it replaces: `python scripts/host_path.py` writes benchmarks/results/host-path.json.
+"""Times the host path on one GPU, against what it replaces: `python scripts/host_path.py` writes benchmarks/results/host-path-h200.json.
 
 1. Processes that share the GPU over gloo: `all_reduce(residual, norm)` with `transport="host"` against `dist.all_reduce` of the same group
    and a compiled epilogue, in turn, the median of so many calls. Every call is first compared with the reference, bit by bit.
@@ -33,7 +33,7 @@ from collogue.testing.processes import run_processes
 from collogue.tools.bench.epilogue import compiled
 from collogue.tools.record import circumstances
 
-RESULT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "host-path.json"
+RESULT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "host-path-h200.json"
 WIDTH, EPS = 4096, 1e-5
 #: Launches between two events: what a launch costs the host is not the kernel's time.
 REPEATS = 10

@@ -137,6 +137,19 @@ def _examples(data: Data) -> Iterator[Sequence[str]]:
         yield [gpu["name"], *(f"{mine[count]:.1f}" for count in tokens)]
 
 
+def _host_path(data: Data) -> Iterator[Sequence[str]]:
+    yield ["tokens", "host path", "all_reduce, compiled epilogue", "ratio"]
+    for tokens, us in data["calls, us"].items():
+        ours, theirs = us["host path"], us["all_reduce and compiled epilogue"]
+        yield [tokens, f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}"]
+
+
+def _host_kernels(data: Data) -> Iterator[Sequence[str]]:
+    yield ["terms", "kernel", "copy of as many bytes", "of the copy's rate"]
+    for row in data["kernels"]:
+        yield [str(row["terms"]), f"{row['kernel us']:.1f}", f"{row['copy us']:.1f}", f"{row['of copy']:.2f}"]
+
+
 TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "accuracy-orders": _orders,
     "accuracy-formats": _formats,
@@ -156,6 +169,8 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "bench-host": tables.host,
     "bench-eager": tables.eager,
     "bench-epilogues": tables.epilogues,
+    "host-path": _host_path,
+    "host-kernels": _host_kernels,
     "nvrtc": _nvrtc,
     "gpus": _gpus,
     "prediction-errors": _errors,
