@@ -156,6 +156,7 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "bench-host": tables.host,
     "bench-eager": tables.eager,
     "bench-epilogues": tables.epilogues,
+    "bench-virtual": tables.virtual,
     "nvrtc": _nvrtc,
     "gpus": _gpus,
     "prediction-errors": _errors,
