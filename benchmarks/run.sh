@@ -3,14 +3,14 @@
 #
 #   benchmarks/run.sh OUT_DIRECTORY [PART ...]
 #
-# Parts, each a few minutes: check latency suites multiprocessors reliability tune model model-per-token generate serving ablation; default: all, in that order.
+# Parts, each a few minutes: check latency suites multiprocessors virtual reliability tune model model-per-token generate serving ablation; default: all, in that order.
 # PYTHON=python3 chooses the Python that has collogue, COMMIT what is recorded, WORLDS="3 4" the numbers of ranks of `latency`, `tune` and
 # both of `model` (default: theirs). Nothing else may use the GPUs meanwhile. Exits with 1 if anything differed or failed.
 set -uo pipefail
 out=${1:?usage: benchmarks/run.sh OUT_DIRECTORY [PART ...]}
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(check latency suites multiprocessors reliability tune model model-per-token generate serving ablation)
+[ ${#parts[@]} -gt 0 ] || parts=(check latency suites multiprocessors virtual reliability tune model model-per-token generate serving ablation)
 python=${PYTHON:-python3}
 commit=${COMMIT:-$(git -C "$(dirname "$0")" describe --always --dirty)}
 mkdir -p "$out"
@@ -32,6 +32,7 @@ for part in "${parts[@]}"; do
     latency) collogue latency bench "${worlds[@]}" ;;
     suites) collogue suites bench --suite eager,epilogues,world ;;
     multiprocessors) collogue multiprocessors bench --suite sms --no-chains ;;
+    virtual) collogue flashinfer bench --virtual 2,4,8 ;;  # one GPU; with FlashInfer: docs/guides/offline.md
     reliability) collogue reliability reliability ;;
     tune) collogue tune tune "${worlds[@]}" ;;
     model) collogue model bench model "${worlds[@]}" ;;

@@ -171,6 +171,7 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "bench-epilogues": tables.epilogues,
     "host-path": _host_path,
     "host-kernels": _host_kernels,
+    "bench-virtual": tables.virtual,
     "nvrtc": _nvrtc,
     "gpus": _gpus,
     "prediction-errors": _errors,

@@ -8,19 +8,26 @@ from collogue.errors import FormatError
 from collogue.gpu import jit
 from collogue.planning.architecture import ARCHITECTURES
 from collogue.tools.bench import latency
+from collogue.tools.bench.baselines import alone, can
 from collogue.tools.bench.cases import (
     CHAIN_TOKENS,
+    COMPILED,
     DEFAULT_SUITES,
+    FLASHINFER_TWO_SHOT,
+    FLASHINFER_WAYS,
     FORMATS,
     KEPT,
     LARGE_TOKENS,
     NCCL,
     SUITES,
     TOKENS,
+    VLLM,
     chosen_rounds,
     default_rounds,
     has_chain,
     suite,
+    with_libraries,
+    without_compiled,
 )
 from collogue.tools.bench.floors import source
 from collogue.tools.bench.latency import suite_rounds
@@ -95,6 +102,20 @@ def test_the_chains_are_timed_where_a_case_has_one() -> None:
             assert r.shape.tokens in CHAIN_TOKENS
             assert {c.format for c in r.cases if has_chain(c)} >= {"none", "nvfp4/128x4", "fp8_static"}
             assert any(name.startswith(NCCL) for name in r.chains)
+
+
+def test_named_libraries_stand_in_the_place_of_the_suites() -> None:
+    """Alone and for the whole call; a compiled epilogue only where the suite has one. Two hops want more tokens than ranks."""
+    rounds = [with_libraries(round, ("flashinfer", "vllm")) for round in suite("latency", 2)]
+    assert {round.baselines for round in rounds} == {(*FLASHINFER_WAYS, VLLM)}
+    found = {round.shape.tokens: round.chains for round in rounds}
+    assert (found[1], found[2]) == ((VLLM + COMPILED, *FLASHINFER_WAYS), FLASHINFER_WAYS)
+    assert {without_compiled(round).chains for round in rounds} == {FLASHINFER_WAYS}
+    for round in rounds[:3]:
+        formats = {c.format for c in round.cases if can(FLASHINFER_TWO_SHOT, c)}
+        assert formats == ({"none", "fp8_static"} if round.shape.tokens > 2 else set())
+        assert can(FLASHINFER_TWO_SHOT, alone(round.shape)) == (round.shape.tokens > 2)
+        assert all(can(VLLM + COMPILED, c) == has_chain(c) for c in round.cases)
 
 
 def test_the_epilogue_suite_has_every_part_once() -> None:

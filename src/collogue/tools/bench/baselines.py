@@ -1,7 +1,8 @@
 """What other libraries do: all-reduce alone, and the whole call as a chain of kernels or as a fused one. Never by multicast.
 
 Alone: NCCL, torch's symmetric memory, vLLM's custom all-reduce: no residual, no norm, no quantization. Chains: one of these, then
-residual, norm and format in one kernel that ``torch.compile`` made. Fused: FlashInfer. vLLM and FlashInfer only where they are installed.
+residual, norm and format in one kernel that ``torch.compile`` made. Alone and fused: FlashInfer. vLLM and FlashInfer only where they are
+installed.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch.distributed as dist
 from collogue.contract import reference
 from collogue.contract.quant import FP8Static
 from collogue.contract.spec import Output, RMSNorm
-from collogue.tools.bench import epilogue
-from collogue.tools.bench.cases import COMPILED, FLASHINFER, NCCL, ONE_SHOT, TWO_SHOT, VLLM
+from collogue.group import as_group
+from collogue.tools.bench import epilogue, flashinfer
+from collogue.tools.bench.cases import COMPILED, FLASHINFER_WAYS, NCCL, ONE_SHOT, TWO_SHOT, VLLM, has_chain
+from collogue.tools.bench.fused import synchronize
 from collogue.tools.bench.timing import SETS
 from collogue.tools.check.case import GLOBAL_SCALE, STATIC_SCALE, Case
 from collogue.tools.check.rank import arguments
@@ -32,15 +35,27 @@ def integers(case: Case, rank: int, device: torch.device) -> torch.Tensor:
     return ((index * 7 + rank * 3) % 17 - 8).view(case.tokens, case.hidden_size).to(case.value_dtype)
 
 
+def can(name: str, case: Case) -> bool:
+    """Whether the baseline ``name`` does what ``case`` does; of an all-reduce alone, whether it takes such a sum."""
+    if name in FLASHINFER_WAYS:
+        return flashinfer.has(name, case)
+    return not name.endswith(COMPILED) or has_chain(case)
+
+
+def alone(case: Case) -> Case:
+    """The sum of ``case`` alone."""
+    return replace(case, residual=False, norm=False, keep_norm=False, format="none", operation="all_reduce", weight_dtype=None)
+
+
 class Baseline:
-    """An all-reduce on :data:`SETS` tensors in turn.
+    """An all-reduce on :data:`SETS` tensors in turn: ``function(i)`` of ``tensors[i]``, in place or returning the sum.
 
     In place, sums would grow from call to call; so the gate runs on small integers once, and the timing on the zeros it leaves.
     """
 
-    def __init__(self, group: dist.ProcessGroup, case: Case, tensors: list[torch.Tensor], function: Callable[[torch.Tensor], Any]) -> None:
+    def __init__(self, case: Case, rank: int, tensors: list[torch.Tensor], function: Callable[[int], Any]) -> None:
         self._tensors, self._function = tensors, function
-        rank, device = dist.get_rank(group), tensors[0].device
+        device = tensors[0].device
         self._own = integers(case, rank, device)
         self._expected = torch.stack([integers(case, r, device).float() for r in range(case.world_size)]).sum(0).to(self._own.dtype)
         self._returned: dict[int, Any] = {}
@@ -48,15 +63,15 @@ class Baseline:
 
     def call(self, turn: int) -> None:
         """One all-reduce; what it returns, if it is not in place, is kept for the gate."""
-        self._returned[turn % SETS] = self._function(self._tensors[turn % SETS])
+        self._returned[turn % SETS] = self._function(turn % SETS)
 
     def gate(self, run: Callable[[], None]) -> str | None:
         """The sum of integers is exact."""
         for tensor in self._tensors:
             tensor.copy_(self._own)
-        torch.cuda.synchronize()
+        synchronize(self._tensors[0].device)
         run()
-        torch.cuda.synchronize()
+        synchronize(self._tensors[0].device)
         results = [r if isinstance(r, torch.Tensor) else t for t, r in zip(self._tensors, self._returned.values(), strict=True)]
         wrong = sum(int((result != self._expected).sum()) for result in results)
         for tensor in self._tensors:
@@ -80,7 +95,7 @@ class OtherCall:
         self._quant = case.quant(device)
         terms = [integers(case, r, device) for r in range(case.world_size)]
         self._expected = []
-        for residual, norm in _sets(case, device):
+        for residual, norm in input_sets(case, device):
             self._expected.append(reference.all_reduce(terms, residual=residual, norm=norm, quant=self._quant))
         self._returned: dict[int, Output] = {}
 
@@ -92,9 +107,9 @@ class OtherCall:
         """y is exact; the norm and the decoded codes are within the bounds of :mod:`collogue.tools.bench.epilogue`."""
         for tensor in self._tensors:
             tensor.copy_(self._own)
-        torch.cuda.synchronize()
+        synchronize(self._tensors[0].device)
         run()
-        torch.cuda.synchronize()
+        synchronize(self._tensors[0].device)
         found = [epilogue.wrong(self._returned[i], expected, self._quant) for i, expected in enumerate(self._expected)]
         for tensor in self._tensors:
             tensor.zero_()
@@ -102,7 +117,7 @@ class OtherCall:
         return next((text for text in found if text is not None), None)
 
 
-def _sets(case: Case, device: torch.device) -> list[tuple[torch.Tensor, RMSNorm]]:
+def input_sets(case: Case, device: torch.device) -> list[tuple[torch.Tensor, RMSNorm]]:
     """Residual and norm of every input set."""
     found = []
     for seed in range(SETS):
@@ -116,20 +131,23 @@ def _sets(case: Case, device: torch.device) -> list[tuple[torch.Tensor, RMSNorm]
 class Baselines:
     """Makes baselines; symmetric tensors are allocated once, for the largest message. Collective."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, largest_bytes: int) -> None:
-        self._group, self._device, self._bytes = group, device, largest_bytes
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, largest_bytes: int, tell: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self._group, self._device, self._bytes, self._tell = group, device, largest_bytes, tell
         self._symmetric: list[torch.Tensor] = []
         self._vllm: Any = None
-        self._flashinfer: dict[tuple[int, str], Any] = {}
+        self._flashinfer: flashinfer.FlashInfer | Exception | None = None
         self._epilogues: dict[tuple[int, int, str, str], epilogue.Epilogue] = {}
 
     def make(self, name: str, case: Case) -> Baseline | OtherCall:
         """The baseline ``name`` for the shape of ``case``, or its whole call. Raises what the library raises where it cannot do it."""
-        if name == FLASHINFER:
-            return self._fused(case)
+        if name in FLASHINFER_WAYS:
+            return self._by_flashinfer(name, case)
         if name.endswith(COMPILED):
             return self._chain(name.removesuffix(COMPILED), case)
-        return Baseline(self._group, case, *self._sum(name, case))
+        tensors, reduce = self._sum(name, case)
+        return Baseline(case, dist.get_rank(self._group), tensors, lambda i: reduce(tensors[i]))
 
     def _sum(self, name: str, case: Case) -> tuple[list[torch.Tensor], Sum]:
         """Tensors for the terms, and the all-reduce of one of them."""
@@ -151,7 +169,7 @@ class Baselines:
     def _chain(self, name: str, case: Case) -> OtherCall:
         """An all-reduce, then one compiled kernel."""
         tensors, reduce = self._sum(name, case)
-        quant, sets = case.quant(self._device), _sets(case, self._device)
+        quant, sets = case.quant(self._device), input_sets(case, self._device)
         value = STATIC_SCALE if isinstance(quant, FP8Static) else GLOBAL_SCALE
         scale = torch.tensor(value, dtype=torch.float32, device=self._device)
         key = (case.tokens, case.hidden_size, case.dtype, case.format)
@@ -180,47 +198,17 @@ class Baselines:
             self._vllm = made
         return self._vllm
 
-    def _fused(self, case: Case) -> OtherCall:
-        """FlashInfer's fused kernel, with its sum in float32 and its own choice of one- or two-shot. The norm, or FP8 static."""
-        import flashinfer.comm as comm
-
-        patterns = {"none": "kARResidualRMSNorm", "fp8_static": "kARResidualRMSNormFP8Quant"}
-        if case.format not in patterns:
-            raise NotImplementedError(f"not timed in {case.format}")
-        rank, key = dist.get_rank(self._group), (case.hidden_size, case.dtype)
-        if key not in self._flashinfer:
-            self._flashinfer[key] = comm.create_allreduce_fusion_workspace(
-                backend="trtllm",
-                world_size=case.world_size,
-                rank=rank,
-                max_token_num=max(1, self._bytes // (4 * case.hidden_size)),
-                hidden_dim=case.hidden_size,
-                dtype=case.value_dtype,
-            )
-        tensors, sets, workspace = self._tensors(case), _sets(case, self._device), self._flashinfer[key]
-        outs = [Output(residual=torch.empty_like(x), norm=torch.empty_like(x)) for x in tensors]
-        scale = torch.tensor(STATIC_SCALE, dtype=torch.float32, device=self._device)
-        codes = [torch.empty_like(x, dtype=torch.float8_e4m3fn) for x in tensors]
-
-        def call(i: int) -> Output:
-            given: dict[str, Any] = {} if case.format == "none" else {"quant_out": codes[i], "scale_factor": scale}
-            comm.allreduce_fusion(
-                input=tensors[i],
-                workspace=workspace,
-                pattern=getattr(comm.AllReduceFusionPattern, patterns[case.format]),
-                launch_with_pdl=True,
-                residual_in=sets[i][0],
-                residual_out=outs[i].residual,
-                norm_out=outs[i].norm,
-                rms_gamma=sets[i][1].weight,
-                rms_eps=case.eps,
-                fp32_acc=True,
-                **given,
-            )
-            return outs[i] if case.format == "none" else Output(residual=outs[i].residual, codes=codes[i])
-
-        dist.barrier(self._group)
-        return OtherCall(case, rank, tensors, call)
+    def _by_flashinfer(self, way: str, case: Case) -> Baseline | OtherCall:
+        """FlashInfer's kernel. What kept it from being loaded once is not tried again: compiling takes minutes."""
+        if self._flashinfer is None:
+            try:
+                flashinfer.load(self._tell)
+                self._flashinfer = flashinfer.FlashInfer(as_group(self._group), self._bytes // 4, pdl=True)
+            except Exception as error:  # of any kind: it is another library
+                self._flashinfer = error
+        if isinstance(self._flashinfer, Exception):
+            raise self._flashinfer
+        return subject(self._flashinfer, way, case, dist.get_rank(self._group), self._device)
 
     def _views(self, case: Case) -> list[torch.Tensor]:
         import torch.distributed._symmetric_memory as symmetric_memory
@@ -232,3 +220,11 @@ class Baselines:
                 self._symmetric.append(buffer)
         count = case.tokens * case.hidden_size
         return [buffer.view(case.value_dtype)[:count].view(case.tokens, case.hidden_size) for buffer in self._symmetric]
+
+
+def subject(library: flashinfer.FlashInfer, way: str, case: Case, rank: int, device: torch.device) -> Baseline | OtherCall:
+    """FlashInfer's call of ``case`` as a subject of timing. Collective."""
+    tensors = [torch.zeros((case.tokens, case.hidden_size), dtype=case.value_dtype, device=device) for _ in range(SETS)]
+    if not case.norm:
+        return Baseline(case, rank, tensors, library.function(way, case, tensors))
+    return OtherCall(case, rank, tensors, library.function(way, case, tensors, input_sets(case, device)))

@@ -29,14 +29,19 @@ FEW = ("none", "nvfp4", "fp8_static")
 OTHER_LAYOUTS = ("nvfp4/linear", "nvfp4/8x4", "fp8_group128/float32/column", "fp8_group128/ue8m0/column")
 
 NCCL, ONE_SHOT, TWO_SHOT = "nccl all_reduce", "symm_mem one_shot_all_reduce", "symm_mem two_shot_all_reduce"
-VLLM, FLASHINFER = "vllm custom all_reduce", "flashinfer allreduce_fusion"
+VLLM = "vllm custom all_reduce"
+#: FlashInfer's one-shot, the same that launches its dependents early, and its two-shot: alone, or one kernel for the whole call.
+FLASHINFER, FLASHINFER_EARLY, FLASHINFER_TWO_SHOT = "flashinfer one-shot", "flashinfer one-shot, early", "flashinfer two-shot"
+FLASHINFER_WAYS = (FLASHINFER, FLASHINFER_EARLY, FLASHINFER_TWO_SHOT)
 #: All-reduce alone: no residual, no norm, no format.
 BASELINES = (NCCL, ONE_SHOT, TWO_SHOT)
+#: What can be named of other libraries, and their all-reduces.
+LIBRARIES = {"nccl": (NCCL,), "symm_mem": (ONE_SHOT, TWO_SHOT), "vllm": (VLLM,), "flashinfer": FLASHINFER_WAYS}
 #: Behind the name of an all-reduce: and then residual, norm and format in a kernel that torch.compile made.
 COMPILED = " + compiled epilogue"
 #: What other libraries do for the whole call; each is timed for the cases that it has.
-DECODE_CHAINS = (NCCL + COMPILED, ONE_SHOT + COMPILED, VLLM + COMPILED, FLASHINFER)
-LARGE_CHAINS = (NCCL + COMPILED, TWO_SHOT + COMPILED, FLASHINFER)
+DECODE_CHAINS = (NCCL + COMPILED, ONE_SHOT + COMPILED, VLLM + COMPILED, *FLASHINFER_WAYS)
+LARGE_CHAINS = (NCCL + COMPILED, TWO_SHOT + COMPILED, *FLASHINFER_WAYS)
 #: Tokens at which the chains are timed: every shape is compiled for itself, which takes seconds.
 CHAIN_TOKENS = (1, 8, 64, 512, 4096)
 SUITES = ("latency", "bandwidth", "epilogues", "hidden", "world", "eager", "sms")
@@ -93,6 +98,20 @@ def has_chain(case: Case) -> bool:
     """Whether the chains can do what ``case`` does."""
     plain = case.operation == "all_reduce" and case.residual and case.norm and case.weight_dtype is None and not case.weight_offset
     return plain and not (case.keep_norm and case.format != "none") and case.format in epilogue.FORMATS
+
+
+def with_libraries(round: Round, names: Sequence[str]) -> Round:
+    """``round`` beside the libraries ``names`` of :data:`LIBRARIES`: their sums alone, and the whole call, by a
+    compiled epilogue only where the round has such."""
+    sums = tuple(way for name in names for way in LIBRARIES[name])
+    fused = tuple(way for way in sums if way in FLASHINFER_WAYS)
+    compiled = tuple(way + COMPILED for way in sums if way not in fused) if round.chains else ()
+    return replace(round, baselines=sums, chains=(*compiled, *fused))
+
+
+def without_compiled(round: Round) -> Round:
+    """``round`` without the chains that ``torch.compile`` makes."""
+    return replace(round, chains=tuple(name for name in round.chains if not name.endswith(COMPILED)))
 
 
 def suite(name: str, world_size: int) -> list[Round]:
@@ -165,7 +184,7 @@ def _world(world_size: int) -> list[Round]:
 def _eager(world_size: int) -> list[Round]:
     """Calls from Python, one after the other, without a graph."""
     return [
-        Round("eager", tuple(_case(world_size, t, HIDDEN_SIZE, f) for f in FEW), (NCCL,), 9, (NCCL + COMPILED, FLASHINFER), "eager")
+        Round("eager", tuple(_case(world_size, t, HIDDEN_SIZE, f) for f in FEW), (NCCL,), 9, (NCCL + COMPILED, *FLASHINFER_WAYS), "eager")
         for t in (1, 8, 64, 512)
     ]
 

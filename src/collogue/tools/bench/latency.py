@@ -20,7 +20,7 @@ from collogue.errors import PlatformError
 from collogue.testing import environment
 from collogue.testing.processes import run_processes
 from collogue.tools.bench import report
-from collogue.tools.bench.cases import DEFAULT_SUITES, Round, chosen_rounds, suite
+from collogue.tools.bench.cases import DEFAULT_SUITES, Round, chosen_rounds, suite, with_libraries, without_compiled
 from collogue.tools.bench.rank import bench_rank, start_again
 from collogue.tools.check.case import Case
 from collogue.tools.record import circumstances
@@ -40,6 +40,7 @@ def run(
     dtype: Sequence[str] | None = None,
     format: Sequence[str] | None = None,
     chains: bool = True,
+    baselines: Sequence[str] | None = None,
     cta_threads: int | None = None,
     json: str | None = None,
     commit: str | None = None,
@@ -51,6 +52,8 @@ def run(
         world_size: default: the number of GPUs; the suite ``world``: 2 to that number. The other lists are those of
             :func:`collogue.tools.bench.cases.chosen_rounds`.
         chains: also time other libraries' ways to do the whole call; ``torch.compile`` takes seconds for each of their shapes.
+        baselines: libraries of :data:`collogue.tools.bench.cases.LIBRARIES`, in the place of those that the suites have. What cannot be
+            imported has no number.
         cta_threads: what every communicator fixes of its plans, to try other shapes.
         json: a file, or ``"-"`` for stdout (the tables then go to stderr).
         commit: recorded; default: what git says of the directory that this package is in.
@@ -68,8 +71,10 @@ def run(
         rounds = {n: chosen_rounds(n, **lists) for n in worlds}  # type: ignore[arg-type]
     else:
         rounds = suite_rounds(suites or DEFAULT_SUITES, worlds, given=world_size is not None)
+    if baselines is not None:
+        rounds = {n: [with_libraries(r, baselines) for r in mine] for n, mine in rounds.items()}
     if not chains:
-        rounds = {n: [replace(r, chains=()) for r in mine] for n, mine in rounds.items()}
+        rounds = {n: [without_compiled(r) for r in mine] for n, mine in rounds.items()}
     rounds = {n: [_fixed(r, cta_threads) for r in mine] for n, mine in rounds.items()}
     data = {
         "passed": False,

@@ -20,8 +20,8 @@ from collogue.gpu import jit
 from collogue.group import as_group
 from collogue.planning.plan import make_kernels, make_plan
 from collogue.planning.topology import Overrides
-from collogue.tools.bench.baselines import Baselines
-from collogue.tools.bench.cases import NCCL, Round, has_chain
+from collogue.tools.bench.baselines import Baselines, alone, can
+from collogue.tools.bench.cases import NCCL, Round
 from collogue.tools.bench.floors import EMPTY, EXCHANGE, WIRE, Floors
 from collogue.tools.bench.fused import FusedCall
 from collogue.tools.bench.gate import call_each_set, each, time_gated
@@ -44,7 +44,7 @@ HOST_BATCHES, HOST_CALLS = 7, 200
 class Bench:
     """What one rank keeps between rounds."""
 
-    def __init__(self, group: dist.ProcessGroup, rounds: Sequence[Round]) -> None:
+    def __init__(self, group: dist.ProcessGroup, rounds: Sequence[Round], tell: Tell = lambda text: None) -> None:
         self.process_group, self.group = group, as_group(group)
         self.rounds = rounds
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -52,7 +52,7 @@ class Bench:
         self._comms: dict[tuple[int, str, Overrides], Communicator] = {}
         self.architecture = str(self.comm(rounds[0].shape, rounds[0].overrides).topology.architecture)
         largest = max(r.shape.tokens * r.shape.hidden_size for r in rounds)
-        self.baselines = Baselines(group, self.group.device, 4 * largest)
+        self.baselines = Baselines(group, self.group.device, 4 * largest, tell)
 
     @cached_property
     def floors(self) -> Floors:
@@ -121,8 +121,9 @@ class Bench:
         gc.collect()
         makers: dict[str, Callable[[], Subject]] = {name: partial(self.floors.subjects.__getitem__, name) for name in (EMPTY, EXCHANGE)}
         rows: dict[str, Row] = {name: {"what": name, "section": round.section, **_shape(round.shape)} for name in makers}
-        for name in round.baselines:
-            makers[name] = partial(self.baselines.make, name, round.shape)
+        plain = alone(round.shape)
+        for name in (name for name in round.baselines if can(name, plain)):
+            makers[name] = partial(self.baselines.make, name, plain)
             rows[name] = {"what": name, "section": round.section, **_shape(round.shape)}
         for case in round.cases:
             makers[str(case)] = partial(self._fused, case, round.overrides)
@@ -133,7 +134,7 @@ class Bench:
                 **_call(case),
                 **self._plan(case, round.overrides),
             }
-        for name, case in product(round.chains, filter(has_chain, round.cases)):
+        for name, case in ((name, case) for name, case in product(round.chains, round.cases) if can(name, case)):
             makers[f"{name} {case}"] = partial(self.baselines.make, name, case)
             rows[f"{name} {case}"] = {"what": name, "section": round.section, **_shape(case), **_call(case)}
         latencies, errors = self.time(makers, round.replays, eager=round.timing == "eager")
@@ -234,7 +235,7 @@ def bench_rank(group: dist.ProcessGroup, tell: Tell, rounds: Sequence[Round], co
     """Everything this rank measures; the same rows on every rank. ``compiled``: cases whose compile time is taken first."""
     gc.disable()  # not in a capture, and not while host time is taken
     tell("making communicators")
-    bench = Bench(group, rounds)
+    bench = Bench(group, rounds, tell)
     tell("compiling, one by one")
     cold = bench.prepare(compiled)
     tell("compiling the rest")

@@ -9,6 +9,7 @@ from collogue.tools.bench import report
 from collogue.tools.bench.floors import EMPTY, EXCHANGE
 from collogue.tools.bench.names import call_name
 from collogue.tools.bench.variants import ALL, COLLOGUE
+from collogue.tools.bench.virtual import KINDS, ratios
 
 Data = dict[str, Any]
 
@@ -101,6 +102,16 @@ def host(data: Data) -> Iterator[Sequence[str]]:
 def eager(data: Data) -> Iterator[Sequence[str]]:
     """Calls from Python: microseconds of each until the GPU has done a row of them, by number of tokens."""
     return _section(data, "eager")
+
+
+def virtual(data: Data) -> Iterator[Sequence[str]]:
+    """FlashInfer's time over Collogue's on virtual ranks: norm / FP8 static / sum. What does not fit on the GPU together is left out."""
+    found = {row["cell"]: row for row in ratios(data)}
+    counts = sorted({tokens for _, _, tokens, _ in found})
+    yield ["ranks, H", *(f"T = {tokens}" for tokens in counts)]
+    for world, width in dict.fromkeys((world, width) for world, width, _, _ in found):
+        cells = [[found.get((world, width, tokens, kind)) for kind in KINDS] for tokens in counts]
+        yield [f"{world}, {width}", *(" / ".join(f"{row['ratio']:.2f}" for row in cell if row is not None) for cell in cells)]
 
 
 def epilogues(data: Data) -> Iterator[Sequence[str]]:

@@ -23,6 +23,7 @@ from collogue.tools.commands.options import (
     Tokens,
     WorldSizes,
     check_target,
+    check_word,
     console,
     exit_codes,
     lists,
@@ -36,6 +37,7 @@ from collogue.tools.packages import require
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
 _SCHEMES = "fp8_static, fp8_per_token, fp8_block, mxfp8, nvfp4"
+_LIBRARIES = "nccl, symm_mem, vllm, flashinfer"
 _SUITES = "latency, bandwidth, epilogues, hidden, world, eager, sms; default: latency, hidden, bandwidth."
 Suites = Annotated[Many, many("--suite", _SUITES)]
 _Results = typer.Argument(metavar="RESULTS", exists=True, dir_okay=False, readable=True)
@@ -52,22 +54,34 @@ def bench(
     dtype: DTypes = None,
     format: Formats = None,
     chains: Annotated[bool, typer.Option(help="Also time other libraries' chains; compiling them takes most of a minute.")] = True,
+    baselines: Annotated[Many, many("--baselines", f"Other libraries: {_LIBRARIES}.", *_LIBRARIES.split(", "))] = None,
+    virtual: Annotated[Many, many("--virtual", "Ranks of one process on one GPU, beside FlashInfer: 2, 4, 8.", "2", "4", "8")] = None,
     cta_threads: Annotated[int | None, typer.Option(help="Maximum number of threads of a CTA, in every call.")] = None,
     commit: Commit = None,
     json: Json = None,
 ) -> None:
     """Measure latency on this machine's GPUs, floors and other libraries in the same run. A number is shown only if its output is right.
 
-    Suites say what is measured; or lists of shapes and formats. `collogue bench report` makes a page of the results.
+    Suites say what is measured; or lists of shapes and formats. `collogue bench report` makes a page of the results. With --virtual, the
+    ranks share one GPU: norm, FP8 static and sum of --tokens and --hidden-size, and no NVLink in the times.
     """
     if context.invoked_subcommand is not None:
         return
     check_target(json)
     given: dict[str, Any] = lists(world_size, tokens, hidden_size, dtype, format)
+    if virtual:
+        if suite or baselines or cta_threads or set(given) - {"tokens", "hidden_size"}:
+            raise typer.BadParameter("takes --tokens and --hidden-size alone", param_hint="--virtual")
+        _virtual(numbers("--virtual", virtual, low=2, high=8, step=2), given, commit, json)
+        return
+    for word in words(baselines):
+        check_word("--baselines", word, *_LIBRARIES.split(", "))
     if suite and set(given) - {"world_size"}:
         raise typer.BadParameter("suites have shapes and formats of their own", param_hint="--suite")
     if suite:
         given["suites"] = words(suite)
+    if baselines:
+        given["baselines"] = words(baselines)
     fixed = {"commit": commit, "cta_threads": cta_threads}
     given |= {name: value for name, value in fixed.items() if value is not None}
     with exit_codes():
@@ -75,6 +89,21 @@ def bench(
 
         passed = run(**given, chains=chains, json=json)
         raise typer.Exit(OK if passed else FAILED)
+
+
+def _virtual(worlds: list[int], given: dict[str, Any], commit: str | None, json: str | None) -> None:
+    """``collogue bench --virtual``."""
+    for world in worlds:
+        check_word("--virtual", str(world), "2", "4", "8")
+    with exit_codes():
+        from collogue.tools.bench.virtual import HIDDEN_SIZES, TOKENS, run, text
+
+        count = 3 * len(worlds) * len(given.get("hidden_size", HIDDEN_SIZES)) * len(given.get("tokens", TOKENS))
+        with progress(count, "bench --virtual") as start:
+            data = run(worlds, **given, started=start, commit=commit)
+        write_json(data, json)
+        console(json).print(text(data), highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(OK if data["passed"] else FAILED)
 
 
 @app.command(epilog=EXIT_CODES)
