@@ -1,11 +1,10 @@
-"""Ways of an all-reduce beside each other, in one run: ``scripts/one_shot.py ahead|wipes|ctas OUT.json [--world N]``.
+"""Ways of an all-reduce beside each other, in one run: ``scripts/one_shot.py algorithms|wipes|ctas OUT.json [--world N]``.
 
 H = 7168, bfloat16, residual + norm and a format. Every call lies in CUDA graphs of 100 and of 20; a time is the difference over
 80, of the slowest rank, the median of the replays. The ways of one call are replayed in turn, and their outputs are compared bit for bit.
 A round has communicators, tensors and graphs of its own; every round is kept in the file. Rows are microseconds.
 
-``ahead``: a CTA with several rows sends the next one ahead, or in turn; and two-shot. Where two-shot begins to be faster is where plans
-should go over to it.
+``algorithms``: one-shot and two-shot. Where two-shot begins to be faster is where plans should go over to it.
 
 ``wipes``: what clean slots cost. One-shot with 128 generations of slots, more than a graph has calls, whose calls clean what the call
 before has left, or leave it to be cleaned between two replays; and with four generations, as it is.
@@ -27,7 +26,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,26 +51,24 @@ from collogue.tools.ablation.build import edit_sources  # noqa: E402
 from collogue.tools.ablation.switches import SWITCHES  # noqa: E402
 from collogue.tools.bench.timing import LONG, SHORT  # noqa: E402
 from collogue.tools.record import circumstances  # noqa: E402
-from scripts.ways import Ranks, of_slower_rank, time_ways  # noqa: E402
+from scripts.ways import Processes, Ranks, of_slower_rank, time_ways  # noqa: E402
 
 HIDDEN, REPLAYS, GENERATIONS = 7168, 15, 128
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way of a call. ``ahead``: whether rows may be sent ahead; ``edits`` of the kernel sources; ``cleaned``: slots, between replays;
-    ``threads`` that an SM is to hold, where not as many as plans count on.
+    """One way of a call. ``edits`` of the kernel sources; ``cleaned``: slots, between replays; ``threads`` that an SM is to hold, where
+    not as many as plans count on.
     """
 
     algorithm: Literal["one_shot", "two_shot"] = "one_shot"
-    ahead: bool = True
     edits: tuple[Edit, ...] = ()
     cleaned: bool = False
     threads: int | None = None
 
     def cubin(self, variant: Variant, architecture: str) -> bytes:
         """The kernel."""
-        variant = variant if self.ahead else replace(variant, ahead=0)
         if not self.edits:
             return _CUBIN(variant, architecture)
         with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +79,7 @@ class Way:
 _MANY = Edit("protocol.cuh", "kOneShotGenerations = 4;", f"kOneShotGenerations = {GENERATIONS};")
 _NEXT_CLEANS = next(switch for switch in SWITCHES if switch.name == "wipe off").edits
 WAYS = {
-    "ahead": {"one-shot, in turn": Way(ahead=False), "one-shot, ahead": Way(), "two-shot": Way("two_shot")},
+    "algorithms": {"one-shot": Way(), "two-shot": Way("two_shot")},
     "wipes": {
         "4 generations": Way(),
         f"{GENERATIONS}, each call cleans": Way(edits=(_MANY,)),
@@ -98,7 +95,7 @@ WAYS = {
     },
 }
 TOKENS = {
-    "ahead": (64, 128, 160, 192, 256, 320, 384, 448, 512),
+    "algorithms": (64, 128, 160, 192, 256, 320, 384, 448, 512),
     "wipes": (1, 8, 16, 32, 64),
     "ctas": (1, 4, 8, 16, 32, 64, 512, 2048, 8192),
 }
@@ -163,19 +160,6 @@ def measure(group: Any, ranks: Ranks, what: str, tokens: int, label: str) -> Tim
     for comm in comms.values():
         comm.close()
     return times
-
-
-class Processes:
-    """Ranks that are processes."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
-
-    def settle(self) -> None:
-        """Wait for this GPU, then for every rank."""
-        torch.cuda.synchronize()
-        dist.barrier(self.group)
-        torch.cuda.synchronize()
 
 
 def of_process(group: dist.ProcessGroup, tell: Callable[[str], None], jobs: Sequence[tuple[str, int, str]]) -> list[Times]:

@@ -137,6 +137,13 @@ def _examples(data: Data) -> Iterator[Sequence[str]]:
         yield [gpu["name"], *(f"{mine[count]:.1f}" for count in tokens)]
 
 
+def _ahead(data: Data) -> Iterator[Sequence[str]]:
+    yield ["tokens, format", *next(iter(data["us"].values()))]
+    for call, us in data["us"].items():
+        if not call.endswith("fp8_static"):  # as without a format
+            yield [call, *(f"{value:.2f}" for value in us.values())]
+
+
 def _host_path(data: Data) -> Iterator[Sequence[str]]:
     yield ["tokens", "host path", "all_reduce, compiled epilogue", "ratio"]
     for tokens, us in data["calls, us"].items():
@@ -169,6 +176,7 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "bench-host": tables.host,
     "bench-eager": tables.eager,
     "bench-epilogues": tables.epilogues,
+    "one-shot-ahead": _ahead,
     "host-path": _host_path,
     "host-kernels": _host_kernels,
     "bench-virtual": tables.virtual,

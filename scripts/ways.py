@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 
 class Ranks(Protocol):
@@ -16,6 +17,19 @@ class Ranks(Protocol):
     size: int
 
     def settle(self) -> None: ...
+
+
+class Processes:
+    """Ranks that are processes."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def settle(self) -> None:
+        """Wait for this GPU, then for every rank."""
+        torch.cuda.synchronize()
+        dist.barrier(self.group)
+        torch.cuda.synchronize()
 
 
 def time_ways(

@@ -33,7 +33,7 @@ def random_sequence(world: World) -> None:
 
 
 def one_shot_sequence(world: World) -> None:
-    """One-shot wherever it fits: of many rows, a CTA sends its next one ahead."""
+    """One-shot wherever it fits, many rows for a CTA too."""
     _random_sequence(world, random_cases(world.size, FEW), **_fixed("one_shot_sequence"))
 
 

@@ -1,4 +1,4 @@
-"""Padding of scales that an earlier call has written, and rows sent ahead, on virtual ranks: eager and from graphs, bit for bit."""
+"""Padding of scales that an earlier call has written, and one-shot of many rows, on virtual ranks: eager and from graphs, bit for bit."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_padding_is_left_as_it_is(tokens: int, label: str, world: int) -> None:
 
 @pytest.mark.parametrize("label", ["none", "nvfp4/128x4", "fp8_per_token"])
 @pytest.mark.parametrize("tokens", [35, 128, 300, 585])
-def test_rows_sent_ahead(tokens: int, label: str) -> None:
+def test_one_shot_of_many_rows(tokens: int, label: str) -> None:
     """One-shot of many rows: two-shot's bits, in calls of changing size behind each other."""
     quant = parse(label, global_scale=37.5, static_scale=0.02)
 

@@ -1,5 +1,4 @@
-// One-shot: every rank sends its rows to every peer, adds all terms itself and finishes the row. One cluster per row at a time; with
-// kAhead the terms of its next row leave before this one's are waited for, so that the wire is busy while a row is waited for and finished.
+// One-shot: every rank sends its rows to every peer, adds all terms itself and finishes the row. One cluster per row.
 #pragma once
 #include "opening.cuh"
 #include "source.cuh"
@@ -19,37 +18,25 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
   const u8* residual = C::kResidual ? p.residual + row.offset(t) : nullptr;
   compute_now(slot_offset ^ source.digest() ^ folded(residual) ^ ranks.digest(), shared.digest);
 
-  // A single vector stays in registers, and so does what is worked out; several, and those sent ahead, are read again when their turn
-  // comes, and the residual with them.
-  constexpr bool kAhead = C::kAhead, kEarly = C::kVectors == 1 && !kAhead;
-  constexpr bool kAgain = !kEarly && !C::template Source<C>::kWorkedOut;
-  static_assert(!kAhead || (C::kLoop && C::kVectors == 1 && kAgain));
-  Vector x[C::kVectors], r{}, next{};
-  const auto ask_ahead = [&](u32 of) { return of < p.tokens ? source.term(of, 0) : Vector{}; };
+  // A single vector stays in registers, and so does what is worked out; several are read again when their turn comes.
+  constexpr bool kAgain = C::kVectors > 1 && !C::template Source<C>::kWorkedOut;
+  Vector x[C::kVectors], r{};
   Opening<C> opening(ranks);
   opening.begin(row, [&] {
     ask_for_terms(source, x, 0);
-    if constexpr (C::kResidual && kEarly) r = row.load(residual, 0);
-    if constexpr (kAhead) next = ask_ahead(t + grid_rows());
+    if constexpr (C::kResidual && C::kVectors == 1) r = row.load(residual, 0);
   });
   for (u32 turn = 0;; turn++) {
-    if (!kAhead || turn == 0) {
 #pragma unroll
-      for (int i = 0; i < C::kVectors; i++) {
-        x[i] = ranks.disguise(x[i]);
-        ranks.send(x[i], slot_offset + i * row.kVectorStep, row.active(i));
-      }
-      ranks.sent_at = clock_cycles();
+    for (int i = 0; i < C::kVectors; i++) {
+      x[i] = ranks.disguise(x[i]);
+      ranks.send(x[i], slot_offset + i * row.kVectorStep, row.active(i));
     }
+    ranks.sent_at = clock_cycles();
     // What follows is worked out while the words travel, not before they leave.
     compute_now(t);
     row.aim(t);
     if (turn == 0) opening.after_sends(row, Ranks<C>::kPeers * p.slot_bytes);
-    if constexpr (kAhead) {
-      const u32 ahead = t + grid_rows();
-      if (ahead < p.tokens) ranks.send(ranks.disguise(next), static_cast<u32>(row.offset(ahead)), row.active(0));
-      if (turn == 0) ranks.pause();  // later rows have been on their way for a turn
-    }
     const u8* place = ranks.slots() + slot_offset;
     u32 active = row.active(0);
     compute_now(place);
@@ -57,7 +44,7 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {
       if constexpr (kAgain) x[i] = ranks.disguise(source.term(t, i));
-      if constexpr (!kEarly) {
+      if constexpr (C::kVectors > 1) {
         if constexpr (C::kResidual && !C::kBranch) r = row.load(p.residual + row.offset(t), i);
       }
       float sum[8];
@@ -69,8 +56,7 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
       if constexpr (C::kResidual) add<D>(sum, r);
       x[i] = row.store_stream(i, sum);
     }
-    if constexpr (kAhead) next = ask_ahead(t + 2 * grid_rows());
-    if constexpr (C::kBranch) row.join(turn, x, [&](int i) { return kEarly ? r : row.load(p.residual + row.offset(t), i); });
+    if constexpr (C::kBranch) row.join(turn, x, [&](int i) { return C::kVectors == 1 ? r : row.load(p.residual + row.offset(t), i); });
     row.finish(turn, x, [&] { opening.compare_later(); }, NoWire{});
 
     if constexpr (!C::kLoop) break;
@@ -78,11 +64,9 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
     if (t >= p.tokens) break;
     row.next();
     slot_offset = static_cast<u32>(row.offset(t));
-    if constexpr (!kAhead) {
-      source.aim(t);
-      ask_for_terms(source, x, 0);
-      if constexpr (C::kResidual && kEarly) r = row.load(p.residual + row.offset(t), 0);
-    }
+    source.aim(t);
+    ask_for_terms(source, x, 0);
+    if constexpr (C::kResidual && C::kVectors == 1) r = row.load(p.residual + row.offset(t), 0);
   }
   opening.end();
 }

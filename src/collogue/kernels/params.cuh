@@ -71,8 +71,7 @@ struct Params {
 //   kBlocks                              upper bound of ceil(H / 256), a multiple of 4
 //   kLoop                                whether a CTA may do more than one row
 //   kFirstPoll                           cycles between sending and the first poll
-//   kAhead                               two-shot: turns between the sum of a row and its finish, 0 or 1; one-shot: rows sent ahead, 0 or
-//                                        1; local: rows asked for ahead
+//   kAhead                               two-shot: turns between the sum of a row and its finish, 0 or 1; local: rows asked for ahead
 //   kLateWeight                          whether the weight is read behind the wait for the previous kernel
 //   kLaunchLate                          whether the next kernel is launched at the end of this one
 //   kGather                              whether the finished rows of an owner go to every rank

@@ -222,12 +222,6 @@ struct Ranks {
 
   // ---- waiting
 
-  // Polling lines that are being written slows their arrival: leave the wire alone until the words can be here.
-  COLLOGUE_DEVICE void pause() const {
-    if constexpr (C::kFirstPoll != 0)
-      while (clock_cycles() - sent_at < C::kFirstPoll) {
-      }
-  }
   // Until `missing()` is false in every lane of the warp, or the call is stopped. `missing_rank()`: whom this lane waits for, or
   // kNobody. All lanes together.
   template <class Missing, class MissingRank>
@@ -238,7 +232,10 @@ struct Ranks {
         if (!stopped) look_around(missing_rank, started, stage, token);
         if (stopped) return;
       }
-      if constexpr (!C::kAhead) pause();
+      // Polling lines that are being written slows their arrival: leave the wire alone until the words can be here.
+      if constexpr (C::kFirstPoll != 0)
+        while (clock_cycles() - sent_at < C::kFirstPoll) {
+        }
       bool waiting = true;
       for (u32 polls = 0; waiting && polls < kPollsBetweenLooks; polls++) waiting = any_in_warp(missing());
       if (!waiting) return;

@@ -373,15 +373,6 @@ def make_kernels(topology: Topology, request: Request, plan: Plan) -> tuple[Kern
     return tuple(Kernel(part, shape, make_variant(topology, part, shape, "all_gather")) for part, shape in zip(parts, shapes, strict=True))
 
 
-def _goes_ahead(algorithm: str, shape: LaunchShape, request: Request) -> bool:
-    """Whether a CTA that does several rows begins with its next one before it has finished this one, as far as its registers go."""
-    if algorithm == "local":
-        return shape.vectors <= 2
-    if algorithm == "one_shot":  # it asks for its terms again: not where they are worked out
-        return shape.vectors == 1 and request.prologue is None
-    return algorithm == "two_shot" and shape.threads > MAX_THREADS_OF_ROWS_IN_TURN
-
-
 def make_variant(topology: Topology, request: Request, shape: LaunchShape, algorithm: str) -> Variant:
     """The kernel that runs ``request`` in ``shape``."""
     owned = ALGORITHMS[algorithm].owned
@@ -403,7 +394,10 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         loop=loop,
         ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, algorithm, experts=request.adds_rows),
         first_poll=FIRST_POLL_CYCLES if ALGORITHMS[algorithm].one_hop else 0,
-        ahead=int(loop and _goes_ahead(algorithm, shape, request)),
+        ahead=int(
+            loop
+            and (shape.vectors <= 2 if algorithm == "local" else algorithm == "two_shot" and shape.threads > MAX_THREADS_OF_ROWS_IN_TURN)
+        ),
         stream=request.wanted.reduced or request.wanted.residual,
         gather=request.operation == "sharded",
         late_weight=request.late_weight and request.norm and shape.vectors <= 2,  # more are read in their turn

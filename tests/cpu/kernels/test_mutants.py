@@ -21,8 +21,6 @@ _SMALL = {
     kernel: Case(2, 24, 32, kernel=kernel, max_tokens=3) for kernel in ("one_shot", "two_shot", "sharded", "reduce_scatter", "all_gather")
 }
 _WIDE = {kernel: replace(case, hidden_size=264) for kernel, case in _SMALL.items()}
-#: One-shot in which each cluster has several rows, and sends the next one ahead.
-_AHEAD = Case(2, 24, 32, rows=1, max_tokens=3)
 _CODES = Case(2, 32, 32, kernel="sharded", quant=NVFP4(37.5))
 
 _POLL = "waiting = any_in_warp(missing());"
@@ -47,10 +45,6 @@ def advanced_early(left: str = "0") -> tuple[Edit, Edit]:
 
 
 _NO_DISGUISE = Edit(PROTOCOL, "v.part[i].w[j] == D::kSentinel ? 0u : v.part[i].w[j]", "v.part[i].w[j]")
-_ASK_AHEAD = "    if constexpr (kAhead) next = ask_ahead(t + grid_rows());\n"
-_SENT_BEFORE = Edit(
-    _ONE, _ASK_AHEAD, f"{_ASK_AHEAD}    ranks.send(ranks.disguise(next), static_cast<u32>(row.offset(t + grid_rows())), row.active(0));\n"
-)
 _ONE_GENERATION = Edit(PROTOCOL, "kGenerations = 2,", "kGenerations = 1,")
 _CLEAN = "call % 2 ? head.w[3] & 0xffffu : head.w[3] >> 16"
 
@@ -76,18 +70,6 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
         _SMALL["one_shot"],
         (Edit(PROTOCOL, "send_vector(place[k], v)", "send_vector(place[k] + 112, v)"),),
     ),
-    "one_shot: a row ahead sent to this row's place": (_AHEAD, (Edit(_ONE, "row.offset(ahead)", "row.offset(t)"),)),
-    "one_shot: a row ahead sent as it is": (_AHEAD, (Edit(_ONE, "ranks.disguise(next)", "next"),)),
-    "one_shot: this rank's term added as it is": (
-        replace(_AHEAD, world=3),
-        (Edit(_ONE, "ranks.disguise(source.term(t, i))", "source.term(t, i)"),),
-    ),
-    "one_shot: the next row sent for the one behind it": (
-        _AHEAD,
-        (Edit(_ONE, "ask_ahead(t + 2 * grid_rows())", "ask_ahead(t + grid_rows())"),),
-    ),
-    "one_shot: a row ahead sent before the call has begun": (_AHEAD, (_SENT_BEFORE,)),
-    "one_shot: a row ahead not sent": (_AHEAD, (Edit(_ONE, "if (ahead < p.tokens)", "if (ahead < p.tokens - 1)"),)),
     "row exchange not waited for": (
         _WIDE["one_shot"],
         (Edit("exchange.cuh", "barrier_wait(&buffer.barrier[odd], C::kLoop ? (turn >> 1) & 1u : 0u);", ""),),

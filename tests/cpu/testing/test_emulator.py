@@ -16,7 +16,6 @@ from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, 
 from collogue.gpu.failure import MISMATCH, TIMEOUT
 from collogue.testing.emulator import Ask, Case, Edit, Library, emulate
 from collogue.testing.inputs import KINDS
-from collogue.tools.ablation.switches import SWITCHES
 
 pytestmark = pytest.mark.slow
 
@@ -27,8 +26,6 @@ CASES = {
     "one-shot-cluster": Case(3, 576, 64, keep_norm=True, quant=NVFP4(37.5)),
     "one-shot-float32": Case(2, 264, 32, dtype=torch.float32, quant=FP8PerToken()),
     "one-shot-loop": Case(3, 264, 32, rows=2, quant=FP8PerToken(), keep_norm=True),
-    "one-shot-loop-two-ranks": Case(2, 576, 64, rows=2, quant=NVFP4(37.5), max_tokens=7),
-    "one-shot-loop-one-cluster": Case(2, 128, 32, rows=1, dtype=torch.float32, norm=False, branch=True, max_tokens=5),
     "one-shot-vectors": Case(3, 576, 64, vectors=2, rows=1, dtype=torch.float16, quant=MXFP8(rounding="ceil")),
     "two-shot": Case(4, 24, 32, kernel="two_shot"),
     "two-shot-cluster": Case(2, 576, 64, kernel="two_shot", quant=NVFP4(37.5)),
@@ -171,18 +168,6 @@ def test_three_rows_on_their_way(build: Build, case: Case, kind: str) -> None:
         mode = PRESENT[-1 - seed]
         run = emulate(library, (case.max_tokens, 2 * case.launches, case.max_tokens - 1), seed=seed, mode=mode, victim=seed % 2, kind=kind)
         assert run.problem() == ""
-
-
-@pytest.mark.parametrize("name", ["one-shot-loop", "one-shot-loop-two-ranks", "one-shot-loop-one-cluster"])
-def test_one_shot_sends_its_rows_ahead_or_in_turn(build: Build, name: str) -> None:
-    case = CASES[name]
-    assert case.variant.ahead
-    in_turn = next(switch for switch in SWITCHES if switch.name == "rows in turn")
-    libraries = build(case), build(case, edits=in_turn.edits)
-    for seed, mode in enumerate(PRESENT):
-        runs = [emulate(library, (case.max_tokens, 1, 3, 2), seed=seed, mode=mode, victim=seed % 2) for library in libraries]
-        assert [run.problem() for run in runs] == ["", ""]
-        assert runs[0].sent == runs[1].sent
 
 
 @pytest.mark.parametrize("wiped", ["shot.wipe_terms(t, i);\n", "shot.wipe_terms(added, i);", "shot.wipe_y(t, i);"])

@@ -138,18 +138,13 @@ _NO_MARKS = (
     Edit("opening.cuh", "    if (first_warp) seen = ranks.look_at_marks(ranks.call - 1);\n", ""),
 )
 
-#: No row is sent ahead.
-_IN_TURN = (
-    Edit("one_shot.cuh", "kAhead = C::kAhead,", "kAhead = false,"),
-    Edit("protocol.cuh", "      if constexpr (!C::kAhead) pause();\n", "      pause();\n"),
-)
 #: The first vector of a CTA leaves last, behind a fence, and stands for all that the CTA has sent. Nothing else is compared.
 _FLAG = (
     Edit(
         "one_shot.cuh",
-        "        ranks.send(x[i], slot_offset + i * row.kVectorStep, row.active(i));\n      }\n",
-        """        ranks.send(x[i], slot_offset + i * row.kVectorStep, row.active(i) && (i > 0 || thread_index() > 0));
-      }
+        "      ranks.send(x[i], slot_offset + i * row.kVectorStep, row.active(i));\n    }\n",
+        """      ranks.send(x[i], slot_offset + i * row.kVectorStep, row.active(i) && (i > 0 || thread_index() > 0));
+    }
     sync_block();
     if (thread_index() == 0) {
       fence_system();
@@ -185,7 +180,6 @@ _FLAG = (
     ),
     Edit("protocol.cuh", "            return is_missing(term);\n", "            return false;\n"),
     Edit("protocol.cuh", "              missing |= is_missing(term[b]);\n", ""),
-    *_IN_TURN,
 )
 
 SWITCHES: tuple[Switch, ...] = (
@@ -277,11 +271,6 @@ SWITCHES: tuple[Switch, ...] = (
         "nothing kept",
         "constants and indices are read where they are used, not kept in registers",
         (Edit("exchange.cuh", "if constexpr (C::kVectors == 1 && !C::kLoop) return keep(x);", ""),),
-    ),
-    Switch(
-        "rows in turn",
-        "a CTA with several rows sends the next one when this one is finished (no other change: few rows have a CTA each)",
-        _IN_TURN,
     ),
     Switch(
         "no first wait", "polling starts at once after the sends", (Edit("protocol.cuh", "- sent_at < C::kFirstPoll", "- sent_at < 0u"),)
