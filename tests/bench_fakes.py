@@ -8,6 +8,7 @@ from typing import Any
 from collogue.tools.bench import report
 from collogue.tools.bench.cases import default_rounds
 from collogue.tools.bench.floors import EMPTY, EXCHANGE
+from collogue.tools.bench.rank import _call
 from collogue.tools.bench.timing import SETS, SHORT
 
 
@@ -40,17 +41,14 @@ class Recorded:
 
 
 def fake_rank(world: int) -> dict[str, Any]:
-    """What a rank returns, with made-up latencies: T/10 + 1 plus a bit for each row; the wire moves 300 bytes in a microsecond."""
+    """What a rank returns, with made-up latencies: T/10 + 1, or + 5, plus a bit for each row; the wire moves 300 bytes in a microsecond."""
     rows = []
     for r in default_rounds(world):
         shape = {"world_size": world, "tokens": r.shape.tokens, "hidden_size": r.shape.hidden_size, "dtype": r.shape.dtype}
         names = [{"what": w} for w in (EMPTY, EXCHANGE, *r.baselines)]
-        names += [
-            {"what": "collogue", "format": c.format, "residual": c.residual, "norm": c.norm, "keep_norm": c.keep_norm, "bytes_sent": 600}
-            for c in r.cases
-        ]
+        names += [{"what": "collogue", **_call(c), "bytes_sent": 600} for c in r.cases]
         for i, name in enumerate(names):
-            us = 1.0 + r.shape.tokens / 10 + i / 100
+            us = (5.0 if name["what"] == "collogue" else 1.0) + r.shape.tokens / 10 + i / 100
             result = {"us": us, "low_us": us - 0.1, "high_us": us + 0.1, "replays": 9, "error": None}
             rows.append({"section": r.section, **shape, **name, **result})
     wire = {"what": "wire", "world_size": world, "bytes_sent": 3000, "us": 10.0, "error": None}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from collogue import errors
-from scripts.figure import figure
+from scripts.figure import figure, joined
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -127,6 +127,14 @@ def test_the_readme_counts_the_cases_of_the_check() -> None:
 
 def test_the_figure_is_that_of_the_results() -> None:
     data = json.loads((RESULTS / "latency-2xh200.json").read_text())
-    assert (ROOT / "docs" / "figures" / "latency-2xh200.svg").read_text(encoding="utf-8") == figure(data)
-    data["cases"][5]["us"] *= 2
-    assert (ROOT / "docs" / "figures" / "latency-2xh200.svg").read_text(encoding="utf-8") != figure(data)
+    models = joined([RESULTS / f"model-{name}2xh200.json" for name in ("", "sizes-", "more-")])
+    text = (ROOT / "docs" / "figures" / "latency-2xh200.svg").read_text(encoding="utf-8")
+    assert text == figure(data, models)
+    assert text.count("<svg ") == 1 + 4
+    assert figure(data).count("<svg ") == 1 + 3
+    row = next(row for row in data["cases"] if row.get("share") and row["section"] == "decode")
+    row["us"] *= 2
+    assert text != figure(data, models)
+    row["share"] = 1.01
+    with pytest.raises(ValueError, match="a lower bound is wrong"):
+        figure(data)

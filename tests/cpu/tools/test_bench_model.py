@@ -14,7 +14,7 @@ from torch import Tensor
 from collogue.errors import ArgumentError
 from collogue.pytorch.fusion import Fused, Missed, Report
 from collogue.testing.processes import run_processes
-from collogue.tools.bench import model
+from collogue.tools.bench import model, tables
 from collogue.tools.bench.stack import ACTIVATIONS, SHAPES, rank_shape
 from collogue.tools.bench.variants import ALL, BASELINES, COLLOGUE, LOCAL
 
@@ -107,6 +107,12 @@ def test_speedups_are_against_the_better_baseline() -> None:
     assert (found["collogue pass"]["speedup_nccl"], found["collogue pass"]["speedup_symm_mem"]) == (2.0, 1.5)
     assert "speedup_nccl" not in found["collogue sharded"]
     assert model.table({"rows": rows}).splitlines()[2] == "| m | 2 | 4 | 50 | 40 | - | 80 | 60 | 100 | 20 | 2.00 | 1.50 | - |"
+
+
+def test_layer_gains_are_over_the_faster_baseline() -> None:
+    rows = [row(what, us) for what, us in zip(ALL, (50.0, 40.0, None, 80.0, 60.0, 100.0, 20.0), strict=True)]
+    model._add_speedups(rows)
+    assert tables.layer_gains({"rows": rows}) == {"m, 2 ranks": {"T = 4": 1.5}}
 
 
 def test_unknown_models() -> None:

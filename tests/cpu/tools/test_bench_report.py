@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_fakes import made
+from bench_fakes import fake_rank, made
 from typer.testing import CliRunner
 
-from collogue.tools.bench import page, regression, report
-from collogue.tools.bench.cases import COMPILED, NCCL
-from collogue.tools.bench.plot import Point, line_chart
+from collogue.errors import CollogueError
+from collogue.tools.bench import page, regression, report, tables
+from collogue.tools.bench.cases import COMPILED, FLASHINFER_EARLY, NCCL
+from collogue.tools.bench.plot import Point, bar_chart, line_chart
 from collogue.tools.cli import app
 from collogue.tools.commands.options import OK, USAGE
 
@@ -60,6 +61,32 @@ def test_a_name_keeps_its_color() -> None:
     assert fill[0] != fill[1]
 
 
+def test_a_lower_bound_is_dashed_and_has_the_color_of_its_line() -> None:
+    lines = {"a": points((1, 4), (8, 8)), "b": points((1, 3), (8, 9))}
+    root = ET.fromstring(line_chart("t", "x", "y", lines, bounds={"b": points((1, 2), (8, 2)), "c": points((1, 1))}))
+    a, b = (e.attrib["stroke"] for e in root.iter("polyline") if "stroke-dasharray" not in e.attrib)
+    dashed = [e for e in root.iter("polyline") if "stroke-dasharray" in e.attrib]
+    assert a != b
+    assert [e.attrib["stroke"] for e in dashed] == [b]  # c is no line of this chart
+    (at,) = {point.split(",")[1] for point in dashed[0].attrib["points"].split()}
+    assert float(at) > max(float(c.attrib["cy"]) for c in root.iter("circle"))  # below every time, and within the axis
+    assert any((text.text or "").startswith("dashed: lower bound") for text in root.iter("text"))
+    alike = line_chart("t", "x", "y", lines, bounds={"b": points((1, 2), (8, 2)), "a": points((1, 2), (8, 2))})
+    assert [e.attrib["stroke"] for e in ET.fromstring(alike).iter("polyline") if "stroke-dasharray" in e.attrib] == [a]
+
+
+def test_bars_stand_on_zero_and_one_is_marked() -> None:
+    svg = bar_chart("t", "y", {"m, 2 ranks": {"T = 1": 1.5, "T = 8": 0.75}, "n, 2 ranks": {"T = 8": 3.0}})
+    root = ET.fromstring(svg)
+    bars = {b.find("title").text: b.attrib for b in root.iter("rect") if b.find("title") is not None}  # type: ignore[union-attr]
+    heights = {name: float(b["height"]) for name, b in bars.items()}
+    assert heights["m, 2 ranks, T = 1: 1.5"] == pytest.approx(2 * heights["m, 2 ranks, T = 8: 0.75"], abs=0.2)
+    assert heights["n, 2 ranks, T = 8: 3"] == pytest.approx(2 * heights["m, 2 ranks, T = 1: 1.5"], abs=0.2)
+    assert bars["m, 2 ranks, T = 8: 0.75"]["fill"] == bars["n, 2 ranks, T = 8: 3"]["fill"] != bars["m, 2 ranks, T = 1: 1.5"]["fill"]
+    assert len({round(float(b["y"]) + float(b["height"])) for b in bars.values()}) == 1
+    assert bar_chart("t", "y", {}) == ""
+
+
 class Balanced(HTMLParser):
     """Every tag that is opened is closed, in order."""
 
@@ -91,12 +118,42 @@ def test_the_page_shows_every_number_and_needs_nothing_else() -> None:
     assert "<td>3.21</td>" in text
     assert "CompileError: &lt;no&gt;" in text
     assert "Collogue, norm: 3.21 at 8 (3 to 3.4)" in text
-    assert text.count("<svg") == 1 + 3 + 1 + 3  # decode; hidden sizes at three T; large; large at other hidden sizes, three T
+    assert text.count("<svg") == 2 * (1 + 3 + 1 + 3)  # times and shares: decode; hidden sizes at three T; large, and at three hidden sizes
     assert not re.search(r"(src|href)=|@import|url\(", text)  # one file
-    assert all(svg.count("<polyline") <= 6 for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert all(svg.count('stroke-width="1.8"') <= 6 for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL))
     assert "prefers-color-scheme: dark" in text
     for section in ("decode, world 2, bfloat16", "hidden size, world 2, bfloat16", "large, world 2, bfloat16", "Wire, host, compiler"):
         assert f"<h2>{section}</h2>" in text
+
+
+def test_every_kind_of_call_has_its_own_lower_bound() -> None:
+    data = made()
+    for row in report.find(data, section="large", operation="sharded", tokens=256):
+        row |= {"floor_us": 1.0, "share": 0.5}
+    text = page.page(data)
+    large = text[text.index("<h2>large, world 2") :]
+    assert "Collogue, sharded, nvfp4/128x4: 0.5 at 256" in large
+    assert "Collogue, norm: 0.5 at 256" not in large
+
+
+def test_a_call_below_its_lower_bound_is_a_bug_of_the_bound() -> None:
+    """The run fails, says so, and has no page."""
+    data = made()
+    assert report.passed(data)
+    row = next(row for row in data["cases"] if row["what"] == "collogue")
+    row |= {"us": row["floor_us"] / 1.01, "share": 1.01}
+    assert not report.passed(data)
+    assert "BELOW ITS LOWER BOUND none T=1 H=7168 world 2" in report.text(data)
+    with pytest.raises(CollogueError, match="1 calls took less than their lower bound: none T=1"):
+        page.page(data)
+
+
+def test_eager_calls_have_no_lower_bound() -> None:
+    """Their exchange is called from Python, too."""
+    rows = [{**row, "host_us": 1.0} for row in fake_rank(2)["rows"]]
+    wire = fake_rank(2)["wire"]
+    assert {row["floor_us"] for row in report.add_floors(rows, wire)} == {None}
+    assert {row["share"] is None for row in report.add_floors(fake_rank(2)["rows"], wire) if row["what"] == "collogue"} == {False}
 
 
 def test_the_page_opens_with_the_speed_up() -> None:
@@ -111,6 +168,12 @@ def test_the_page_opens_with_the_speed_up() -> None:
     assert headline < text.index("<table>") < text.index("<svg") < text.index("<h2>This run</h2>")
     assert "<b>3.0x as fast at 1 token and 10.0x at 64 tokens</b>" in text
     assert "<td>over NCCL + compiled norm</td><td>3.00x</td><td>10.00x</td>" in text
+    assert "over NCCL + compiled norm: 10 at 64 (10 to 10)" in text
+    (first,) = report.find(data, what=NCCL + COMPILED, tokens=1)
+    data["cases"].append({**first, "what": FLASHINFER_EARLY, "us": 4.5})
+    text = page.page(data)
+    assert "<td>over FlashInfer</td><td>1.50x</td><td>-</td>" in text
+    assert "<b>1.5x as fast at 1 token and 10.0x at 64 tokens</b> as the fastest of the other libraries" in text
 
 
 def test_libraries_that_are_not_installed_are_one_line() -> None:
@@ -134,7 +197,7 @@ def test_changes_beyond_the_noise_are_told() -> None:
     found = {c.key[2]: c for c in changes if c.name == "none" and c.key[0] == "decode"}
     assert [found[t].verdict for t in (1, 2, 4, 8, 16)] == ["slower", "faster", "same", "no number", "same"]
     assert found[1].ratio == pytest.approx(1.5)
-    assert found[1].noise == pytest.approx(0.1 / before["cases"][0]["us"], rel=0.2)
+    assert found[1].noise == pytest.approx(0.1 / 5.15, rel=0.01)
     assert [c.verdict for c in changes[:3]] == ["no number", "slower", "faster"]
     assert regression.counts(changes) == f"1 slower, 1 faster, {len(changes) - 3} same, 1 no number"
     text = page.page(after, before, names=("a.json", "b.json"))
@@ -178,7 +241,16 @@ def test_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda f: f.name)
 def test_every_committed_file_has_a_page_or_is_refused(file: Path, tmp_path: Path) -> None:
     result = call(str(file), "--output", str(tmp_path / "page.html"))
-    assert result.exit_code == (OK if file.name.startswith(("latency", "serving", "suites")) else USAGE)
+    assert result.exit_code == (OK if file.name.startswith(("latency", "model", "serving", "suites")) else USAGE)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("model*.json")), ids=lambda f: f.name)
+def test_layer_stacks_have_bars(file: Path) -> None:
+    data = json.loads(file.read_text())
+    text = page.page(data)
+    gains = tables.layer_gains(data)
+    assert text.count("<rect") == sum(map(len, gains.values())) + len({size for sizes in gains.values() for size in sizes})
+    assert all(f"<title>{name}, {size}: {gain:.3g}" in text for name, sizes in gains.items() for size, gain in sizes.items())
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "", '{"machine": {}, "cases": [{}]}'])

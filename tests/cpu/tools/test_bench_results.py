@@ -126,8 +126,8 @@ def test_the_table_of_the_readme() -> None:
         lines[4] == "| tokens | Collogue, norm | Collogue, NVFP4 | Collogue, FP8 static "
         "| NCCL or symm. mem., then a compiled norm | NCCL all-reduce alone | lower bound (norm) |"
     )
-    assert lines[6] == "| 1 | 1.15 | 1.16 | 1.17 | - | 1.12 | 3.11 |"
-    assert lines[12] == "| 512 | 52.25 | 52.26 | 52.27 | - | 52.22 | 54.21 |"
+    assert lines[6] == "| 1 | 5.15 | 5.16 | 5.17 | - | 1.12 | 3.11 |"
+    assert lines[12] == "| 512 | 56.25 | 56.26 | 56.27 | - | 52.22 | 54.21 |"
     assert lines[10].startswith("| 64 | 123 |")
     assert len(lines) == 6 + len(report.DECODE) + len(report.LARGE)
     with pytest.raises(ValueError, match="decode"):

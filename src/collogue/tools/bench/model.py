@@ -215,19 +215,19 @@ def table(data: Row) -> str:
 
 
 def draw(rows: Sequence[Row], file: str) -> None:
-    """Speed-up over NCCL by number of tokens: a line for each model and world, of the best of Collogue's ways."""
+    """:func:`collogue.tools.bench.tables.layer_gains` as bars."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for model, world in dict.fromkeys((r["model"], r["world_size"]) for r in rows):
-        best: dict[int, float] = {}
-        for r in rows:
-            if (r["model"], r["world_size"]) == (model, world) and r.get("speedup_nccl"):
-                best[r["tokens"]] = max(best.get(r["tokens"], 0.0), r["speedup_nccl"])
-        if best:
-            axes.plot(list(best), list(best.values()), marker="o", label=f"{model}, world {world}")
+    gains = tables.layer_gains({"rows": rows})
+    sizes = list(dict.fromkeys(size for bars in gains.values() for size in bars))
+    figure, axes = plt.subplots(figsize=(max(5.0, 1.8 * len(gains)), 4))
+    for i, size in enumerate(sizes):
+        at = [j + 0.8 * (i + 0.5) / len(sizes) - 0.4 for j, bars in enumerate(gains.values()) if size in bars]
+        axes.bar(at, [bars[size] for bars in gains.values() if size in bars], width=0.8 / len(sizes), label=size)
     axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set(xscale="log", xlabel="tokens", ylabel="tokens/s over NCCL + torch.compile")
+    axes.set_xticks(range(len(gains)), [name.replace(", ", "\n") for name in gains])
+    axes.set(ylabel="whole layers: times as fast as the\nfaster of NCCL and symmetric memory")
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=150)
+    plt.close(figure)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from collogue.tools.bench import report, serving
-from collogue.tools.bench.cases import COMPILED, NCCL, ONE_SHOT, TWO_SHOT
+from collogue.errors import CollogueError
+from collogue.tools.bench import report, serving, tables
+from collogue.tools.bench.cases import COMPILED, FLASHINFER, NCCL, ONE_SHOT, TWO_SHOT
 from collogue.tools.bench.floors import EXCHANGE
 from collogue.tools.bench.names import Row, call_name, label
-from collogue.tools.bench.plot import Point, line_chart
+from collogue.tools.bench.plot import Point, bar_chart, line_chart
 from collogue.tools.bench.regression import Change, compare, counts
 from collogue.tools.bench.report import number
 
@@ -26,6 +27,7 @@ h1 { font-size: 24px; } h2 { font-size: 19px; margin-top: 36px; border-bottom: 1
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 16px; }
 svg { width: 100%; max-width: 620px; height: auto; font: 12px system-ui, sans-serif; fill: var(--ink); }
 svg .title { font-weight: 600; font-size: 14px; } svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--faint); }
+svg .value { font-size: 9px; } svg .bound { stroke-width: 1.2; }
 div.table { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 td, th { padding: 3px 7px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th { white-space: normal; vertical-align: bottom; }
@@ -35,13 +37,19 @@ td:first-child, th:first-child { position: sticky; left: 0; background: var(--pa
 .note { color: var(--faint); font-size: 13px; } .note, dd { overflow-wrap: anywhere; }
 dt { font-weight: 600; } dd { margin: 0 0 8px; }
 """
-_FLOOR = "lower bound"
 #: Lines of a plot.
 _LINES = 6
 
 
 def page(data: dict[str, Any], before: dict[str, Any] | None = None, *, names: tuple[str, str] = ("", "")) -> str:
-    """The page of ``data``; with ``before``, it starts with what changed. ``names`` of the two files: of ``before``, then of ``data``."""
+    """The page of ``data``; with ``before``, it starts with what changed. ``names`` of the two files: of ``before``, then of ``data``.
+
+    Raises :class:`CollogueError` where a call took less than its lower bound.
+    """
+    below = report.below_floor(data)
+    if below:
+        hint = "measure the wire and the exchange again: no share of a wrong bound is drawn"
+        raise CollogueError(f"{len(below)} calls took less than their lower bound: {below[0]}", hint=hint)
     gpus = data["machine"]["gpus"]
     title = f"Collogue on {len(gpus)} x {gpus[0]}" if gpus else "Collogue"
     body = [f"<h1>{escape(title)}</h1>", *_headline(data)]
@@ -49,6 +57,8 @@ def page(data: dict[str, Any], before: dict[str, Any] | None = None, *, names: t
         body += _regressions(compare(before, data), names, before)
     if data.get("benchmark") == "serving":
         body += _serving(data)
+    if is_model(data):
+        body += _layers(data)
     cases = data.get("cases", ())
     for section, world, dtype in dict.fromkeys((r["section"], r["world_size"], r["dtype"]) for r in cases):
         rows = [r for r in cases if (r["section"], r["world_size"], r["dtype"]) == (section, world, dtype)]
@@ -71,13 +81,36 @@ def _headline(data: dict[str, Any]) -> list[str]:
     if not ratios:
         return []
     best = list(ratios.values())[-1]
+    gains = {f"over {name}": exact(row) for name, row in ratios.items() if name != report.FASTEST}
+    chart = line_chart("Speed-up of Collogue, norm", "tokens T", "times as fast", gains, logarithmic=False)
     least, most = min(best), max(best)
     tokens = sorted({at for row in ratios.values() for at in row})
     lines = [["speed-up at T =", *map(str, tokens)]]
     lines += [[f"over {name}", *(f"{row[at]:.2f}x" if at in row else "-" for at in tokens)] for name, row in ratios.items()]
     said = f"{best[least]:.1f}x as fast at {least} token{'s' if least > 1 else ''} and {best[most]:.1f}x at {most} tokens"
-    what = "as the fastest all-reduce measured here with a compiled norm behind it."
-    return [f'<p class="headline">All-reduce + residual + RMSNorm is <b>{said}</b> {what}</p>', _html_table(lines)]
+    what = "as the fastest of the other libraries measured here."
+    return [f'<p class="headline">All-reduce + residual + RMSNorm is <b>{said}</b> {what}</p>', _html_table(lines), _plots(chart)]
+
+
+def exact(values: Mapping[int, float]) -> list[Point]:
+    """Points without a spread."""
+    return [Point(x, y, y, y) for x, y in sorted(values.items())]
+
+
+def _plots(*charts: str) -> str:
+    return '<div class="plots">' + "\n".join(charts) + "</div>"
+
+
+def is_model(data: dict[str, Any]) -> bool:
+    """Whether these are results of ``collogue bench model``."""
+    return {"rows", "layers", "replays"} <= set(data)
+
+
+def _layers(data: dict[str, Any]) -> list[str]:
+    """Whole layers: bars, and all ways of all sizes."""
+    gains = tables.layer_gains(data)
+    chart = bar_chart("Whole layers: speed-up of Collogue's best way", "over the faster of NCCL and symm. mem.", gains)
+    return ["<h2>Layer stacks</h2>", _plots(chart), _html_table([list(row) for row in tables.model(data)])]
 
 
 def _about(data: dict[str, Any]) -> str:
@@ -98,14 +131,18 @@ def _section(title: str, rows: Sequence[Row]) -> list[str]:
     x, other = ("tokens", "hidden_size") if len(tokens) >= len(hidden) else ("hidden_size", "tokens")
     words = {"tokens": "tokens T", "hidden_size": "hidden size H"}
     if len({r[x] for r in rows}) > 1:
-        order = [_FLOOR, *sorted({call_name(r) for r in rows if _rank(r) < len(_PLOTTED)})]
+        order = sorted({call_name(r) for r in rows if _rank(r) < len(_PLOTTED)})
         plots = []
         for value in sorted({r[other] for r in rows}):
             shown = sorted((r for r in rows if r[other] == value and r["us"] and _rank(r) < len(_PLOTTED)), key=_rank)
-            names = list(dict.fromkeys(map(call_name, shown)))[: _LINES - 1]
-            lines = _latencies([r for r in shown if call_name(r) in names], x)
-            plots.append(line_chart(f"Latency, {words[other]} = {value}", words[x], "microseconds per call", lines, order=order))
-        parts.append('<div class="plots">' + "\n".join(plots) + "</div>")
+            names = list(dict.fromkeys(map(call_name, shown)))[:_LINES]
+            drawn = [r for r in shown if call_name(r) in names]
+            title = f"Latency, {words[other]} = {value}"
+            bounds = _by_name(drawn, x, "floor_us")
+            plots.append(line_chart(title, words[x], "microseconds per call", _latencies(drawn, x), order=order, bounds=bounds))
+            title, shares = f"Share of the lower bound, {words[other]} = {value}", _by_name(drawn, x, "share")
+            plots.append(line_chart(title, words[x], "lower bound / time", shares, order=order, logarithmic=False))
+        parts.append(_plots(*plots))
     return [*parts, _table(rows)]
 
 
@@ -115,8 +152,9 @@ _PLOTTED = (
     f"{NCCL}{COMPILED}, none",
     f"{ONE_SHOT}{COMPILED}, none",
     f"{TWO_SHOT}{COMPILED}, none",
-    "nvfp4/128x4",
+    f"{FLASHINFER}, none",
     "sharded, nvfp4/128x4",
+    "nvfp4/128x4",
     NCCL,
     "sharded, fp8_per_token",
     "fp8_static",
@@ -130,17 +168,20 @@ def _rank(row: Row) -> int:
 
 
 def _latencies(rows: Iterable[Row], x: str) -> dict[str, list[Point]]:
-    """Lines by name with their spreads (a slope may come out near zero: no spread reaches below a third), and the floor of the calls that
-    send most."""
+    """Lines by name with their spreads (a slope may come out near zero: no spread reaches below a third)."""
     found: dict[str, list[Point]] = {}
-    floors: dict[float, float] = {}
     for row in rows:
         found.setdefault(call_name(row), []).append(Point(row[x], row["us"], max(row["low_us"], row["us"] / 3), row["high_us"]))
-        if row.get("floor_us"):
-            floors[row[x]] = max(floors.get(row[x], 0.0), row["floor_us"])
-    if floors:
-        found[_FLOOR] = [Point(at, us, us, us) for at, us in floors.items()]
     return found
+
+
+def _by_name(rows: Iterable[Row], x: str, key: str) -> dict[str, list[Point]]:
+    """``key`` of the rows that have it, by name."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row.get(key):
+            found.setdefault(call_name(row), {})[row[x]] = row[key]
+    return {name: exact(values) for name, values in found.items()}
 
 
 def _table(rows: Sequence[Row]) -> str:

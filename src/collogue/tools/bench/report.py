@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from collogue.tools.bench.cases import BASELINES, COMPILED, NCCL, ONE_SHOT, TWO_SHOT
+from collogue.tools.bench.cases import BASELINES, COMPILED, FLASHINFER_WAYS, NCCL, ONE_SHOT, TWO_SHOT, VLLM
 from collogue.tools.bench.floors import EMPTY, EXCHANGE
 from collogue.tools.bench.names import Row, label
 
@@ -17,18 +17,23 @@ METHOD = (
     "reference bit for bit before timing and after the timed graph. Baselines sum small integers exactly before they are timed, then run "
     "on zeros; chains and fused kernels of other libraries give the exact residual stream, and a norm or decoded codes within bounds. "
     "Section eager: 200 calls from Python one after the other, us until the GPU has done them, host_us until the last one returned. "
-    "floor_us = the one-word exchange of the same round + bytes_sent / the measured rate of the wire; share = floor_us / us."
+    "floor_us = the one-word exchange of the same round + bytes_sent / the measured rate of the wire, not of eager calls; "
+    "share = floor_us / us."
 )
 
 
 def add_floors(rows: Iterable[Row], wire: Row) -> list[Row]:
-    """``rows`` of one world with ``floor_us`` and ``share`` where the exchange of their round, the wire and the row have a time."""
+    """``rows`` of one world with ``floor_us`` and ``share`` where the exchange of their round, the wire and the row have a time.
+
+    Eager calls have none: their exchange is called from Python, too, and its time is the host's.
+    """
     rows = list(rows)
     exchange = {_round_of(r): r["us"] for r in rows if r["what"] == EXCHANGE}
     result = []
     for row in rows:
         hop, floor, share = exchange.get(_round_of(row)), None, None
-        if row["what"] == "collogue" and hop is not None and wire["us"] is not None and row["bytes_sent"] is not None:
+        known = hop is not None and wire["us"] is not None and row.get("bytes_sent") is not None and "host_us" not in row
+        if row["what"] == "collogue" and known:
             floor = hop + row["bytes_sent"] / wire["bytes_sent"] * wire["us"]
             share = floor / row["us"] if row["us"] else None
         result.append({**row, "floor_us": floor, "share": share})
@@ -40,9 +45,19 @@ def _round_of(row: Row) -> tuple[Any, ...]:
 
 
 def passed(data: dict[str, Any]) -> bool:
-    """Whether there are cases, and every one of Collogue's, every floor and every host time has a number. Baselines may be missing."""
+    """Whether there are cases, and every one of Collogue's, every floor and every host time has a number. Baselines may be missing. No call
+    may take less than its lower bound."""
     own = [r for r in data["cases"] if r["what"] in ("collogue", EMPTY, EXCHANGE)]
-    return bool(own) and all(r["error"] is None for r in [*own, *data["wire"], *data["host"]])
+    return bool(own) and all(r["error"] is None for r in [*own, *data["wire"], *data["host"]]) and not below_floor(data)
+
+
+def below_floor(data: dict[str, Any]) -> list[str]:
+    """Calls that took less than their lower bound: a bug of the bound, so that no share of it means anything."""
+    return [
+        f"{label(r)} T={r['tokens']} H={r['hidden_size']} world {r['world_size']}: {r['us']:.2f} us, lower bound {r['floor_us']:.2f}"
+        for r in data.get("cases", ())
+        if r["us"] is not None and r.get("share") is not None and r["share"] > 1
+    ]
 
 
 def find(data: dict[str, Any], **wanted: Any) -> list[Row]:
@@ -53,6 +68,13 @@ def find(data: dict[str, Any], **wanted: Any) -> list[Row]:
 
 _NORM: dict[str, Any] = {"what": "collogue", "format": "none", "norm": True, "keep_norm": False, "operation": None}
 _CHAINS = tuple(name + COMPILED for name in BASELINES)
+#: Other libraries' whole calls, with the norm.
+_LIBRARIES: dict[str, tuple[str, ...]] = {
+    "NCCL + compiled norm": (NCCL + COMPILED,),
+    "symmetric memory + compiled norm": (ONE_SHOT + COMPILED, TWO_SHOT + COMPILED),
+    "vLLM's custom all-reduce + compiled norm": (VLLM + COMPILED,),
+    "FlashInfer": FLASHINFER_WAYS,
+}
 #: Columns of the table in README.md: heading, the fields of rows, and which number of them; the least is shown.
 COLUMNS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("Collogue, norm", _NORM, "us"),
@@ -110,14 +132,13 @@ def chain_ratios(data: dict[str, Any], chains: tuple[str, ...] = _CHAINS) -> dic
 
 def speedups(data: dict[str, Any]) -> dict[str, dict[int, float]]:
     """Ratios by number of tokens over each library that was measured, and over the fastest of them."""
-    libraries = {
-        "NCCL + compiled norm": (NCCL + COMPILED,),
-        "symmetric memory + compiled norm": (ONE_SHOT + COMPILED, TWO_SHOT + COMPILED),
-        **{f"{name.split()[0]} + compiled norm": (name + COMPILED,) for name in BASELINES if name not in (NCCL, ONE_SHOT, TWO_SHOT)},
-    }
-    found = {name: chain_ratios(data, chains) for name, chains in libraries.items()}
+    found = {name: chain_ratios(data, chains) for name, chains in _LIBRARIES.items()}
     measured = {name: ratios for name, ratios in found.items() if ratios}
-    return {**measured, "the fastest of them": chain_ratios(data)} if len(measured) > 1 else measured
+    every = tuple(chain for chains in _LIBRARIES.values() for chain in chains)
+    return {**measured, FASTEST: chain_ratios(data, every)} if len(measured) > 1 else measured
+
+
+FASTEST = "the fastest of them"
 
 
 def number(row: Row | None, key: str = "us") -> str:
@@ -154,6 +175,7 @@ def text(data: dict[str, Any]) -> str:
             lines.append(f"kernels ({', '.join(compiler['formats'])}), {name}: {seconds} s")
     wrong = [r for r in [*data["cases"], *data["wire"], *data["host"]] if r["error"] is not None]
     lines += [f"NO NUMBER {label(r)} T={r.get('tokens')} H={r.get('hidden_size')}: {r['error']}" for r in wrong]
+    lines += [f"BELOW ITS LOWER BOUND {text}" for text in below_floor(data)]
     return "\n".join(lines) + "\n"
 
 

@@ -62,6 +62,18 @@ def speedups(data: Data) -> Iterator[Sequence[str]]:
         yield [f"{name}, {world}", *(" / ".join(_gains(_best(sizes[t]))) if t in sizes else "" for t in counts)]
 
 
+def layer_gains(data: Data) -> dict[str, dict[str, float]]:
+    """Of each model and number of ranks, by number of tokens: the best of Collogue's ways over the faster of NCCL and symmetric memory."""
+    found: dict[str, dict[str, float]] = {}
+    for (name, world), sizes in _by_model(data).items():
+        for tokens, ways in sizes.items():
+            best = _best(ways)
+            gains = [float(best[key]) for key in ("speedup_nccl", "speedup_symm_mem") if best is not None and best.get(key)]
+            if gains:
+                found.setdefault(f"{name}, {world} ranks", {})[f"T = {tokens}"] = min(gains)
+    return found
+
+
 def headline(data: Data) -> str:
     """One sentence of ratios, of `collogue bench` (cases) and `collogue bench model` (rows) together."""
     chains = report.chain_ratios(data)

@@ -212,7 +212,7 @@ def report(
 ) -> None:
     """Make one static HTML page, with plots and tables, from a file of `collogue bench --json`; of two files, also what changed.
 
-    A file of `collogue bench serving --json` has a page, too; other results have none.
+    A file of `collogue bench model --json` or of `collogue bench serving --json` has a page, too; other results have none.
     """
     check_target(output, "--output")
     with exit_codes():
@@ -240,8 +240,12 @@ def _results(file: Path, *, alone: bool) -> dict[str, Any]:
         data = None
     if isinstance(data, dict) and "machine" in data:
         cases = data.get("cases")
-        if (alone and data.get("benchmark") == "serving") or (cases is not None and all("section" in case for case in cases)):
+        from collogue.tools.bench.page import is_model
+
+        whole = data.get("benchmark") == "serving" or is_model(data)
+        latencies = data.get("benchmark") != "virtual" and cases is not None and all("section" in case for case in cases)
+        if (alone and whole) or latencies:
             return data
     raise typer.BadParameter(
-        f"{file.name} is not a result of `collogue bench --json` nor, alone, of `collogue bench serving --json`", param_hint="RESULTS"
+        f"{file.name} is not a result of `collogue bench --json` nor, alone, of `collogue bench model` or `serving`", param_hint="RESULTS"
     )
