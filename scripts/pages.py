@@ -137,6 +137,26 @@ def _examples(data: Data) -> Iterator[Sequence[str]]:
         yield [gpu["name"], *(f"{mine[count]:.1f}" for count in tokens)]
 
 
+def _flashinfer(data: Data) -> Iterator[Sequence[str]]:
+    """FlashInfer's fastest way beside Collogue, of the calls that both do."""
+    yield ["H", "T", "norm", "FlashInfer", "ratio", "FP8 static", "FlashInfer", "ratio", "one-word exchange"]
+    calls: dict[tuple[int, int], dict[str, list[float]]] = {}
+    for row in data["cases"]:
+        call, what = calls.setdefault((row["hidden_size"], row["tokens"]), {}), row["what"]
+        if row["us"] is None:
+            continue
+        if what == "one-word exchange":
+            call.setdefault(what, []).append(row["us"])
+        elif what == "collogue" or (what.startswith("flashinfer") and row.get("norm")):
+            call.setdefault(f"{what.partition(' ')[0]} {row['format']}", []).append(row["us"])
+    for (hidden, tokens), call in calls.items():
+        cells = [str(hidden), str(tokens)]
+        for label in ("none", "fp8_static"):
+            ours, theirs = min(call[f"collogue {label}"]), min(call[f"flashinfer {label}"])
+            cells += [f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.2f}"]
+        yield [*cells, f"{call['one-word exchange'][0]:.2f}"]
+
+
 def _ahead(data: Data) -> Iterator[Sequence[str]]:
     yield ["tokens, format", *next(iter(data["us"].values()))]
     for call, us in data["us"].items():
@@ -177,6 +197,7 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "bench-eager": tables.eager,
     "bench-epilogues": tables.epilogues,
     "one-shot-ahead": _ahead,
+    "flashinfer": _flashinfer,
     "host-path": _host_path,
     "host-kernels": _host_kernels,
     "bench-virtual": tables.virtual,

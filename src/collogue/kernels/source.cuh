@@ -80,8 +80,11 @@ struct ExpertCombineSource : ExpertRows<C, W> {
   using typename Rows::Vector;
   using Rows::row;
   u32 t;
+  // terms(): index and weight of this lane's slot of token `asked`.
+  u32 asked, named;
+  float by;
 
-  COLLOGUE_DEVICE explicit ExpertCombineSource(const RowPlace<C>& r) : Rows{r}, t(0) {}
+  COLLOGUE_DEVICE explicit ExpertCombineSource(const RowPlace<C>& r) : Rows{r}, t(0), asked(~0u), named(~0u), by(0.0f) {}
   COLLOGUE_DEVICE void aim(u32 of) { t = of; }
   COLLOGUE_DEVICE u32 digest() const { return folded(row.p.expert_index) ^ t; }
   COLLOGUE_DEVICE Vector term(int i) const {
@@ -117,23 +120,19 @@ struct ExpertCombineSource : ExpertRows<C, W> {
     aim(of);
     return term(i);
   }
-  // Index and weight of slot k are asked for by lane k, so that rows wait for one load of theirs, and as many rows as registers hold are
-  // on their way together.
-  COLLOGUE_DEVICE void terms(Vector (&x)[C::kVectors]) const {
+  // Index and weight of slot k are asked for by lane k, where a CTA does several tokens before the token's turn comes. So rows wait for
+  // one load of theirs at most, and as many rows as registers hold are on their way together.
+  COLLOGUE_DEVICE void terms(Vector (&x)[C::kVectors]) {
     if constexpr (C::kVectors * D::kParts > 4) {  // they would not fit
 #pragma unroll
       for (int i = 0; i < C::kVectors; i++) x[i] = term(i);
       return;
     }
     constexpr int kTogether = 8 / (D::kParts * C::kVectors);
-    const u32 slots = row.p.experts, lane = thread_index() % 32;
-    const u64 slot = static_cast<u64>(t) * slots + lane;
-    u32 named = ~0u;
-    float w = 0.0f;
-    if (lane < slots) {
-      named = load_input_word(row.p.expert_index + slot);
-      w = this->weight(slot);
-    }
+    if (!C::kLoop || asked != t) ask(t);
+    const u32 slots = row.p.experts, of_this = named;
+    const float by_this = by;
+    if constexpr (C::kLoop) ask(t + grid_rows());
     Vector shared[C::kVectors];
     float sum[C::kVectors][8] = {};
 #pragma unroll
@@ -144,7 +143,7 @@ struct ExpertCombineSource : ExpertRows<C, W> {
       Vector v[kTogether][C::kVectors];
 #pragma unroll
       for (int b = 0; b < kTogether; b++) {
-        const u32 of = of_lane(named, k + b);  // none in lanes past the last slot
+        const u32 of = of_lane(of_this, k + b);  // none in lanes past the last slot
         if (of < row.p.expert_rows) {
 #pragma unroll
           for (int i = 0; i < C::kVectors; i++) v[b][i] = row.load(this->place(of), i);
@@ -152,11 +151,11 @@ struct ExpertCombineSource : ExpertRows<C, W> {
       }
 #pragma unroll
       for (int b = 0; b < kTogether; b++) {
-        const u32 of = of_lane(named, k + b);
-        const float by = from_bits(of_lane(bits(w), k + b));
+        const u32 of = of_lane(of_this, k + b);
+        const float w = from_bits(of_lane(bits(by_this), k + b));
         if (of >= row.p.expert_rows) continue;
 #pragma unroll
-        for (int i = 0; i < C::kVectors; i++) Rows::add_weighted(sum[i], v[b][i], by);
+        for (int i = 0; i < C::kVectors; i++) Rows::add_weighted(sum[i], v[b][i], w);
       }
     }
 #pragma unroll
@@ -164,6 +163,17 @@ struct ExpertCombineSource : ExpertRows<C, W> {
   }
 
  private:
+  COLLOGUE_DEVICE void ask(u32 token) {
+    const u32 slots = row.p.experts, lane = thread_index() % 32;
+    const u64 slot = static_cast<u64>(token) * slots + lane;
+    asked = token;
+    named = ~0u;
+    by = 0.0f;
+    if (lane < slots && token < row.p.tokens) {
+      named = load_input_word(row.p.expert_index + slot);
+      by = this->weight(slot);
+    }
+  }
   // What is behind the sum over the slots.
   COLLOGUE_DEVICE Vector rounded(float (&sum)[8], const Vector& shared) const {
     if (row.p.scaling != 1.0f) {

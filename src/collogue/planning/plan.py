@@ -262,12 +262,13 @@ def launch_shape(
     With clusters a thread holds one vector and a row is spread over up to 8 CTAs: the fewest cycles between the first load and the
     last store, and at large sizes the most CTAs whose waits overlap. Where few SMs may be used, a row takes as few
     CTAs as it can; ``cta_threads`` is the most threads that a CTA may then have. In one CTA (no clusters, or groups that only one
-    CTA can reduce) threads hold several vectors. Local calls of more rows than SMs are bound by memory: a CTA does a row, with two
-    (or four) vectors a thread, and asks for its next row before it finishes this one.
+    CTA can reduce) threads hold several vectors. Local calls of more rows than SMs (of experts: than half of them) are bound by memory: a
+    CTA does a row, with two (or four) vectors a thread, and asks for its next row before it finishes this one.
     """
     vectors_in_row = hidden_size // 8
     limit = topology.overrides.max_sms
-    streams = algorithm == "local" and tokens > topology.multiprocessors and hidden_size <= MAX_HIDDEN_SIZE_OF_A_CTA
+    many = topology.multiprocessors // 2 if experts else topology.multiprocessors
+    streams = algorithm == "local" and tokens > many and hidden_size <= MAX_HIDDEN_SIZE_OF_A_CTA
     if topology.has_clusters and not QuantVariant.of(quant).needs_one_cta and streams:
         most = resident_threads(topology, algorithm, vectors=2, experts=experts or branch)
         cluster, vectors = 1, 2 if vectors_in_row <= 2 * most else 4

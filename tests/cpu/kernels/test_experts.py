@@ -58,8 +58,10 @@ def test_every_call_equals_the_reference(build: Build, name: str) -> None:
         # An index that names no row is taken for the first.
         ("two-shot-loop", Edit("source.cuh", "if (named[b] < row.p.expert_rows) Rows::add", "Rows::add")),
         ("one-shot", Edit("source.cuh", "if (of >= row.p.expert_rows) continue;", "")),
+        # The slots of a token are those of the one before.
+        ("local-combine-loop", Edit("source.cuh", "ask(t + grid_rows());", "asked = t + grid_rows();")),
         # A slot is another lane's.
-        ("local-combine-loop", Edit("source.cuh", "from_bits(of_lane(bits(w), k + b))", "from_bits(of_lane(bits(w), b))")),
+        ("local-combine-loop", Edit("source.cuh", "from_bits(of_lane(bits(by_this), k + b))", "from_bits(of_lane(bits(by_this), b))")),
         # An expert that is not used.
         ("two-shot", Edit("source.cuh", "if (w[b] != 0.0f) Rows::add", "Rows::add")),
         # The last slots of a batch.
