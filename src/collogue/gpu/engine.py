@@ -116,7 +116,8 @@ class KernelEngine:
             return _Ready(None)  # the shard is the whole
         for kernel in make_kernels(self.topology, request, plan):
             if plan.term is not None and term is None:
-                term = self._launcher(kernel, plan.term)
+                # Among ranks that share a GPU it must not take up SMs while it waits for the kernel in front: others' kernels need them.
+                term = self._launcher(kernel, plan.term, early=self.topology.ranks_per_gpu == 1)
                 if self._terms is None:  # once: graphs keep its address
                     most = self.topology.max_tokens * self.topology.hidden_size
                     self._terms = torch.empty(most, dtype=self.topology.dtype, device=self.group.device)
@@ -128,7 +129,7 @@ class KernelEngine:
                 main = launcher
         return _Ready(main, values, later_launches(self.topology, request, plan, self.group.rank), term)
 
-    def _launcher(self, kernel: Kernel, plan: Plan) -> Launcher:
+    def _launcher(self, kernel: Kernel, plan: Plan, *, early: bool = True) -> Launcher:
         request, shape, variant = kernel.request, kernel.shape, kernel.variant
         if variant not in self._kernels:
             if torch.cuda.is_current_stream_capturing():
@@ -140,7 +141,7 @@ class KernelEngine:
             code = jit.cubin(variant, self.topology.architecture)
             with torch.cuda.device(self.index):
                 self._kernels[variant] = jit.load(code, variant.name)
-        launcher = Launcher(self._kernels[variant], shape, dependent=self.topology.starts_early)
+        launcher = Launcher(self._kernels[variant], shape, dependent=early and self.topology.starts_early)
         params = launcher.params
         fill_shape(params, self.topology, request, plan, self.group.rank)
         params.timeout, params.relay_timeout = timeouts(self.timeout)

@@ -32,7 +32,7 @@ MAX_THREADS = 1024
 #: Two-shot: wider CTAs are few, and have another row on its way before they finish one.
 MAX_THREADS_OF_ROWS_IN_TURN = 512
 #: Tokens of the largest call whose kernel computes the terms of experts itself: each of its threads has few rows on their way.
-MOST_TOKENS_OF_EXPERTS = 128
+MOST_TOKENS_OF_EXPERTS = 256
 #: Largest hidden size where a cluster does a row, and where one CTA does.
 MAX_HIDDEN_SIZE, MAX_HIDDEN_SIZE_OF_A_CTA = 32768, 16384
 
@@ -154,13 +154,20 @@ def make_plan(topology: Topology, request: Request) -> Plan:
     threads = candidate.cta_threads if candidate is not None else None
     front = None
     if isinstance(request.prologue, PrologueForm) and request.adds_rows and algorithm != "local" and tokens > MOST_TOKENS_OF_EXPERTS:
-        front = make_plan(replace(topology, world_size=1), sum_alone(request))
+        front = make_plan(_alone(topology), sum_alone(request))
         why += "; a kernel in front computes the terms"
     # All launches have the grid of the last one, which may be shorter: every cluster has a row in each of them.
     experts = request.adds_rows and front is None
     width, quant = request.hidden_size, request.quant
     shape = launch_shape(topology, least, width, quant, algorithm, cta_threads=threads, experts=experts, branch=request.branch)
     return Plan(algorithm, why, shape, sent, predicted, floor, rows, launches, used, measured, table, term=front)
+
+
+def _alone(topology: Topology) -> Topology:
+    """Of a kernel that computes this rank's terms: it has the GPU to itself, as it does not start before the kernel in front has ended
+    where other ranks' kernels share the GPU.
+    """
+    return replace(topology, world_size=1, ranks_per_gpu=1)
 
 
 def _owners_bytes(request: Request, world: int, term: int, finished: int) -> tuple[int, int]:
@@ -312,9 +319,9 @@ def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str, *
     else:
         # Clusters do not fill a GPC, which costs about a tenth.
         clusters = topology.multiprocessors * ctas * (9 if shape.cluster > 1 else 10) // 10 // shape.cluster
+    if topology.ranks_per_gpu > 1:
+        clusters //= 2 * topology.ranks_per_gpu  # this kernel and, where it starts early, the next of every rank are resident together
     if algorithm != "local":  # which waits for nobody
-        if topology.ranks_per_gpu > 1:
-            clusters //= 2 * topology.ranks_per_gpu  # this kernel and, where it starts early, the next of every rank are resident together
         clusters //= topology.concurrent  # the kernels of every communicator that may wait at a time are resident together
     return max(1, min(clusters, MAX_CTAS // shape.cluster))
 
@@ -361,7 +368,7 @@ def make_kernels(topology: Topology, request: Request, plan: Plan) -> tuple[Kern
     """
     assert plan.shape is not None
     if plan.term is not None:
-        before = make_kernels(replace(topology, world_size=1), sum_alone(request), plan.term)
+        before = make_kernels(_alone(topology), sum_alone(request), plan.term)
         return (*before, *make_kernels(topology, replace(request, prologue=None), replace(plan, term=None)))
     if plan.algorithm != "all_gather":
         return (Kernel(request, plan.shape, make_variant(topology, request, plan.shape, plan.algorithm)),)
