@@ -157,6 +157,54 @@ def _flashinfer(data: Data) -> Iterator[Sequence[str]]:
         yield [*cells, f"{call['one-word exchange'][0]:.2f}"]
 
 
+def _flashinfer_headline(data: Data) -> str:
+    rows = list(_flashinfer(data))[1:]
+    ratios, tokens = [float(row[column]) for row in rows for column in (4, 7)], [int(row[1]) for row in rows]
+    return (
+        f"FlashInfer 0.7.2's fused kernels take **{min(ratios):.2f} to {max(ratios):.2f} times** Collogue's time in one run on two H200: "
+        f"norm, FP8 static, {min(tokens)} to {max(tokens)} tokens ([table](docs/evidence.md)).\n"
+    )
+
+
+def _experts(data: Data) -> Iterator[Sequence[str]]:
+    yield ["tokens", "in the call's kernel", "by a kernel in front", "torch.compile in front", "best / torch.compile", "the plain call"]
+    for tokens, us in data["us"].items():
+        ours, theirs = (us["inside"], us["in_front"]), us["unfused"]
+        yield [tokens, *(f"{value:.2f}" for value in (*ours, theirs, min(ours) / theirs, us["plain"]))]
+
+
+def _branch(data: Data) -> Iterator[Sequence[str]]:
+    yield ["call", "one call", "two calls and an addition", "ratio"]
+    for call, us in data["us"].items():
+        yield [call, *(f"{us[name]:.2f}" for name in ("fused", "two_calls", "ratio"))]
+
+
+def _generate(data: Data) -> Iterator[Sequence[str]]:
+    yield [
+        "batch",
+        "scheme",
+        "Collogue, tokens/s",
+        "over bfloat16",
+        "over torch.compile",
+        "ms to first token",
+        "step, µs",
+        "products, µs",
+        "bound, µs",
+    ]
+    for row in data["rows"]:
+        if row["way"] == "collogue" and row["us_per_step"] is not None:
+            cells = [str(row["batch"]), row["scheme"], f"{row['tokens_per_second']:.0f}"]
+            cells += [f"{row[name]:.2f}" for name in ("over_bfloat16", "over_compiled")]
+            yield [*cells, f"{row['ms_to_first_token']:.1f}", *(f"{row[name]:.0f}" for name in ("us_per_step", "gemms_us", "bound_us"))]
+
+
+def _sizes(data: Data) -> Iterator[Sequence[str]]:
+    yield ["scheme", "quantized layers, GB", "of bfloat16", "whole model, GB", "of bfloat16"]
+    for row in data["sizes"]:
+        layers, whole = row["quantized_bytes"], row["model_bytes"]
+        yield [row["scheme"], f"{layers / 1e9:.3f}", f"{row['quantized_ratio']:.4f}", f"{whole / 1e9:.3f}", f"{row['model_ratio']:.4f}"]
+
+
 def _ahead(data: Data) -> Iterator[Sequence[str]]:
     yield ["tokens, format", *next(iter(data["us"].values()))]
     for call, us in data["us"].items():
@@ -197,6 +245,10 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "bench-eager": tables.eager,
     "bench-epilogues": tables.epilogues,
     "one-shot-ahead": _ahead,
+    "experts": _experts,
+    "branch-norm": _branch,
+    "generate": _generate,
+    "generate-sizes": _sizes,
     "flashinfer": _flashinfer,
     "host-path": _host_path,
     "host-kernels": _host_kernels,
@@ -209,7 +261,11 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
 
 
 #: What is not a table but a text.
-TEXTS: dict[str, Callable[[Data], str]] = {"headline": tables.headline, "latency": report.latency_table}
+TEXTS: dict[str, Callable[[Data], str]] = {
+    "headline": tables.headline,
+    "latency": report.latency_table,
+    "flashinfer-headline": _flashinfer_headline,
+}
 
 
 def _joined(sources: Sequence[Path]) -> Data:
