@@ -238,6 +238,19 @@ def test_the_command(one_gpu: list[Any], tmp_path: Path) -> None:
         assert call(*wrong).exit_code == USAGE, wrong
 
 
+def test_what_was_measured_before_an_interrupt_is_in_the_file(one_gpu: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, answer = tmp_path / "virtual.json", virtual.run_processes
+
+    def interrupted(count: int, fn: Any, world: int, *arguments: Any, **named: Any) -> list[Any]:
+        if world == 8:
+            raise KeyboardInterrupt
+        return answer(count, fn, world, *arguments, **named)
+
+    monkeypatch.setattr(virtual, "run_processes", interrupted)
+    assert call("--virtual", "2,8", "--json", str(target)).exit_code != OK
+    assert {row["world_size"] for row in json.loads(target.read_text())["cases"]} == {2}
+
+
 def test_the_table_of_the_docs() -> None:
     rows = list(tables.virtual(made(8)))
     assert rows[0] == ["ranks, H", *(f"T = {t}" for t in (1, 2, 4, 8, 16, 32))]

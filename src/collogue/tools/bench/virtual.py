@@ -284,6 +284,7 @@ def run(
     replays: int = REPLAYS,
     started: Callable[[str], None] = lambda name: None,
     commit: str | None = None,
+    partly: Callable[[dict[str, Any]], None] = lambda data: None,
 ) -> dict[str, Any]:
     """Measure; the results as data.
 
@@ -293,6 +294,7 @@ def run(
         replays: of each graph.
         started: hears of each cell.
         commit: recorded; default: what git says.
+        partly: gets the results so far after each number of ranks.
     Raises:
         PlatformError: no GPU, or one without clusters.
     """
@@ -318,6 +320,7 @@ def run(
             continue
         data["cases"] += found["cases"]
         data["left_out"] += found["left_out"]
+        partly(data)
     own = [row for row in data["cases"] if row["what"] in OWN]
     data["passed"] = bool(own) and not data["problems"] and all(row["error"] is None for row in own)
     return data

@@ -100,7 +100,8 @@ def _virtual(worlds: list[int], given: dict[str, Any], commit: str | None, json:
 
         count = 3 * len(worlds) * len(given.get("hidden_size", HIDDEN_SIZES)) * len(given.get("tokens", TOKENS))
         with progress(count, "bench --virtual") as start:
-            data = run(worlds, **given, started=start, commit=commit)
+            # Where a later number of ranks hangs, or somebody interrupts, what was measured is in the file.
+            data = run(worlds, **given, started=start, commit=commit, partly=lambda found: None if json == "-" else write_json(found, json))
         write_json(data, json)
         console(json).print(text(data), highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(OK if data["passed"] else FAILED)
