@@ -13,6 +13,7 @@ import torch
 from bench_fakes import Recorded
 from typer.testing import CliRunner
 
+from collogue.errors import PlatformError
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.tools.bench import baselines, flashinfer, tables, virtual
 from collogue.tools.bench.cases import FLASHINFER, FLASHINFER_EARLY, FLASHINFER_TWO_SHOT, FLASHINFER_WAYS
@@ -238,15 +239,15 @@ def test_the_command(one_gpu: list[Any], tmp_path: Path) -> None:
         assert call(*wrong).exit_code == USAGE, wrong
 
 
-def test_what_was_measured_before_an_interrupt_is_in_the_file(one_gpu: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_measured_before_an_error_is_in_the_file(one_gpu: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, answer = tmp_path / "virtual.json", virtual.run_processes
 
-    def interrupted(count: int, fn: Any, world: int, *arguments: Any, **named: Any) -> list[Any]:
+    def broken(count: int, fn: Any, world: int, *arguments: Any, **named: Any) -> list[Any]:
         if world == 8:
-            raise KeyboardInterrupt
+            raise PlatformError("no GPU any more", hint="none")
         return answer(count, fn, world, *arguments, **named)
 
-    monkeypatch.setattr(virtual, "run_processes", interrupted)
+    monkeypatch.setattr(virtual, "run_processes", broken)
     assert call("--virtual", "2,8", "--json", str(target)).exit_code != OK
     assert {row["world_size"] for row in json.loads(target.read_text())["cases"]} == {2}
 
