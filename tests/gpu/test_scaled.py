@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import small_model
-from quantized_models import SIZES, calibrated, exact_logits, fine_grained, modelopt
+from quantized_models import SIZES, calibrated, exact_logits, experts, fine_grained, modelopt, mxfp4
 from quantized_models import TOKENS as PROMPTS
 from torch import nn
 
@@ -95,12 +95,30 @@ MODELS: dict[str, Callable[[], Any]] = {
     "fine-grained": fine_grained,
     "modelopt FP8": lambda: modelopt(False),
     "modelopt NVFP4": lambda: modelopt(True),
+    "fine-grained, experts": lambda: fine_grained(kind="mixtral"),
+    "MXFP4, experts": mxfp4,
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpoints(name: str) -> None:
     near(MODELS[name]())
+
+
+@pytest.mark.parametrize("name", ["fine-grained, experts", "MXFP4, experts"])
+def test_experts_decode_to_the_same_bits(name: str) -> None:
+    """On the CPU, and where the checkpoint lies on a GPU."""
+    model = MODELS[name]()
+
+    def rank(group: VirtualGroup) -> list[torch.Tensor]:
+        found = []
+        for given in (copy.deepcopy(model), copy.deepcopy(model).cuda()):
+            mine = collogue.parallelize(given, group, max_tokens=PROMPTS.numel(), timeout=30.0)
+            found.append([part.cpu() for layer in experts(mine).values() for part in layer.parameters()])
+        assert len(found[0]) >= 4
+        return [torch.tensor(torch.equal(*parts)) for parts in zip(*found, strict=True)]
+
+    assert all(run_virtual(1, rank, device="cuda:0", timeout=120.0)[0])
 
 
 def calibration(quant: str, model: Any) -> dict[str, Any]:

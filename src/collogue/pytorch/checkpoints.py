@@ -1,7 +1,8 @@
-"""Quantized linear layers as checkpoints have them: which tensors a layer holds, what they mean, and how its input is quantized."""
+"""Quantized layers as checkpoints have them: which tensors a linear layer or experts hold, what they mean, how inputs are quantized."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from collogue.contract.formats import e8m0_decode
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 from collogue.contract.weight import FP8Block, QuantizedWeight, Slicer
-from collogue.errors import ArgumentError, CollogueError, FormatError
+from collogue.errors import ArgumentError, CollogueError, FormatError, ShapeError
+from collogue.pytorch.cut import Cut
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,44 @@ class QuantizedLinear:
                 raise FormatError(f"{name}: {error.message}", hint=error.hint) from None
 
 
+@dataclass(frozen=True)
+class QuantizedExperts:
+    """One parameter of experts, ``[E, O, I]``, or ``[E, I, O]`` where ``transposed``: an ``[O, I]`` weight for each expert."""
+
+    weights: tuple[QuantizedWeight, ...]
+    transposed: bool
+
+    @property
+    def label(self) -> str:
+        """The format, in words."""
+        return type(self.weights[0].format).__name__
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(weight.nbytes for weight in self.weights)
+
+    def _of_each(self, cut: Cut) -> Cut:
+        """The cut of one expert's ``[O, I]``, from that of the parameter."""
+        return replace(cut, dim=2 - cut.dim if self.transposed else cut.dim - 1)
+
+    def check_part(self, cut: Cut, world_size: int, name: str) -> None:
+        """Raise where a part does not end where a block of scales ends. Moves nothing."""
+        QuantizedLinear(self.weights[0], None).check_part(self._of_each(cut), world_size, name)
+
+    def decoded_part(self, cut: Cut, rank: int, world_size: int, dtype: torch.dtype, name: str) -> Tensor:
+        """What ``rank`` holds of the parameter, decoded and rounded once to ``dtype``, expert by expert."""
+        parts: Any = None
+        for index, weight in enumerate(self.weights):
+            matrix = weight.part(self._of_each(cut), rank, world_size, name).decode()
+            matrix = matrix.t() if self.transposed else matrix
+            if parts is None:
+                parts = matrix.new_empty(len(self.weights), *matrix.shape, dtype=dtype)
+            parts[index] = matrix
+        result: Tensor = parts
+        return result
+
+
 def method_of(config: Any) -> str | None:
     """``quant_method`` of a model's configuration; ``None`` for a model that is not quantized."""
     found = getattr(config, "quantization_config", None)
@@ -73,9 +113,9 @@ def method_of(config: Any) -> str | None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer holds codes, under any name: one-byte floating-point numbers, or a weight of integers."""
+    """Whether a layer holds codes: numbers of one byte under any name, or a weight of integers."""
     return any(
-        not (tensor.is_floating_point() and tensor.element_size() > 1) and (tensor.is_floating_point() or name.startswith("weight"))
+        tensor.dtype != torch.bool and (tensor.element_size() == 1 or (name.startswith("weight") and not tensor.is_floating_point()))
         for name, tensor in _tensors(module).items()
     )
 
@@ -120,6 +160,86 @@ def read(linear: nn.Module, name: str, method: str | None) -> QuantizedLinear:
         return QuantizedLinear(per_channel(weight) if isinstance(activation, FP8PerToken) else weight, activation)
     except CollogueError as error:
         raise type(error)(f"{name}: {error.message}", hint=error.hint) from None
+
+
+#: How experts are stored, by ``quant_method``: what follows a parameter's name in that of its codes, and in that of its scales.
+EXPERTS = {"fp8": ("", "_scale_inv"), "mxfp4": ("_blocks", "_scales")}
+
+
+def read_experts(
+    experts: nn.Module, name: str, method: str | None, whole: Mapping[str, torch.Size], *, transposed: bool
+) -> dict[str, QuantizedExperts]:
+    """What the tensors of quantized experts mean: a weight for each expert, by the parameter of the experts that are not quantized.
+
+    =========  ===========================  ======================================  ==================================
+    method     codes                        scales                                  each expert's weight
+    =========  ===========================  ======================================  ==================================
+    ``fp8``    ``P`` ``[E, O, I]`` E4M3     ``P_scale_inv``, per block              FP8Block
+    ``fp8``    ``P`` ``[E, O, I]`` E4M3     ``P_scale_inv`` ``[E, 1 or 2, 1]``      FP8PerToken: one scale, or one for
+                                                                                    gate and one for up, repeated
+    ``mxfp4``  ``P_blocks``                 ``P_scales`` E8M0 ``[E, O, I / 32]``    MXFP4
+               ``[E, O, I / 32, 16]``
+    =========  ===========================  ======================================  ==================================
+
+    Args:
+        whole: the shapes of the parameters ``P`` that are weights, as the experts that are not quantized have them.
+        transposed: whether those are ``[E, I, O]``.
+    Raises:
+        ArgumentError: a method or a layout that is not known. ShapeError, ScaleError, FormatError.
+    """
+    if method not in EXPERTS:
+        raise ArgumentError(
+            f"{name}: experts quantized by {method!r} are not known",
+            hint=f"known are {', '.join(EXPERTS)}; else load the checkpoint dequantized",
+        )
+    codes_end, scales_end = EXPERTS[method]
+    tensors = _tensors(experts) | (_laid_out(experts, whole) if method == "mxfp4" else {})
+    missing = [each + end for each in whole for end in (codes_end, scales_end) if each + end not in tensors]
+    known = {each + end for each in whole for end in (codes_end, scales_end, "_bias", "_activation_scale")}
+    more = sorted(set(tensors) - known)
+    if missing or more:
+        problem = f"no {', '.join(missing)}" if missing else f"also {', '.join(more)}"
+        raise ArgumentError(
+            f"{name} has {', '.join(tensors) or 'no tensors'}: {problem}",
+            hint=f"known are experts with {codes_end or 'codes'} and {scales_end} beside each other; else load the checkpoint dequantized",
+        )
+    return {
+        each: _experts(experts, f"{name}.{each}", tensors[each + codes_end], tensors[each + scales_end], shape, transposed)
+        for each, shape in whole.items()
+    }
+
+
+def _experts(experts: Any, name: str, codes: Tensor, scales: Tensor, shape: torch.Size, transposed: bool) -> QuantizedExperts:
+    codes = codes.flatten(2) if codes.ndim == 4 else codes
+    count, rows, columns = (shape[0], shape[2], shape[1]) if transposed else shape
+    if codes.ndim != 3 or scales.ndim != 3 or not len(codes) == len(scales) == count:
+        raise ShapeError(
+            f"{name}: codes {list(codes.shape)} and scales {list(scales.shape)} are not of {count} experts",
+            hint="load the checkpoint as it was published",
+        )
+    if codes.dtype == torch.float8_e4m3fn and getattr(experts, "block_size", None) is None and scales.shape[1:] in ((1, 1), (2, 1)):
+        scales = scales.repeat_interleave(rows // scales.shape[1], 1)
+    try:
+        weights = tuple(_weight(*each, None, NAMES["modelopt"], _block_size(experts)) for each in zip(codes, scales, strict=True))
+    except CollogueError as error:
+        raise type(error)(f"{name}: {error.message}", hint=error.hint) from None
+    if weights[0].shape != (rows, columns):
+        raise ShapeError(
+            f"{name}: each expert's weight is {list(weights[0].shape)}, the model's {[rows, columns]}",
+            hint="load the checkpoint with its own configuration",
+        )
+    return QuantizedExperts(weights, transposed)
+
+
+def _laid_out(experts: Any, whole: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Blocks and scales of experts whose tensors were laid out for a product, by transformers' own way back."""
+    found: dict[str, Tensor] = {}
+    for each in whole:
+        if getattr(experts, f"{each}_precision_config", None) is not None:
+            from transformers.integrations.mxfp4 import Mxfp4ReverseDeserialize
+
+            found |= Mxfp4ReverseDeserialize(None).convert({}, model=experts, full_layer_name=f"{each}_blocks")
+    return found
 
 
 def _tensors(linear: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from collogue.contract import reference
 from collogue.contract.quant import Quant
 from collogue.contract.spec import RMSNorm
 from collogue.errors import ArgumentError, ScaleError, ShapeError
-from collogue.pytorch.checkpoints import QuantizedLinear, is_quantized, method_of, read, shared_input
+from collogue.pytorch.checkpoints import QuantizedExperts, QuantizedLinear, is_quantized, method_of, read, read_experts, shared_input
 from collogue.pytorch.cut import Cut, OnFirst, Section
-from collogue.pytorch.forms import FORMS, Block, Counted, Cuts, Form
+from collogue.pytorch.forms import FORMS, WHOLE, Block, Counted, Cuts, Form
 from collogue.pytorch.nn import check_linear, odd_parameter, own_ways
 from collogue.pytorch.recipes import Recipe
 
@@ -37,11 +37,22 @@ class LinearPlan:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A module of the base model that holds parameters itself, such as experts: the cut of each."""
+    """A module of the base model that holds parameters itself, such as experts: the cut of each.
+
+    ``quantized``: what some of them are decoded from; ``module`` is then transformers' own for experts that are not quantized, and
+    ``around`` the one that holds it, where the checkpoint's is of another class.
+    """
 
     name: str
     module: nn.Module
     cuts: dict[str, Cut | OnFirst]
+    quantized: dict[str, QuantizedExperts] = field(default_factory=dict)
+    around: nn.Module | None = None
+
+    @property
+    def labels(self) -> list[str]:
+        """The formats of what is quantized, in words."""
+        return [experts.label for experts in self.quantized.values()]
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Decoder:
             (each.name, each.cut, tuple(p.shape for p in each.linear.parameters()), each.quantized and each.quantized.label)
             for each in self.linears
         ]
-        held = [(each.name, each.cuts, tuple(p.shape for p in each.module.parameters(recurse=False))) for each in self.tensors]
+        held = [(each.name, each.cuts, tuple(p.shape for p in each.module.parameters(recurse=False)), each.labels) for each in self.tensors]
         return repr((self.base.config.model_type, str(self.base.dtype), self.norms, self.head, shapes, held))
 
 
@@ -105,19 +116,20 @@ def plan(model: Any, world_size: int, *, fuse: bool, recipe: Recipe | None = Non
         prefix, blocks = f"layers.{index}.", form.blocks(layer)
         _check_code(base, layer, f"layers.{index}", blocks, fuse)
         for block, norm in zip(blocks, (form.attention_in, form.mlp_in), strict=True):
-            columns = [_linear(base, prefix + name, True, counted, ranks, source) for name, counted in block.columns.items()]
+            columns = {name: _linear(base, prefix + name, True, counted, ranks, source) for name, counted in block.columns.items()}
             if block.alone:
-                columns, format = _shared(columns)
+                format = _share(columns, [name for name in columns if name not in block.inner], prefix)
                 if format is not None and norm is not None:
-                    inputs[prefix + norm] = format, tuple(each.name for each in columns)
-            linears += columns
-            rows = [_linear(base, prefix + name, False, counted, ranks, source) for name, counted in block.rows.items()]
+                    inputs[prefix + norm] = format, tuple(prefix + name for name in columns if name not in block.inner)
+            linears += [each for each in columns.values() if each is not None]
+            planned = [_linear(base, prefix + name, False, counted, ranks, source) for name, counted in block.rows.items()]
+            rows = [each for each in planned if each is not None]
             linears += rows
             if fuse and block.gated is not None and _is_gated(base.get_submodule(prefix + block.gated), rows, world_size):
                 gated[prefix + block.gated] = *block.columns, *block.rows
-            tensors += [_tensors(base, prefix + name, cuts, ranks) for name, cuts in block.tensors.items()]
+            tensors += [_tensors(base, index, name, cuts, ranks, source) for name, cuts in block.tensors.items()]
             sums += [prefix + block.sums] if block.sums is not None else []
-        _check_all_planned(layer, prefix, linears)
+        _check_all_planned(layer, prefix, {each.name for each in linears} | {each.name for each in tensors})
         for name in form.norms if fuse else ():
             norms[prefix + name] = _norm(getattr(layer, name), prefix + name)
     if fuse:
@@ -143,7 +155,7 @@ class _Ranks:
     def cut(self, size: int, dim: int, counted: Counted, what: str) -> Cut:
         """Of a dimension of ``size``. Raises :class:`ShapeError` where it does not divide."""
         shares = [{"heads": self.queries, "key-value heads": self.keys}.get(each, 1) for each in counted]
-        parts = [min(self.keys, self.size) if each == "key-value heads" else self.size for each in counted]
+        parts = [{"key-value heads": min(self.keys, self.size), "whole": 1}.get(each, self.size) for each in counted]
         sizes = [size * share // sum(shares) for share in shares]
         steps = [2 * part if each == "pairs" else part for each, part in zip(counted, parts, strict=True)]
         if sum(sizes) != size or any(section % step for section, step in zip(sizes, steps, strict=True)):
@@ -190,12 +202,16 @@ def _is_elementwise(activation: nn.Module) -> bool:
     return known and not isinstance(activation, _OF_SEVERAL) and all(tensor.numel() == 1 for tensor in activation.parameters())
 
 
+#: Where transformers has the classes that it puts in the place of experts, and of what holds them, in quantized models.
+_INTEGRATIONS = "transformers.integrations."
+
+
 def _check_code(base: Any, layer: nn.Module, name: str, blocks: tuple[Block, Block], fuse: bool) -> None:
     """Whether the layer, its attention, its MLP and its experts run transformers' own code for this type, and nothing beside it."""
     ours = {name} | {f"{name}.{each}" for block in blocks for each in block.modules}
     home = f"transformers.models.{base.config.model_type.removesuffix('_text')}."
     for inner, module in layer.named_modules(prefix=name):
-        if inner in ours and not str(type(module).forward.__module__).startswith(home):
+        if inner in ours and not str(type(module).forward.__module__).startswith((home, _INTEGRATIONS)):
             raise ArgumentError(
                 f"{inner} is a {type(module).__module__}.{type(module).__qualname__} with a forward that is not transformers'",
                 hint="pass the model as transformers made it; use collogue.nn or collogue.compile for layers of your own",
@@ -241,16 +257,17 @@ class _Source:
             raise ScaleError(f"{name}: {error.message}", hint="quantize models whose weights are finite and not all zero") from None
 
 
-def _shared(columns: list[LinearPlan]) -> tuple[list[LinearPlan], Quant | None]:
-    """Linear layers that read one input, with the one format of it."""
-    format = shared_input({each.name: each.quantized for each in columns})
-    shared = [each if each.quantized is None else replace(each, quantized=replace(each.quantized, activation=format)) for each in columns]
-    return shared, format
+def _share(columns: dict[str, LinearPlan | None], readers: list[str], prefix: str) -> Quant | None:
+    """Give those that read one input its one format, which is returned."""
+    format = shared_input({prefix + name: None if each is None else each.quantized for name, each in columns.items() if name in readers})
+    for name, each in columns.items():
+        if name in readers and each is not None and each.quantized is not None:
+            columns[name] = replace(each, quantized=replace(each.quantized, activation=format))
+    return format
 
 
-def _check_all_planned(layer: nn.Module, prefix: str, linears: list[LinearPlan]) -> None:
+def _check_all_planned(layer: nn.Module, prefix: str, planned: set[str]) -> None:
     """Raise :class:`ArgumentError` for a quantized layer that stays as it is: its own product may not run here."""
-    planned = {each.name for each in linears}
     for name, module in layer.named_modules():
         if is_quantized(module) and prefix + name not in planned:
             raise ArgumentError(
@@ -259,9 +276,12 @@ def _check_all_planned(layer: nn.Module, prefix: str, linears: list[LinearPlan])
             )
 
 
-def _linear(base: nn.Module, name: str, column: bool, counted: Counted, ranks: _Ranks, source: _Source) -> LinearPlan:
+def _linear(base: nn.Module, name: str, column: bool, counted: Counted, ranks: _Ranks, source: _Source) -> LinearPlan | None:
+    """``None`` for one that stays as it is: every rank has all of it, and it is not quantized."""
     linear, dim = _submodule(base, name), 0 if column else 1
     quantized = source.quantized(linear, name)
+    if quantized is None and counted == WHOLE:
+        return None
     if quantized is not None:
         cut = ranks.cut(quantized.weight.shape[dim], dim, counted, name)
         quantized.check_part(cut, ranks.size, name)
@@ -293,33 +313,69 @@ def _submodule(base: nn.Module, name: str) -> nn.Module:
 _IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "deepgemm", "sonicmoe", None)
 
 
-def _tensors(base: nn.Module, name: str, cuts: Cuts, ranks: _Ranks) -> TensorPlan:
-    module: Any = _submodule(base, name)
+def _tensors(base: Any, index: int, name: str, cuts: Cuts, ranks: _Ranks, source: _Source) -> TensorPlan:
+    layer, whole_name, around = base.layers[index], f"layers.{index}.{name}", None
+    given: Any = _submodule(base, whole_name)
+    module, quantized = given, dict[str, QuantizedExperts]()
+    if is_quantized(given) or type(given).__module__.startswith(_INTEGRATIONS):
+        module, around, quantized = _dequantized(base, layer, index, name, cuts, source)
     held = dict(module.named_parameters(recurse=False))
     implementation = getattr(module.config, "_experts_implementation", None)
-    problem = next((f"{each} {problem}" for each, tensor in held.items() if (problem := odd_parameter(tensor))), "")
+    odd = (f"{each} {problem}" for each, tensor in held.items() if each not in quantized and (problem := odd_parameter(tensor)))
+    problem = next(odd, "")
     if set(held) != set(cuts):
         problem = f"parameters {', '.join(held) or 'none'}, not {', '.join(cuts)}"
-    elif not str(getattr(module, "_apply_gate", nn.Module.forward).__module__).startswith(("transformers.", "torch.")):
+    elif not str(getattr(given, "_apply_gate", nn.Module.forward).__module__).startswith(("transformers.", "torch.")):
         problem = "a gate of its own"
-    elif getattr(module, "_is_expert_parallel", False) or getattr(module, "has_post_expert_norm", False):
+    elif getattr(given, "_is_expert_parallel", False) or getattr(given, "has_post_expert_norm", False):
         problem = "experts that are parallel already, or a norm behind each"
     elif implementation not in _IMPLEMENTATIONS:
         problem = f"an experts_implementation {implementation!r} that is not transformers'"
     if problem:
         raise ArgumentError(
-            f"{name} has {problem}", hint='load the model as transformers made it, unquantized, with experts_implementation="grouped_mm"'
+            f"{whole_name} has {problem}",
+            hint='load the model as transformers made it, unquantized, with experts_implementation="grouped_mm"',
         )
-    planned = {each: ranks.of(held[each], how, f"{name}.{each}") for each, how in cuts.items()}
+    planned = {each: ranks.of(held[each], how, f"{whole_name}.{each}") for each, how in cuts.items()}
+    for each, weights in quantized.items():
+        cut = planned[each]
+        assert isinstance(cut, Cut)
+        weights.check_part(cut, ranks.size, f"{whole_name}.{each}")
     if implementation == "grouped_mm" and "down_proj" in planned:
-        _check_grouped(held["down_proj"], planned["down_proj"], name, ranks.size)
-    return TensorPlan(name, module, planned)
+        _check_grouped(base.dtype, planned["down_proj"], whole_name, ranks.size)
+    return TensorPlan(whole_name, module, planned, quantized, around)
 
 
-def _check_grouped(down: Tensor, cut: Cut | OnFirst, name: str, world_size: int) -> None:
+def _dequantized(
+    base: Any, layer: Any, index: int, name: str, cuts: Cuts, source: _Source
+) -> tuple[nn.Module, nn.Module | None, dict[str, QuantizedExperts]]:
+    """Experts as the model has them where they are not quantized, with no memory for their weights; what holds them; the weights."""
+    given, outer = layer.get_submodule(name), name.rpartition(".")[0]
+    with torch.device("meta"):
+        plain: Any = type(layer)(base.config, index)
+    experts: Any = plain.get_submodule(name)
+    held = dict(experts.named_parameters(recurse=False))
+    shapes = {each: parameter.shape for each, parameter in held.items() if parameter.ndim == 3}
+    transposed = cuts.get("gate_up_proj") == (2, ("pairs",))
+    quantized = read_experts(given, f"layers.{index}.{name}", source.method, shapes, transposed=transposed)
+    for each in set(held) - set(shapes):
+        bias = getattr(given, each, None)
+        if not isinstance(bias, Tensor) or bias.shape != held[each].shape:
+            raise ArgumentError(f"layers.{index}.{name} has no {each} {list(held[each].shape)}", hint="load the checkpoint as published")
+        setattr(experts, each, nn.Parameter(bias.detach().to(base.dtype), False))
+    around, mlp = plain.get_submodule(outer), layer.get_submodule(outer)
+    if type(around) is type(mlp):
+        return experts, None, quantized
+    for child, kept in mlp.named_children():
+        if child != name.rpartition(".")[2]:
+            setattr(around, child, kept)
+    return experts, around, quantized
+
+
+def _check_grouped(dtype: torch.dtype, cut: Cut | OnFirst, name: str, world_size: int) -> None:
     """Rows of a grouped product are multiples of 16 bytes."""
     assert isinstance(cut, Cut)
-    row = cut.size // world_size * down.element_size()
+    row = cut.size // world_size * dtype.itemsize
     if row % 16:
         raise ShapeError(
             f"{name}: {cut.size} features among {world_size} ranks are rows of {row} bytes, no multiple of 16, which grouped_mm needs",

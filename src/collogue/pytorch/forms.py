@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 #: What the dimension of a cut counts, a word for each section: "heads", "key-value heads", "features", or "pairs" of features that
-#: stay together.
+#: stay together. "whole": every rank has all of it.
 Counted = tuple[str, ...]
 #: How the parameters of a module are cut: each with the dimension; ``None``: a bias that only rank 0 adds.
 Cuts = dict[str, tuple[int, Counted] | None]
+WHOLE: Counted = ("whole",)
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,9 @@ class Block:
     """Attention or an MLP: the names of its parts in a decoder layer.
 
     ``columns`` and ``rows``: its linear layers. ``tensors``: modules that hold parameters themselves, and each one's. ``sums``: the
-    module that adds several partials. ``alone``: whether the columns are all that reads the block's input, which may then be quantized
-    for them. ``gated``: the module that gives its last layer ``act(gate) * up``, of the columns in this order.
+    module that adds several partials. ``alone``: whether columns are all that reads the block's input, which may then be quantized
+    for them; ``inner``: those columns that read something else. ``gated``: the module that gives its last layer ``act(gate) * up``, of
+    the columns in this order.
     """
 
     columns: dict[str, Counted]
@@ -28,6 +30,7 @@ class Block:
     tensors: dict[str, Cuts] = field(default_factory=dict)
     sums: str | None = None
     alone: bool = True
+    inner: tuple[str, ...] = ()
     gated: str | None = None
 
     @property
@@ -88,9 +91,12 @@ _QKV: dict[str, Counted] = {
 }
 _ATTENTION = (Block(_QKV, _OUT),)
 #: DeepSeek's: latents are whole on every rank, heads are cut. The queries come from the input or from a latent of their own.
-_LATENT = tuple(
-    Block({f"self_attn.{queries}": ("heads",), "self_attn.kv_b_proj": ("heads",)}, _OUT, alone=False) for queries in ("q_proj", "q_b_proj")
+_KV_LATENT: dict[str, Counted] = {"self_attn.kv_a_proj_with_mqa": WHOLE, "self_attn.kv_b_proj": ("heads",)}
+_QUERIES: tuple[dict[str, Counted], ...] = (
+    {"self_attn.q_proj": ("heads",)},
+    {"self_attn.q_a_proj": WHOLE, "self_attn.q_b_proj": ("heads",)},
 )
+_LATENT = tuple(Block(queries | _KV_LATENT, _OUT, inner=("self_attn.q_b_proj", "self_attn.kv_b_proj")) for queries in _QUERIES)
 _SINKS = (Block(_QKV, _OUT, {"self_attn": {"sinks": (0, ("heads",))}}),)
 _FUSED_ATTENTION = (Block({"self_attn.qkv_proj": ("heads", "key-value heads", "key-value heads")}, _OUT),)
 

@@ -38,7 +38,7 @@ __all__ = [
 _HARMLESS = ("torch.utils.", "transformers.utils.output_capturing", "collogue.")
 
 
-def _home(function: Any) -> str:
+def home(function: Any) -> str:
     """The module whose code ``function`` runs; a wrapper may bear the name of what it wraps."""
     code = getattr(function, "__func__", function)
     return str(getattr(code, "__globals__", {}).get("__name__", getattr(code, "__module__", "")))
@@ -46,13 +46,13 @@ def _home(function: Any) -> str:
 
 def changes_what_runs(*hooks: Mapping[int, Any], harmless: tuple[str, ...] = _HARMLESS) -> bool:
     """Whether there is a hook that may look at, or change, what modules compute."""
-    return any(not _home(hook).startswith(harmless) for each in hooks for hook in each.values())
+    return any(not home(hook).startswith(harmless) for each in hooks for hook in each.values())
 
 
 def own_ways(module: nn.Module, known: tuple[str, ...] = ()) -> str:
     """What calling ``module`` does beside its class's forward, in words; empty where that is nothing. ``known``: packages that may."""
     forward = vars(module).get("forward")
-    if forward is not None and not _home(forward).startswith(("collogue.", *known)):
+    if forward is not None and not home(forward).startswith(("collogue.", *known)):
         return "has a forward of its own"
     found = changes_what_runs(module._forward_hooks, module._forward_pre_hooks, harmless=(*_HARMLESS, *known))
     return "has a forward hook" if found else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,9 +25,11 @@ from collogue.pytorch.checkpoints import QuantizedLinear
 from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, no_checkpoint
 from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
 from collogue.pytorch.generation import generate
-from collogue.pytorch.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear
+from collogue.pytorch.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear, home
 from collogue.pytorch.recipes import Recipe
 from collogue.pytorch.scaled import Handover, has_product
+
+_log = logging.getLogger("collogue")
 
 
 def parallelize(
@@ -62,10 +65,11 @@ def parallelize(
             or something for :data:`collogue.compile`. Needs a ``torch.distributed`` group.
         quant: quantize the linear layers inside decoder layers: ``"fp8_per_token"``, ``"fp8_block"``, ``"fp8_static"``, ``"mxfp8"`` or
             ``"nvfp4"`` (:class:`collogue.pytorch.recipes.Recipe`). Default: as the model is; a quantized checkpoint (fine-grained FP8,
-            compressed-tensors, ModelOpt) says it itself.
+            compressed-tensors, ModelOpt, gpt-oss's MXFP4) says it itself. Experts and routers stay as they are.
         calibration: the inputs' amax by layer, for ``"fp8_static"`` and ``"nvfp4"``.
         keep_packed: keep quantized weights that the device has no product for, and decode them in every call. Default: they are
-            decoded once, here, to the model's dtype and take its memory.
+            decoded once, here, to the model's dtype and take its memory. Quantized weights of experts always are, and their inputs are
+            not quantized; a line of the logger ``collogue`` says what that takes.
         wire: as for :class:`collogue.Communicator`: a format in which terms travel.
         transport: as for :class:`collogue.Communicator`: what moves bytes between the ranks.
     Returns:
@@ -90,6 +94,7 @@ def parallelize(
     try:
         with _undone_by_errors(model) as undo:
             _apply(decoder, comm, fuse, keep_packed, undo)
+            _say_experts(decoder, comm.world_size, quant)
             model.comm = comm
             return model.to(comm.device).requires_grad_(False).eval()
     except BaseException:
@@ -122,15 +127,23 @@ class _Undo:
     def __init__(self) -> None:
         self.steps: list[tuple[Any, str, Any]] = []
         self.hooks: list[Any] = []
+        self.dropped: list[tuple[dict[int, Any], int, Any]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """``owner.name = value``, a module or an instance's own attribute."""
         self.steps.append((owner, name, owner._modules.get(name, vars(owner).get(name))))
         setattr(owner, name, value)
 
+    def drop(self, hooks: dict[int, Any], package: str) -> None:
+        """Take out the hooks that this package has put in."""
+        for key in [key for key, hook in hooks.items() if home(hook).startswith(package)]:
+            self.dropped.append((hooks, key, hooks.pop(key)))
+
     def run(self) -> None:
         for hook in self.hooks:
             hook.remove()
+        for hooks, key, hook in self.dropped:
+            hooks[key] = hook
         for owner, name, before in reversed(self.steps):
             if before is None:
                 delattr(owner, name)
@@ -158,6 +171,8 @@ def _undone_by_errors(model: nn.Module) -> Iterator[_Undo]:
 
 def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, undo: _Undo) -> None:
     base, form, layers = decoder.base, decoder.form, list(decoder.base.layers)
+    # compressed-tensors decompresses a model in its first forward pass: its layers are not there any more.
+    undo.drop(decoder.model._forward_pre_hooks, "compressed_tensors.")
     for held in decoder.tensors:
         _cut_tensors(held, base, comm, undo)
     for layer in layers:
@@ -210,9 +225,12 @@ def _fewer_heads(attention: Any, decoder: Decoder, comm: Communicator, undo: _Un
         undo.set(norm, "forward", WholeNorm(norm, comm, cuts[getattr(attention, of)]).forward)
 
 
-def _cut_tensors(each: TensorPlan, base: nn.Module, comm: Communicator, undo: _Undo) -> None:
+def _cut_tensors(each: TensorPlan, base: Any, comm: Communicator, undo: _Undo) -> None:
     """Put a copy of a module that holds parameters itself, with this rank's part of them, in its place."""
     owner, _, name = each.name.rpartition(".")
+    if each.around is not None:
+        outer, _, last = owner.rpartition(".")
+        undo.set(base.get_submodule(outer), last, each.around)
     part: Any = copy.copy(each.module)
     for attribute, value in vars(each.module).items():
         if isinstance(value, dict | set):
@@ -220,8 +238,32 @@ def _cut_tensors(each: TensorPlan, base: nn.Module, comm: Communicator, undo: _U
         elif attribute in ("intermediate_dim", "intermediate_size"):
             vars(part)[attribute] = value // comm.world_size
     for parameter, cut in each.cuts.items():
-        setattr(part, parameter, nn.Parameter(cut.part(getattr(part, parameter), comm.rank, comm.world_size), False))
-    undo.set(base.get_submodule(owner), name, _with_checkpoint(part, comm, each.cuts))
+        if isinstance(cut, Cut) and parameter in each.quantized:
+            whole = each.quantized[parameter]
+            mine = whole.decoded_part(cut, comm.rank, comm.world_size, base.dtype, f"{each.name}.{parameter}")
+        else:
+            mine = cut.part(getattr(part, parameter), comm.rank, comm.world_size)
+        setattr(part, parameter, nn.Parameter(mine, False))
+    undo.set(base.get_submodule(owner), name, no_checkpoint(part) if each.quantized else _with_checkpoint(part, comm, each.cuts))
+
+
+def _say_experts(decoder: Decoder, world_size: int, quant: str | None) -> None:
+    """One line about experts in a quantized model: what was done with their weights and inputs, and what it costs."""
+    plans = [each for each in decoder.tensors if each.name.endswith("experts")]
+    quantized = [whole for each in plans for whole in each.quantized.values()]
+    placed = [decoder.base.get_submodule(each.name).parameters(recurse=False) for each in plans]
+    mib = sum(parameter.nbytes for parameters in placed for parameter in parameters) / 2**20
+    have, dtype = f"experts of {len(plans)} layer{'s' * (len(plans) != 1)}", decoder.base.dtype
+    labels = sorted({label for each in plans for label in each.labels})
+    if quantized:
+        packed = sum(whole.nbytes for whole in quantized) / world_size / 2**20
+        given = ", which the checkpoint would quantize to FP8" if any(label.startswith("FP8") for label in labels) else ""
+        _log.info(
+            f"{have}: {', '.join(labels)} weights are decoded once, with keep_packed=True as well, and take {mib:.1f} MiB on this rank "
+            f"in place of {packed:.1f} MiB; they are multiplied with inputs in {dtype}{given}: no grouped product of codes is used here"
+        )
+    elif plans and quant is not None:
+        _log.info(f"{have}: quant={quant!r} leaves weights and inputs in {dtype}, {mib:.1f} MiB on this rank")
 
 
 def _cut(each: LinearPlan, owner: nn.Module, name: str, comm: Communicator, factor: float, summed: bool, undo: _Undo) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import small_model
-from quantized_models import SIZES, TOKENS, calibrated, compressed, exact_logits, fine_grained, linears, modelopt
+from quantized_models import BOUND, SIZES, TOKENS, calibrated, compressed, error, exact_logits, fine_grained, linears, logits, modelopt
 
 import collogue
 from collogue.errors import ArgumentError, CollogueError, FormatError, ScaleError, ShapeError
@@ -19,11 +19,6 @@ from collogue.pytorch.scaled import Linear
 from collogue.testing import VirtualGroup, run_virtual
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
-#: The same product in float32 and in float64 differs by 2**-20 or so. An input that lies between two codes may then be rounded either
-#: way: it moves by at most 1/14 of its row's amax (E4M3: 32 of 448), which is about 1 % of a sum of 384 such terms. The bound is three
-#: of those in the same sum. Single products are held to float32's own bound in test_scaled.py.
-BOUND = 2.0**-5
 
 CHECKPOINTS: dict[str, Callable[[], Any]] = {
     **{
@@ -35,25 +30,6 @@ CHECKPOINTS: dict[str, Callable[[], Any]] = {
     "modelopt FP8": functools.partial(modelopt, fp4=False),
     "modelopt NVFP4": functools.partial(modelopt, fp4=True),
 }
-
-
-def logits(model: Any, world_size: int, **arguments: Any) -> torch.Tensor:
-    """Of every rank the same."""
-
-    def rank(group: VirtualGroup) -> torch.Tensor:
-        mine = collogue.parallelize(copy.deepcopy(model), group, max_tokens=TOKENS.numel(), **arguments)
-        with torch.no_grad():
-            found: torch.Tensor = mine(TOKENS).logits
-        return found
-
-    first, *others = run_virtual(world_size, rank)
-    assert all(torch.equal(first, other) for other in others)
-    return first
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative to the logits."""
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
