@@ -40,7 +40,7 @@ _OPTIONS = {"std": "c++17", "fma": False, "ftz": False, "prec_div": True, "prec_
 def cubin(variant: Variant, architecture: str) -> bytes:
     """Machine code of ``variant``, from the cache if it is there."""
     source = variant.source()
-    path = cache_directory() / f"{_key(source, architecture)}.cubin"
+    path = cache_directory() / f"{key(source, architecture)}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()
     with _one_compiler(path):
@@ -272,7 +272,8 @@ def sources_hash() -> str:
     return digest.hexdigest()
 
 
-def _key(source: str, architecture: str) -> str:
+def key(source: str, architecture: str) -> str:
+    """The same where a kernel and its compiler are the same: sources, options, NVRTC, architecture."""
     parts = (sources_hash(), source, repr(sorted(_OPTIONS.items())), repr(nvrtc_version()), architecture)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 

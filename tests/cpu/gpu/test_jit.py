@@ -163,14 +163,14 @@ def test_a_spilling_kernel_is_seen() -> None:
 
 
 def test_the_key_holds_sources_options_version_and_architecture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    keys = [jit._key("source", "sm_90a")]
-    keys += [jit._key("other source", "sm_90a"), jit._key("source", "sm_100a")]
+    keys = [jit.key("source", "sm_90a")]
+    keys += [jit.key("other source", "sm_90a"), jit.key("source", "sm_100a")]
     with monkeypatch.context() as patch:
         patch.setattr(jit, "nvrtc_version", lambda: (99, 0))
-        keys.append(jit._key("source", "sm_90a"))
+        keys.append(jit.key("source", "sm_90a"))
     with monkeypatch.context() as patch:
         patch.setitem(jit._OPTIONS, "fma", True)
-        keys.append(jit._key("source", "sm_90a"))
+        keys.append(jit.key("source", "sm_90a"))
     try:
         for name, text in kernels.sources().items():
             (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -178,16 +178,16 @@ def test_the_key_holds_sources_options_version_and_architecture(monkeypatch: pyt
         with monkeypatch.context() as patch:
             patch.setattr(kernels, "ROOT", tmp_path)
             jit.sources_hash.cache_clear()
-            assert jit._key("source", "sm_90a") == keys[0]  # where the sources lie does not matter
+            assert jit.key("source", "sm_90a") == keys[0]  # where the sources lie does not matter
             for name in ("row.cuh", "formats/nvfp4.cuh"):
                 with open(tmp_path / name, "a") as file:
                     file.write("// changed\n")
                 jit.sources_hash.cache_clear()
-                keys.append(jit._key("source", "sm_90a"))
+                keys.append(jit.key("source", "sm_90a"))
     finally:
         jit.sources_hash.cache_clear()
     assert len(set(keys)) == len(keys) == 7
-    assert jit._key("source", "sm_90a") == keys[0]
+    assert jit.key("source", "sm_90a") == keys[0]
 
 
 def test_kernels_include_no_header_but_their_own() -> None:

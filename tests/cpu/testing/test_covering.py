@@ -17,7 +17,7 @@ from collogue.planning.architecture import ARCHITECTURES, COVERED
 from collogue.planning.variant import Variant
 from collogue.testing.covering import FACTORS, FORMATS, Choice, all_pairs, covering_set, dozen, from_json, pairs_of, variant_of
 from collogue.tools.resources.compare import violations
-from collogue.tools.resources.measure import Row, chosen, describe
+from collogue.tools.resources.measure import Row, chosen, compile_key, describe
 from collogue.tools.resources.worker import compile_choice
 
 pytestmark = pytest.mark.slow
@@ -71,9 +71,13 @@ def test_the_set_is_the_same_every_time() -> None:
 
 @pytest.mark.timeout(600)
 def test_covering_set_compiles_within_its_limits(record_property: Callable[[str, object], None]) -> None:
-    """No warnings, no local memory, and no more registers than the committed record says, if the same compiler made it."""
+    """No warnings, no local memory, and no more registers than the committed record says, if the same compiler made it.
+
+    Kernels that the record has by the same sources and compiler are not compiled again, but for every eighth.
+    """
     start = time.perf_counter()
-    rows = _compiled(chosen())
+    known = {row["key"] for row in json.loads(RECORD.read_text(encoding="utf-8"))["kernels"]}
+    rows = _compiled([choice for number, choice in enumerate(chosen()) if number % 8 == 0 or compile_key(choice) not in known])
     seconds = time.perf_counter() - start
     most = max(row["registers"] for row in rows)
     record_property("told", f"covering set: {len(rows)} kernels compiled in {seconds:.0f} s, at most {most} registers")

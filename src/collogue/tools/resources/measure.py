@@ -48,6 +48,11 @@ def key(row: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in as_json(row).items())
 
 
+def compile_key(choice: Choice) -> str:
+    """The same where the kernel's sources and its compiler are the same, so that it need not be compiled again."""
+    return jit.key(variant_of(choice).source(), choice["architecture"])
+
+
 def describe(choice: Choice, kernel: Compiled, *, disassemble: bool) -> Row:
     """One row. Sizes are bytes; ``occupancy`` is theoretical; ``instructions`` are static counts, ``None`` if not disassembled."""
     used = jit.resources(kernel.log)
@@ -68,7 +73,7 @@ def measure(choices: Sequence[Choice], *, disassemble: bool = True, done: Callab
     """Compile this revision's kernels, on all cores. ``done`` hears of each. Raises :class:`CompileError`."""
 
     def work(choice: Choice) -> Row:
-        return describe(choice, compile_choice(choice), disassemble=disassemble)
+        return {**describe(choice, compile_choice(choice), disassemble=disassemble), "key": compile_key(choice)}
 
     rows = []
     with ThreadPoolExecutor(jit.cores()) as pool:
