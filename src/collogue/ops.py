@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from collogue import registry
-from collogue.calls.call import Call, check_no_grad
+from collogue.calls.call import Call, check_alone, check_no_grad
+from collogue.calls.capacity import check_kinds
 from collogue.calls.outputs import check_padding, write_traced
+from collogue.contract import reference
 from collogue.contract.formats import code_spec, empty_scales
 from collogue.contract.prologue import PROLOGUES, ExpertCombine, ExpertReduce, Gated, Prologue
 from collogue.contract.quant import NVFP4, FP8Static, Quant, describe, parse
@@ -121,6 +123,7 @@ def gather(
 
 def alone(y: Tensor | Gated, quant: Quant | None) -> Output:
     """:func:`finish_alone` through the operator."""
+    check_kinds(None, quant)
     scale = None if quant is None else quant.given_scale
     values = torch.ops.collogue.alone.default(
         y.gate if isinstance(y, Gated) else y,
@@ -141,9 +144,10 @@ def finish_alone(y: Tensor | Gated, quant: Quant | None) -> Output:
     """Codes and scales of ``y``, or, without a format, what it is computed to, as ``reduced``. No communicator."""
     if (y.gate if isinstance(y, Gated) else y).is_cuda:
         from collogue.gpu.alone import finish
-    else:
-        from collogue.contract.reference import finish_alone as finish
-    return finish(y, quant)
+
+        return finish(y, quant)
+    check_alone(y, quant)
+    return reference.finish_alone(y, quant)
 
 
 def _output(tensors: list[Tensor], wanted: Wanted, out: Output | None, given: Iterable[tuple[str, Tensor]]) -> Output:
@@ -410,4 +414,4 @@ def _register(name: str, arguments: str, tensors: dict[str, int], function: Any,
 for _operation in _SUMMING:
     _register(_operation, ARGUMENTS, _TENSORS, functools.partial(_run, _operation), functools.partial(_fake, _operation))
 _register("all_gather", _GATHERED, _GATHERED_TENSORS, _run_gather, _fake_gather)
-_register("alone", _ALONE, {}, _run_alone, _fake_alone)
+_register("alone", _ALONE, {"the values": 0, "up": 1}, _run_alone, _fake_alone)

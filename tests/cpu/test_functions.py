@@ -13,8 +13,18 @@ import collogue
 from collogue import Gated, PrologueForm, reference
 from collogue.contract.quant import NVFP4, FP8PerToken, FP8Static, Quant, describe
 from collogue.contract.spec import Output, owned_rows
-from collogue.errors import ArgumentError, CollogueError, DTypeError, FormatError, LayoutError, MismatchedCall, OverlapError, ShapeError
-from collogue.nn import ScaledLinear, gated
+from collogue.errors import (
+    ArgumentError,
+    CollogueError,
+    DTypeError,
+    FormatError,
+    GradError,
+    LayoutError,
+    MismatchedCall,
+    OverlapError,
+    ShapeError,
+)
+from collogue.nn import FP8Block, ScaledLinear, gated
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare
 from collogue.testing.inputs import make_prologue
@@ -138,17 +148,86 @@ def test_bad_calls() -> None:
     run_virtual(1, rank)
 
 
+SPARSE = torch.ones(3, 16).to_sparse()
+
+
 @pytest.mark.parametrize(
     ("error", "text", "given"),
     [
         (ArgumentError, "gate_up is a list", [1, 2, 3]),
         (ArgumentError, "gate_up is a NoneType", None),
         (ShapeError, r"gate_up has shape \[3, 9\]; expected \[.., 2 I\]", torch.ones(3, 9)),
+        (ShapeError, r"gate_up has shape \[3, 0\]; expected \[.., 2 I\]", torch.ones(3, 0)),
+        (ShapeError, r"gate has shape \[3, 0\]", (torch.ones(3, 0), torch.ones(3, 0))),
         (ShapeError, r"gate has shape \[3, 8\], up \[3, 16\]", (torch.ones(3, 8), torch.ones(3, 16))),
         (DTypeError, "float64", torch.ones(3, 16).double()),
+        (LayoutError, "gate_up has layout torch.sparse_coo", SPARSE),
+        (LayoutError, "up has layout torch.sparse_coo", (torch.ones(3, 16), SPARSE)),
     ],
 )
 def test_bad_gates(error: type[CollogueError], text: str, given: Any) -> None:
     with pytest.raises(error, match=text) as caught:
         gated(given)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "given"),
+    [
+        (ShapeError, r"shape \[T, H\], got list", [[1.0]]),
+        (ShapeError, r"got \[8\]", torch.ones(8)),
+        (ShapeError, r"got \[2, 3, 8\]", torch.ones(2, 3, 8)),
+        (ShapeError, r"\[2, 0\]: rows without elements", torch.ones(2, 0)),
+        (LayoutError, "sparse_coo", SPARSE),
+        (DTypeError, "torch.float64", torch.ones(2, 8).double()),
+        (DTypeError, "torch.int64", torch.ones(2, 8).long()),
+        (DTypeError, "torch.float8_e4m3fn", torch.ones(2, 8).to(torch.float8_e4m3fn)),
+    ],
+)
+@pytest.mark.parametrize("quant", [FP8PerToken(), FP8Static(0.5)], ids=str)
+def test_bad_rows(error: type[CollogueError], text: str, given: Any, quant: Quant) -> None:
+    with pytest.raises(error, match=text) as caught:
+        collogue.quantize(given, quant)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "quant"),
+    [("a str: 'fp8'", "fp8"), ("the class FP8PerToken", FP8PerToken), ("a FP8Block", FP8Block(32)), ("quant is None", None)],
+)
+def test_what_is_no_format(text: str, quant: Any) -> None:
+    x = torch.ones(2, 64)
+    calls: list[Callable[[], Any]] = [lambda: collogue.quantize(x, quant), lambda: reference.quantize(x, quant)]
+    if quant is not None:
+        calls += [lambda: gated(x, quant), lambda: reference.finish(x, quant=quant)]
+    for call in calls:
+        with pytest.raises(FormatError, match=text if call is calls[0] or quant is not None else "NoneType") as caught:
+            call()
+        assert caught.value.hint
+
+
+def test_tensors_that_require_grad() -> None:
+    x = torch.ones(2, 64, requires_grad=True)
+    for call in (
+        lambda: collogue.quantize(x, FP8PerToken()),
+        lambda: gated(x),
+        lambda: gated(x, FP8PerToken()),
+        lambda: gated((x.detach(), x)),
+        lambda: torch.ops.collogue.alone(x, None, "fp8_per_token", None, 1.0, 2.0**-20),
+    ):
+        with pytest.raises(GradError, match="requires grad"):
+            call()
+        with torch.no_grad():
+            call()
+
+
+def test_any_strides() -> None:
+    """What kernels cannot read is copied, as by :func:`collogue.quantize`."""
+    x = torch.randn(2 * WIDTH, 6)
+    expected = gated(x.t().contiguous(), FP8PerToken())
+    assert equal(gated(x.t(), FP8PerToken()), expected)
+    for a, b in ((x.t()[:, :WIDTH], x.t()[:, WIDTH:]), (torch.stack((x[:WIDTH].t(), x[WIDTH:].t()), 2).unbind(2))):
+        assert a.stride(1) != 1
+        assert equal(gated((a, b), FP8PerToken()), expected)
+    values = torch.compile(gated, backend="aot_eager", fullgraph=True)(x.t())
+    assert torch.equal(values, gated(x.t().contiguous()))

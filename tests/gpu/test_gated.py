@@ -250,3 +250,26 @@ def test_host_time(record_property: Callable[[str, object], None]) -> None:
     told = ", ".join(f"{name} {value:.1f}" for name, value in times.items())
     record_property("told", f"host time of a call, in us: {told}")
     assert times["quantize"] < times["reference"]
+
+
+def test_what_cannot_be_is_a_named_error_also_after_a_call_like_it() -> None:
+    """Tensors that require grad, and what is no tensor of values or no format: the way of most calls looks at none of it."""
+    x, quant = torch.randn(4, 2 * 512, device="cuda"), collogue.FP8PerToken()
+    gated(x, quant)
+    values = gated(x)
+    codes, _ = collogue.quantize(x, quant)
+    learned = x.clone().requires_grad_()
+    for call in (lambda: collogue.quantize(learned, quant), lambda: gated(learned, quant), lambda: gated(learned)):
+        with pytest.raises(collogue.errors.GradError, match="requires grad"):
+            call()
+        with torch.no_grad():
+            call()
+    for wrong in ("fp8", collogue.FP8PerToken, FP8Block(32)):
+        with pytest.raises(collogue.errors.FormatError):
+            collogue.quantize(x, wrong)  # type: ignore[arg-type]
+        with pytest.raises(collogue.errors.FormatError):
+            gated(x, wrong)  # type: ignore[call-overload]
+    for wrong_rows in (x.double(), x.int(), codes):
+        with pytest.raises(collogue.errors.DTypeError):
+            collogue.quantize(wrong_rows, quant)
+    assert torch.equal(gated(x.t().contiguous().t()), values)

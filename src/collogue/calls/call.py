@@ -152,6 +152,16 @@ def check_call(capacity: Capacity, call: Call) -> Call:
     return call
 
 
+def check_alone(y: torch.Tensor | Gated, quant: Quant | None) -> None:
+    """Check a call without a communicator as far as the reference does not: raises as :func:`collogue.quantize` says."""
+    check_kinds(None, quant)
+    named = [("n", y)] if isinstance(y, torch.Tensor) else list(y.tensors())
+    for name, tensor in named:
+        check_ordinary(name, tensor)
+    if torch.is_grad_enabled():
+        check_no_grad(*named)
+
+
 def _check_prologue(given: Prologue, operation: Operation, capacity: Capacity) -> tuple[int, int]:
     """T and H. What fits what inside of a prologue it has checked itself."""
     name = type(given).__name__

@@ -11,9 +11,9 @@ import torch
 from collogue.calls.request import Request, Signature, keep, make_request
 from collogue.contract.number import is_whole
 from collogue.contract.prologue import Prologue, PrologueForm, form_of
-from collogue.contract.quant import FAMILIES, Quant, parse
+from collogue.contract.quant import Quant, check_format, parse
 from collogue.contract.spec import OWNING, VALUE_DTYPES, Operation, RMSNorm, as_rows, owned_rows
-from collogue.errors import ArgumentError, CapacityError, DTypeError, FormatError, ShapeError
+from collogue.errors import ArgumentError, CapacityError, DTypeError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,12 +125,8 @@ def count_tokens(tokens: int | None, rows: tuple[int, ...] | None = None) -> int
 def check_kinds(norm: RMSNorm | None, quant: Quant | None) -> None:
     """Raise :class:`ArgumentError` unless ``norm`` is a norm, :class:`FormatError` unless ``quant`` is a format."""
     check_norm_kind("norm", norm)
-    if quant is not None and type(quant) not in FAMILIES.values():
-        what = f"the class {quant.__name__}" if isinstance(quant, type) else f"a {type(quant).__name__}: {quant!r}"
-        raise FormatError(
-            f"quant is {what}; expected an object of {', '.join(kind.__name__ for kind in FAMILIES.values())}",
-            hint="pass a format such as collogue.FP8PerToken() or collogue.NVFP4(global_scale)",
-        )
+    if quant is not None:
+        check_format("quant", quant)
 
 
 def check_norm_kind(name: str, norm: RMSNorm | None) -> None:

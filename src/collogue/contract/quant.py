@@ -349,6 +349,16 @@ def parse(
     return kind(**options)
 
 
+def check_format(name: str, quant: object) -> None:
+    """Raise :class:`FormatError` unless the argument ``name`` is an object of a format."""
+    if type(quant) not in FAMILIES.values():
+        what = f"the class {quant.__name__}" if isinstance(quant, type) else f"a {type(quant).__name__}: {quant!r}"
+        raise FormatError(
+            f"{name} is {what}; expected an object of {', '.join(kind.__name__ for kind in FAMILIES.values())}",
+            hint="pass a format such as collogue.FP8PerToken() or collogue.NVFP4(global_scale)",
+        )
+
+
 #: Formats that a term may travel in.
 WIRE_FORMATS = (FP8Group, FP8PerToken, MXFP8)
 

@@ -37,9 +37,22 @@ from collogue.contract.formats import (
     unpack_nibbles,
 )
 from collogue.contract.prologue import ExpertCombine, ExpertReduce, Gated, Prologue
-from collogue.contract.quant import E2M1_MAX, E4M3_MAX, MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, check_wire, describe
+from collogue.contract.quant import (
+    E2M1_MAX,
+    E4M3_MAX,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    FP8Group,
+    FP8PerToken,
+    FP8Static,
+    Quant,
+    check_format,
+    check_wire,
+    describe,
+)
 from collogue.contract.spec import VALUE_DTYPES, Operation, Output, RMSNorm, Wanted, as_islands, as_rows, check_split, owned_rows
-from collogue.errors import ArgumentError, DTypeError, FormatError, PlatformError, ShapeError
+from collogue.errors import ArgumentError, DTypeError, FormatError, LayoutError, PlatformError, ShapeError
 
 #: Shape of the mean square: a lane adds 8 elements, 32 lanes are folded by halves into the sum of one block.
 LANE = 8
@@ -218,11 +231,11 @@ def quantize(n: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
         E4M3 0x7F or E2M1 code 7, infinities saturate. Where an NVFP4 or MX block's scale is zero or its amax is zero,
         all its codes are 0, also of NaN. An infinite amax gives FP8PerToken and FP8Group an infinite float32 scale, MX
         blocks the exponent 128 of its bits, and UE8M0 groups the scale of the largest finite number.
+    Raises:
+        ShapeError, DTypeError, LayoutError: not rows of values. FormatError: no format, or a block that does not divide H.
     """
-    if n.ndim != 2 or n.dtype not in VALUE_DTYPES:
-        raise ShapeError(
-            f"quantize takes [T, H] in bfloat16, float16 or float32, got {n.dtype} {list(n.shape)}", hint="flatten to two dimensions"
-        )
+    _check_rows(n)
+    check_format("quant", quant)
     _check_arithmetic()
     n = n.contiguous()
     tokens, hidden_size = n.shape
@@ -243,7 +256,8 @@ def quantize(n: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
         encode = e2m1_encode if isinstance(quant, MXFP4) else e4m3_encode
         codes = encode(values * _inverse_power_of_two(scale)[..., None])
         codes *= (amax != 0)[..., None].view(torch.uint8)
-    elif isinstance(quant, FP8PerToken | FP8Group):
+    else:
+        assert isinstance(quant, FP8PerToken | FP8Group)  # no other format is left
         ue8m0 = isinstance(quant, FP8Group) and quant.scale_format == "ue8m0"
         if ue8m0:
             amax = amax.clamp(max=_LARGEST_FINITE)
@@ -253,11 +267,25 @@ def quantize(n: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
             codes = e4m3_encode(values * _inverse_power_of_two(scale)[..., None])
         else:
             codes = e4m3_encode(values / scale[..., None])
-    else:
-        raise TypeError(f"unknown quantization format {type(quant).__name__}")
     codes = codes.view(tokens, hidden_size)
     packed = pack_nibbles(codes) if quant.element == "e2m1" else codes
     return packed.view(dtype).view(shape), place_scales(scale, quant, tokens, hidden_size)
+
+
+def _check_rows(n: Tensor) -> None:
+    """Raise unless ``n`` is ``[T, H]`` of values."""
+    if not isinstance(n, Tensor) or n.ndim != 2:
+        found = list(n.shape) if isinstance(n, Tensor) else type(n).__name__
+        raise ShapeError(f"n must be a tensor of shape [T, H], got {found}", hint="flatten leading dimensions: x.view(-1, H)")
+    if n.dtype not in VALUE_DTYPES:
+        raise DTypeError(
+            f"n has dtype {n.dtype}; expected bfloat16, float16 or float32",
+            hint="pass the values that are to be quantized, in one of these",
+        )
+    if n.layout is not torch.strided:
+        raise LayoutError(f"n has layout {n.layout}; expected torch.strided", hint="pass n.to_dense()")
+    if n.shape[1] == 0:
+        raise ShapeError(f"n has shape {list(n.shape)}: rows without elements", hint="pass rows of at least one element")
 
 
 def dequantize(codes: Tensor, scales: Tensor | None, quant: Quant, *, hidden_size: int) -> Tensor:

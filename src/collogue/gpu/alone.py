@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from collogue.calls.call import ALIGNMENT, Call, check_call
+from collogue.calls.call import ALIGNMENT, Call, check_alone, check_call
 from collogue.calls.capacity import Capacity
 from collogue.contract import reference
 from collogue.contract.prologue import Gated
@@ -51,6 +51,7 @@ class Alone(KernelEngine):
         done = self.quick(Call(y, quant=quant, operation=operation), None) if done is None else done
         if done is not None or not self.takes(y.hidden_size if isinstance(y, Gated) else y.shape[1], quant):
             return done
+        check_alone(y, quant)
         return self.run(check_call(self.capacity, Call(_usable(y), quant=quant, operation=operation)), None)
 
 
@@ -96,10 +97,11 @@ def engine_of(device: torch.device, dtype: torch.dtype) -> Alone:
 def finish(y: torch.Tensor | Gated, quant: Quant | None) -> Output:
     """:func:`collogue.reference.finish_alone` of tensors on a GPU: by a kernel where there is one for them, else by the reference."""
     main = y.main if isinstance(y, Gated) else y
-    scale = None if quant is None else quant.given_scale
+    scale = getattr(quant, "given_scale", None)
     there = not isinstance(scale, torch.Tensor) or scale.device == main.device
     if there and main.ndim == 2 and main.numel() and main.dtype in VALUE_DTYPES and (quant is None or type(quant) in FAMILIES.values()):
         done = engine_of(main.device, main.dtype).finish(y, quant)
         if done is not None:
             return done
+    check_alone(y, quant)
     return reference.finish_alone(y, quant)

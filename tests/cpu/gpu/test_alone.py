@@ -13,7 +13,7 @@ from samples import DTYPES, every_format, wild
 from collogue.contract import reference
 from collogue.contract.prologue import Gated
 from collogue.contract.quant import MXFP8, NVFP4, FP8Group, FP8PerToken, Quant
-from collogue.errors import FormatError, NotPrepared, ShapeError
+from collogue.errors import DTypeError, FormatError, GradError, NotPrepared, ShapeError
 from collogue.gpu import alone
 from collogue.gpu.order import AnyOrder
 from collogue.planning import topology
@@ -67,7 +67,11 @@ def test_rows_that_kernels_cannot_read_are_copied_first(gpu: list[str]) -> None:
     quant, x = FP8PerToken(), wild(4, 1160)
     check(x[:, 4:580], quant)  # an address between two vectors, and rows apart
     check(wild(576, 4).t(), quant)
-    check(x[:, :576].float().requires_grad_(), quant)
+    learned = x[:, :576].float().requires_grad_()
+    with torch.no_grad():
+        check(learned, quant)
+    with pytest.raises(GradError, match="n requires grad"):  # though the call before was like it
+        alone.finish(learned, quant)
     check(Gated(x[:, 4:580], x[:, 580:1156]), quant)
     check(Gated(x[:, :576].contiguous(), wild(4, 1154)[:, :576].contiguous()), quant)
     check(Gated(wild(4, 1156)[:, :576], wild(4, 1156, seed=1)[:, :576]), quant)  # rows that lie 1156 elements apart
@@ -84,7 +88,7 @@ def test_what_has_no_kernel_is_left_to_the_reference(gpu: list[str]) -> None:
     elsewhere = NVFP4(torch.empty((), device="meta"))
     with pytest.raises(NotImplementedError):  # the reference, which moves it
         alone.finish(wild(2, 64), elsewhere)
-    for error, x in ((FormatError, wild(2, 40)), (ShapeError, wild(64)), (ShapeError, wild(2, 64).double())):
+    for error, x in ((FormatError, wild(2, 40)), (ShapeError, wild(64)), (DTypeError, wild(2, 64).double())):
         with pytest.raises(error):
             alone.finish(x, MXFP8("ceil"))
     assert gpu == []
