@@ -12,7 +12,8 @@ from collogue.contract.formats import canonical_nan, code_spec, e4m3_decode, e4m
 from collogue.contract.number import is_whole
 from collogue.contract.quant import E4M3_MAX, MXFP4, MXFP8, NVFP4, SMALLEST_SCALE, FP8PerToken, FP8Static
 from collogue.contract.reference import dequantize, quantize
-from collogue.errors import FormatError, ScaleError, ShapeError
+from collogue.contract.spec import VALUE_DTYPES
+from collogue.errors import DTypeError, FormatError, ScaleError, ShapeError
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,12 @@ class QuantizedWeight:
     format: WeightFormat
 
     def __post_init__(self) -> None:
-        if not isinstance(self.format, WeightFormat):
-            raise FormatError(
-                f"{type(self.format).__name__} is not a weight format",
-                hint="use FP8Static, FP8PerToken, FP8Block, MXFP8, MXFP4 or NVFP4",
-            )
+        _check_format(self.format)
         if getattr(self.format, "layout", "linear") != "linear":
             raise FormatError(f"a weight's scales are laid out as {self.format!r}", hint='pass layout="linear"')
+        for name, given in (("codes", self.codes), ("scales", self.scales)):
+            if not isinstance(given, Tensor | None) or (given is None and name == "codes"):
+                raise ShapeError(f"the {name} of a weight are a {type(given).__name__}", hint="pass a tensor, as the format stores them")
         if self.codes.ndim != 2:
             raise ShapeError(f"the codes of a weight are {list(self.codes.shape)}", hint="pass two dimensions, [O, I]")
         dtype = torch.uint8 if self._packed else torch.float8_e4m3fn
@@ -106,12 +106,12 @@ class QuantizedWeight:
 
     @property
     def _packed(self) -> bool:
-        return isinstance(self.format, MXFP4 | NVFP4)
+        return _is_packed(self.format)
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(O, I)`` of the matrix."""
-        return self.codes.shape[0], self.codes.shape[1] * (2 if self._packed else 1)
+        return _shape(self.codes, self.format)
 
     @property
     def nbytes(self) -> int:
@@ -120,21 +120,24 @@ class QuantizedWeight:
 
     @classmethod
     def of(cls, weight: Tensor, format: WeightFormat) -> QuantizedWeight:
-        """Quantize ``weight`` ``[O, I]`` (bfloat16, float16 or float32), each row as :func:`collogue.quantize` does a token's."""
+        """Quantize ``weight`` ``[O, I]`` (bfloat16, float16 or float32), each row as :func:`collogue.quantize` does a token's.
+
+        Raises:
+            ShapeError, DTypeError: no matrix of values. FormatError: no format of weights. ScaleError: elements that are not finite.
+        """
+        _check_format(format)
+        _check_matrix(weight)
+        weight = weight.detach()
         if not isinstance(format, FP8Block):
-            return cls(*quantize(weight.detach(), format), format)
-        blocks = _blocks(weight.detach().float(), format.size)
-        scales = torch.clamp(blocks.abs().nan_to_num(nan=0.0).amax((1, 3)) / E4M3_MAX, min=SMALLEST_SCALE)
+            return cls(*quantize(weight, format), format)
+        blocks = _blocks(weight.float(), format.size)
+        scales = torch.clamp(blocks.abs().amax((1, 3)) / E4M3_MAX, min=SMALLEST_SCALE)
         codes = e4m3_encode(blocks / scales[:, None, :, None])
         return cls(_unblocked(codes, *weight.shape).view(torch.float8_e4m3fn), scales, format)
 
     def decode(self) -> Tensor:
         """``W`` in float32: ``code * scale``; NVFP4: ``(code * scale) / g``."""
-        if not isinstance(self.format, FP8Block):
-            return dequantize(self.codes, self.scales, self.format, hidden_size=self.shape[1])
-        assert self.scales is not None
-        values = _blocks(e4m3_decode(self.codes.contiguous().view(torch.uint8)), self.format.size)
-        return canonical_nan(_unblocked(values * self.scales[:, None, :, None], *self.shape))
+        return decode(self.codes, self.scales, self.format)
 
     def times(self, factor: float) -> QuantizedWeight:
         """``factor * W``, taken into the scales: rounded once to float32.
@@ -167,11 +170,49 @@ class QuantizedWeight:
         return replace(self, codes=codes, scales=scales)
 
 
+def _check_format(format: object) -> None:
+    if not isinstance(format, WeightFormat):
+        what = f"the class {format.__name__}" if isinstance(format, type) else type(format).__name__
+        raise FormatError(f"{what} is not a weight format", hint="pass FP8Static, FP8PerToken, FP8Block, MXFP8, MXFP4 or NVFP4, made")
+
+
+def _check_matrix(weight: object) -> None:
+    """Raise unless ``weight`` is a matrix of finite values; waits for its device."""
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.numel():
+        found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ShapeError(f"a weight must be a tensor of shape [O, I], got {found}", hint="pass two dimensions, a layer's weight")
+    if weight.dtype not in VALUE_DTYPES:
+        raise DTypeError(f"a weight has dtype {weight.dtype}; expected bfloat16, float16 or float32", hint="pass values, not codes")
+    odd = 0 if weight.is_meta else weight.numel() - int(weight.isfinite().sum())
+    if odd:
+        raise ScaleError(
+            f"{odd} of {weight.numel()} elements of a weight are NaN or infinite, which no scale holds", hint="check the checkpoint"
+        )
+
+
 def _bytes(cut: Slicer, whole: Tensor, rank: int, world_size: int) -> Tensor:
     """A part of a tensor of any dtype of one byte: PyTorch does not join them all."""
     if whole.element_size() > 1:
         return cut.part(whole, rank, world_size)
     return cut.part(whole.view(torch.uint8), rank, world_size).view(whole.dtype)
+
+
+def decode(codes: Tensor, scales: Tensor | None, format: WeightFormat) -> Tensor:
+    """``W`` in float32, of what a :class:`QuantizedWeight` has checked: nothing here looks at a value, so it is traced and captured."""
+    rows, columns = _shape(codes, format)
+    if not isinstance(format, FP8Block):
+        return dequantize(codes, scales, format, hidden_size=columns)
+    assert scales is not None
+    values = _blocks(e4m3_decode(codes.contiguous().view(torch.uint8)), format.size)
+    return canonical_nan(_unblocked(values * scales[:, None, :, None], rows, columns))
+
+
+def _is_packed(format: WeightFormat) -> bool:
+    return isinstance(format, MXFP4 | NVFP4)
+
+
+def _shape(codes: Tensor, format: WeightFormat) -> tuple[int, int]:
+    return codes.shape[0], codes.shape[1] * (2 if _is_packed(format) else 1)
 
 
 def _block(format: WeightFormat, along: int) -> int:

@@ -7,7 +7,7 @@ import torch
 
 import collogue
 from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat
-from collogue.errors import CollogueError, FormatError, ScaleError, ShapeError
+from collogue.errors import CollogueError, DTypeError, FormatError, ScaleError, ShapeError
 from collogue.pytorch.cut import Cut, Section
 
 FORMATS: dict[str, WeightFormat] = {
@@ -128,12 +128,55 @@ _CODES = torch.zeros(32, 64, dtype=torch.float8_e4m3fn)
         (_CODES, torch.ones(32, 2, dtype=torch.uint8), FORMATS["mxfp8"], ShapeError, "uint8"),
         (_CODES, torch.ones(32, 2), collogue.MXFP8("ceil"), FormatError, "128x4"),
         (_CODES, torch.ones(32, 1), collogue.FP8Group(), FormatError, "FP8Group is not a weight format"),
+        (None, None, collogue.FP8PerToken(), ShapeError, "codes of a weight are a NoneType"),
+        ([[1.0]], None, FP8Block(16), ShapeError, "codes of a weight are a list"),
+        (_CODES, 1.0, collogue.FP8PerToken(), ShapeError, "scales of a weight are a float"),
+        (_CODES, None, None, FormatError, "NoneType is not"),
         (torch.zeros(32, 8, dtype=torch.uint8), torch.ones(32, 1).to(torch.float8_e8m0fnu), FORMATS["mxfp4"], FormatError, "multiple"),
     ],
 )
 def test_what_does_not_fit_is_a_named_error(codes: object, scales: object, format: object, error: type[CollogueError], match: str) -> None:
     with pytest.raises(error, match=match) as caught:
         QuantizedWeight(codes, scales, format)  # type: ignore[arg-type]
+    assert caught.value.hint
+
+
+@formats
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_not_finite_is_one_error_for_all_formats(format: WeightFormat, value: float, dtype: torch.dtype) -> None:
+    weight = _weight().to(dtype)
+    weight[3, 5] = value
+    with pytest.raises(ScaleError, match="1 of 18432 elements of a weight are NaN or infinite") as caught:
+        QuantizedWeight.of(weight, format)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "match"),
+    [
+        (None, ShapeError, "got NoneType"),
+        (torch.ones(64), ShapeError, r"got \[64\]"),
+        (torch.ones(2, 2, 64), ShapeError, r"got \[2, 2, 64\]"),
+        (torch.ones(0, 64), ShapeError, r"got \[0, 64\]"),
+        (torch.ones(32, 64).double(), DTypeError, "float64"),
+        (_CODES, DTypeError, "float8_e4m3fn"),
+    ],
+)
+@formats
+def test_what_is_no_matrix(weight: object, error: type[CollogueError], match: str, format: WeightFormat) -> None:
+    with pytest.raises(error, match=match) as caught:
+        QuantizedWeight.of(weight, format)  # type: ignore[arg-type]
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("format", "match"),
+    [("fp8", "str"), (None, "NoneType"), (collogue.FP8PerToken, "the class FP8PerToken"), (collogue.FP8Group(), "FP8Group")],
+)
+def test_what_is_no_format_of_weights(format: object, match: str) -> None:
+    with pytest.raises(FormatError, match=f"{match} is not a weight format") as caught:
+        QuantizedWeight.of(_weight(), format)  # type: ignore[arg-type]
     assert caught.value.hint
 
 
