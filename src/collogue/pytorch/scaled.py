@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import ScalingType
 
-from collogue.contract.quant import FP8Group, FP8PerToken, FP8Static, Quant
+from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, check_format
 from collogue.contract.reference import dequantize
-from collogue.contract.spec import Output
-from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat
-from collogue.errors import ArgumentError, ShapeError
+from collogue.contract.spec import VALUE_DTYPES, Output
+from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat, decode
+from collogue.errors import ArgumentError, DTypeError, FormatError, ScaleError, ShapeError
 from collogue.functions import quantize
+from collogue.ops import is_traced
 
 _log = logging.getLogger("collogue")
 _CODES = (torch.float8_e4m3fn, torch.uint8)
@@ -62,12 +64,17 @@ class Linear(nn.Module):
         weight: ``[O, I]``, a tensor or a :class:`QuantizedWeight`. bias: ``[O]`` or ``None``.
         activation: the format of ``x``; ``None``: ``x`` is not quantized.
         dtype: of the result where ``x`` is an :class:`collogue.Output`; default: the weight's, or bfloat16 where that is quantized.
+    State:
+        Of a quantized weight the state dictionary also has the number that its format holds, a divisor of FP8Static or a multiplier of
+        NVFP4, as ``weight_factor``, and that of ``activation`` as ``input_factor``. Loading takes the weight's over with the codes. The
+        input's must be the layer's, as calls have that format too: else a :class:`ScaleError`.
     """
 
     weight: nn.Parameter
     weight_scale: nn.Parameter | None
     bias: nn.Parameter | None
-    #: The scales of FP8Static as ``[1, 1]``, beside the weight: a product that made them would launch a kernel for each.
+    #: The numbers that formats hold (:attr:`collogue.Quant.given_scale`) as ``[1, 1]``, beside the weight: a product that made them would
+    #: launch a kernel for each. In the state of a layer with a quantized weight.
     weight_factor: Tensor | None
     input_factor: Tensor | None
 
@@ -75,6 +82,7 @@ class Linear(nn.Module):
         self, weight: Tensor | QuantizedWeight, bias: Tensor | None, activation: Quant | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
+        _check_arguments(weight, bias, activation)
         quantized = isinstance(weight, QuantizedWeight)
         self.format: WeightFormat | None = weight.format if isinstance(weight, QuantizedWeight) else None
         self.weight = nn.Parameter(weight.codes if isinstance(weight, QuantizedWeight) else weight, False)
@@ -83,7 +91,7 @@ class Linear(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
         self.activation = activation
         for name, format in (("weight_factor", self.format), ("input_factor", activation)):
-            self.register_buffer(name, _factor(format, self.weight.device), persistent=False)
+            self.register_buffer(name, _factor(format, self.weight.device), persistent=quantized)
         #: Where the scales of codes are, for codes that come as a tensor.
         self.handover: Handover | None = None
         self.dtype = dtype or (torch.bfloat16 if quantized else self.weight.dtype)
@@ -110,11 +118,32 @@ class Linear(nn.Module):
             self._buffers[name] = None if factor is None else fn(factor.view(torch.uint8)).view(factor.dtype)
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Numbers of formats come with the codes that they belong to."""
+        given, mine = state_dict.get(f"{prefix}input_factor"), self.input_factor
+        if self.format is not None and mine is not None and isinstance(given, Tensor) and _differ(given, mine):
+            assert self.activation is not None
+            raise ScaleError(
+                f"{prefix}input_factor of the state is {given.flatten().tolist()}; the layer's activation, {self.activation.name}, has "
+                f"{float(mine)}",
+                hint="make the layer with the activation of the layer whose state it is",
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if isinstance(self.format, FP8Static | NVFP4) and self.weight_factor is not None and f"{prefix}weight_factor" in state_dict:
+            kept = isinstance(self.format.given_scale, Tensor) or self.weight_factor.is_meta
+            number = self.weight_factor if kept else float(self.weight_factor)
+            if isinstance(self.format, FP8Static):
+                self.format = replace(self.format, scale=number)
+            else:
+                self.format = replace(self.format, global_scale=number)
+
     def explain(self) -> str:
         """How the product is computed on the device where the weight is, and why."""
         if self.format is None:
-            quantized = "" if self.activation is None else f"activations quantized to {self.activation.label} and decoded, "
-            return f"{quantized}plain product in {self.weight.dtype}"
+            if self.activation is None:
+                return f"plain product in {self.weight.dtype}"
+            compute = _dtype_of_product(self.weight.device)
+            return f"activations quantized to {self.activation.label} and decoded, weights {self.weight.dtype}: multiplied in {compute}"
         recipe = _recipe(self.activation, self.format, self.weight.device)
         activation = "none" if self.activation is None else self.activation.label
         what = f"weights {type(self.format).__name__}, activations {activation}"
@@ -146,23 +175,34 @@ class Linear(nn.Module):
         if self.activation is None or x.codes is None:
             missing = "the layer has no activation format" if self.activation is None else "the output has no codes"
             raise ArgumentError(missing, hint="pass out.norm, or give the call and the layer the same format")
+        if (x.scales is None) != (self.activation.scale_dtype is None):
+            found = "no scales" if x.scales is None else f"scales, {x.scales.dtype} {list(x.scales.shape)}"
+            has = "none" if x.scales is not None else "some"
+            raise FormatError(
+                f"the output has {found}; {self.activation.name}, the layer's activation, has {has}",
+                hint="give the call and the layer the same format: quant=layer.activation",
+            )
         return x.codes, x.scales
 
     def _multiply(self, codes: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         recipe = "" if self.format is None else _recipe(self.activation, self.format, codes.device)
         if not isinstance(recipe, str):
             return recipe(codes, scales, self, bias, dtype)
-        if recipe:
+        if recipe and not is_traced():  # a log line would break a graph
             _say_once(self.explain())
         return self._decode_and_multiply(codes, scales, bias, dtype)
 
     def _decode_and_multiply(self, codes: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """In float32 on the CPU, in bfloat16 on GPUs, rounded once to ``dtype``."""
         compute = _dtype_of_product(codes.device)
-        weight = self.quantized_weight
-        matrix = (self.weight if weight is None else weight.decode()).to(compute)
+        matrix = (self.weight if self.format is None else decode(self.weight.data, self.weight_scale, self.format)).to(compute)
         if self.activation is not None:
             codes = dequantize(codes, scales, self.activation, hidden_size=matrix.shape[1])
+        elif codes.dtype not in VALUE_DTYPES:
+            raise DTypeError(
+                f"x has dtype {codes.dtype}, and the layer has no activation format; expected bfloat16, float16 or float32",
+                hint="pass values, or make the layer with the format of the codes as its activation",
+            )
         elif codes.shape[-1] != matrix.shape[1]:
             raise ShapeError(f"x is {list(codes.shape)}, the weight {list(matrix.shape)}", hint="pass [.., I]")
         return F.linear(codes.to(compute), matrix, None if bias is None else bias.to(compute)).to(dtype)
@@ -183,27 +223,42 @@ class ScaledLinear(Linear):
 
     Args:
         weight: ``[O, I]`` codes and scales. bias: ``[O]`` or ``None``.
-        activation: the format of ``x``; ``None``: weights alone are quantized.
+        activation: the format of ``x``; ``None``: weights alone are quantized. An :class:`collogue.Output` must be of a call with this very
+            format. Codes and scales say little about it: another static scale, another NVFP4 global scale, or scales in another layout of
+            the same shape give wrong numbers without an error.
         dtype: of the result where ``x`` is an :class:`collogue.Output`.
     Product:
         ``torch.nn.functional.scaled_mm`` on GPUs that have it for this pair of formats: FP8Static with FP8Static (sm_89 and later),
         FP8PerToken with FP8PerToken (sm_90), FP8Group(128) with FP8Block(128) (sm_90). Elsewhere both are decoded and
-        multiplied, in float32 on the CPU and in bfloat16 on GPUs; a log line says so once, and :meth:`explain`.
+        multiplied, in float32 on the CPU and in bfloat16 on GPUs; a log line says so once (not under ``torch.compile``), and
+        :meth:`explain` at any time.
+    State:
+        ``state_dict`` has codes, scales, and the number that a format holds, a divisor of FP8Static or a multiplier of NVFP4, of the weight
+        (``weight_factor``) and of the input (``input_factor``). Loading takes the weight's over; the input's must be the layer's.
     Graphs:
         May be captured in a CUDA graph once it was called with so many rows: a tensor ``x`` is quantized by :func:`collogue.quantize`, one
         kernel.
     Raises:
-        ArgumentError: an output without codes. ShapeError: codes or features of another shape. FormatError: a block that does not divide.
+        ArgumentError: an output without codes, a weight that is not quantized. ShapeError: codes, features or a bias of another shape.
+        DTypeError: codes where there is no activation format. FormatError: no format, a block that does not divide, scales that the
+        activation format does not have. ScaleError: a state with another static scale of the input.
     """
 
     def __init__(
         self, weight: QuantizedWeight, bias: Tensor | None = None, *, activation: Quant | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> None:
+        if not isinstance(weight, QuantizedWeight):
+            raise ArgumentError(
+                f"weight is a {type(weight).__name__}; expected a QuantizedWeight",
+                hint="pass collogue.nn.QuantizedWeight.of(weight, format), or use ScaledLinear.of(linear, format)",
+            )
         super().__init__(weight, bias, activation, dtype)
 
     @classmethod
     def of(cls, linear: nn.Linear, format: WeightFormat, *, activation: Quant | None = None) -> ScaledLinear:
-        """A layer with the weight of ``linear``, quantized here."""
+        """A layer with the weight of ``linear``, quantized here. Raises as :meth:`QuantizedWeight.of` does."""
+        if not isinstance(linear, nn.Linear):
+            raise ArgumentError(f"linear is a {type(linear).__name__}; expected an nn.Linear", hint="pass a linear layer, not its weight")
         bias = None if linear.bias is None else linear.bias.detach()
         return cls(QuantizedWeight.of(linear.weight, format), bias, activation=activation, dtype=linear.weight.dtype)
 
@@ -212,6 +267,22 @@ class ScaledLinear(Linear):
         Returns ``[.., O]``; for an output ``[T, O]``.
         """
         return self.product(x, self.bias)
+
+
+def _check_arguments(weight: object, bias: object, activation: object) -> None:
+    if activation is not None:
+        check_format("activation", activation)
+    if not isinstance(weight, Tensor | QuantizedWeight) or len(weight.shape) != 2:
+        found = list(weight.shape) if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
+        raise ShapeError(f"weight is {found}; expected [O, I]", hint="pass a matrix or a QuantizedWeight")
+    if bias is not None and (not isinstance(bias, Tensor) or bias.shape != (weight.shape[0],)):
+        found = list(bias.shape) if isinstance(bias, Tensor) else f"a {type(bias).__name__}"
+        raise ShapeError(f"bias is {found}; expected [{weight.shape[0]}]", hint="pass one element for each output feature, or None")
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether two numbers are known and not the same."""
+    return not (one.is_meta or other.is_meta) and (one.numel() != 1 or float(one) != float(other))
 
 
 def _dtype_of_product(device: torch.device) -> torch.dtype:
@@ -249,12 +320,13 @@ def has_product(activation: Quant | None, weight: WeightFormat, device: torch.de
 
 
 def _factor(format: object, device: torch.device) -> Tensor | None:
-    """The scale of FP8Static as the product takes it; ``None`` for every other format."""
-    if not isinstance(format, FP8Static):
+    """The number that a format holds, as products take it; ``None`` for formats that hold none."""
+    scale = getattr(format, "given_scale", None)
+    if scale is None:
         return None
-    if isinstance(format.scale, Tensor):
-        return format.scale.to(device).reshape(1, 1)
-    return torch.full((1, 1), format.scale, dtype=torch.float32, device=device)
+    if isinstance(scale, Tensor):
+        return scale.to(device).reshape(1, 1)
+    return torch.full((1, 1), scale, dtype=torch.float32, device=device)
 
 
 def _tensor_wise(codes: Tensor, scales: None, layer: Linear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

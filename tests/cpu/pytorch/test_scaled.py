@@ -12,7 +12,7 @@ from torch import nn
 
 import collogue
 from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat
-from collogue.errors import ArgumentError, CollogueError, FormatError, ShapeError
+from collogue.errors import ArgumentError, CollogueError, DTypeError, FormatError, ScaleError, ShapeError
 from collogue.nn import RowParallelLinear, ScaledLinear
 from collogue.pytorch import scaled
 from collogue.testing import VirtualGroup, run_virtual
@@ -181,6 +181,85 @@ def test_deep_copies_and_state_dictionaries() -> None:
     assert torch.equal(copy.deepcopy(layer)(_x()), layer(_x()))
 
 
+@pytest.mark.parametrize(
+    ("made", "activation", "text"),
+    [
+        (collogue.FP8PerToken(), collogue.FP8Static(0.02), r"scales, torch.float32 \[5, 1\]; FP8Static, the layer's activation, has none"),
+        (collogue.FP8Static(0.02), collogue.FP8PerToken(), "the output has no scales; FP8PerToken, the layer's activation, has some"),
+    ],
+)
+def test_scales_that_the_activation_format_does_not_have(made: collogue.Quant, activation: collogue.Quant, text: str) -> None:
+    layer = ScaledLinear.of(nn.Linear(IN, OUT), collogue.FP8Static(0.005), activation=activation)
+    out = collogue.reference.finish(_x(), quant=made)
+    with pytest.raises(FormatError, match=text) as caught:
+        layer(out)
+    assert caught.value.hint
+
+
+NUMBERS = ("tensor", "nvfp4")
+
+
+def _numbers(name: str, weight: Any, activation: Any) -> tuple[WeightFormat, collogue.Quant]:
+    if name == "tensor":
+        return collogue.FP8Static(weight), collogue.FP8Static(activation)
+    return collogue.NVFP4(weight, layout="linear"), collogue.NVFP4(activation)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("tensors", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_the_state_has_the_numbers_of_formats(name: str, tensors: bool, assign: bool) -> None:
+    """The weight's come with its codes; a layer made with others gives the same results afterwards."""
+    layer = _layer(_numbers(name, 0.005, 0.02))[1]
+    state = layer.state_dict()
+    assert float(state["weight_factor"]) == torch.tensor(0.005).item()
+    assert float(state["input_factor"]) == torch.tensor(0.02).item()
+    other = _layer(_numbers(name, torch.tensor([0.25]) if tensors else 0.25, 0.02))[1]
+    assert not torch.equal(other(_x()), layer(_x()))
+    other.load_state_dict(state, assign=assign)
+    assert torch.equal(other(_x()), layer(_x()))
+    assert torch.equal(other.quantized_weight.decode(), layer.quantized_weight.decode())  # type: ignore[union-attr]
+    assert other.weight_factor is not None
+    assert torch.equal(other.weight_factor, layer.weight_factor)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_state_with_another_number_of_the_input_is_refused(name: str) -> None:
+    layer, other = _layer(_numbers(name, 0.005, 0.02))[1], _layer(_numbers(name, 0.005, 0.5))[1]
+    before = other(_x())
+    with pytest.raises(ScaleError, match=r"inner\.input_factor of the state is \[0\.019.*has 0\.5") as caught:
+        nn.ModuleDict({"inner": other}).load_state_dict(nn.ModuleDict({"inner": layer}).state_dict())
+    assert caught.value.hint
+    assert torch.equal(other(_x()), before)
+    missing = {name: value for name, value in layer.state_dict().items() if name != "weight_factor"}
+    with pytest.raises(RuntimeError, match="weight_factor"):
+        layer.load_state_dict(missing)
+
+
+@pytest.mark.parametrize("name", ["channel", "block", "mxfp8", "mxfp4", "weights only"])
+def test_a_state_without_such_numbers_is_codes_and_scales(name: str) -> None:
+    assert sorted(_layer(PAIRS[name], bias=False)[1].state_dict()) == ["weight", "weight_scale"]
+    assert sorted(scaled.Linear(torch.ones(8, 16), None, collogue.FP8Static(1.0)).state_dict()) == ["weight"]
+
+
+@pairs
+def test_a_layer_that_decodes_is_compiled_without_a_break(pair: Any) -> None:
+    _, layer = _layer(pair)
+    with torch.no_grad():
+        expected = layer(_x())
+        found = torch.compile(layer, backend="aot_eager", fullgraph=True)(_x())
+    assert torch.equal(found, expected)
+
+
+def test_how_plain_weights_are_multiplied_is_what_is_said() -> None:
+    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1)).bfloat16()
+    layer, quant = scaled.Linear(weight, None, collogue.FP8PerToken()), collogue.FP8PerToken()
+    assert scaled.Linear(weight, None).explain() == "plain product in torch.bfloat16"
+    assert layer.explain() == "activations quantized to fp8_per_token and decoded, weights torch.bfloat16: multiplied in torch.float32"
+    values = collogue.dequantize(*collogue.quantize(_x(), quant), quant, hidden_size=IN)
+    assert torch.equal(layer.product(_x(), None), torch.nn.functional.linear(values, weight.float()))
+
+
 def test_wrong_uses_are_named_errors() -> None:
     _, plain = _layer(PAIRS["weights only"])
     _, layer = _layer(PAIRS["channel"])
@@ -193,6 +272,23 @@ def test_wrong_uses_are_named_errors() -> None:
         (ShapeError, lambda: layer(other)),
         (ShapeError, lambda: plain(_x()[:, :64])),
         (ShapeError, lambda: layer(_x()[:, :64])),
+        (DTypeError, lambda: plain(other.codes)),
+        (DTypeError, lambda: plain(collogue.quantize(_x(), collogue.FP8PerToken())[0])),
+        (DTypeError, lambda: plain(_x().double())),
+        (DTypeError, lambda: layer(collogue.quantize(_x(), collogue.FP8PerToken())[0])),
+        (ArgumentError, lambda: ScaledLinear(None)),  # type: ignore[arg-type]
+        (ArgumentError, lambda: ScaledLinear(torch.ones(()))),  # type: ignore[arg-type]
+        (ArgumentError, lambda: ScaledLinear(torch.ones(8, 16))),  # type: ignore[arg-type]
+        (ShapeError, lambda: scaled.Linear(torch.ones(()), None)),
+        (ShapeError, lambda: scaled.Linear(None, None)),  # type: ignore[arg-type]
+        (ShapeError, lambda: ScaledLinear(plain.quantized_weight, torch.ones(OUT + 1))),  # type: ignore[arg-type]
+        (ShapeError, lambda: ScaledLinear(plain.quantized_weight, [0.0] * OUT)),  # type: ignore[arg-type]
+        (FormatError, lambda: ScaledLinear(plain.quantized_weight, activation="fp8")),  # type: ignore[arg-type]
+        (FormatError, lambda: ScaledLinear(plain.quantized_weight, activation=collogue.FP8PerToken)),  # type: ignore[arg-type]
+        (FormatError, lambda: ScaledLinear(plain.quantized_weight, activation=FP8Block(32))),  # type: ignore[arg-type]
+        (FormatError, lambda: ScaledLinear.of(nn.Linear(32, 8), "fp8")),  # type: ignore[arg-type]
+        (FormatError, lambda: ScaledLinear.of(nn.Linear(32, 8), None)),  # type: ignore[arg-type]
+        (ArgumentError, lambda: ScaledLinear.of(torch.ones(8, 32), collogue.FP8PerToken())),  # type: ignore[arg-type]
         (FormatError, lambda: ScaledLinear.of(nn.Linear(24, 8), collogue.FP8PerToken(), activation=collogue.FP8Group(128))),
         (FormatError, lambda: ScaledLinear.of(nn.Linear(24, 8), collogue.MXFP8("ceil", layout="linear"))),
     ]
@@ -229,7 +325,7 @@ def test_parallel_layers_quantize_by_the_communicators_kernel_on_gpus() -> None:
                     assert scales is not None
                     assert torch.equal(scales, expected[1])  # type: ignore[arg-type]
                 else:
-                    with pytest.raises(AttributeError):  # the reference, which this stand-in is no tensor for
+                    with pytest.raises(ShapeError):  # collogue.quantize, which this stand-in is no tensor for
                         layer.quantized(on_gpu, quant)
             assert calls == [(TOKENS, IN)]
             layer.quantized(_x(), quant)
