@@ -47,6 +47,21 @@ class PrologueForm:
         if self.kind == "expert_reduce" and (self.weights == "none" or not self.shared):
             raise ArgumentError("expert_reduce has weights and a token input", hint='PrologueForm("expert_reduce", "float32", shared=True)')
 
+    @classmethod
+    def parse(cls, label: str) -> PrologueForm:
+        """The form of a kind and its options, each after a ``/``: ``"gated"``, ``"expert_combine/float32/shared"``, ``"expert_reduce"``.
+
+        Without a word for the weights those are of the communicator's dtype. Raises :class:`ArgumentError` for words that are not known.
+        """
+        kind, *options = label.split("/")
+        weights = [word for word in options if word in get_args(WeightKind)]
+        if len(weights) > 1 or sorted(options) != sorted([*weights, *["shared"] * ("shared" in options)]):
+            raise ArgumentError(
+                f"unknown options of a prologue in {label!r}", hint='options are "none", "value" or "float32", and "shared", each after a /'
+            )
+        without: WeightKind = "none" if kind == "gated" else "value"
+        return cls(kind, weights[0] if weights else without, "shared" in options or kind == "expert_reduce")  # type: ignore[arg-type]
+
     def __str__(self) -> str:
         """``expert_combine, float32 weights, shared expert``."""
         if self.kind == "gated":

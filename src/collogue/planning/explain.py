@@ -135,6 +135,7 @@ def explain(
     max_tokens: int | None = None,
     table: TableArgument = None,
     prologue: PrologueForm | None = None,
+    branch_norm: bool = False,
     rows: Sequence[int] | None = None,
 ) -> Explanation:
     """The plan that ``comm.explain`` would give on every rank of such a communicator. ``tokens`` may be left out where ``rows`` are given.
@@ -162,9 +163,11 @@ def explain(
         keep_norm=keep_norm,
         operation=known,
         prologue=prologue,
+        branch=branch_norm,
         rows=split,
     )
-    epilogue = [name for name, there in (("residual", residual and operation != "finish"), ("norm", norm)) if there]
+    steps = (("branch norm", branch_norm), ("residual", residual and operation != "finish"), ("norm", norm))
+    epilogue = [name for name, there in steps if there]
     before = [] if prologue is None else [str(prologue)]
     parts = " + ".join([*before, operation, *epilogue, *([describe(quant)] if quant is not None else [])])
     ranks = f"{world_size} ranks" + ("" if split is None else f" with {', '.join(map(str, split))} rows")

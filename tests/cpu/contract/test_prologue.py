@@ -179,3 +179,27 @@ def test_bad_gates(error: type[Exception], text: str, make: Callable[[], Gated])
     with pytest.raises(error, match=text) as found:
         make()
     assert "hint: " in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("label", "form"),
+    [
+        ("gated", PrologueForm("gated", "none")),
+        ("expert_combine", PrologueForm("expert_combine")),
+        ("expert_combine/none", PrologueForm("expert_combine", "none")),
+        ("expert_combine/shared/float32", PrologueForm("expert_combine", "float32", shared=True)),
+        ("expert_reduce", PrologueForm("expert_reduce", shared=True)),
+        ("expert_reduce/float32/shared", PrologueForm("expert_reduce", "float32", shared=True)),
+    ],
+)
+def test_forms_by_name(label: str, form: PrologueForm) -> None:
+    assert PrologueForm.parse(label) == form
+
+
+@pytest.mark.parametrize(
+    "label", ["", "swiglu", "gated/shared", "gated/float32", "expert_reduce/none", "expert_combine/shared/shared", "gated/"]
+)
+def test_names_of_no_form(label: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        PrologueForm.parse(label)
+    assert caught.value.hint

@@ -178,6 +178,43 @@ def test_explain_as_json_and_as_text() -> None:
     assert call("explain", "--device", "cpu", "--hidden-size", "24", "--format", "nvfp4").exit_code == USAGE
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--prologue", "gated", "--operation", "finish"], "gated + finish + norm,"),
+        (["--prologue", "expert_combine"], "expert_combine, weights + all_reduce + residual + norm,"),
+        (["--prologue", "expert_combine/shared/none"], "expert_combine, no weights, shared expert + all_reduce"),
+        (
+            ["--prologue", "expert_reduce/float32", "--branch-norm"],
+            "expert_reduce, float32 weights + all_reduce + branch norm + residual + norm,",
+        ),
+        (["--branch-norm", "--operation", "sharded", "--gpu", "B200"], "sharded + branch norm + residual + norm,"),
+    ],
+)
+def test_explain_takes_what_the_method_takes(arguments: list[str], told: str) -> None:
+    machine = [] if "--gpu" in arguments else ["--architecture", "sm_90a"]
+    result = call("explain", "--tokens", "4", "--hidden-size", "1024", *machine, *arguments, "--json", "-")
+    assert result.exit_code == OK, result.output
+    assert json.loads(result.stdout)["call"].startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--prologue", "swiglu"], "unknown prologue 'swiglu'"),
+        (["--prologue", "expert_combine/wide"], "unknown options of a prologue in 'expert_combine/wide'"),
+        (["--prologue", "expert_combine/value/none"], "unknown options"),
+        (["--prologue", "gated/shared"], "gated has neither weights nor a shared expert"),
+        (["--prologue", "expert_combine", "--operation", "finish"], "finish sums nothing"),
+        (["--branch-norm", "--no-residual"], "branch_norm without residual="),
+    ],
+)
+def test_prologues_and_branch_norms_that_cannot_be(arguments: list[str], told: str) -> None:
+    result = call("explain", "--architecture", "sm_90a", *arguments)
+    assert result.exit_code == USAGE
+    assert told in " ".join(result.stderr.split())
+
+
 def test_doctor_as_json_and_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = collogue.tools.doctor.Finding("torch", "missing", "too [old]", "pip install it", required=True)
     monkeypatch.setattr(collogue.tools.doctor, "PROBES", {"torch": lambda: [finding]})

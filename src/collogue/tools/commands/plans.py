@@ -14,6 +14,8 @@ from collogue.tools.commands.options import (
     FORMAT_NAMES,
     OK,
     OPERATION_NAMES,
+    PROLOGUE_NAMES,
+    PROLOGUES,
     Commit,
     DeviceOrAuto,
     DTypeName,
@@ -79,6 +81,10 @@ def explain(
     residual: Annotated[bool, typer.Option(help="Whether the call adds a residual.")] = True,
     norm: Annotated[bool, typer.Option(help="Whether the call has an RMSNorm.")] = True,
     keep_norm: Annotated[bool, typer.Option(help="Whether the norm is also returned beside its codes.")] = False,
+    prologue: Annotated[
+        str | None, typer.Option(metavar="NAME", help=PROLOGUE_NAMES, autocompletion=completed(*PROLOGUES), show_default=False)
+    ] = None,
+    branch_norm: Annotated[bool, typer.Option("--branch-norm", help="The sum is normed before the residual is added.")] = False,
     rows: Annotated[Many, many("--rows", "Rows that each rank owns, in place of equal blocks, as in 3,0,5.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Capacity of the communicator; default: this call.")] = None,
     device: Annotated[DeviceOrAuto, typer.Option(help="Of this machine.")] = "auto",
@@ -100,6 +106,7 @@ def explain(
     if hosts > 1 and gpu is None:
         raise typer.BadParameter("name the machine's --gpu", param_hint="--hosts")
     with exit_codes():
+        from collogue.contract.prologue import PrologueForm
         from collogue.planning import explain as plans
 
         found = plans.explain(
@@ -113,6 +120,8 @@ def explain(
             residual=residual,
             norm=norm,
             keep_norm=keep_norm,
+            prologue=None if prologue is None else PrologueForm.parse(prologue),
+            branch_norm=branch_norm,
             max_tokens=max_tokens,
             table=table,
             rows=split,
