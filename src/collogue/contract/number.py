@@ -19,6 +19,15 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+#: Numbers from here on are infinite once they are rounded to float32.
+FLOAT32_END = 2.0**128 * (1.0 - 2.0**-25)
+
+
+def is_finite(value: float) -> bool:
+    """Whether ``value``, rounded to float32, is finite."""
+    return -FLOAT32_END < value < FLOAT32_END
+
+
 def is_scale(value: float, most: int = 128) -> bool:
     """Whether ``value``, rounded to float32, lies between ``2**-128`` and ``2**most``, both left out.
 

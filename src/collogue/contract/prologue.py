@@ -5,14 +5,13 @@ Plain data that checks itself when it is made, and knows nothing of devices or k
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import torch
 
-from collogue.contract.number import is_number
+from collogue.contract.number import is_finite, is_number
 from collogue.contract.spec import VALUE_DTYPES
 from collogue.errors import ArgumentError, DTypeError, LayoutError, ScaleError, ShapeError
 
@@ -117,9 +116,10 @@ class ExpertCombine:
             _check_shared(
                 "ExpertCombine.shared_expert", self.shared_expert, (tokens, self.expert_output.shape[1]), self.expert_output.dtype
             )
-        if not is_number(self.scaling) or not math.isfinite(self.scaling):
+        if not is_number(self.scaling) or not is_finite(self.scaling):
             raise ScaleError(
-                f"ExpertCombine.scaling is {self.scaling!r}", hint="pass a finite Python number, such as a routed_scaling_factor"
+                f"ExpertCombine.scaling is {self.scaling!r}; expected a number that is finite in float32",
+                hint="pass a Python number, such as a routed_scaling_factor",
             )
 
     @property

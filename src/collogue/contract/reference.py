@@ -143,7 +143,20 @@ def term_of(given: Tensor | Prologue) -> Tensor:
 
 
 def _terms(given: Sequence[Tensor | Prologue]) -> list[Tensor]:
+    """Every rank's term. Raises :class:`ArgumentError` where ranks give what a communicator calls different calls."""
+    kinds = {_kind_of(one): rank for rank, one in reversed(list(enumerate(given)))}
+    if len(kinds) > 1:
+        said = ", ".join(f"rank {rank} {kind}" for kind, rank in sorted(kinds.items(), key=lambda found: found[1]))
+        raise ArgumentError(
+            f"ranks give different terms: {said}", hint="pass a tensor on every rank, or the same prologue with the same K on every rank"
+        )
     return [term_of(one) for one in given]
+
+
+def _kind_of(given: Tensor | Prologue) -> str:
+    """What ranks agree about."""
+    kind = "tensor" if isinstance(given, Tensor) else type(given).__name__
+    return f"{kind} with K = {given.count}" if isinstance(given, ExpertCombine) else kind
 
 
 def sum_partials(partials: Sequence[Tensor], islands: Sequence[Sequence[int]] | None = None) -> Tensor:
@@ -384,7 +397,8 @@ def all_reduce(
         Adds in float32 from +0, rank 0 first; adds the residual; rounds once to ``y``, which norm and quantization read. With several
         islands: each island's ranks in rank order from +0, then the islands' sums in order from +0.
     Raises:
-        ShapeError, DTypeError: tensors that do not fit together. ArgumentError: islands that do not split the ranks.
+        ShapeError, DTypeError: tensors that do not fit together. ArgumentError: islands that do not split the ranks, ranks that give terms
+        of different kinds or a different K.
     """
     terms = _terms(partials)
     islands = as_islands(islands, len(terms))
@@ -528,7 +542,14 @@ def finish_alone(y: Tensor | Gated, quant: Quant | None) -> Output:
 
 
 def finish(y: Tensor | Gated, *, norm: RMSNorm | None = None, quant: Quant | None = None, keep_norm: bool = False) -> Output:
-    """What :meth:`collogue.Communicator.finish` returns: norm and quantization of ``y`` [T, H], which is not returned."""
+    """What :meth:`collogue.Communicator.finish` returns: norm and quantization of ``y`` [T, H], which is not returned.
+
+    Raises:
+        ArgumentError: experts, which are terms of a sum. ShapeError, DTypeError, FormatError.
+    """
+    if not isinstance(y, Tensor | Gated):
+        name = f"{type(y).__module__.partition('.')[0]}.{type(y).__name__}".removeprefix("builtins.")
+        raise ArgumentError(f"y is a {name}, and finish sums nothing", hint="pass a tensor or a Gated; experts go to all_reduce")
     y = term_of(y)
     _check_values([("y", y)], norm)
     return finished(

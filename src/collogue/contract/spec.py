@@ -6,7 +6,6 @@ Plain data that checks itself when it is made, and knows nothing of devices or k
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Generic, Literal, TypeAlias
@@ -15,7 +14,7 @@ import torch
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 from typing_extensions import TypeVar
 
-from collogue.contract.number import is_number, is_whole
+from collogue.contract.number import FLOAT32_END, is_finite, is_number, is_whole
 from collogue.contract.quant import FP8Static, Quant
 from collogue.errors import ArgumentError, DTypeError, FormatError, ScaleError, ShapeError
 
@@ -54,14 +53,14 @@ class RMSNorm:
         if (
             type(self.eps) is float
             and type(self.weight_offset) is float
-            and 0.0 <= self.eps < math.inf
-            and abs(self.weight_offset) < math.inf
+            and 0.0 <= self.eps < FLOAT32_END
+            and abs(self.weight_offset) < FLOAT32_END
         ):
             return  # the usual case, in one go
         for name in ("eps", "weight_offset"):
             value = getattr(self, name)
-            if not is_number(value) or not math.isfinite(value):
-                raise ScaleError(f"RMSNorm.{name} must be a finite number, got {value!r}", hint="pass a Python float")
+            if not is_number(value) or not is_finite(value):
+                raise ScaleError(f"RMSNorm.{name} must be a finite number in float32, got {value!r}", hint="pass a Python float")
         if self.eps < 0:
             raise ScaleError(f"RMSNorm.eps must not be negative, got {self.eps}", hint="usual values: 1e-5, 1e-6")
 

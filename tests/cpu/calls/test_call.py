@@ -204,6 +204,8 @@ CALLS: dict[str, tuple[Call, type[CollogueError], str, str]] = {
     "weight requires grad": (other(norm=RMSNorm(torch.nn.Parameter(zeros(H)))), GradError, "RMSNorm.weight requires grad", "no_grad"),
     # Numbers of the norm
     "eps is NaN": (lambda c, g: RMSNorm(zeros(H), eps=math.nan), ScaleError, "eps must be a finite number", "Python float"),
+    "eps is infinite in float32": (lambda c, g: RMSNorm(zeros(H), eps=1e300), ScaleError, "eps must be a finite number", "Python float"),
+    "weight_offset is, too": (lambda c, g: RMSNorm(zeros(H), weight_offset=-1e39), ScaleError, "weight_offset must be a finite", "float"),
     "eps is negative": (lambda c, g: RMSNorm(zeros(H), eps=-1e-6), ScaleError, "eps must not be negative", "1e-5"),
     "offset is a flag": (lambda c, g: RMSNorm(zeros(H), weight_offset=True), ScaleError, "weight_offset must be", "Python float"),
 }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from collogue import ExpertCombine, ExpertReduce, Gated, PrologueForm, reference
+from collogue import ExpertCombine, ExpertReduce, FP8PerToken, Gated, PrologueForm, reference
 from collogue.contract.prologue import MAX_EXPERTS, MAX_TOP_K
 from collogue.errors import ArgumentError, DTypeError, LayoutError, ScaleError, ShapeError
 from collogue.testing.inputs import KINDS, make_prologue
@@ -83,6 +83,9 @@ def test_ranks_without_local_experts() -> None:
         (DTypeError, "int32", {"expert_output": torch.ones(5, 8, dtype=torch.int32)}),
         (ScaleError, "nan", {"scaling": float("nan")}),
         (ScaleError, "None", {"scaling": None}),
+        (ScaleError, "1e\\+300", {"scaling": 1e300}),
+        (ScaleError, "-3.5e\\+38", {"scaling": -3.5e38}),
+        (ScaleError, "finite in float32", {"scaling": 10**400}),
     ],
 )
 def test_bad_input(error: type[Exception], text: str, changed: dict[str, Any]) -> None:
@@ -203,3 +206,37 @@ def test_names_of_no_form(label: str) -> None:
     with pytest.raises(ArgumentError) as caught:
         PrologueForm.parse(label)
     assert caught.value.hint
+
+
+def test_the_largest_scaling_is_finite() -> None:
+    """The largest number of float32, and what rounds to it."""
+    most = torch.finfo(torch.float32).max
+    for scaling in (most, most + 2.0**102):
+        assert torch.tensor(scaling, dtype=torch.float64).float().isfinite()
+        combine(scaling=scaling)
+    with pytest.raises(ScaleError):
+        combine(scaling=most + 2.0**103)
+
+
+def test_terms_that_ranks_do_not_agree_about() -> None:
+    """The reference refuses what a communicator does: experts without a sum, another kind, another K; E is each rank's own."""
+    mine, rows = combine(), torch.ones(3, 8)
+    other = ExpertCombine(torch.ones(5, 8), torch.zeros(3, 1, dtype=torch.int32))
+    unit = Gated(rows, rows)
+    reduce = [ExpertReduce(torch.ones(e, 3, 8), torch.ones(e, 3), rows) for e in (1, 2)]
+    for given, text in (
+        ([mine, rows], "rank 0 ExpertCombine with K = 2, rank 1 tensor"),
+        ([rows, rows, mine], "rank 0 tensor, rank 2 ExpertCombine with K = 2"),
+        ([mine, other], "K = 2, rank 1 ExpertCombine with K = 1"),
+        ([unit, rows], "rank 0 Gated, rank 1 tensor"),
+        ([reduce[0], mine], "ExpertReduce"),
+    ):
+        for call in (reference.all_reduce, reference.sharded, reference.reduce_scatter):
+            with pytest.raises(ArgumentError, match=text) as caught:
+                call(given)  # type: ignore[operator]
+            assert caught.value.hint
+    assert reference.all_reduce(reduce).reduced is not None
+    for one in (mine, reduce[0]):
+        with pytest.raises(ArgumentError, match=f"y is a collogue.{type(one).__name__}, and finish sums nothing"):
+            reference.finish(one, quant=FP8PerToken())  # type: ignore[arg-type]
+    assert reference.finish(unit, quant=FP8PerToken()).codes is not None
