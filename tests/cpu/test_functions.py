@@ -16,6 +16,7 @@ from collogue.contract.spec import Output, owned_rows
 from collogue.errors import (
     ArgumentError,
     CollogueError,
+    DeviceError,
     DTypeError,
     FormatError,
     GradError,
@@ -161,6 +162,7 @@ SPARSE = torch.ones(3, 16).to_sparse()
         (ShapeError, r"gate has shape \[3, 0\]", (torch.ones(3, 0), torch.ones(3, 0))),
         (ShapeError, r"gate has shape \[3, 8\], up \[3, 16\]", (torch.ones(3, 8), torch.ones(3, 16))),
         (DTypeError, "float64", torch.ones(3, 16).double()),
+        (DeviceError, "Gated.up is on meta, Gated.gate on cpu", (torch.ones(3, 16), torch.ones(3, 16, device="meta"))),
         (LayoutError, "gate_up has layout torch.sparse_coo", SPARSE),
         (LayoutError, "up has layout torch.sparse_coo", (torch.ones(3, 16), SPARSE)),
     ],
@@ -231,3 +233,37 @@ def test_any_strides() -> None:
         assert equal(gated((a, b), FP8PerToken()), expected)
     values = torch.compile(gated, backend="aot_eager", fullgraph=True)(x.t())
     assert torch.equal(values, gated(x.t().contiguous()))
+
+
+def test_what_cannot_be_decoded() -> None:
+    quant, static = FP8PerToken(), FP8Static(0.5)
+    codes, scales = collogue.quantize(torch.ones(2, 64), quant)
+    cases: list[tuple[type[CollogueError], str, tuple[Any, ...]]] = [
+        (FormatError, "a str", (codes, scales, "fp8")),
+        (FormatError, "a NoneType", (codes, scales, None)),
+        (FormatError, "the class FP8PerToken", (codes, scales, FP8PerToken)),
+        (ShapeError, "codes are a list", ([[1]], scales, quant)),
+        (ShapeError, "no dimensions", (codes[0, 0], scales, quant)),
+        (ShapeError, "scales are a float", (codes, 1.0, quant)),
+        (ShapeError, "FP8PerToken has scales", (codes, None, quant)),
+        (ShapeError, "FP8Static has no scales beside its own", (codes, scales, static)),
+    ]
+    for error, text, given in cases:
+        with pytest.raises(error, match=text) as caught:
+            collogue.dequantize(*given, hidden_size=64)
+        assert caught.value.hint
+
+
+def test_what_the_reference_refuses() -> None:
+    x = torch.ones(2, 64)
+    cases: list[tuple[type[CollogueError], str, Callable[[], Any]]] = [
+        (ShapeError, "partial 0 is a list", lambda: reference.all_reduce([[[1.0]]])),  # type: ignore[list-item]
+        (ShapeError, "residual is a float", lambda: reference.all_reduce([x], residual=1.0)),  # type: ignore[arg-type]
+        (ArgumentError, "norm is a str", lambda: reference.finish(x, norm="rms")),  # type: ignore[arg-type]
+        (ArgumentError, "y is a list", lambda: reference.finish([x])),  # type: ignore[arg-type]
+        (FormatError, "quant is a str", lambda: reference.all_gather([Output(codes=x, scales=x)], quant="fp8")),  # type: ignore[arg-type]
+    ]
+    for error, text, call in cases:
+        with pytest.raises(error, match=text) as caught:
+            call()
+        assert caught.value.hint

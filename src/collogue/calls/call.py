@@ -156,8 +156,11 @@ def check_alone(y: torch.Tensor | Gated, quant: Quant | None) -> None:
     """Check a call without a communicator as far as the reference does not: raises as :func:`collogue.quantize` says."""
     check_kinds(None, quant)
     named = [("n", y)] if isinstance(y, torch.Tensor) else list(y.tensors())
+    first, main = named[0]
     for name, tensor in named:
         check_ordinary(name, tensor)
+        if tensor.device != main.device:
+            raise DeviceError(f"{name} is on {tensor.device}, {first} on {main.device}", hint=f"move it: {name}.to('{main.device}')")
     if torch.is_grad_enabled():
         check_no_grad(*named)
 

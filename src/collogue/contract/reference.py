@@ -302,7 +302,17 @@ def _check_rows(n: Tensor) -> None:
 
 
 def dequantize(codes: Tensor, scales: Tensor | None, quant: Quant, *, hidden_size: int) -> Tensor:
-    """Decode to float32 [T, H]: ``code * scale``, and for NVFP4 ``(code * scale) / global_scale``."""
+    """Decode to float32 [T, H]: ``code * scale``, and for NVFP4 ``(code * scale) / global_scale``.
+
+    Raises:
+        ShapeError: codes or scales that are not those of this format, scales that are missing or one too many. FormatError: no format.
+    """
+    check_format("quant", quant)
+    for name, tensor in (("codes", codes), ("scales", scales)):
+        if not isinstance(tensor, Tensor) and (name == "codes" or tensor is not None):
+            raise ShapeError(f"{name} are a {type(tensor).__name__}; expected a tensor", hint=f"pass out.{name}")
+    if codes.ndim == 0:
+        raise ShapeError("codes have no dimensions; expected [T, H]", hint="pass the codes as they were returned")
     tokens = codes.shape[0]
     shape, dtype = code_spec(quant, tokens, hidden_size)
     if tuple(codes.shape) != shape or codes.dtype != dtype:
@@ -313,6 +323,10 @@ def dequantize(codes: Tensor, scales: Tensor | None, quant: Quant, *, hidden_siz
     raw = codes.contiguous().view(torch.uint8)
     values = e2m1_decode(unpack_nibbles(raw)) if quant.element == "e2m1" else e4m3_decode(raw)
     if isinstance(quant, FP8Static):
+        if scales is not None:
+            raise ShapeError(
+                "FP8Static has no scales beside its own, but some are given", hint="pass the format that the codes were made with"
+            )
         return canonical_nan(values * _scalar(quant.scale, codes.device))
     if scales is None:
         raise ShapeError(f"{quant.name} has scales", hint="pass out.scales")
@@ -353,6 +367,11 @@ def _check_values(named: Sequence[tuple[str, Tensor | None]], norm: RMSNorm | No
     _check_arithmetic()
     name, first = named[0]
     assert first is not None
+    if norm is not None and not isinstance(norm, RMSNorm):
+        raise ArgumentError(f"norm is a {type(norm).__name__}; expected a collogue.RMSNorm", hint="pass collogue.RMSNorm(weight, eps)")
+    for each, tensor in named:
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ShapeError(f"{each} is a {type(tensor).__name__}; expected a tensor of shape [T, H]", hint="pass a tensor")
     if first.ndim != 2 or first.dtype not in VALUE_DTYPES:
         raise DTypeError(f"{name} is {first.dtype} {list(first.shape)}", hint="pass [T, H] in bfloat16, float16 or float32")
     for other, tensor in named[1:]:
@@ -510,6 +529,8 @@ def all_gather(shards: Sequence[Output], *, quant: Quant | None = None, rows: Se
     Raises:
         ShapeError, FormatError: shards that do not fit together, codes without a format.
     """
+    if quant is not None:
+        check_format("quant", quant)
     held = [[name for name, _ in shard.items()] for shard in shards]
     if not shards or not held[0] or any(names != held[0] for names in held):
         raise ShapeError(f"the shards hold {held}", hint="pass one shard per rank, all with the same tensors")

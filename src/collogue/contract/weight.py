@@ -170,26 +170,6 @@ class QuantizedWeight:
         return replace(self, codes=codes, scales=scales)
 
 
-def _check_format(format: object) -> None:
-    if not isinstance(format, WeightFormat):
-        what = f"the class {format.__name__}" if isinstance(format, type) else type(format).__name__
-        raise FormatError(f"{what} is not a weight format", hint="pass FP8Static, FP8PerToken, FP8Block, MXFP8, MXFP4 or NVFP4, made")
-
-
-def _check_matrix(weight: object) -> None:
-    """Raise unless ``weight`` is a matrix of finite values; waits for its device."""
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.numel():
-        found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ShapeError(f"a weight must be a tensor of shape [O, I], got {found}", hint="pass two dimensions, a layer's weight")
-    if weight.dtype not in VALUE_DTYPES:
-        raise DTypeError(f"a weight has dtype {weight.dtype}; expected bfloat16, float16 or float32", hint="pass values, not codes")
-    odd = 0 if weight.is_meta else weight.numel() - int(weight.isfinite().sum())
-    if odd:
-        raise ScaleError(
-            f"{odd} of {weight.numel()} elements of a weight are NaN or infinite, which no scale holds", hint="check the checkpoint"
-        )
-
-
 def _bytes(cut: Slicer, whole: Tensor, rank: int, world_size: int) -> Tensor:
     """A part of a tensor of any dtype of one byte: PyTorch does not join them all."""
     if whole.element_size() > 1:
@@ -240,3 +220,23 @@ def _blocks(matrix: Tensor, size: int) -> Tensor:
 
 def _unblocked(blocks: Tensor, rows: int, columns: int) -> Tensor:
     return blocks.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+
+
+def _check_format(format: object) -> None:
+    if not isinstance(format, WeightFormat):
+        what = f"the class {format.__name__}" if isinstance(format, type) else type(format).__name__
+        raise FormatError(f"{what} is not a weight format", hint="pass FP8Static, FP8PerToken, FP8Block, MXFP8, MXFP4 or NVFP4, made")
+
+
+def _check_matrix(weight: object) -> None:
+    """Raise unless ``weight`` is a matrix of finite values; waits for its device."""
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.numel():
+        found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ShapeError(f"a weight must be a tensor of shape [O, I], got {found}", hint="pass two dimensions, a layer's weight")
+    if weight.dtype not in VALUE_DTYPES:
+        raise DTypeError(f"a weight has dtype {weight.dtype}; expected bfloat16, float16 or float32", hint="pass values, not codes")
+    odd = 0 if weight.is_meta else weight.numel() - int(weight.isfinite().sum())
+    if odd:
+        raise ScaleError(
+            f"{odd} of {weight.numel()} elements of a weight are NaN or infinite, which no scale holds", hint="check the checkpoint"
+        )

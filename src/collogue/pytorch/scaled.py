@@ -155,13 +155,15 @@ class Linear(nn.Module):
         """``x W^T + bias``. ``x``: ``[.., I]`` of values, or an :class:`collogue.Output` with codes of ``activation``, ``[T, I]``."""
         if isinstance(x, Output):
             codes, scales, leading, dtype = *self._given(x), None, self.dtype
-        elif self.handover is not None and x.dtype in _CODES:
+        elif self.handover is not None and isinstance(x, Tensor) and x.dtype in _CODES:
             codes, scales, leading, dtype = *self._given(self.handover.take(x)), x.shape[:-1], self.dtype
         elif self.activation is None:
             if self.format is None:
                 return F.linear(x, self.weight, bias)
+            _check_x(x)
             codes, scales, leading, dtype = x, None, x.shape[:-1], x.dtype
         else:
+            _check_x(x)
             codes, scales = self.quantized(x.reshape(-1, x.shape[-1]), self.activation)
             leading, dtype = x.shape[:-1], x.dtype
         result = self._multiply(codes, scales, bias, dtype)
@@ -278,6 +280,12 @@ def _check_arguments(weight: object, bias: object, activation: object) -> None:
     if bias is not None and (not isinstance(bias, Tensor) or bias.shape != (weight.shape[0],)):
         found = list(bias.shape) if isinstance(bias, Tensor) else f"a {type(bias).__name__}"
         raise ShapeError(f"bias is {found}; expected [{weight.shape[0]}]", hint="pass one element for each output feature, or None")
+
+
+def _check_x(x: object) -> None:
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        found = "a tensor without dimensions" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise ShapeError(f"x is {found}; expected a tensor [.., I] or a collogue.Output", hint="pass values, or what a call returned")
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

@@ -273,6 +273,7 @@ def test_wrong_uses_are_named_errors() -> None:
         (ShapeError, lambda: plain(_x()[:, :64])),
         (ShapeError, lambda: layer(_x()[:, :64])),
         (DTypeError, lambda: plain(other.codes)),
+        *((ShapeError, lambda each=each, x=x: each(x)) for each in (plain, layer) for x in (None, [[1.0]], torch.ones(()))),
         (DTypeError, lambda: plain(collogue.quantize(_x(), collogue.FP8PerToken())[0])),
         (DTypeError, lambda: plain(_x().double())),
         (DTypeError, lambda: layer(collogue.quantize(_x(), collogue.FP8PerToken())[0])),
