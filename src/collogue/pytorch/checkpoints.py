@@ -112,6 +112,23 @@ def method_of(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
+def check_loaded(model: nn.Module, method: str | None) -> None:
+    """Raise :class:`ArgumentError` where transformers has skipped the quantization that the configuration names: weights are codes then.
+
+    A model that transformers has dequantized still names a method, one that transformers knows.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    if method is None or method in AUTO_QUANTIZATION_CONFIG_MAPPING or any(is_quantized(module) for module in model.modules()):
+        return
+    how = "by collogue.pytorch.modelopt.load(folder)" if method == "modelopt" else "by the package that wrote it"
+    raise ArgumentError(
+        f"the configuration says quantization method {method!r}, but no layer is quantized: transformers does not know the method, and "
+        "has loaded codes without their scales",
+        hint=f"load the checkpoint {how}; where weights are not codes, delete config.quantization_config",
+    )
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Whether a layer holds codes: numbers of one byte under any name, or a weight of integers."""
     return any(

@@ -5,15 +5,32 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import small_model
-from quantized_models import BOUND, SIZES, TOKENS, calibrated, compressed, error, exact_logits, fine_grained, linears, logits, modelopt
+from quantized_models import (
+    BOUND,
+    SIZES,
+    TOKENS,
+    calibrated,
+    compressed,
+    compressed_checkpoint,
+    error,
+    exact_logits,
+    fine_grained,
+    linears,
+    logits,
+    modelopt,
+    save,
+)
 
 import collogue
 from collogue.errors import ArgumentError, CollogueError, FormatError, ScaleError, ShapeError
+from collogue.pytorch.checkpoints import is_quantized
 from collogue.pytorch.recipes import RECIPES, Recipe
 from collogue.pytorch.scaled import Linear
 from collogue.testing import VirtualGroup, run_virtual
@@ -258,6 +275,25 @@ def test_a_forward_that_was_replaced_is_found() -> None:
     layer.forward = lambda x: x
     with pytest.raises(ArgumentError, match=r"k_proj has a forward of its own"):
         run_virtual(1, lambda group: collogue.parallelize(model, group, max_tokens=8))
+
+
+@pytest.mark.parametrize("preset", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "MXFP8", "MXFP4"])
+def test_compressed_tensors_that_transformers_loads(preset: str, tmp_path: Path) -> None:
+    """The library puts forward functions of its own on layers, and a hook on the model: neither is run here."""
+    compressed_checkpoint(preset, tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert all(is_quantized(layer) for layer in linears(model).values())
+    for world_size in (1, 2):
+        assert error(logits(model, world_size), exact_logits(compressed(preset), world_size)) < BOUND
+
+
+def test_a_checkpoint_whose_method_transformers_skips(tmp_path: Path) -> None:
+    save(modelopt(fp4=False), tmp_path, {"quant_method": "modelopt", "quant_algo": "FP8"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for world_size in (1, 2):
+        with pytest.raises(ArgumentError, match="'modelopt', but no layer is quantized") as caught:
+            run_virtual(world_size, lambda group: collogue.parallelize(copy.deepcopy(model), group, max_tokens=8))
+        assert "collogue.pytorch.modelopt.load" in caught.value.hint
 
 
 def test_a_checkpoint_that_was_dequantized_on_load() -> None:
