@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from collogue.contract.formats import e8m0_decode
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.contract.weight import FP8Block, QuantizedWeight, Slicer
+from collogue.contract.weight import FP8Block, QuantizedWeight, Slicer, check_scales
 from collogue.errors import ArgumentError, CollogueError, FormatError, ShapeError
 from collogue.pytorch.cut import Cut
 
@@ -172,6 +172,8 @@ def read(linear: nn.Module, name: str, method: str | None) -> QuantizedLinear:
         )
     try:
         weight = _weight(codes, scales, tensors.get(names.weight_global), names, _block_size(linear))
+        if weight.scales is not None and weight.scales.device.type != "cpu":
+            check_scales(weight.scales)
         ue8m0 = isinstance(weight.format, FP8Block) and scales.dtype != torch.float32
         activation = _input_format(linear, weight, ue8m0, tensors, names)
         return QuantizedLinear(per_channel(weight) if isinstance(activation, FP8PerToken) else weight, activation)
@@ -237,6 +239,8 @@ def _experts(experts: Any, name: str, codes: Tensor, scales: Tensor, shape: torc
     if codes.dtype == torch.float8_e4m3fn and getattr(experts, "block_size", None) is None and scales.shape[1:] in ((1, 1), (2, 1)):
         scales = scales.repeat_interleave(rows // scales.shape[1], 1)
     try:
+        if scales.device.type != "cpu":
+            check_scales(scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales)
         weights = tuple(_weight(*each, None, NAMES["modelopt"], _block_size(experts)) for each in zip(codes, scales, strict=True))
     except CollogueError as error:
         raise type(error)(f"{name}: {error.message}", hint=error.hint) from None

@@ -227,6 +227,14 @@ def test_bad_checkpoints_change_nothing(change: Callable[[Any], None], error_typ
     assert dict(model.named_modules()) == modules
 
 
+@pytest.mark.parametrize(("preset", "byte"), [("MXFP8", 0xFF), ("MXFP4", 0xFF), ("NVFP4", 0x7F), ("NVFP4", 0xFF), ("NVFP4", 0xA8)])
+def test_block_scales_that_are_no_scales_are_named(preset: str, byte: int) -> None:
+    model = compressed(preset)
+    _layer(model).weight_scale.data.view(torch.uint8)[5, 3] = byte
+    with pytest.raises(ScaleError, match=r"layers\.1\.self_attn\.k_proj: a weight has scales that are not"):
+        run_virtual(1, lambda group: collogue.parallelize(model, group, max_tokens=8))
+
+
 def test_bad_arguments() -> None:
     model = small_model("llama", **SIZES)
     seen = calibrated(model)
