@@ -15,6 +15,7 @@ from collogue.errors import ArgumentError, ScaleError, ShapeError
 from collogue.pytorch.checkpoints import (
     QuantizedExperts,
     QuantizedLinear,
+    algorithm_of,
     check_loaded,
     is_quantized,
     method_of,
@@ -245,19 +246,20 @@ class _Source:
     method: str | None
     recipe: Recipe | None
     prefix: str
+    config: Any
 
     @classmethod
     def of(cls, model: Any, base: Any, recipe: Recipe | None) -> _Source:
         method = method_of(base.config)
         check_loaded(model, method)
-        return cls(method, recipe, "" if model is base else f"{model.base_model_prefix}.")
+        return cls(method, recipe, "" if model is base else f"{model.base_model_prefix}.", base.config)
 
     def quantized(self, linear: nn.Module, name: str) -> QuantizedLinear | None:
         """The layer's weight and input format; ``None`` where it is not quantized: a checkpoint may have been dequantized on load."""
         if is_quantized(linear):
             if self.recipe is not None:
                 raise ArgumentError(f"{name} is quantized already ({self.method})", hint="leave quant= out")
-            return read(linear, name, self.method)
+            return read(linear, name, self.method, algorithm_of(self.config, self.prefix + name))
         if self.recipe is None:
             return None
         check_linear(linear, name)

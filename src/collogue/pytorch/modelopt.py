@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from collogue.errors import ArgumentError, ShapeError
+from collogue.pytorch.checkpoints import CACHE_SCALES
 
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -85,6 +86,8 @@ def _fill(model: nn.Module, owner: str, tensors: dict[str, Tensor], dtype: torch
         setattr(model.get_submodule(outer), last, layer)
         return
     for name, tensor in tensors.items():
+        if name in CACHE_SCALES:
+            continue
         place = getattr(module, name, None)
         if not isinstance(place, Tensor) or place.shape != tensor.shape:
             raise ShapeError(

@@ -21,7 +21,7 @@ from collogue.errors import ArgumentError, CollogueError
 from collogue.group import Group, as_group
 from collogue.planning.topology import Transport
 from collogue.pytorch.boundaries import Boundaries, GatedMLP, Untouched, WholeNorm, check_use, partial_of
-from collogue.pytorch.checkpoints import QuantizedLinear
+from collogue.pytorch.checkpoints import CACHE_SCALES, QuantizedLinear
 from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, no_checkpoint
 from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
 from collogue.pytorch.generation import generate
@@ -69,7 +69,7 @@ def parallelize(
         calibration: the inputs' amax by layer, for ``"fp8_static"`` and ``"nvfp4"``.
         keep_packed: keep quantized weights that the device has no product for, and decode them in every call. Default: they are
             decoded once, here, to the model's dtype and take its memory. Quantized weights of experts always are, and their inputs are
-            not quantized; a line of the logger ``collogue`` says what that takes.
+            not quantized; lines of the logger ``collogue`` (INFO) say what either takes.
         wire: as for :class:`collogue.Communicator`: a format in which terms travel.
         transport: as for :class:`collogue.Communicator`: what moves bytes between the ranks.
     Returns:
@@ -87,13 +87,14 @@ def parallelize(
         passes raise ArgumentError where modules inside a layer were replaced, patched or hooked since, and for ``output_attentions``.
     """
     known = as_group(group, device)
-    decoder = _agree(model, known, fuse, Recipe.of(quant, calibration))
+    decoder = _agree(model, known, fuse, quant, calibration)
     config, dtype = decoder.base.config, decoder.base.dtype
     asked = {"max_tokens": max_tokens, "hidden_size": config.hidden_size, "dtype": dtype, "device": device, "timeout": timeout}
     comm = Communicator(group, **asked, wire=wire, transport=transport)
     try:
         with _undone_by_errors(model) as undo:
             _apply(decoder, comm, fuse, keep_packed, undo)
+            _say_linears(decoder, comm.device)
             _say_experts(decoder, comm.world_size, quant)
             model.comm = comm
             return model.to(comm.device).requires_grad_(False).eval()
@@ -102,14 +103,17 @@ def parallelize(
         raise
 
 
-def _agree(model: Any, group: Group, fuse: bool, recipe: Recipe | None) -> Decoder:
+def _agree(model: Any, group: Group, fuse: bool, quant: str | None, calibration: Calibration | None) -> Decoder:
     """The plan for ``model``. An error of one rank is raised on all, before anything is changed. Collective."""
-    decoder, problem = None, None
+    decoder, problem, told = None, None, None
     try:
-        decoder = plan(model, group.size, fuse=fuse, recipe=recipe)
-    except CollogueError as error:
+        decoder = plan(model, group.size, fuse=fuse, recipe=Recipe.of(quant, calibration))
+    except Exception as error:  # the others wait for this rank
         problem = error
-    every = group.all_gather_object((problem and (problem.message, problem.hint), decoder and decoder.summary))
+        told = (
+            (error.message, error.hint) if isinstance(error, CollogueError) else (f"{type(error).__name__}: {error}", "see its own error")
+        )
+    every = group.all_gather_object((told, decoder and decoder.summary))
     if problem is not None:
         raise problem
     assert decoder is not None
@@ -245,6 +249,29 @@ def _cut_tensors(each: TensorPlan, base: Any, comm: Communicator, undo: _Undo) -
             mine = cut.part(getattr(part, parameter), comm.rank, comm.world_size)
         setattr(part, parameter, nn.Parameter(mine, False))
     undo.set(base.get_submodule(owner), name, no_checkpoint(part) if each.quantized else _with_checkpoint(part, comm, each.cuts))
+
+
+def _say_linears(decoder: Decoder, device: torch.device) -> None:
+    """One line about linear layers whose weights were decoded, and what it costs; one about scales that are not used."""
+    plans = [each for each in decoder.linears if each.quantized is not None]
+    placed: list[Any] = [decoder.base.get_submodule(each.name) for each in plans]
+    taken, packed, labels = 0.0, 0.0, set()
+    for each, part in zip(plans, placed, strict=True):
+        assert each.quantized is not None
+        if part.format is None:
+            whole = each.quantized.weight
+            taken += part.weight.nbytes
+            packed += whole.nbytes * part.weight.numel() / (whole.shape[0] * whole.shape[1])
+            labels.add(type(whole.format).__name__)
+    if labels:
+        _log.info(
+            f"linear layers of {len(decoder.base.layers)} layers: {', '.join(sorted(labels))} weights are decoded once to {decoder.base.dtype}, "
+            f"and take {taken / 2**20:.1f} MiB on this rank in place of {packed / 2**20:.1f} MiB, because {device.type} has no product of "
+            "their formats that is used here; keep_packed=True keeps them, and decodes them in every call"
+        )
+    cached = sum(any(hasattr(each.linear, name) for name in CACHE_SCALES) for each in plans)
+    if cached:
+        _log.info(f"{cached} linear layers have scales for a key-value cache in FP8, which are not used: the cache is not quantized")
 
 
 def _say_experts(decoder: Decoder, world_size: int, quant: str | None) -> None:

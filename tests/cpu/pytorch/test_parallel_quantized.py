@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,67 @@ def test_block_scales_that_are_no_scales_are_named(preset: str, byte: int) -> No
     _layer(model).weight_scale.data.view(torch.uint8)[5, 3] = byte
     with pytest.raises(ScaleError, match=r"layers\.1\.self_attn\.k_proj: a weight has scales that are not"):
         run_virtual(1, lambda group: collogue.parallelize(model, group, max_tokens=8))
+
+
+@pytest.mark.parametrize("break_one", ["scale", "calibration", "code"])
+def test_an_error_of_one_rank_is_raised_on_all(break_one: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors that are not this library's too: the other ranks would wait until their timeout."""
+    from collogue.pytorch import parallel
+
+    model, original = compressed("FP8") if break_one == "scale" else small_model("llama", **SIZES), parallel.plan
+    seen = None if break_one == "scale" else calibrated(model)
+
+    def rank(group: VirtualGroup) -> str:
+        mine, calibration = copy.deepcopy(model), copy.deepcopy(seen)
+        if group.rank == 1 and break_one == "scale":
+            _layer(mine).input_scale = torch.nn.Parameter(torch.ones(2), False)
+        if group.rank == 1 and break_one == "calibration":
+            assert calibration is not None
+            calibration.amax["model.layers.0.mlp.up_proj"] = 0.0
+        if group.rank == 1 and break_one == "code":
+            mine.broken = True
+        with pytest.raises(Exception, match="elements|amax 0|no room") as caught:
+            collogue.parallelize(mine, group, max_tokens=8, quant=None if calibration is None else "fp8_static", calibration=calibration)
+        return str(caught.value)
+
+    def breaking(model: Any, *args: Any, **named: Any) -> Any:
+        if hasattr(model, "broken"):
+            raise RuntimeError("no room")
+        return original(model, *args, **named)
+
+    monkeypatch.setattr(parallel, "plan", breaking)
+    first, second = run_virtual(2, rank)
+    assert first.startswith("rank 1: ")
+    assert not second.startswith("rank 1: ")
+
+
+def test_a_line_says_what_was_decoded(caplog: pytest.LogCaptureFixture) -> None:
+    """7 matrices of 384 x 768 in each of two layers: 15.8 MiB in float32, a quarter of that in FP8 with scales."""
+    model = compressed("FP8_DYNAMIC")
+    with caplog.at_level(logging.INFO, "collogue"):
+        logits(small_model("llama"), 1)
+        logits(model, 1, keep_packed=True)
+        assert [record for record in caplog.records if "decoded once" in record.message] == []
+        logits(model, 1)
+        logits(small_model("llama", **SIZES), 1, quant="fp8_block")
+    said = [record.message for record in caplog.records if "decoded once" in record.message]
+    assert said == [
+        "linear layers of 2 layers: FP8PerToken weights are decoded once to torch.float32, and take 15.8 MiB on this rank in place of "
+        "4.0 MiB, because cpu has no product of their formats that is used here; keep_packed=True keeps them, and decodes them in every call",
+        "linear layers of 2 layers: FP8Block weights are decoded once to torch.float32, and take 15.8 MiB on this rank in place of "
+        "3.9 MiB, because cpu has no product of their formats that is used here; keep_packed=True keeps them, and decodes them in every call",
+    ]
+
+
+def test_scales_of_a_cache_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    model, expected = modelopt(fp4=False), logits(modelopt(fp4=False), 1)
+    for name, layer in linears(model).items():
+        if name.endswith(("k_proj", "v_proj")):
+            layer.register_parameter("k_scale" if "k_proj" in name else "v_scale", torch.nn.Parameter(torch.tensor(0.5), False))
+    with caplog.at_level(logging.INFO, "collogue"):
+        assert torch.equal(logits(model, 1), expected)
+    (said,) = [record.message for record in caplog.records if "cache" in record.message]
+    assert said == "4 linear layers have scales for a key-value cache in FP8, which are not used: the cache is not quantized"
 
 
 def test_bad_arguments() -> None:
