@@ -390,8 +390,7 @@ def _of_algorithm(algorithm: str | None, format: WeightFormat, tensors: dict[str
     if algorithm is not None and ALGORITHMS.get(algorithm, (None,))[0] is not weights:
         problem = f"has weights of {weights.__name__}" if algorithm in ALGORITHMS else "is not known"
         raise ArgumentError(f"quant_algo {algorithm!r} {problem}", hint=f"known are {', '.join(ALGORITHMS)}; else dequantize")
-    inputs = {of_weight: of_input for of_weight, of_input in ALGORITHMS.values()}
-    if weights not in inputs:
+    if weights not in dict(ALGORITHMS.values()):
         raise ArgumentError(f"weights of {weights.__name__} are not known in ModelOpt's checkpoints", hint="dequantize the checkpoint")
     given = tensors.get(names.input_scale)
     if weights is NVFP4:
@@ -402,7 +401,7 @@ def _of_algorithm(algorithm: str | None, format: WeightFormat, tensors: dict[str
         return NVFP4(_global(given, names.input_scale, names))
     if weights is FP8Static:
         return FP8Static(_one(given, names.input_scale))
-    return {FP8PerToken: FP8PerToken(), MXFP8: MXFP8("floor")}.get(inputs[weights])
+    return FP8PerToken() if weights is FP8PerToken else MXFP8("floor") if weights is MXFP8 else None
 
 
 #: What compressed-tensors may do with weights: type, bits, strategy and, of groups, their size.

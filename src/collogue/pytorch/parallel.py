@@ -255,7 +255,7 @@ def _say_linears(decoder: Decoder, device: torch.device) -> None:
     """One line about linear layers whose weights were decoded, and what it costs; one about scales that are not used."""
     plans = [each for each in decoder.linears if each.quantized is not None]
     placed: list[Any] = [decoder.base.get_submodule(each.name) for each in plans]
-    taken, packed, labels = 0.0, 0.0, set()
+    taken, packed, labels, dtype = 0.0, 0.0, set(), decoder.base.dtype
     for each, part in zip(plans, placed, strict=True):
         assert each.quantized is not None
         if part.format is None:
@@ -265,7 +265,7 @@ def _say_linears(decoder: Decoder, device: torch.device) -> None:
             labels.add(type(whole.format).__name__)
     if labels:
         _log.info(
-            f"linear layers of {len(decoder.base.layers)} layers: {', '.join(sorted(labels))} weights are decoded once to {decoder.base.dtype}, "
+            f"linear layers of {len(decoder.base.layers)} layers: {', '.join(sorted(labels))} weights are decoded once to {dtype}, "
             f"and take {taken / 2**20:.1f} MiB on this rank in place of {packed / 2**20:.1f} MiB, because {device.type} has no product of "
             "their formats that is used here; keep_packed=True keeps them, and decodes them in every call"
         )

@@ -169,6 +169,7 @@ def test_modelopt_nvfp4_global_scales_are_divisors() -> None:
 
 
 _CODES = torch.zeros(OUT, IN, dtype=torch.float8_e4m3fn)
+_BYTES = torch.ones(OUT, IN // 32, dtype=torch.uint8)
 _NVFP4 = {
     "weight": torch.zeros(OUT, IN // 2, dtype=torch.uint8),
     "weight_scale": torch.ones(OUT, IN // 16).to(torch.float8_e4m3fn),
@@ -220,7 +221,7 @@ _NVFP4 = {
         ("fp8", {"weight": _CODES, "weight_scale_inv": torch.tensor(0xFF, dtype=torch.uint8)}, ScaleError, "layer: "),
         (
             "fp8",
-            {"weight": _NVFP4["weight"], "weight_scale_inv": torch.ones(OUT, IN // 32, dtype=torch.uint8)},
+            {"weight": _NVFP4["weight"], "weight_scale_inv": _BYTES},
             ArgumentError,
             "layer: .*MXFP4",
         ),
@@ -308,7 +309,7 @@ def test_fine_grained_blocks_with_a_static_input() -> None:
     assert isinstance(found.activation, collogue.FP8Static)
     assert found.activation.scale == 0.25
     linear.activation_scale = None
-    with pytest.raises(ArgumentError, match="layer: .*no activation_scale"):
+    with pytest.raises(ArgumentError, match=r"layer: .*no activation_scale"):
         read(linear, "layer", "fp8")
 
 
