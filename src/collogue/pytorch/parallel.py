@@ -209,10 +209,19 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, 
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             next_norm = base.norm if following is None else getattr(following, form.attention_in or "", None)
             undo.set(layer, "forward", Boundaries(layer, form, comm, following, next_norm).forward)
-    untouched = [Untouched(layer, form.called if fuse else layer._modules, held=fuse) for layer in layers]
+    untouched = [
+        Untouched(layer, form.called if fuse else layer._modules, _norms_with_codes(decoder, index) if fuse else (), held=fuse)
+        for index, layer in enumerate(layers)
+    ]
     undo.hooks.append(base.register_forward_pre_hook(functools.partial(check_use, untouched), with_kwargs=True))
     if callable(getattr(decoder.model, "generate", None)):
         undo.set(decoder.model, "generate", functools.partial(generate, decoder.model, comm))
+
+
+def _norms_with_codes(decoder: Decoder, index: int) -> list[str]:
+    """The norms of one layer that give quantized layers codes."""
+    prefix = f"layers.{index}."
+    return [name.removeprefix(prefix) for name in decoder.inputs if name.startswith(prefix)]
 
 
 def _fewer_heads(attention: Any, decoder: Decoder, comm: Communicator, undo: _Undo) -> None:

@@ -146,6 +146,33 @@ def test_an_mlp_that_was_given_another_activation_is_found() -> None:
     run_virtual(1, rank)
 
 
+def test_hooks_where_norms_return_codes() -> None:
+    """A hook would see codes alone; one in front of the norm sees, and may change, the stream."""
+    model = small_model("llama", **SIZES)
+
+    def rank(group: VirtualGroup) -> None:
+        mine = collogue.parallelize(copy.deepcopy(model), group, max_tokens=18, quant="fp8_per_token")
+        plain, norm = mine(TOKENS).logits, mine.model.layers[1].input_layernorm
+        for hook in (lambda module, given, normed: None, lambda module, given, normed: normed * 2):
+            handle = norm.register_forward_hook(hook)
+            with pytest.raises(ArgumentError, match="returns codes, without their scales") as caught:
+                mine(TOKENS)
+            assert "pre-hook" in caught.value.hint
+            handle.remove()
+        seen: list[torch.dtype] = []
+        norm.register_forward_pre_hook(lambda module, given: seen.append(given[0].dtype))
+        assert torch.equal(mine(TOKENS).logits, plain)
+        assert seen == [torch.float32]
+        norm.register_forward_pre_hook(lambda module, given: (given[0].flip(-1),))
+        assert not torch.equal(mine(TOKENS).logits, plain)
+        mine.model.norm.register_forward_hook(lambda module, given, normed: seen.append(normed.dtype))
+        mine(TOKENS)
+        assert seen[-1] == torch.float32
+
+    for world_size in (1, 2):
+        run_virtual(world_size, rank)
+
+
 def test_generate() -> None:
     model = small_model("llama", **SIZES)
 
