@@ -393,6 +393,20 @@ def test_a_checkpoint_whose_method_transformers_skips(tmp_path: Path) -> None:
         assert "collogue.pytorch.modelopt.load" in caught.value.hint
 
 
+@pytest.mark.parametrize("shift", [4, 8, 12])
+def test_weights_that_a_file_holds_off_a_boundary(shift: int, tmp_path: Path) -> None:
+    """On the CPU transformers leaves them where the file has them; calls take norm weights at multiples of 16 bytes."""
+    save(small_model("llama"), tmp_path, None, shift)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert model.model.norm.weight.data_ptr() % 16 != 0
+
+    def rank(group: VirtualGroup) -> torch.Tensor:
+        found: torch.Tensor = collogue.parallelize(model, group, max_tokens=18)(TOKENS).logits
+        return found
+
+    assert torch.equal(run_virtual(1, rank)[0], logits(small_model("llama"), 1))
+
+
 def test_a_checkpoint_that_was_dequantized_on_load() -> None:
     """Its configuration still names the method."""
     model = small_model("llama", **SIZES)
