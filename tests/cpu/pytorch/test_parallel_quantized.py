@@ -393,10 +393,9 @@ def test_a_checkpoint_whose_method_transformers_skips(tmp_path: Path) -> None:
         assert "collogue.pytorch.modelopt.load" in caught.value.hint
 
 
-@pytest.mark.parametrize("shift", [4, 8, 12])
-def test_weights_that_a_file_holds_off_a_boundary(shift: int, tmp_path: Path) -> None:
+def test_weights_that_a_file_holds_off_a_boundary(tmp_path: Path) -> None:
     """On the CPU transformers leaves them where the file has them; calls take norm weights at multiples of 16 bytes."""
-    save(small_model("llama"), tmp_path, None, shift)
+    save(small_model("llama"), tmp_path, None, shift=8)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert model.model.norm.weight.data_ptr() % 16 != 0
 
