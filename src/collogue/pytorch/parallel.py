@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from collogue.communicator import Communicator
 from collogue.contract.calibration import Calibration
-from collogue.contract.quant import Quant
+from collogue.contract.quant import MXFP4, MXFP8, Quant
 from collogue.contract.spec import Output
 from collogue.contract.weight import QuantizedWeight
 from collogue.errors import ArgumentError, CollogueError
@@ -330,15 +330,17 @@ def _quantized_part(
 ) -> nn.Module:
     """This rank's part of a quantized layer. Where the device has no product for it, the weight is decoded unless it is to stay packed."""
     rank, size, cut, activation = comm.rank, comm.world_size, each.cut, quantized.activation
-    packed = quantized.weight.times(factor).part(cut, rank, size, each.name)
+    powers = isinstance(quantized.weight.format, MXFP8 | MXFP4)  # scales that hold no factor
+    packed = (quantized.weight if powers else quantized.weight.times(factor)).part(cut, rank, size, each.name)
     keep = keep_packed or has_product(activation, packed.format, comm.device)
-    weight = packed if keep else packed.decode().to(dtype)
+    later = factor if powers and keep else 1.0  # taken in every call
+    weight: Any = packed if keep else (packed.decode() * (factor if powers else 1.0)).to(dtype)
     bias: Any = getattr(each.linear, "bias", None)
-    bias = None if bias is None else bias.detach()
+    bias = None if bias is None else bias.detach() * (factor / later)
     part = (
         ColumnParallelLinear(weight, None if bias is None else cut.part(bias, rank, size), comm, activation=activation, dtype=dtype)
         if each.column
-        else _Row(weight, None if bias is None else bias * factor, comm, 1.0, summed, activation=activation, dtype=dtype)
+        else _Row(weight, bias, comm, later, summed, activation=activation, dtype=dtype)
     )
     return no_checkpoint(part)
 
@@ -373,11 +375,16 @@ class _Row(RowParallelLinear):
         self.factor, self.summed = factor, summed
 
     def partial(self, x: Tensor | Output) -> Tensor:
-        if self.factor == 1.0 or isinstance(x, Output):
+        if self.factor == 1.0 or self.format is not None or isinstance(x, Output):
             return super().partial(x)
         rows, bias = x.reshape(-1, x.shape[-1]), self.bias if self.comm.rank == 0 else None
         given, beta = (x.new_zeros(()), 0.0) if bias is None else (bias, self.factor)
         return torch.addmm(given, rows, self.weight.t(), beta=beta, alpha=self.factor).view(*x.shape[:-1], -1)
+
+    def _decode_and_multiply(self, codes: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if self.factor == 1.0:
+            return super()._decode_and_multiply(codes, scales, bias, dtype)
+        return (super()._decode_and_multiply(codes, scales, bias, torch.float32) * self.factor).to(dtype)
 
     def forward(self, x: Tensor | Output) -> Tensor:  # type: ignore[override]
         partial = self.partial(x)

@@ -58,7 +58,9 @@ class Recipe:
                 raise ArgumentError(f"quant={name!r} needs calibration=", hint="run collogue calibrate, or fill a collogue.Calibration")
             raise ArgumentError(f"quant={name!r} takes no calibration", hint="its scales are computed from each input")
         if not isinstance(calibration, Calibration | None):
-            raise ArgumentError(f"calibration is a {type(calibration).__name__}", hint="pass a collogue.Calibration")
+            raise ArgumentError(
+                f"calibration is a {type(calibration).__name__}", hint="pass a collogue.Calibration, or collogue.Calibration.load(path)"
+            )
         return cls(name, {} if calibration is None else calibration.scales(name))
 
     def quantize(self, weight: Tensor, name: str) -> QuantizedLinear:

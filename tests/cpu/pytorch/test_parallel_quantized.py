@@ -30,6 +30,7 @@ from quantized_models import (
 )
 
 import collogue
+from collogue.contract import calibration
 from collogue.errors import ArgumentError, CollogueError, FormatError, ScaleError, ShapeError
 from collogue.pytorch.checkpoints import is_quantized
 from collogue.pytorch.recipes import RECIPES, Recipe
@@ -95,6 +96,18 @@ def test_other_models(kind: str) -> None:
     for world_size in (1, 2):
         expected = exact_logits(model, world_size, Recipe.of("fp8_per_token", None))
         assert error(logits(model, world_size, quant="fp8_per_token"), expected) < BOUND
+
+
+def test_a_factor_that_scales_cannot_hold() -> None:
+    """Granite's factor on branches is no power of two, and MXFP8's scales are."""
+    model = small_model("granite", **SIZES | {"residual_multiplier": 0.22, "attention_bias": True, "mlp_bias": True})
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(generator=torch.Generator().manual_seed(2))
+    for world_size in (1, 2):
+        expected = exact_logits(model, world_size, Recipe.of("mxfp8", None))
+        for keep_packed in (False, True):
+            assert error(logits(model, world_size, quant="mxfp8", keep_packed=keep_packed), expected) < BOUND
 
 
 def test_experts_stay_as_they_are() -> None:
@@ -322,6 +335,18 @@ def test_scales_of_a_cache_are_not_used(caplog: pytest.LogCaptureFixture) -> Non
         assert torch.equal(logits(model, 1), expected)
     (said,) = [record.message for record in caplog.records if "cache" in record.message]
     assert said == "4 linear layers have scales for a key-value cache in FP8, which are not used: the cache is not quantized"
+
+
+def test_a_calibration_from_a_file(tmp_path: Path) -> None:
+    model = small_model("llama", **SIZES)
+    seen = calibrated(model)
+    calibration.write(calibration.document(seen, "fp8_static", "compressed-tensors"), tmp_path / "scales.safetensors")
+    loaded = collogue.Calibration.load(tmp_path / "scales.safetensors")
+    found, expected = (logits(model, 1, quant="fp8_static", calibration=each) for each in (loaded, seen))
+    assert torch.equal(found, expected)
+    with pytest.raises(ArgumentError, match="calibration is a PosixPath") as caught:
+        run_virtual(1, lambda group: collogue.parallelize(model, group, quant="nvfp4", calibration=tmp_path))
+    assert "Calibration.load" in caught.value.hint
 
 
 def test_bad_arguments() -> None:
