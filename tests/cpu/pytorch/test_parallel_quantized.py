@@ -382,13 +382,14 @@ def test_compiled() -> None:
     assert torch.equal(eager, compiled)
 
 
-@pytest.mark.parametrize("value", [0.0, torch.nan])
-def test_weights_without_a_scale_are_named(value: float) -> None:
+@pytest.mark.parametrize("quant", ["fp8_static", "nvfp4"])
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_weights_without_a_scale_are_named(value: float, quant: str) -> None:
     model = small_model("llama", **SIZES)
     seen = calibrated(model)
     model.model.layers[1].mlp.up_proj.weight.data.fill_(value)
-    with pytest.raises(CollogueError, match=r"layers\.1\.mlp\.up_proj"):
-        run_virtual(1, lambda group: collogue.parallelize(model, group, max_tokens=8, quant="fp8_static", calibration=seen))
+    with pytest.raises(ScaleError, match=rf"layers\.1\.mlp\.up_proj: the weight has amax {value}"):
+        run_virtual(1, lambda group: collogue.parallelize(model, group, max_tokens=8, quant=quant, calibration=seen))
 
 
 def test_a_forward_that_was_replaced_is_found() -> None:
