@@ -212,6 +212,34 @@ def publish(folder: Path, method: str) -> None:
     (folder / "config.json").write_text(json.dumps(plain.config.to_dict() | config))
 
 
+def save(model: Any, folder: Path, quantization: dict[str, Any] | None, shift: int = 0) -> None:
+    """``model`` as a checkpoint, whose tensors begin ``shift`` bytes (0 or 8) behind a multiple of 16."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    path = folder / "model.safetensors"
+    for more in (0, 8):
+        save_file(state, path, metadata={"format": "pt", "more": "x" * more})
+        if (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 16 == shift:
+            break
+    config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "float32"}
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config | ({} if quantization is None else {"quantization_config": quantization})))
+
+
+def compressed_checkpoint(preset: str, folder: Path) -> None:
+    """What compressed-tensors and transformers save of such a Llama."""
+    import compressed_tensors.quantization as quantization
+
+    formats = {"NVFP4": "nvfp4-pack-quantized", "MXFP4": "mxfp4-pack-quantized", "MXFP8": "mxfp8-quantized"}
+    said = {"format": formats.get(preset, "float-quantized")}
+    config = quantization.QuantizationConfig(config_groups={preset: ["Linear"]}, ignore=["lm_head"]).model_dump(mode="json")
+    config |= {**said, "quant_method": "compressed-tensors", "quantization_status": "compressed"}
+    for group in config["config_groups"].values():
+        group |= said
+    save(compressed(preset), folder, config)
+
+
 class _LaidOut:
     """A tensor as a product wants it, and the way back: here columns are rows, from the last to the first."""
 

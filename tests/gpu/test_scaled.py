@@ -15,6 +15,7 @@ from torch import nn
 
 import collogue
 from collogue.contract.weight import FP8Block, WeightFormat
+from collogue.errors import ScaleError
 from collogue.nn import ScaledLinear
 from collogue.pytorch.recipes import RECIPES, Recipe
 from collogue.testing import VirtualGroup, run_virtual
@@ -41,7 +42,7 @@ def test_products(name: str, tokens: int) -> None:
     """Of the tensor that a call quantizes, and of the tensor that the layer quantizes: the same, and near float64's."""
     torch.manual_seed(tokens)
     weight, quant = PAIRS[name]
-    linear = nn.Linear(IN, OUT, dtype=torch.bfloat16, device="cuda")
+    linear = nn.Linear(IN, OUT, dtype=torch.bfloat16, device="cuda:0", timeout=120.0)
     layer = ScaledLinear.of(linear, weight, activation=quant)
     x = torch.randn(tokens, IN, device="cuda").bfloat16()
     values, found = x.double(), layer(x)
@@ -162,8 +163,16 @@ def test_graphs_and_text(quant: str) -> None:
 
 
 def test_the_layer_names_its_product() -> None:
-    linear = nn.Linear(IN, OUT, dtype=torch.bfloat16, device="cuda")
+    linear = nn.Linear(IN, OUT, dtype=torch.bfloat16, device="cuda:0", timeout=120.0)
     by_hardware = torch.cuda.get_device_capability()[0] == 9
     for name in ("tensor", "channel", "block"):
         text = ScaledLinear.of(linear, PAIRS[name][0], activation=PAIRS[name][1]).explain()
         assert ("scaled_mm" in text) == by_hardware, text
+
+
+def test_scales_on_a_gpu_are_read_on_load() -> None:
+    """Where a layer is called they are not: that would wait for the GPU."""
+    model = fine_grained().cuda()
+    model.model.layers[1].self_attn.k_proj.weight_scale_inv.data[0, 1] = torch.nan
+    with pytest.raises(ScaleError, match=r"layers\.1\.self_attn\.k_proj: .*not positive"):
+        run_virtual(1, lambda group: collogue.parallelize(model, group, max_tokens=8), device="cuda:0", timeout=120.0)

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from collogue.contract.number import is_scale
+from collogue.contract.number import is_number, is_scale
 from collogue.contract.quant import E2M1_MAX, E4M3_MAX, GLOBAL_SCALE_BITS
-from collogue.errors import FormatError, ScaleError
+from collogue.errors import ArgumentError, FormatError, ScaleError
 
 Direction = Literal["divisor", "multiplier"]
 #: Largest value that the codes (and for NVFP4 the block scales) of a format reach: ``divisor = amax / LARGEST``.
@@ -67,6 +67,39 @@ class Calibration:
     """
 
     amax: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """What ``collogue calibrate`` has written, in any convention: ``amax = divisor * 448`` or ``* (448 * 6)``, from ``1 / multiplier``.
+
+        The file's scales are float32, so each amax is rounded so; :meth:`scales` of the file's format gives the file's scales.
+
+        Args:
+            path: a ``.json`` or ``.safetensors`` file.
+        Raises:
+            ArgumentError: no such file, or not one of ``collogue calibrate``. FormatError: a convention or format that is not known.
+            ScaleError: a scale that is none.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ArgumentError(f"there is no file {path}", hint="pass what collogue calibrate has written")
+        try:
+            data = _read(path)
+            format, convention, scales = str(data["format"]), str(data["convention"]), dict(data["scales"])
+        except Exception as error:
+            raise ArgumentError(
+                f"{path} is not a file of collogue calibrate ({type(error).__name__}: {error})",
+                hint="pass a .json or .safetensors file with format, convention and scales",
+            ) from None
+        suffix, direction = convention_of(format, convention)
+        amax = {}
+        for name, scale in scales.items():
+            if not name.endswith(f".{suffix}"):
+                raise ArgumentError(f"{path} has {name}, which does not end in .{suffix}", hint="pass the file as it was written")
+            if not is_number(scale) or not is_scale(float(scale)):
+                raise ScaleError(f"{name} in {path} is {scale!r}", hint="a scale is positive and finite; calibrate again")
+            amax[name.removesuffix(f".{suffix}")] = scale * LARGEST[format] if direction == "divisor" else LARGEST[format] / scale
+        return cls(amax)
 
     def observe(self, name: str, tensor: torch.Tensor) -> None:
         """Take ``tensor`` (any shape and dtype) into account. NaN is ignored, as amax ignores it everywhere. Synchronizes: reads it."""
@@ -118,6 +151,17 @@ class Calibration:
             scale = divisor if direction == "divisor" else multiplier
             found[f"{name}.{suffix}"] = float(torch.tensor(scale, dtype=torch.float32))
         return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What :func:`write` has written."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(str(path), "pt") as file:
+            return {**(file.metadata() or {}), "scales": {name: float(file.get_tensor(name)) for name in file.keys()}}  # noqa: SIM118
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def convention_of(format: str, convention: str) -> tuple[str, Direction]:

@@ -69,7 +69,7 @@ class QuantizedWeight:
 
     Raises:
         ShapeError: codes or scales of another shape or dtype. FormatError: another format or layout, or a block that does not divide I.
-        ScaleError: float32 scales that are not positive and finite (read on the CPU only).
+        ScaleError: scales that are negative, infinite or NaN, or zero where they are float32 (read on the CPU only).
     """
 
     codes: Tensor
@@ -98,11 +98,8 @@ class QuantizedWeight:
                 f"the scales of a weight of {list(self.shape)} are {given}, {type(self.format).__name__} has {(shape, dtype)}",
                 hint="pass scales as the format stores them",
             )
-        scales = self.scales
-        if scales is None or dtype != torch.float32 or scales.device.type != "cpu":
-            return
-        if not bool(((scales > 0) & scales.isfinite()).all()):
-            raise ScaleError("a weight has scales that are not positive and finite", hint="check the checkpoint, and the scales' names")
+        if self.scales is not None and self.scales.device.type == "cpu":
+            check_scales(self.scales)
 
     @property
     def _packed(self) -> bool:
@@ -168,6 +165,18 @@ class QuantizedWeight:
         if scales is not None and block:
             scales = _bytes(cut.in_units(block, name), scales, rank, world_size)
         return replace(self, codes=codes, scales=scales)
+
+
+def check_scales(scales: Tensor) -> None:
+    """Raise :class:`ScaleError` for scales that decode to nonsense. E4M3 ones may be zero. Synchronizes: reads them."""
+    if scales.element_size() > 1:
+        good, expected = (scales > 0) & scales.isfinite(), "positive and finite"
+    elif scales.dtype == torch.float8_e4m3fn:
+        good, expected = scales.view(torch.uint8) < 0x7F, "finite and at least 0"
+    else:
+        good, expected = scales.view(torch.uint8) != 0xFF, "numbers (0xFF is E8M0's NaN)"
+    if not bool(good.all()):
+        raise ScaleError(f"a weight has scales that are not {expected}", hint="check the checkpoint, and the scales' names")
 
 
 def _bytes(cut: Slicer, whole: Tensor, rank: int, world_size: int) -> Tensor:

@@ -20,10 +20,11 @@ class Untouched:
     """The modules inside a decoder layer that must stay as they are: between them run parts of sums, or parts of features.
 
     Hooks there would see, and act on, what the unsharded model does not have. ``free``: the names of those that get whole tensors; they
-    may be replaced as well where not ``held``.
+    may be replaced as well where not ``held``. ``codes``: of those, the norms that return codes, whose scales a hook would not see.
     """
 
-    def __init__(self, layer: nn.Module, free: Iterable[str], *, held: bool) -> None:
+    def __init__(self, layer: nn.Module, free: Iterable[str], codes: Iterable[str] = (), *, held: bool) -> None:
+        self._codes = [module for name, module in layer.named_modules() if name in codes]
         self._places = [(*place, place[1] in free) for place in _places(layer, "") if held or place[1] not in free]
 
     def check(self) -> None:
@@ -39,6 +40,12 @@ class Untouched:
                 continue
             if problem:
                 _reject(f"{name} of a decoder layer {problem}")
+        for module in self._codes:
+            if changes_what_runs(module._forward_hooks):
+                raise ArgumentError(
+                    "a norm in front of quantized layers has a forward hook after parallelize: it returns codes, without their scales",
+                    hint="put the hook on the decoder layer, or a forward pre-hook on the norm",
+                )
 
 
 def check_use(layers: list[Untouched], base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from collogue.contract.formats import e8m0_decode
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.contract.weight import FP8Block, QuantizedWeight, Slicer
-from collogue.errors import ArgumentError, CollogueError, FormatError, ShapeError
+from collogue.contract.weight import FP8Block, QuantizedWeight, Slicer, WeightFormat, check_scales
+from collogue.errors import ArgumentError, CollogueError, FormatError, ScaleError, ShapeError
 from collogue.pytorch.cut import Cut
+
+#: Scales that a layer may have for a key-value cache in FP8. The cache is transformers' and stays as it is: they are not used.
+CACHE_SCALES = ("k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Names:
     @property
     def known(self) -> set[str]:
         """All tensors that a layer may have."""
-        return {"weight", "bias", self.packed, self.weight_scale, self.weight_global, self.input_scale, self.input_global}
+        return {"weight", "bias", self.packed, self.weight_scale, self.weight_global, self.input_scale, self.input_global, *CACHE_SCALES}
 
 
 #: By ``quant_method`` of the model's configuration. Scales are divisors in all of them; NVFP4's global scales are not.
@@ -38,6 +41,16 @@ NAMES = {
     "fp8": Names("weight_scale_inv", "", "activation_scale", "", False),
     "compressed-tensors": Names("weight_scale", "weight_global_scale", "input_scale", "input_global_scale", True, "weight_packed"),
     "modelopt": Names("weight_scale", "weight_scale_2", "input_scale", "input_scale", False),
+}
+
+
+#: ModelOpt's ``quant_algo``: the format of weights, and that of inputs. ``None``: they are not quantized.
+ALGORITHMS: dict[str, tuple[type, type | None]] = {
+    "FP8": (FP8Static, FP8Static),
+    "FP8_PER_CHANNEL_PER_TOKEN": (FP8PerToken, FP8PerToken),
+    "FP8_PB_WO": (FP8Block, None),
+    "NVFP4": (NVFP4, NVFP4),
+    "MXFP8": (MXFP8, MXFP8),
 }
 
 
@@ -112,6 +125,33 @@ def method_of(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
+def algorithm_of(config: Any, name: str) -> str | None:
+    """ModelOpt's ``quant_algo`` of the layer called ``name`` in the model; ``None`` where the configuration does not say it."""
+    said = getattr(config, "quantization_config", None)
+    said = said if isinstance(said, dict) else {}
+    if said.get("quant_algo") == "MIXED_PRECISION":
+        said = (said.get("quantized_layers") or {}).get(name, {})
+    algorithm = said.get("quant_algo")
+    return None if algorithm is None else str(algorithm)
+
+
+def check_loaded(model: nn.Module, method: str | None) -> None:
+    """Raise :class:`ArgumentError` where transformers has skipped the quantization that the configuration names: weights are codes then.
+
+    A model that transformers has dequantized still names a method, one that transformers knows.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    if method is None or method in AUTO_QUANTIZATION_CONFIG_MAPPING or any(is_quantized(module) for module in model.modules()):
+        return
+    how = "by collogue.pytorch.modelopt.load(folder)" if method == "modelopt" else "by the package that wrote it"
+    raise ArgumentError(
+        f"the configuration says quantization method {method!r}, but no layer is quantized: transformers does not know the method, and "
+        "has loaded codes without their scales",
+        hint=f"load the checkpoint {how}; where weights are not codes, delete config.quantization_config",
+    )
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Whether a layer holds codes: numbers of one byte under any name, or a weight of integers."""
     return any(
@@ -120,7 +160,7 @@ def is_quantized(module: nn.Module) -> bool:
     )
 
 
-def read(linear: nn.Module, name: str, method: str | None) -> QuantizedLinear:
+def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None = None) -> QuantizedLinear:
     """What the tensors of a quantized layer mean.
 
     ==================  ==========================  ====================  =====================================
@@ -128,11 +168,14 @@ def read(linear: nn.Module, name: str, method: str | None) -> QuantizedLinear:
     ==================  ==========================  ====================  =====================================
     E4M3 ``[O, I]``     one                         FP8Static             FP8Static, or FP8PerToken if dynamic
     E4M3 ``[O, I]``     ``[O]`` or ``[O, 1]``       FP8PerToken           FP8Static, or FP8PerToken if dynamic
-    E4M3 ``[O, I]``     one per block of 128 x 128  FP8Block              FP8Group(128)
+    E4M3 ``[O, I]``     one per block of 128 x 128  FP8Block              FP8Group(128), or FP8Static
     E4M3 ``[O, I]``     E8M0 ``[O, I / 32]``        MXFP8                 MXFP8
     uint8 ``[O, I/2]``  E8M0 ``[O, I / 32]``        MXFP4                 MXFP4
     uint8 ``[O, I/2]``  E4M3 ``[O, I / 16]``        NVFP4                 NVFP4, with a global scale for inputs
     ==================  ==========================  ====================  =====================================
+
+    What of these is right for the input, the checkpoint says: fine-grained FP8 by ``activation_scheme`` of the layer,
+    compressed-tensors by its ``quantization_scheme``, ModelOpt by ``algorithm`` (:data:`ALGORITHMS`), else by the tensors.
 
     Raises:
         ArgumentError: a method or scheme that is not known, named; a layer whose tensors are not there. ShapeError, ScaleError.
@@ -149,14 +192,23 @@ def read(linear: nn.Module, name: str, method: str | None) -> QuantizedLinear:
     codes = tensors.get(names.packed, tensors.get("weight"))
     scales = tensors.get(names.weight_scale)
     if codes is None or scales is None:
+        missing = [names.packed] * (codes is None) + [names.weight_scale] * (scales is None)
         raise ArgumentError(
-            f"{name} has {', '.join(tensors)}, but no {names.packed} and {names.weight_scale}",
+            f"{name} has {', '.join(tensors)}, but no {' and no '.join(missing)}",
             hint="load the checkpoint compressed (not dequantized), with the package that wrote it",
         )
     try:
-        weight = _weight(codes, scales, tensors.get(names.weight_global), names, _block_size(linear))
-        ue8m0 = isinstance(weight.format, FP8Block) and scales.dtype != torch.float32
-        activation = _input_format(linear, weight, ue8m0, tensors, names)
+        _check_scheme(getattr(getattr(linear, "quantization_scheme", None), "weights", None), scales)
+        block = _block_size(linear) or (128 if algorithm == "FP8_PB_WO" else None)
+        weight = _weight(codes, scales, tensors.get(names.weight_global), names, block)
+        if weight.scales is not None and weight.scales.device.type != "cpu":
+            check_scales(weight.scales)
+        if method == "modelopt":
+            activation = _of_algorithm(algorithm, weight.format, tensors, names)
+        elif method == "compressed-tensors":
+            activation = _of_scheme(getattr(linear, "quantization_scheme", None), weight.format, tensors, names)
+        else:
+            activation = _of_fine_grained(linear, weight.format, scales.dtype != torch.float32, tensors, names)
         return QuantizedLinear(per_channel(weight) if isinstance(activation, FP8PerToken) else weight, activation)
     except CollogueError as error:
         raise type(error)(f"{name}: {error.message}", hint=error.hint) from None
@@ -220,6 +272,8 @@ def _experts(experts: Any, name: str, codes: Tensor, scales: Tensor, shape: torc
     if codes.dtype == torch.float8_e4m3fn and getattr(experts, "block_size", None) is None and scales.shape[1:] in ((1, 1), (2, 1)):
         scales = scales.repeat_interleave(rows // scales.shape[1], 1)
     try:
+        if scales.device.type != "cpu":
+            check_scales(scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales)
         weights = tuple(_weight(*each, None, NAMES["modelopt"], _block_size(experts)) for each in zip(codes, scales, strict=True))
     except CollogueError as error:
         raise type(error)(f"{name}: {error.message}", hint=error.hint) from None
@@ -246,77 +300,163 @@ def _tensors(linear: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in (*linear.named_parameters(recurse=False), *linear.named_buffers(recurse=False))}
 
 
-def _block_size(linear: Any) -> int:
+def _block_size(linear: Any) -> int | None:
     """Rows and columns of a block of scales, where the layer says so."""
     structure = getattr(linear, "block_size", None) or getattr(
         getattr(getattr(linear, "quantization_scheme", None), "weights", None), "block_structure", None
     )
     if structure is None:
-        return 128
+        return None
     if structure[0] != structure[1]:
         raise FormatError(f"blocks of {structure[0]} x {structure[1]} weights are not known", hint="known are square blocks, usually 128")
     return int(structure[0])
 
 
-def _weight(codes: Tensor, scales: Tensor, factor: Tensor | None, names: Names, block: int) -> QuantizedWeight:
-    """Codes and scales in the form that :class:`QuantizedWeight` has, by their dtypes and shapes."""
+def _weight(codes: Tensor, scales: Tensor, factor: Tensor | None, names: Names, block: int | None) -> QuantizedWeight:
+    """Codes and scales in the form that :class:`QuantizedWeight` has: in blocks where the layer says so, else by dtypes and shapes."""
     if codes.dtype == torch.float8_e4m3fn:
-        if scales.dtype in (torch.uint8, torch.float8_e8m0fnu) and scales.shape[0] == codes.shape[0]:
+        powers = scales.dtype in (torch.uint8, torch.float8_e8m0fnu)
+        if block is None and powers and scales.ndim == 2 and scales.shape[0] == codes.shape[0]:
             return QuantizedWeight(codes, scales.view(torch.float8_e8m0fnu), MXFP8("floor", "linear"))
-        if scales.numel() == 1 and codes.numel() != 1:
-            return QuantizedWeight(codes, None, FP8Static(float(scales)))
-        if scales.numel() == codes.shape[0] and scales.ndim < 3 and scales.shape[0] == codes.shape[0]:
-            return QuantizedWeight(codes, scales.float().view(-1, 1), FP8PerToken())
         exact = e8m0_decode(scales) if scales.dtype == torch.uint8 else scales.float()
-        return QuantizedWeight(codes, exact, FP8Block(block))
+        if exact.ndim == 4 and exact.shape[1] == exact.shape[3] == 1:  # ModelOpt's blocks
+            exact = exact[:, 0, :, 0]
+        if block is None and exact.numel() == 1 and codes.numel() != 1:
+            return QuantizedWeight(codes, None, FP8Static(float(exact)))
+        if block is None and exact.numel() == codes.shape[0] and 0 < exact.ndim < 3 and exact.shape[0] == codes.shape[0]:
+            return QuantizedWeight(codes, exact.reshape(-1, 1), FP8PerToken())
+        return QuantizedWeight(codes, exact, FP8Block(block or 128))
     if codes.dtype == torch.uint8:
         if scales.dtype == torch.float8_e4m3fn:
             if factor is None:
                 raise ArgumentError(f"there is no {names.weight_global}", hint="NVFP4 weights have a global scale")
-            return QuantizedWeight(codes, scales, NVFP4(_global(factor, names), "linear"))
-        return QuantizedWeight(codes, scales.view(torch.float8_e8m0fnu), MXFP4("floor", "linear"))
+            return QuantizedWeight(codes, scales, NVFP4(_global(factor, names.weight_global, names), "linear"))
+        if scales.dtype in (torch.uint8, torch.float8_e8m0fnu):
+            return QuantizedWeight(codes, scales.view(torch.float8_e8m0fnu), MXFP4("floor", "linear"))
+        raise ArgumentError(
+            f"weights of {codes.dtype} with scales of {scales.dtype} {list(scales.shape)} are not known",
+            hint="known are NVFP4, with block scales of torch.float8_e4m3fn, and MXFP4, with E8M0 ones (bytes)",
+        )
     raise ArgumentError(
         f"weights of {codes.dtype} are not known",
         hint="known are FP8 (per tensor, channel, block), MXFP8, MXFP4 and NVFP4; else dequantize",
     )
 
 
-def _global(scale: Tensor, names: Names) -> float:
+def _number(scale: Tensor, name: str) -> float:
+    """A scale of a whole tensor. Raises :class:`ScaleError` where it is several, or none."""
+    if scale.numel() != 1:
+        raise ScaleError(f"{name} has {scale.numel()} elements", hint="a scale of a whole tensor has one; check the checkpoint")
+    return float(scale)
+
+
+def _global(scale: Tensor, name: str, names: Names) -> float:
     """The multiplier that a global scale is, or is the inverse of."""
-    return float(scale) if names.multipliers else float(1.0 / scale.float())
+    number = _number(scale, name)
+    return number if names.multipliers else float(1.0 / torch.tensor(number, dtype=torch.float32))
 
 
-def _input_format(linear: Any, weight: QuantizedWeight, ue8m0: bool, tensors: dict[str, Tensor], names: Names) -> Quant | None:
-    """How the layer's input is quantized: as its scheme says, else as its weight and the scales that are there say."""
-    scheme, format = getattr(linear, "quantization_scheme", None), weight.format
-    if scheme is not None:
-        return _of_arguments(scheme.input_activations, tensors, names)
-    if isinstance(format, NVFP4):
-        given = tensors.get(names.input_global)
-        return None if given is None else NVFP4(_global(given, names))
-    if isinstance(format, MXFP8 | MXFP4):
-        return type(format)("floor")
-    if isinstance(format, FP8Block):
-        return FP8Group(format.size, "ue8m0" if ue8m0 else "float32")
+def _one(given: Tensor | None, name: str) -> float:
+    """The scale of an input whose scheme is static. Raises :class:`ArgumentError` where there is none."""
+    if given is None:
+        raise ArgumentError(
+            f"inputs are quantized by a static scale, but there is no {name}", hint="calibrate the model before it is saved"
+        )
+    return _number(given, name)
+
+
+def _of_fine_grained(linear: Any, format: WeightFormat, powers: bool, tensors: dict[str, Tensor], names: Names) -> Quant | None:
+    """The input's format in fine-grained FP8: static as the layer says, or as there is a scale; else like the weight's."""
     given = tensors.get(names.input_scale)
-    return FP8PerToken() if given is None else FP8Static(float(given))
+    scheme = getattr(linear, "activation_scheme", "dynamic" if given is None else "static")
+    if isinstance(format, NVFP4 | MXFP4):
+        raise ArgumentError(
+            f"weights of {type(format).__name__} are not known in fine-grained FP8", hint="use a checkpoint with FP8 weights, or dequantize"
+        )
+    if scheme == "static":
+        return FP8Static(_one(given, names.input_scale))
+    if scheme != "dynamic":
+        raise ArgumentError(f"activation_scheme {scheme!r} is not known", hint="known are 'static' and 'dynamic'")
+    if isinstance(format, MXFP8):
+        return MXFP8("floor")
+    if isinstance(format, FP8Block):
+        return FP8Group(format.size, "ue8m0" if powers else "float32")
+    return FP8PerToken()
 
 
-def _of_arguments(given: Any, tensors: dict[str, Tensor], names: Names) -> Quant | None:
-    """The format that compressed-tensors' arguments for inputs describe."""
+def _of_algorithm(algorithm: str | None, format: WeightFormat, tensors: dict[str, Tensor], names: Names) -> Quant | None:
+    """The input's format in ModelOpt's checkpoints."""
+    weights = type(format)
+    if algorithm is not None and ALGORITHMS.get(algorithm, (None,))[0] is not weights:
+        problem = f"has weights of {weights.__name__}" if algorithm in ALGORITHMS else "is not known"
+        raise ArgumentError(f"quant_algo {algorithm!r} {problem}", hint=f"known are {', '.join(ALGORITHMS)}; else dequantize")
+    if weights not in dict(ALGORITHMS.values()):
+        raise ArgumentError(f"weights of {weights.__name__} are not known in ModelOpt's checkpoints", hint="dequantize the checkpoint")
+    given = tensors.get(names.input_scale)
+    if weights is NVFP4:
+        if given is None and algorithm is None:
+            return None
+        _one(given, names.input_scale)
+        assert given is not None
+        return NVFP4(_global(given, names.input_scale, names))
+    if weights is FP8Static:
+        return FP8Static(_one(given, names.input_scale))
+    return FP8PerToken() if weights is FP8PerToken else MXFP8("floor") if weights is MXFP8 else None
+
+
+#: What compressed-tensors may do with weights: type, bits, strategy and, of groups, their size.
+_SCHEMES = (
+    ("float", 8, "tensor", None),
+    ("float", 8, "channel", None),
+    ("float", 8, "block", None),
+    ("float", 8, "group", 32),
+    ("float", 4, "group", 32),
+    ("float", 4, "tensor_group", 16),
+)
+
+
+def _kind(given: Any) -> tuple[str, int, str]:
+    """Type, bits and strategy of compressed-tensors' arguments."""
+    return str(getattr(given.type, "value", given.type)), given.num_bits, str(getattr(given.strategy, "value", given.strategy))
+
+
+def _check_scheme(weights: Any, scales: Tensor) -> None:
+    """Raise :class:`ArgumentError` for weights that compressed-tensors quantizes in a way that is not known."""
+    if weights is None:
+        return
+    kind = _kind(weights)
+    size = weights.group_size if "group" in kind[2] else None
+    if (*kind, size) in _SCHEMES and weights.symmetric and not (kind[2] == "group" and scales.element_size() > 1):
+        return
+    groups = "" if size is None else f" of {size}"
+    raise ArgumentError(
+        f"weights quantized to {kind[1]}-bit {kind[0]} per {kind[2]}{groups}, with scales of {scales.dtype}, are not known",
+        hint="known are FP8 (per tensor, channel, block), MXFP8, MXFP4 and NVFP4; else dequantize",
+    )
+
+
+def _of_scheme(scheme: Any, format: WeightFormat, tensors: dict[str, Tensor], names: Names) -> Quant | None:
+    """The input's format that compressed-tensors' arguments describe."""
+    if scheme is None:
+        raise ArgumentError("there is no quantization_scheme", hint="load the checkpoint compressed, with compressed-tensors")
+    given = scheme.input_activations
     if given is None:
         return None
-    kind = str(getattr(given.type, "value", given.type)), given.num_bits, str(getattr(given.strategy, "value", given.strategy))
+    kind, size = _kind(given), given.group_size
     scale, factor = tensors.get(names.input_scale), tensors.get(names.input_global)
-    if kind == ("float", 8, "tensor") and not given.dynamic and scale is not None:
-        return FP8Static(float(scale))
+    said = getattr(given, "scale_dtype", None)
+    powers = isinstance(format, MXFP8 | MXFP4) if said is None else said in (torch.uint8, torch.float8_e8m0fnu)
+    if not given.symmetric:
+        kind = kind[0], kind[1], f"{kind[2]} with zero points"
+    if kind == ("float", 8, "tensor") and not given.dynamic:
+        return FP8Static(_one(scale, names.input_scale))
     if kind == ("float", 8, "token") and given.dynamic:
         return FP8PerToken()
     if kind == ("float", 8, "group") and given.dynamic:
-        return MXFP8("floor") if given.group_size == 32 else FP8Group(given.group_size)
-    if kind == ("float", 4, "tensor_group") and given.group_size == 16 and factor is not None:
-        return NVFP4(_global(factor, names))
-    if kind == ("float", 4, "group") and given.group_size == 32 and given.dynamic:
+        return MXFP8("floor") if powers and size == 32 else FP8Group(size, "ue8m0" if powers else "float32")
+    if kind == ("float", 4, "tensor_group") and size == 16 and factor is not None:
+        return NVFP4(_global(factor, names.input_global, names))
+    if kind == ("float", 4, "group") and size == 32 and given.dynamic and powers:
         return MXFP4("floor")
     how = "dynamic" if given.dynamic else "static"
     raise ArgumentError(

@@ -12,7 +12,17 @@ from collogue.contract import reference
 from collogue.contract.quant import Quant
 from collogue.contract.spec import RMSNorm
 from collogue.errors import ArgumentError, ScaleError, ShapeError
-from collogue.pytorch.checkpoints import QuantizedExperts, QuantizedLinear, is_quantized, method_of, read, read_experts, shared_input
+from collogue.pytorch.checkpoints import (
+    QuantizedExperts,
+    QuantizedLinear,
+    algorithm_of,
+    check_loaded,
+    is_quantized,
+    method_of,
+    read,
+    read_experts,
+    shared_input,
+)
 from collogue.pytorch.cut import Cut, OnFirst, Section
 from collogue.pytorch.forms import FORMS, WHOLE, Block, Counted, Cuts, Form
 from collogue.pytorch.nn import check_linear, odd_parameter, own_ways
@@ -236,17 +246,20 @@ class _Source:
     method: str | None
     recipe: Recipe | None
     prefix: str
+    config: Any
 
     @classmethod
     def of(cls, model: Any, base: Any, recipe: Recipe | None) -> _Source:
-        return cls(method_of(base.config), recipe, "" if model is base else f"{model.base_model_prefix}.")
+        method = method_of(base.config)
+        check_loaded(model, method)
+        return cls(method, recipe, "" if model is base else f"{model.base_model_prefix}.", base.config)
 
     def quantized(self, linear: nn.Module, name: str) -> QuantizedLinear | None:
         """The layer's weight and input format; ``None`` where it is not quantized: a checkpoint may have been dequantized on load."""
         if is_quantized(linear):
             if self.recipe is not None:
                 raise ArgumentError(f"{name} is quantized already ({self.method})", hint="leave quant= out")
-            return read(linear, name, self.method)
+            return read(linear, name, self.method, algorithm_of(self.config, self.prefix + name))
         if self.recipe is None:
             return None
         check_linear(linear, name)

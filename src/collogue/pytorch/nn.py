@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from collogue.calls.call import ALIGNMENT
 from collogue.communicator import Communicator
 from collogue.contract.prologue import PROLOGUES, Prologue
 from collogue.contract.quant import Quant
@@ -228,7 +229,9 @@ class FusedRMSNorm(nn.Module):
 
     def __init__(self, weight: Tensor, comm: Communicator, eps: float = 1e-6, weight_offset: float = 0.0, prefetch: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.detach(), False)
+        weight = weight.detach()
+        aligned = type(weight) is not Tensor or weight.is_meta or weight.data_ptr() % ALIGNMENT == 0
+        self.weight = nn.Parameter(weight if aligned else weight.clone(), False)  # files may hold weights off a boundary
         self.comm, self.eps, self.weight_offset, self.prefetch = comm, eps, weight_offset, prefetch
         self.handover: Handover | None = None
         self._ready: tuple[Tensor, int | None, Tensor] | None = None

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from collogue.communicator import Communicator
 from collogue.contract.calibration import Calibration
-from collogue.contract.quant import Quant
+from collogue.contract.quant import MXFP4, MXFP8, Quant
 from collogue.contract.spec import Output
 from collogue.contract.weight import QuantizedWeight
 from collogue.errors import ArgumentError, CollogueError
 from collogue.group import Group, as_group
 from collogue.planning.topology import Transport
 from collogue.pytorch.boundaries import Boundaries, GatedMLP, Untouched, WholeNorm, check_use, partial_of
-from collogue.pytorch.checkpoints import QuantizedLinear
+from collogue.pytorch.checkpoints import CACHE_SCALES, QuantizedLinear
 from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, no_checkpoint
 from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
 from collogue.pytorch.generation import generate
@@ -69,7 +69,7 @@ def parallelize(
         calibration: the inputs' amax by layer, for ``"fp8_static"`` and ``"nvfp4"``.
         keep_packed: keep quantized weights that the device has no product for, and decode them in every call. Default: they are
             decoded once, here, to the model's dtype and take its memory. Quantized weights of experts always are, and their inputs are
-            not quantized; a line of the logger ``collogue`` says what that takes.
+            not quantized; lines of the logger ``collogue`` (INFO) say what either takes.
         wire: as for :class:`collogue.Communicator`: a format in which terms travel.
         transport: as for :class:`collogue.Communicator`: what moves bytes between the ranks.
     Returns:
@@ -87,13 +87,14 @@ def parallelize(
         passes raise ArgumentError where modules inside a layer were replaced, patched or hooked since, and for ``output_attentions``.
     """
     known = as_group(group, device)
-    decoder = _agree(model, known, fuse, Recipe.of(quant, calibration))
+    decoder = _agree(model, known, fuse, quant, calibration)
     config, dtype = decoder.base.config, decoder.base.dtype
     asked = {"max_tokens": max_tokens, "hidden_size": config.hidden_size, "dtype": dtype, "device": device, "timeout": timeout}
     comm = Communicator(group, **asked, wire=wire, transport=transport)
     try:
         with _undone_by_errors(model) as undo:
             _apply(decoder, comm, fuse, keep_packed, undo)
+            _say_linears(decoder, comm.device)
             _say_experts(decoder, comm.world_size, quant)
             model.comm = comm
             return model.to(comm.device).requires_grad_(False).eval()
@@ -102,14 +103,17 @@ def parallelize(
         raise
 
 
-def _agree(model: Any, group: Group, fuse: bool, recipe: Recipe | None) -> Decoder:
+def _agree(model: Any, group: Group, fuse: bool, quant: str | None, calibration: Calibration | None) -> Decoder:
     """The plan for ``model``. An error of one rank is raised on all, before anything is changed. Collective."""
-    decoder, problem = None, None
+    decoder, problem, told = None, None, None
     try:
-        decoder = plan(model, group.size, fuse=fuse, recipe=recipe)
-    except CollogueError as error:
+        decoder = plan(model, group.size, fuse=fuse, recipe=Recipe.of(quant, calibration))
+    except Exception as error:  # the others wait for this rank
         problem = error
-    every = group.all_gather_object((problem and (problem.message, problem.hint), decoder and decoder.summary))
+        told = (
+            (error.message, error.hint) if isinstance(error, CollogueError) else (f"{type(error).__name__}: {error}", "see its own error")
+        )
+    every = group.all_gather_object((told, decoder and decoder.summary))
     if problem is not None:
         raise problem
     assert decoder is not None
@@ -205,10 +209,19 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, 
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             next_norm = base.norm if following is None else getattr(following, form.attention_in or "", None)
             undo.set(layer, "forward", Boundaries(layer, form, comm, following, next_norm).forward)
-    untouched = [Untouched(layer, form.called if fuse else layer._modules, held=fuse) for layer in layers]
+    untouched = [
+        Untouched(layer, form.called if fuse else layer._modules, _norms_with_codes(decoder, index) if fuse else (), held=fuse)
+        for index, layer in enumerate(layers)
+    ]
     undo.hooks.append(base.register_forward_pre_hook(functools.partial(check_use, untouched), with_kwargs=True))
     if callable(getattr(decoder.model, "generate", None)):
         undo.set(decoder.model, "generate", functools.partial(generate, decoder.model, comm))
+
+
+def _norms_with_codes(decoder: Decoder, index: int) -> list[str]:
+    """The norms of one layer that give quantized layers codes."""
+    prefix = f"layers.{index}."
+    return [name.removeprefix(prefix) for name in decoder.inputs if name.startswith(prefix)]
 
 
 def _fewer_heads(attention: Any, decoder: Decoder, comm: Communicator, undo: _Undo) -> None:
@@ -245,6 +258,29 @@ def _cut_tensors(each: TensorPlan, base: Any, comm: Communicator, undo: _Undo) -
             mine = cut.part(getattr(part, parameter), comm.rank, comm.world_size)
         setattr(part, parameter, nn.Parameter(mine, False))
     undo.set(base.get_submodule(owner), name, no_checkpoint(part) if each.quantized else _with_checkpoint(part, comm, each.cuts))
+
+
+def _say_linears(decoder: Decoder, device: torch.device) -> None:
+    """One line about linear layers whose weights were decoded, and what it costs; one about scales that are not used."""
+    plans = [each for each in decoder.linears if each.quantized is not None]
+    placed: list[Any] = [decoder.base.get_submodule(each.name) for each in plans]
+    taken, packed, labels, dtype = 0.0, 0.0, set(), decoder.base.dtype
+    for each, part in zip(plans, placed, strict=True):
+        assert each.quantized is not None
+        if part.format is None:
+            whole = each.quantized.weight
+            taken += part.weight.nbytes
+            packed += whole.nbytes * part.weight.numel() / (whole.shape[0] * whole.shape[1])
+            labels.add(type(whole.format).__name__)
+    if labels:
+        _log.info(
+            f"linear layers of {len(decoder.base.layers)} layers: {', '.join(sorted(labels))} weights are decoded once to {dtype}, "
+            f"and take {taken / 2**20:.1f} MiB on this rank in place of {packed / 2**20:.1f} MiB, because {device.type} has no product of "
+            "their formats that is used here; keep_packed=True keeps them, and decodes them in every call"
+        )
+    cached = sum(any(hasattr(each.linear, name) for name in CACHE_SCALES) for each in plans)
+    if cached:
+        _log.info(f"{cached} linear layers have scales for a key-value cache in FP8, which are not used: the cache is not quantized")
 
 
 def _say_experts(decoder: Decoder, world_size: int, quant: str | None) -> None:
@@ -294,15 +330,17 @@ def _quantized_part(
 ) -> nn.Module:
     """This rank's part of a quantized layer. Where the device has no product for it, the weight is decoded unless it is to stay packed."""
     rank, size, cut, activation = comm.rank, comm.world_size, each.cut, quantized.activation
-    packed = quantized.weight.times(factor).part(cut, rank, size, each.name)
+    powers = isinstance(quantized.weight.format, MXFP8 | MXFP4)  # scales that hold no factor
+    packed = (quantized.weight if powers else quantized.weight.times(factor)).part(cut, rank, size, each.name)
     keep = keep_packed or has_product(activation, packed.format, comm.device)
-    weight = packed if keep else packed.decode().to(dtype)
+    later = factor if powers and keep else 1.0  # taken in every call
+    weight: Any = packed if keep else (packed.decode() * (factor if powers else 1.0)).to(dtype)
     bias: Any = getattr(each.linear, "bias", None)
-    bias = None if bias is None else bias.detach()
+    bias = None if bias is None else bias.detach() * (factor / later)
     part = (
         ColumnParallelLinear(weight, None if bias is None else cut.part(bias, rank, size), comm, activation=activation, dtype=dtype)
         if each.column
-        else _Row(weight, None if bias is None else bias * factor, comm, 1.0, summed, activation=activation, dtype=dtype)
+        else _Row(weight, bias, comm, later, summed, activation=activation, dtype=dtype)
     )
     return no_checkpoint(part)
 
@@ -337,11 +375,16 @@ class _Row(RowParallelLinear):
         self.factor, self.summed = factor, summed
 
     def partial(self, x: Tensor | Output) -> Tensor:
-        if self.factor == 1.0 or isinstance(x, Output):
+        if self.factor == 1.0 or self.format is not None or isinstance(x, Output):
             return super().partial(x)
         rows, bias = x.reshape(-1, x.shape[-1]), self.bias if self.comm.rank == 0 else None
         given, beta = (x.new_zeros(()), 0.0) if bias is None else (bias, self.factor)
         return torch.addmm(given, rows, self.weight.t(), beta=beta, alpha=self.factor).view(*x.shape[:-1], -1)
+
+    def _decode_and_multiply(self, codes: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if self.factor == 1.0:
+            return super()._decode_and_multiply(codes, scales, bias, dtype)
+        return (super()._decode_and_multiply(codes, scales, bias, torch.float32) * self.factor).to(dtype)
 
     def forward(self, x: Tensor | Output) -> Tensor:  # type: ignore[override]
         partial = self.partial(x)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from collogue.contract.calibration import Calibration
 from collogue.contract.quant import E2M1_MAX, E4M3_MAX, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static
 from collogue.contract.weight import FP8Block, QuantizedWeight
-from collogue.errors import ArgumentError
+from collogue.errors import ArgumentError, ScaleError
 from collogue.pytorch.checkpoints import QuantizedLinear
 
 #: What ``quant=`` of ``parallelize`` takes.
@@ -58,11 +59,17 @@ class Recipe:
                 raise ArgumentError(f"quant={name!r} needs calibration=", hint="run collogue calibrate, or fill a collogue.Calibration")
             raise ArgumentError(f"quant={name!r} takes no calibration", hint="its scales are computed from each input")
         if not isinstance(calibration, Calibration | None):
-            raise ArgumentError(f"calibration is a {type(calibration).__name__}", hint="pass a collogue.Calibration")
+            raise ArgumentError(
+                f"calibration is a {type(calibration).__name__}", hint="pass a collogue.Calibration, or collogue.Calibration.load(path)"
+            )
         return cls(name, {} if calibration is None else calibration.scales(name))
 
     def quantize(self, weight: Tensor, name: str) -> QuantizedLinear:
-        """The layer called ``name`` in the model."""
+        """The layer called ``name`` in the model.
+
+        Raises:
+            ScaleError: a weight of "fp8_static" or "nvfp4" that is all zeros, or not finite. ArgumentError: no amax of its input.
+        """
         if self.name == "fp8_per_token":
             return QuantizedLinear(QuantizedWeight.of(weight, FP8PerToken()), FP8PerToken())
         if self.name == "fp8_block":
@@ -70,6 +77,8 @@ class Recipe:
         if self.name == "mxfp8":
             return QuantizedLinear(QuantizedWeight.of(weight, MXFP8("ceil", "linear")), MXFP8("ceil"))
         amax = float(weight.detach().abs().max())
+        if not 0.0 < amax < torch.inf:
+            raise ScaleError(f"the weight has amax {amax}", hint="quantize weights that are finite and not all zero")
         if self.name == "fp8_static":
             return QuantizedLinear(QuantizedWeight.of(weight, FP8Static(amax / E4M3_MAX)), FP8Static(self._scale(name, "scale")))
         largest = NVFP4(E4M3_MAX * E2M1_MAX / amax, "linear")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from collogue import NVFP4, Calibration, FP8Static, reference
-from collogue.contract.calibration import CONVENTIONS, convention_of
+from collogue.contract.calibration import CONVENTIONS, convention_of, document, write
 from collogue.contract.number import is_scale
-from collogue.errors import FormatError, ScaleError
+from collogue.errors import ArgumentError, CollogueError, FormatError, ScaleError
 from collogue.tools.accuracy.measure import sqnr
 
 F32 = torch.float32
@@ -143,3 +144,36 @@ def test_the_inputs_of_linear_layers_are_observed_while_asked_for() -> None:
         model(torch.full((1, 4), 100.0))
     assert seen.amax["0"] == 5.0
     assert set(seen.amax) == {"0", "2"}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+@pytest.mark.parametrize(("convention", "format"), [(name, format) for name, each in CONVENTIONS.items() for format in each.formats])
+def test_a_file_comes_back(convention: str, format: str, suffix: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    found = Calibration({f"layer.{index}": float(value) for index, value in enumerate(torch.rand(200, generator=generator) * 50)})
+    path = tmp_path / f"scales{suffix}"
+    write(document(found, format, convention, model="m"), path)
+    loaded = Calibration.load(path)
+    assert loaded.amax == pytest.approx(found.amax, rel=1e-7)
+    assert loaded.scales(format, convention) == found.scales(format, convention)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "match"),
+    [
+        (None, ArgumentError, "there is no file"),
+        ("{", ArgumentError, "is not a file of collogue calibrate"),
+        ("{}", ArgumentError, "KeyError: 'format'"),
+        ('{"format": "nvfp4", "convention": "x", "scales": {}}', FormatError, "unknown convention 'x'"),
+        ('{"format": "nvfp4", "convention": "modelopt", "scales": {"a.scale": 1.0}}', ArgumentError, r"a\.scale, which does not end in"),
+        ('{"format": "nvfp4", "convention": "modelopt", "scales": {"a.input_scale": 0.0}}', ScaleError, r"a\.input_scale in .* is 0\.0"),
+        ('{"format": "nvfp4", "convention": "modelopt", "scales": {"a.input_scale": "1"}}', ScaleError, "is '1'"),
+    ],
+)
+def test_files_that_are_none(text: str | None, error: type[CollogueError], match: str, tmp_path: Path) -> None:
+    path = tmp_path / "scales.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(error, match=match) as caught:
+        Calibration.load(path)
+    assert caught.value.hint

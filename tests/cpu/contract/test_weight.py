@@ -113,6 +113,14 @@ def test_bytes() -> None:
 
 
 _CODES = torch.zeros(32, 64, dtype=torch.float8_e4m3fn)
+_FP4 = torch.zeros(32, 32, dtype=torch.uint8)
+
+
+def _bytes(last: int, blocks: int, dtype: torch.dtype) -> torch.Tensor:
+    """Scales of 32 rows, all 0x38 but the last one."""
+    scales = torch.full((32, 2 * blocks), 0x38, dtype=torch.uint8)
+    scales[-1, -1] = last
+    return scales.view(dtype)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +128,11 @@ _CODES = torch.zeros(32, 64, dtype=torch.float8_e4m3fn)
     [
         (_CODES, torch.zeros(32, 1), collogue.FP8PerToken(), ScaleError, "not positive"),
         (_CODES, torch.full((32, 1), torch.inf), collogue.FP8PerToken(), ScaleError, "not positive"),
+        (_CODES, _bytes(0xFF, 1, torch.float8_e8m0fnu), collogue.MXFP8("floor", "linear"), ScaleError, "not numbers"),
+        (_FP4, _bytes(0xFF, 1, torch.float8_e8m0fnu), collogue.MXFP4("floor", "linear"), ScaleError, "not numbers"),
+        (_FP4, _bytes(0x7F, 2, torch.float8_e4m3fn), collogue.NVFP4(1.0, "linear"), ScaleError, "not finite"),
+        (_FP4, _bytes(0xFF, 2, torch.float8_e4m3fn), collogue.NVFP4(1.0, "linear"), ScaleError, "not finite"),
+        (_FP4, _bytes(0xA8, 2, torch.float8_e4m3fn), collogue.NVFP4(1.0, "linear"), ScaleError, "at least 0"),
         (_CODES, torch.ones(1, 32), collogue.FP8PerToken(), ShapeError, r"\(1, 32\)"),
         (_CODES, None, collogue.FP8PerToken(), ShapeError, "scales"),
         (_CODES, torch.ones(1), collogue.FP8Static(1.0), ShapeError, "scales"),

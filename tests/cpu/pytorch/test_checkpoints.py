@@ -169,13 +169,19 @@ def test_modelopt_nvfp4_global_scales_are_divisors() -> None:
 
 
 _CODES = torch.zeros(OUT, IN, dtype=torch.float8_e4m3fn)
+_BYTES = torch.ones(OUT, IN // 32, dtype=torch.uint8)
+_NVFP4 = {
+    "weight": torch.zeros(OUT, IN // 2, dtype=torch.uint8),
+    "weight_scale": torch.ones(OUT, IN // 16).to(torch.float8_e4m3fn),
+    "weight_scale_2": torch.tensor(1.0),
+}
 
 
 @pytest.mark.parametrize(
     ("method", "tensors", "error", "match"),
     [
         ("gptq", {"weight": _CODES}, ArgumentError, "layer: quantization method 'gptq' is not known"),
-        ("fp8", {"weight": _CODES}, ArgumentError, "layer has weight, but no weight and weight_scale_inv"),
+        ("fp8", {"weight": _CODES}, ArgumentError, r"layer has weight, but no weight_scale_inv\n"),
         ("fp8", {"weight": _CODES, "weight_scale_inv": torch.zeros(1, 2)}, ScaleError, "layer: .*not positive"),
         ("fp8", {"weight": _CODES, "weight_scale_inv": torch.ones(3, 2)}, CollogueError, r"layer: .*\(3, 2\)"),
         ("fp8", {"weight": _CODES, "weight_scale_inv": torch.tensor(-1.0)}, ScaleError, "layer: .*positive"),
@@ -191,6 +197,35 @@ _CODES = torch.zeros(OUT, IN, dtype=torch.float8_e4m3fn)
             ArgumentError,
             "layer: there is no weight_scale_2",
         ),
+        ("fp8", {"bias": torch.zeros(OUT)}, ArgumentError, "layer has bias, but no weight and no weight_scale_inv"),
+        (
+            "modelopt",
+            {"weight": _CODES, "weight_scale": torch.tensor(1.0)},
+            ArgumentError,
+            "layer: .*static scale, but there is no input_scale",
+        ),
+        (
+            "modelopt",
+            {"weight": _CODES, "weight_scale": torch.tensor(1.0), "input_scale": torch.ones(2)},
+            ScaleError,
+            "layer: input_scale has 2 elements",
+        ),
+        ("modelopt", _NVFP4 | {"input_scale": torch.ones(0)}, ScaleError, "layer: input_scale has 0 elements"),
+        ("modelopt", _NVFP4 | {"weight_scale_2": torch.ones(2)}, ScaleError, "layer: weight_scale_2 has 2 elements"),
+        (
+            "modelopt",
+            _NVFP4 | {"weight_scale": torch.ones(OUT, IN // 16)},
+            ArgumentError,
+            r"torch.uint8 with scales of torch.float32 \[128, 16\]",
+        ),
+        ("fp8", {"weight": _CODES, "weight_scale_inv": torch.tensor(0xFF, dtype=torch.uint8)}, ScaleError, "layer: "),
+        (
+            "fp8",
+            {"weight": _NVFP4["weight"], "weight_scale_inv": _BYTES},
+            ArgumentError,
+            "layer: .*MXFP4",
+        ),
+        ("compressed-tensors", {"weight": _CODES, "weight_scale": torch.tensor(1.0)}, ArgumentError, "there is no quantization_scheme"),
         ("modelopt", {"weight": torch.zeros(OUT, IN, dtype=torch.int8), "weight_scale": torch.ones(OUT, 1)}, ArgumentError, "torch.int8"),
         (
             "modelopt",
@@ -203,6 +238,134 @@ _CODES = torch.zeros(OUT, IN, dtype=torch.float8_e4m3fn)
 def test_bad_layers_are_named_errors(method: str, tensors: dict[str, torch.Tensor], error: type[CollogueError], match: str) -> None:
     with pytest.raises(error, match=match) as caught:
         read(_layer(**tensors), "layer", method)
+    assert caught.value.hint
+
+
+# What the checkpoint says of inputs
+
+
+def _static() -> dict[str, torch.Tensor]:
+    return {"weight": _CODES, "weight_scale": torch.tensor(1.0), "input_scale": torch.tensor(0.5)}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "tensors", "expected"),
+    [
+        ("FP8", _static(), "fp8_static"),
+        (None, _static(), "fp8_static"),
+        ("FP8_PER_CHANNEL_PER_TOKEN", {"weight": _CODES, "weight_scale": torch.ones(OUT)}, "fp8_per_token"),
+        ("FP8_PB_WO", {"weight": _CODES, "weight_scale": torch.ones(1, 2)}, "none"),
+        (None, {"weight": _CODES, "weight_scale": torch.ones(1, 2)}, "none"),
+        ("FP8_PB_WO", {"weight": _CODES, "weight_scale": torch.ones(1, 1, 2, 1)}, "none"),
+        ("NVFP4", _NVFP4 | {"input_scale": torch.tensor(1.0)}, "nvfp4/128x4"),
+        (None, _NVFP4, "none"),
+        ("MXFP8", {"weight": _CODES, "weight_scale": torch.ones(OUT, IN // 32, dtype=torch.uint8)}, "mxfp8/floor/128x4"),
+    ],
+)
+def test_modelopts_algorithms(algorithm: str | None, tensors: dict[str, torch.Tensor], expected: str) -> None:
+    activation = read(_layer(**tensors), "layer", "modelopt", algorithm).activation
+    assert ("none" if activation is None else activation.label) == expected
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "tensors", "match"),
+    [
+        ("W4A8_AWQ", _static(), "quant_algo 'W4A8_AWQ' is not known"),
+        ("NVFP4", _static(), "quant_algo 'NVFP4' has weights of FP8Static"),
+        ("FP8", {"weight": _CODES, "weight_scale": torch.tensor(1.0)}, "no input_scale"),
+        ("NVFP4", _NVFP4, "no input_scale"),
+    ],
+)
+def test_algorithms_that_do_not_fit(algorithm: str, tensors: dict[str, torch.Tensor], match: str) -> None:
+    with pytest.raises(ArgumentError, match=f"layer: .*{match}") as caught:
+        read(_layer(**tensors), "layer", "modelopt", algorithm)
+    assert caught.value.hint
+
+
+def test_the_algorithm_of_a_layer() -> None:
+    class Config:
+        quantization_config: Any = None
+
+    config = Config()
+    assert checkpoints.algorithm_of(config, "a") is None
+    config.quantization_config = {"quant_algo": "FP8"}
+    assert checkpoints.algorithm_of(config, "a") == "FP8"
+    config.quantization_config = {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "NVFP4"}}}
+    assert checkpoints.algorithm_of(config, "a") == "NVFP4"
+    assert checkpoints.algorithm_of(config, "b") is None
+
+
+def test_scales_of_a_cache_are_not_used() -> None:
+    found = read(_layer(**_static(), k_scale=torch.tensor(3.0), v_scale=torch.tensor(3.0)), "layer", "modelopt")
+    assert found.label == read(_layer(**_static()), "layer", "modelopt").label
+
+
+def test_fine_grained_blocks_with_a_static_input() -> None:
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    linear = fp8.FP8Linear(IN, OUT, (128, 128), "static")
+    linear.weight.data, linear.weight_scale_inv.data, linear.activation_scale.data = _CODES, torch.ones(1, 2), torch.tensor(0.25)
+    found = read(linear, "layer", "fp8")
+    assert isinstance(found.weight.format, FP8Block)
+    assert isinstance(found.activation, collogue.FP8Static)
+    assert found.activation.scale == 0.25
+    linear.activation_scale = None
+    with pytest.raises(ArgumentError, match=r"layer: .*no activation_scale"):
+        read(linear, "layer", "fp8")
+
+
+def test_a_layer_of_one_block() -> None:
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    linear = fp8.FP8Linear(128, 128, (128, 128))
+    weight = QuantizedWeight.of(torch.randn(128, 128), FP8Block(128))
+    linear.weight.data, linear.weight_scale_inv.data = weight.codes, weight.scales
+    found = read(linear, "layer", "fp8")
+    assert isinstance(found.weight.format, FP8Block)
+    assert found.activation is not None
+    assert found.activation.label == "fp8_group128/float32/row"
+    assert torch.equal(found.weight.decode(), weight.decode())
+
+
+def _scheme(weights: dict[str, Any], inputs: dict[str, Any] | None) -> Any:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    arguments = [
+        each and quantization.QuantizationArgs(**{"num_bits": 8, "type": "float", "symmetric": True} | each) for each in (weights, inputs)
+    ]
+    return quantization.QuantizationScheme(targets=["Linear"], weights=arguments[0], input_activations=arguments[1])
+
+
+def test_groups_of_32_with_float_scales_are_no_mxfp8() -> None:
+    layer: Any = _layer(weight=_CODES, weight_scale=torch.ones(OUT, 1))
+    layer.quantization_scheme = _scheme({"strategy": "channel"}, {"strategy": "group", "group_size": 32, "dynamic": True})
+    activation = read(layer, "layer", "compressed-tensors").activation
+    assert activation is not None
+    assert activation.label == "fp8_group32/float32/row"
+
+
+@pytest.mark.parametrize(
+    ("weights", "codes", "scales", "match"),
+    [
+        (
+            {"num_bits": 6, "strategy": "group", "group_size": 32},
+            torch.zeros(OUT, 192, dtype=torch.uint8),
+            torch.uint8,
+            "6-bit float per group of 32",
+        ),
+        ({"strategy": "group", "group_size": 128}, _CODES, torch.float32, "8-bit float per group of 128"),
+        ({"strategy": "group", "group_size": 32}, _CODES, torch.float32, "8-bit float per group of 32, with scales of torch.float32"),
+        (
+            {"strategy": "tensor_group", "group_size": 16, "num_bits": 4},
+            _NVFP4["weight"],
+            torch.float32,
+            "torch.uint8 with scales of torch.float32",
+        ),
+    ],
+)
+def test_weight_schemes_that_are_not_known_are_named(weights: dict[str, Any], codes: torch.Tensor, scales: torch.dtype, match: str) -> None:
+    groups = IN // weights["group_size"]
+    layer: Any = _layer(weight_packed=codes, weight_scale=torch.ones(OUT, groups, dtype=scales))
+    layer.quantization_scheme = _scheme(weights, None)
+    with pytest.raises(ArgumentError, match=f"layer: .*{match}") as caught:
+        read(layer, "layer", "compressed-tensors")
     assert caught.value.hint
 
 

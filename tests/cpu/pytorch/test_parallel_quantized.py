@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import small_model
-from quantized_models import BOUND, SIZES, TOKENS, calibrated, compressed, error, exact_logits, fine_grained, linears, logits, modelopt
+from quantized_models import (
+    BOUND,
+    SIZES,
+    TOKENS,
+    calibrated,
+    compressed,
+    compressed_checkpoint,
+    error,
+    exact_logits,
+    fine_grained,
+    linears,
+    logits,
+    modelopt,
+    save,
+)
 
 import collogue
+from collogue.contract import calibration
 from collogue.errors import ArgumentError, CollogueError, FormatError, ScaleError, ShapeError
+from collogue.pytorch.checkpoints import is_quantized
 from collogue.pytorch.recipes import RECIPES, Recipe
 from collogue.pytorch.scaled import Linear
 from collogue.testing import VirtualGroup, run_virtual
@@ -79,6 +98,18 @@ def test_other_models(kind: str) -> None:
         assert error(logits(model, world_size, quant="fp8_per_token"), expected) < BOUND
 
 
+def test_a_factor_that_scales_cannot_hold() -> None:
+    """Granite's factor on branches is no power of two, and MXFP8's scales are."""
+    model = small_model("granite", **SIZES | {"residual_multiplier": 0.22, "attention_bias": True, "mlp_bias": True})
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(generator=torch.Generator().manual_seed(2))
+    for world_size in (1, 2):
+        expected = exact_logits(model, world_size, Recipe.of("mxfp8", None))
+        for keep_packed in (False, True):
+            assert error(logits(model, world_size, quant="mxfp8", keep_packed=keep_packed), expected) < BOUND
+
+
 def test_experts_stay_as_they_are() -> None:
     model = small_model("qwen3_moe", **SIZES)
     assert error(logits(model, 2, quant="fp8_per_token"), exact_logits(model, 2, Recipe.of("fp8_per_token", None))) < BOUND
@@ -126,6 +157,33 @@ def test_an_mlp_that_was_given_another_activation_is_found() -> None:
             mine(TOKENS)
 
     run_virtual(1, rank)
+
+
+def test_hooks_where_norms_return_codes() -> None:
+    """A hook would see codes alone; one in front of the norm sees, and may change, the stream."""
+    model = small_model("llama", **SIZES)
+
+    def rank(group: VirtualGroup) -> None:
+        mine = collogue.parallelize(copy.deepcopy(model), group, max_tokens=18, quant="fp8_per_token")
+        plain, norm = mine(TOKENS).logits, mine.model.layers[1].input_layernorm
+        for hook in (lambda module, given, normed: None, lambda module, given, normed: normed * 2):
+            handle = norm.register_forward_hook(hook)
+            with pytest.raises(ArgumentError, match="returns codes, without their scales") as caught:
+                mine(TOKENS)
+            assert "pre-hook" in caught.value.hint
+            handle.remove()
+        seen: list[torch.dtype] = []
+        norm.register_forward_pre_hook(lambda module, given: seen.append(given[0].dtype))
+        assert torch.equal(mine(TOKENS).logits, plain)
+        assert seen == [torch.float32]
+        norm.register_forward_pre_hook(lambda module, given: (given[0].flip(-1),))
+        assert not torch.equal(mine(TOKENS).logits, plain)
+        mine.model.norm.register_forward_hook(lambda module, given, normed: seen.append(normed.dtype))
+        mine(TOKENS)
+        assert seen[-1] == torch.float32
+
+    for world_size in (1, 2):
+        run_virtual(world_size, rank)
 
 
 def test_generate() -> None:
@@ -210,6 +268,87 @@ def test_bad_checkpoints_change_nothing(change: Callable[[Any], None], error_typ
     assert dict(model.named_modules()) == modules
 
 
+@pytest.mark.parametrize(("preset", "byte"), [("MXFP8", 0xFF), ("MXFP4", 0xFF), ("NVFP4", 0x7F), ("NVFP4", 0xFF), ("NVFP4", 0xA8)])
+def test_block_scales_that_are_no_scales_are_named(preset: str, byte: int) -> None:
+    model = compressed(preset)
+    _layer(model).weight_scale.data.view(torch.uint8)[5, 3] = byte
+    with pytest.raises(ScaleError, match=r"layers\.1\.self_attn\.k_proj: a weight has scales that are not"):
+        run_virtual(1, lambda group: collogue.parallelize(model, group, max_tokens=8))
+
+
+@pytest.mark.parametrize("break_one", ["scale", "calibration", "code"])
+def test_an_error_of_one_rank_is_raised_on_all(break_one: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors that are not this library's too: the other ranks would wait until their timeout."""
+    from collogue.pytorch import parallel
+
+    model, original = compressed("FP8") if break_one == "scale" else small_model("llama", **SIZES), parallel.plan
+    seen = None if break_one == "scale" else calibrated(model)
+
+    def rank(group: VirtualGroup) -> str:
+        mine, calibration = copy.deepcopy(model), copy.deepcopy(seen)
+        if group.rank == 1 and break_one == "scale":
+            _layer(mine).input_scale = torch.nn.Parameter(torch.ones(2), False)
+        if group.rank == 1 and break_one == "calibration":
+            assert calibration is not None
+            calibration.amax["model.layers.0.mlp.up_proj"] = 0.0
+        if group.rank == 1 and break_one == "code":
+            mine.broken = True
+        with pytest.raises(Exception, match=r"elements|amax 0|no room") as caught:
+            collogue.parallelize(mine, group, max_tokens=8, quant=None if calibration is None else "fp8_static", calibration=calibration)
+        return str(caught.value)
+
+    def breaking(model: Any, *args: Any, **named: Any) -> Any:
+        if hasattr(model, "broken"):
+            raise RuntimeError("no room")
+        return original(model, *args, **named)
+
+    monkeypatch.setattr(parallel, "plan", breaking)
+    first, second = run_virtual(2, rank)
+    assert first.startswith("rank 1: ")
+    assert not second.startswith("rank 1: ")
+
+
+def test_a_line_says_what_was_decoded(caplog: pytest.LogCaptureFixture) -> None:
+    """7 matrices of 384 x 768 in each of two layers: 15.8 MiB in float32, a quarter of that in FP8 with scales."""
+    model = compressed("FP8_DYNAMIC")
+    with caplog.at_level(logging.INFO, "collogue"):
+        logits(small_model("llama"), 1)
+        logits(model, 1, keep_packed=True)
+        assert [record for record in caplog.records if "decoded once" in record.message] == []
+        logits(model, 1)
+        logits(small_model("llama", **SIZES), 1, quant="fp8_block")
+    said = [record.message for record in caplog.records if "decoded once" in record.message]
+    why = "because cpu has no product of their formats that is used here; keep_packed=True keeps them, and decodes them in every call"
+    taken = "weights are decoded once to torch.float32, and take 15.8 MiB on this rank in place of"
+    assert said == [
+        f"linear layers of 2 layers: FP8PerToken {taken} 4.0 MiB, {why}",
+        f"linear layers of 2 layers: FP8Block {taken} 3.9 MiB, {why}",
+    ]
+
+
+def test_scales_of_a_cache_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    model, expected = modelopt(fp4=False), logits(modelopt(fp4=False), 1)
+    for name, layer in linears(model).items():
+        if name.endswith(("k_proj", "v_proj")):
+            layer.register_parameter("k_scale" if "k_proj" in name else "v_scale", torch.nn.Parameter(torch.tensor(0.5), False))
+    with caplog.at_level(logging.INFO, "collogue"):
+        assert torch.equal(logits(model, 1), expected)
+    (said,) = [record.message for record in caplog.records if "cache" in record.message]
+    assert said == "4 linear layers have scales for a key-value cache in FP8, which are not used: the cache is not quantized"
+
+
+def test_a_calibration_from_a_file(tmp_path: Path) -> None:
+    model = small_model("llama", **SIZES)
+    seen = calibrated(model)
+    calibration.write(calibration.document(seen, "fp8_static", "compressed-tensors"), tmp_path / "scales.safetensors")
+    loaded = collogue.Calibration.load(tmp_path / "scales.safetensors")
+    found, expected = (logits(model, 1, quant="fp8_static", calibration=each) for each in (loaded, seen))
+    assert torch.equal(found, expected)
+    with pytest.raises(ArgumentError, match="calibration is a PosixPath") as caught:
+        run_virtual(1, lambda group: collogue.parallelize(model, group, quant="nvfp4", calibration=tmp_path))
+    assert "Calibration.load" in caught.value.hint
+
+
 def test_bad_arguments() -> None:
     model = small_model("llama", **SIZES)
     seen = calibrated(model)
@@ -243,13 +382,14 @@ def test_compiled() -> None:
     assert torch.equal(eager, compiled)
 
 
-@pytest.mark.parametrize("value", [0.0, torch.nan])
-def test_weights_without_a_scale_are_named(value: float) -> None:
+@pytest.mark.parametrize("quant", ["fp8_static", "nvfp4"])
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_weights_without_a_scale_are_named(value: float, quant: str) -> None:
     model = small_model("llama", **SIZES)
     seen = calibrated(model)
     model.model.layers[1].mlp.up_proj.weight.data.fill_(value)
-    with pytest.raises(CollogueError, match=r"layers\.1\.mlp\.up_proj"):
-        run_virtual(1, lambda group: collogue.parallelize(model, group, max_tokens=8, quant="fp8_static", calibration=seen))
+    with pytest.raises(ScaleError, match=rf"layers\.1\.mlp\.up_proj: the weight has amax {value}"):
+        run_virtual(1, lambda group: collogue.parallelize(model, group, max_tokens=8, quant=quant, calibration=seen))
 
 
 def test_a_forward_that_was_replaced_is_found() -> None:
@@ -258,6 +398,38 @@ def test_a_forward_that_was_replaced_is_found() -> None:
     layer.forward = lambda x: x
     with pytest.raises(ArgumentError, match=r"k_proj has a forward of its own"):
         run_virtual(1, lambda group: collogue.parallelize(model, group, max_tokens=8))
+
+
+@pytest.mark.parametrize("preset", ["FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "MXFP8", "MXFP4"])
+def test_compressed_tensors_that_transformers_loads(preset: str, tmp_path: Path) -> None:
+    """The library puts forward functions of its own on layers, and a hook on the model: neither is run here."""
+    compressed_checkpoint(preset, tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert all(is_quantized(layer) for layer in linears(model).values())
+    for world_size in (1, 2):
+        assert error(logits(model, world_size), exact_logits(compressed(preset), world_size)) < BOUND
+
+
+def test_a_checkpoint_whose_method_transformers_skips(tmp_path: Path) -> None:
+    save(modelopt(fp4=False), tmp_path, {"quant_method": "modelopt", "quant_algo": "FP8"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for world_size in (1, 2):
+        with pytest.raises(ArgumentError, match="'modelopt', but no layer is quantized") as caught:
+            run_virtual(world_size, lambda group: collogue.parallelize(copy.deepcopy(model), group, max_tokens=8))
+        assert "collogue.pytorch.modelopt.load" in caught.value.hint
+
+
+def test_weights_that_a_file_holds_off_a_boundary(tmp_path: Path) -> None:
+    """On the CPU transformers leaves them where the file has them; calls take norm weights at multiples of 16 bytes."""
+    save(small_model("llama"), tmp_path, None, shift=8)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert model.model.norm.weight.data_ptr() % 16 != 0
+
+    def rank(group: VirtualGroup) -> torch.Tensor:
+        found: torch.Tensor = collogue.parallelize(model, group, max_tokens=18)(TOKENS).logits
+        return found
+
+    assert torch.equal(run_virtual(1, rank)[0], logits(small_model("llama"), 1))
 
 
 def test_a_checkpoint_that_was_dequantized_on_load() -> None:

@@ -1,0 +1,97 @@
+"""ModelOpt's checkpoints as transformers models: transformers itself skips this quantization method, and the scales with it."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from collogue.errors import ArgumentError, ShapeError
+from collogue.pytorch.checkpoints import CACHE_SCALES
+
+
+def load(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model of a ModelOpt checkpoint, for :func:`collogue.parallelize`: quantized layers hold codes and scales as they are stored.
+
+    Such a layer is a module with the tensors of the checkpoint and no forward pass: the model runs once it is parallelized.
+
+    Args:
+        folder: on this machine, with ``config.json`` and ``*.safetensors``; ``hf_quant_config.json`` where ``config.json`` does not
+            say how the model is quantized.
+        dtype: of what is not quantized, and of the activations.
+    Raises:
+        ArgumentError: no checkpoint, one of another method, tensors that the model does not have, or has and the checkpoint does not.
+        ShapeError: a tensor of another shape than the model's.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise ArgumentError(f"{folder} has no config.json and *.safetensors", hint="pass the folder of a checkpoint on this machine")
+    config = AutoConfig.from_pretrained(folder)
+    said = _quantization(folder, config)
+    with no_init_weights():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    missing = set(dict(model.named_parameters()))  # tied ones have one name
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for file in files:
+        for name, tensor in load_file(file).items():
+            owner, _, last = name.rpartition(".")
+            found[owner][last] = tensor
+            missing.discard(name)
+    if missing:
+        raise ArgumentError(f"the checkpoint has no {', '.join(sorted(missing)[:3])}", hint="copy all of its *.safetensors files")
+    for owner, tensors in found.items():
+        _fill(model, owner, tensors, dtype)
+    model.tie_weights()
+    model.config.quantization_config = said
+    return model.eval().requires_grad_(False)
+
+
+def _quantization(folder: Path, config: Any) -> dict[str, Any]:
+    said = getattr(config, "quantization_config", None)
+    beside = folder / "hf_quant_config.json"
+    if said is None and beside.is_file():
+        said = {"quant_method": "modelopt", **json.loads(beside.read_text(encoding="utf-8")).get("quantization", {})}
+    method = said.get("quant_method") if isinstance(said, dict) else said
+    if not isinstance(said, dict) or method != "modelopt":
+        raise ArgumentError(
+            f"the checkpoint's quantization method is {method!r}, not 'modelopt'",
+            hint="load others by AutoModelForCausalLM.from_pretrained",
+        )
+    return said
+
+
+def _fill(model: nn.Module, owner: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Put the tensors of one module in their place: a layer with codes becomes a module that holds them as they are."""
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        raise ArgumentError(
+            f"the checkpoint has {owner}.{next(iter(tensors))}, the model has no {owner}",
+            hint="known are decoders whose experts are not quantized; load others dequantized",
+        ) from None
+    if any(tensor.element_size() == 1 for tensor in tensors.values()):
+        outer, _, last = owner.rpartition(".")
+        layer = nn.Module()
+        for name, tensor in tensors.items():
+            layer.register_parameter(name, nn.Parameter(tensor.to(dtype) if name == "bias" else tensor, False))
+        setattr(model.get_submodule(outer), last, layer)
+        return
+    for name, tensor in tensors.items():
+        if name in CACHE_SCALES:
+            continue
+        place = getattr(module, name, None)
+        if not isinstance(place, Tensor) or place.shape != tensor.shape:
+            raise ShapeError(
+                f"{owner}.{name} is {list(tensor.shape)}, the model's {list(place.shape) if isinstance(place, Tensor) else 'none'}",
+                hint="load the checkpoint with its own configuration",
+            )
+        place.data = tensor.to(place.dtype)

@@ -1,0 +1,68 @@
+"""``collogue.pytorch.modelopt.load``: a checkpoint as ModelOpt writes it becomes a model that ``parallelize`` takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantized_models import BOUND, error, exact_logits, linears, logits, modelopt, save
+from safetensors.torch import load_file, save_file
+
+from collogue.errors import ArgumentError, CollogueError, ShapeError
+from collogue.pytorch.modelopt import load
+
+SAID = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+
+
+@pytest.mark.parametrize("fp4", [False, True])
+def test_a_loaded_model_computes_what_is_stored(fp4: bool, tmp_path: Path) -> None:
+    said = SAID | {"quant_algo": "NVFP4" if fp4 else "FP8"}
+    save(modelopt(fp4), tmp_path, said)
+    model = load(tmp_path, dtype=torch.float32)
+    assert model.config.quantization_config == said
+    for world_size in (1, 2):
+        assert error(logits(model, world_size), exact_logits(modelopt(fp4), world_size)) < BOUND
+
+
+def test_the_file_beside_the_configuration(tmp_path: Path) -> None:
+    save(modelopt(fp4=False), tmp_path, None)
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"producer": {}, "quantization": {"quant_algo": "FP8"}}))
+    model = load(tmp_path)
+    assert model.config.quantization_config == {"quant_method": "modelopt", "quant_algo": "FP8"}
+    assert model.model.norm.weight.dtype == torch.bfloat16
+    assert linears(model)["model.layers.0.mlp.up_proj"].weight_scale.dtype == torch.float32
+    assert torch.isfinite(logits(model, 1)).all()
+
+
+def _config(folder: Path, **said: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+
+
+def _tensors(folder: Path, **said: Any) -> None:
+    path = folder / "model.safetensors"
+    state = load_file(path) | {name.replace("__", "."): tensor for name, tensor in said.items()}
+    save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "match"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), ArgumentError, "has no config.json"),
+        (lambda folder: _config(folder, quantization_config={"quant_method": "gptq"}), ArgumentError, "method is 'gptq', not 'modelopt'"),
+        (lambda folder: _config(folder, quantization_config=None), ArgumentError, "method is None, not 'modelopt'"),
+        (lambda folder: _tensors(folder, model__norm__weight=None), ArgumentError, r"has no model\.norm\.weight"),
+        (lambda folder: _tensors(folder, model__norm__weight=torch.ones(3)), ShapeError, r"model\.norm\.weight is \[3\]"),
+        (lambda folder: _tensors(folder, model__other__weight=torch.ones(3)), ArgumentError, r"the model has no model\.other"),
+    ],
+)
+def test_bad_checkpoints_are_named_errors(change: Callable[[Path], Any], kind: type[CollogueError], match: str, tmp_path: Path) -> None:
+    save(modelopt(fp4=False), tmp_path, SAID)
+    change(tmp_path)
+    with pytest.raises(kind, match=match) as caught:
+        load(tmp_path)
+    assert caught.value.hint
