@@ -172,7 +172,7 @@ def check_scales(scales: Tensor) -> None:
     if scales.element_size() > 1:
         good, expected = (scales > 0) & scales.isfinite(), "positive and finite"
     elif scales.dtype == torch.float8_e4m3fn:
-        good, expected = scales.view(torch.uint8) < 0x7F, "finite and at least 0"
+        good, expected = scales.view(torch.uint8) < 0x7F, "finite numbers without a sign"
     else:
         good, expected = scales.view(torch.uint8) != 0xFF, "numbers (0xFF is E8M0's NaN)"
     if not bool(good.all()):

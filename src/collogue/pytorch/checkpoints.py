@@ -454,7 +454,9 @@ def _of_scheme(scheme: Any, format: WeightFormat, tensors: dict[str, Tensor], na
         return FP8PerToken()
     if kind == ("float", 8, "group") and given.dynamic:
         return MXFP8("floor") if powers and size == 32 else FP8Group(size, "ue8m0" if powers else "float32")
-    if kind == ("float", 4, "tensor_group") and size == 16 and factor is not None:
+    if kind == ("float", 4, "tensor_group") and size == 16:
+        if factor is None:
+            raise ArgumentError(f"there is no {names.input_global}", hint="calibrate it before it is saved")
         return NVFP4(_global(factor, names.input_global, names))
     if kind == ("float", 4, "group") and size == 32 and given.dynamic and powers:
         return MXFP4("floor")

@@ -132,7 +132,7 @@ def _bytes(last: int, blocks: int, dtype: torch.dtype) -> torch.Tensor:
         (_FP4, _bytes(0xFF, 1, torch.float8_e8m0fnu), collogue.MXFP4("floor", "linear"), ScaleError, "not numbers"),
         (_FP4, _bytes(0x7F, 2, torch.float8_e4m3fn), collogue.NVFP4(1.0, "linear"), ScaleError, "not finite"),
         (_FP4, _bytes(0xFF, 2, torch.float8_e4m3fn), collogue.NVFP4(1.0, "linear"), ScaleError, "not finite"),
-        (_FP4, _bytes(0xA8, 2, torch.float8_e4m3fn), collogue.NVFP4(1.0, "linear"), ScaleError, "at least 0"),
+        (_FP4, _bytes(0xA8, 2, torch.float8_e4m3fn), collogue.NVFP4(1.0, "linear"), ScaleError, "without a sign"),
         (_CODES, torch.ones(1, 32), collogue.FP8PerToken(), ShapeError, r"\(1, 32\)"),
         (_CODES, None, collogue.FP8PerToken(), ShapeError, "scales"),
         (_CODES, torch.ones(1), collogue.FP8Static(1.0), ShapeError, "scales"),

@@ -341,6 +341,14 @@ def test_groups_of_32_with_float_scales_are_no_mxfp8() -> None:
     assert activation.label == "fp8_group32/float32/row"
 
 
+def test_nvfp4_inputs_without_a_global_scale() -> None:
+    layer: Any = _layer(weight_packed=_NVFP4["weight"], weight_scale=_NVFP4["weight_scale"], weight_global_scale=torch.tensor(1.0))
+    four = {"num_bits": 4, "strategy": "tensor_group", "group_size": 16}
+    layer.quantization_scheme = _scheme(four, four | {"dynamic": "local"})
+    with pytest.raises(ArgumentError, match="layer: there is no input_global_scale"):
+        read(layer, "layer", "compressed-tensors")
+
+
 @pytest.mark.parametrize(
     ("weights", "codes", "scales", "match"),
     [
