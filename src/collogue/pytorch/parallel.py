@@ -83,8 +83,9 @@ def parallelize(
         Collective; so is every forward pass afterwards.
     Raises:
         ArgumentError: a model of another type; layers that are wrapped (but for LoRA), quantized, patched or hooked; models that
-        differ between ranks. ShapeError: features that do not divide. ScaleError: scales that are none. After these, ``model`` is as it was, on every rank. Forward
-        passes raise ArgumentError where modules inside a layer were replaced, patched or hooked since, and for ``output_attentions``.
+        differ between ranks. ShapeError: features that do not divide. ScaleError: scales that are none. After these, ``model`` is as it
+        was, on every rank. Forward passes raise ArgumentError where modules inside a layer were replaced, patched or hooked since, and
+        for ``output_attentions``.
     """
     known = as_group(group, device)
     decoder = _agree(model, known, fuse, quant, calibration)
