@@ -24,7 +24,7 @@ TOKENS = (1, 2, 3, 7, 64, 0)
 #: Every option set of every format, and group sizes that a warp, several groups of a warp, or only a whole CTA reduces.
 LABELS = (*(v for variants in VARIANTS.values() for v in variants), *expand("fp8_group64"), "fp8_group16", "fp8_group48")
 #: Rows that are beyond one-shot at the hidden sizes they are used with.
-MANY = 4096
+MANY = 8192
 #: Rows of calls whose rows have owners: fewer than ranks, no multiple of a world size, many.
 OWNED_TOKENS = (1, 2, 3, 5, 127, 129, 1000, 4097)
 #: Rows around the crossover of one-shot and two-shot and far beyond it, at one hidden size.
