@@ -1,4 +1,4 @@
-"""Ways of an all-reduce beside each other, in one run: ``scripts/one_shot.py algorithms|wipes|ctas OUT.json [--world N]``.
+"""Ways of an all-reduce beside each other, in one run: ``scripts/one_shot.py algorithms|clearing|ctas OUT.json [--world N]``.
 
 H = 7168, bfloat16, residual + norm and a format. Every call lies in CUDA graphs of 100 and of 20; a time is the difference over
 80, of the slowest rank, the median of the replays. The ways of one call are replayed in turn, and their outputs are compared bit for bit.
@@ -6,7 +6,7 @@ A round has communicators, tensors and graphs of its own; every round is kept in
 
 ``algorithms``: one-shot and two-shot. Where two-shot begins to be faster is where plans should go over to it.
 
-``wipes``: what clean slots cost. One-shot with 128 generations of slots, more than a graph has calls, whose calls clean what the call
+``clearing``: what cleared slots cost. One-shot with 128 generations of slots, more than a graph has calls, whose calls clear what the call
 before has left, or leave it to be cleaned between two replays; and with four generations, as it is.
 
 ``ctas``: as many CTAs of 128 threads on an SM as plans take, and other numbers. For four ranks and more.
@@ -80,7 +80,7 @@ _MANY = Edit("protocol.cuh", "kOneShotGenerations = 4;", f"kOneShotGenerations =
 _NEXT_CLEANS = next(switch for switch in SWITCHES if switch.name == "wipe off").edits
 WAYS = {
     "algorithms": {"one-shot": Way(), "two-shot": Way("two_shot")},
-    "wipes": {
+    "clearing": {
         "4 generations": Way(),
         f"{GENERATIONS}, each call cleans": Way(edits=(_MANY,)),
         f"{GENERATIONS}, cleaned between": Way(edits=(_MANY, *_NEXT_CLEANS), cleaned=True),
@@ -96,7 +96,7 @@ WAYS = {
 }
 TOKENS = {
     "algorithms": (64, 128, 160, 192, 256, 320, 384, 448, 512),
-    "wipes": (1, 8, 16, 32, 64),
+    "clearing": (1, 8, 16, 32, 64),
     "ctas": (1, 4, 8, 16, 32, 64, 512, 2048, 8192),
 }
 Times = dict[str, list[float]]
@@ -125,7 +125,7 @@ def clean(comm: collogue.Communicator) -> None:
 def measure(group: Any, ranks: Ranks, what: str, tokens: int, label: str) -> Times:
     """Of one rank: the time of each replay of every way in which the call fits. Collective."""
     ways = dict(WAYS[what])
-    if what == "wipes":
+    if what == "clearing":
         extent.ONE_SHOT_GENERATIONS = GENERATIONS  # workspaces of all ways have room for them
     partial, residual, weight = (
         torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16().cuda()

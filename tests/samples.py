@@ -8,11 +8,23 @@ import torch
 from torch import Tensor
 
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, describe
+from collogue.contract.weight import FP8Block, WeightFormat
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 NAN = {torch.bfloat16: 0x7FFF, torch.float16: 0x7FFF, torch.float32: 0x7FFFFFFF}
 F32 = np.float32
+
+#: Formats of a linear layer's weight and input, each way to multiply them once.
+PAIRS: dict[str, tuple[WeightFormat, Quant | None]] = {
+    "tensor": (FP8Static(0.005), FP8Static(0.02)),
+    "channel": (FP8PerToken(), FP8PerToken()),
+    "block": (FP8Block(128), FP8Group(128)),
+    "mxfp8": (MXFP8("ceil", layout="linear"), MXFP8("ceil")),
+    "mxfp4": (MXFP4("ceil", layout="linear"), MXFP4("ceil")),
+    "nvfp4": (NVFP4(900.0, layout="linear"), NVFP4(500.0)),
+    "weights only": (MXFP4("ceil", layout="linear"), None),
+}
 
 
 def bits(x: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ import torch
 from models import small_model
 from quantized_models import SIZES, calibrated, exact_logits, experts, fine_grained, modelopt, mxfp4
 from quantized_models import TOKENS as PROMPTS
+from samples import PAIRS
 from torch import nn
 
 import collogue
-from collogue.contract.weight import FP8Block, WeightFormat
 from collogue.errors import ScaleError
 from collogue.nn import ScaledLinear
 from collogue.pytorch.recipes import RECIPES, Recipe
@@ -22,15 +22,6 @@ from collogue.testing import VirtualGroup, run_virtual
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"), pytest.mark.timeout(300)]
 
-PAIRS: dict[str, tuple[WeightFormat, collogue.Quant | None]] = {
-    "tensor": (collogue.FP8Static(0.005), collogue.FP8Static(0.02)),
-    "channel": (collogue.FP8PerToken(), collogue.FP8PerToken()),
-    "block": (FP8Block(128), collogue.FP8Group(128)),
-    "mxfp8": (collogue.MXFP8("ceil", layout="linear"), collogue.MXFP8("ceil")),
-    "mxfp4": (collogue.MXFP4("ceil", layout="linear"), collogue.MXFP4("ceil")),
-    "nvfp4": (collogue.NVFP4(900.0, layout="linear"), collogue.NVFP4(500.0)),
-    "weights only": (collogue.MXFP4("ceil", layout="linear"), None),
-}
 IN, OUT = 1024, 768
 #: Of the sum of the terms' sizes: tensor cores add FP8 products with 13 bits or more, and decoded weights are multiplied in bfloat16.
 SUM, RESULT = 2.0**-9, 2.0**-8

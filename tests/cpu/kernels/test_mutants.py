@@ -89,13 +89,13 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
     "two_shot: partials not waited for": (_SMALL["two_shot"], (not_waited_for("kStagePartials"),)),
     "two_shot: y not waited for": (_SMALL["two_shot"], (not_waited_for("kStageRows"),)),
     "two_shot: one generation": (_SMALL["two_shot"], (_ONE_GENERATION,)),
-    "two_shot: partials not wiped": (_SMALL["two_shot"], (Edit(_TWO, "if (owns(i)) ranks.wipe_terms(offset(t, i), true);", ""),)),
-    "two_shot: y not wiped": (_SMALL["two_shot"], (Edit(_TWO, "if (gives(i) && !ranks.stopped)", "if (false)"),)),
-    "two_shot: y wiped elsewhere": (
+    "two_shot: partials not cleared": (_SMALL["two_shot"], (Edit(_TWO, "if (owns(i)) ranks.wipe_terms(offset(t, i), true);", ""),)),
+    "two_shot: y not cleared": (_SMALL["two_shot"], (Edit(_TWO, "if (gives(i) && !ranks.stopped)", "if (false)"),)),
+    "two_shot: y cleared elsewhere": (
         _SMALL["two_shot"],
         (Edit(_TWO, "(ranks.arrivals(owner[i]) + y_offset(t, i))", "(ranks.arrivals(owner[i]) + offset(t, i))"),),
     ),
-    "two_shot: wiped before the wait": (
+    "two_shot: cleared before the wait": (
         _SMALL["two_shot"],
         (Edit(_TWO, "      shot.await_y(y[i], t, i);", "      shot.wipe_y(t, i);\n      shot.await_y(y[i], t, i);"),),
     ),
@@ -110,13 +110,13 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
     "sharded: partials not waited for": (_SMALL["sharded"], (not_waited_for("kStagePartials"),)),
     "sharded: finished rows not waited for": (_CODES, (not_waited_for("kStageRows"),)),
     "sharded: one generation": (_SMALL["sharded"], (_ONE_GENERATION,)),
-    "sharded: partials not wiped": (
+    "sharded: partials not cleared": (
         _SMALL["sharded"],
         (Edit(_SHARDED, "ranks.wipe_terms(offset + row.vector(i) * 8 * D::kBytes, row.active(i));", ";"),),
     ),
-    "sharded: norms not wiped": (_SMALL["sharded"], (Edit(_GATHER, "Ranks<C>::wipe_vector(values_place);", ""),)),
-    "sharded: codes not wiped": (_CODES, (Edit(_GATHER, "      store_word(codes_place, D::kSentinel);\n", ""),)),
-    "sharded: scales not wiped": (_CODES, (Edit(_GATHER, "store_word(scale_place, D::kSentinel);", ";"),)),
+    "sharded: norms not cleared": (_SMALL["sharded"], (Edit(_GATHER, "Ranks<C>::wipe_vector(values_place);", ""),)),
+    "sharded: codes not cleared": (_CODES, (Edit(_GATHER, "      store_word(codes_place, D::kSentinel);\n", ""),)),
+    "sharded: scales not cleared": (_CODES, (Edit(_GATHER, "store_word(scale_place, D::kSentinel);", ";"),)),
     "sharded: no disguise": (_SMALL["sharded"], (_NO_DISGUISE,)),
     "sharded: E8M0 bytes as they are": (TURNED[torch.float32][0], (Edit("formats/mx.cuh", "kTurned = 0x7e7e7e7eu;", "kTurned = 0;"),)),
     "sharded: previous kernel not waited for": (_SMALL["sharded"], (NOT_AWAITED,)),
@@ -130,7 +130,7 @@ MUTANTS: dict[str, tuple[Case, tuple[Edit, ...]]] = {
         (Edit(_ALL_GATHER, "  sync_block();\n  if (warp == 0) {\n", "  if (warp == 0) {\n"),),
     ),
     "all_gather: one generation": (_SMALL["all_gather"], (_ONE_GENERATION,)),
-    "all_gather: flag not wiped": (
+    "all_gather: flag not cleared": (
         _SMALL["all_gather"],
         (Edit(_ALL_GATHER, "store_word(reinterpret_cast<u8*>(flag), D::kSentinel);", ";"),),
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from samples import PAIRS
 from torch import nn
 
 import collogue
@@ -17,15 +18,6 @@ from collogue.nn import RowParallelLinear, ScaledLinear
 from collogue.pytorch import scaled
 from collogue.testing import VirtualGroup, run_virtual
 
-PAIRS: dict[str, tuple[WeightFormat, collogue.Quant | None]] = {
-    "tensor": (collogue.FP8Static(0.005), collogue.FP8Static(0.02)),
-    "channel": (collogue.FP8PerToken(), collogue.FP8PerToken()),
-    "block": (FP8Block(128), collogue.FP8Group(128)),
-    "mxfp8": (collogue.MXFP8("ceil", layout="linear"), collogue.MXFP8("ceil")),
-    "mxfp4": (collogue.MXFP4("ceil", layout="linear"), collogue.MXFP4("ceil")),
-    "nvfp4": (collogue.NVFP4(900.0, layout="linear"), collogue.NVFP4(500.0)),
-    "weights only": (collogue.MXFP4("ceil", layout="linear"), None),
-}
 pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 TOKENS, IN, OUT = 5, 256, 160
 
