@@ -402,7 +402,7 @@ _library: Any = torch.library.Library("collogue", "DEF")  # type: ignore[no-unty
 _TAGS = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides]
 
 
-def _register(name: str, arguments: str, tensors: dict[str, int], function: Any, fake: Any) -> None:
+def register(name: str, arguments: str, tensors: dict[str, int], function: Any, fake: Any) -> None:
     run = _Untraced(function)
     _library.define(f"{name}({arguments}) -> Tensor[]", tags=_TAGS)
     for device in ("CPU", "CUDA"):
@@ -412,6 +412,6 @@ def _register(name: str, arguments: str, tensors: dict[str, int], function: Any,
 
 
 for _operation in _SUMMING:
-    _register(_operation, ARGUMENTS, _TENSORS, functools.partial(_run, _operation), functools.partial(_fake, _operation))
-_register("all_gather", _GATHERED, _GATHERED_TENSORS, _run_gather, _fake_gather)
-_register("alone", _ALONE, {"the values": 0, "up": 1}, _run_alone, _fake_alone)
+    register(_operation, ARGUMENTS, _TENSORS, functools.partial(_run, _operation), functools.partial(_fake, _operation))
+register("all_gather", _GATHERED, _GATHERED_TENSORS, _run_gather, _fake_gather)
+register("alone", _ALONE, {"the values": 0, "up": 1}, _run_alone, _fake_alone)

@@ -15,8 +15,10 @@ from samples import PAIRS
 from torch import nn
 
 import collogue
+from collogue.calls.product import ScaledProduct
 from collogue.errors import ScaleError
 from collogue.nn import ScaledLinear
+from collogue.pytorch import products
 from collogue.pytorch.recipes import RECIPES, Recipe
 from collogue.testing import VirtualGroup, run_virtual
 
@@ -33,7 +35,7 @@ def test_products(name: str, tokens: int) -> None:
     """Of the tensor that a call quantizes, and of the tensor that the layer quantizes: the same, and near float64's."""
     torch.manual_seed(tokens)
     weight, quant = PAIRS[name]
-    linear = nn.Linear(IN, OUT, dtype=torch.bfloat16, device="cuda:0", timeout=120.0)
+    linear = nn.Linear(IN, OUT, dtype=torch.bfloat16, device="cuda:0")
     layer = ScaledLinear.of(linear, weight, activation=quant)
     x = torch.randn(tokens, IN, device="cuda").bfloat16()
     values, found = x.double(), layer(x)
@@ -47,6 +49,32 @@ def test_products(name: str, tokens: int) -> None:
     bound = SUM * (values.abs() @ matrix.abs().t()) + RESULT * exact.abs()
     error = (found.double() - exact).abs()
     assert bool((error <= bound).all()), float((error / bound).max())
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="no such product")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_few_rows_have_the_bits_of_a_scaled_float32_product(dtype: torch.dtype, bias: bool) -> None:
+    """And are near PyTorch's row-wise product, which more rows take."""
+    one, by_tensor = torch.ones(1, device="cuda"), torch.nn.functional.ScalingType.TensorWise
+    for rows, width in ((1, 4096), (7, 6144), (64, 28672), (128, OUT)):
+        linear = nn.Linear(IN, width, bias=bias, dtype=dtype, device="cuda:0")
+        layer = ScaledLinear.of(linear, collogue.FP8PerToken(), activation=collogue.FP8PerToken())
+        assert "float32 result" in layer.explain()
+        x = torch.randn(128, IN, device="cuda").to(dtype)[:rows]
+        codes, scales = collogue.quantize(x, collogue.FP8PerToken())
+        product = torch.nn.functional.scaled_mm(codes, layer.weight.t(), one, by_tensor, one, by_tensor, output_dtype=torch.float32)
+        found = layer(x)
+        assert scales is not None
+        assert layer.weight_scale is not None
+        expected = ScaledProduct(product, scales, layer.weight_scale, layer.bias, dtype).values()
+        assert torch.equal(found, expected), (rows, width)
+        before, products.FEW_ROWS = products.FEW_ROWS, 0
+        try:
+            by_rows = layer(x)
+        finally:
+            products.FEW_ROWS = before
+        assert float((by_rows.double() - expected.double()).norm() / expected.double().norm()) < 2.0**-6
 
 
 @pytest.mark.parametrize("quant", [pair[1] for pair in PAIRS.values() if pair[1] is not None], ids=lambda quant: quant.label)
@@ -154,7 +182,7 @@ def test_graphs_and_text(quant: str) -> None:
 
 
 def test_the_layer_names_its_product() -> None:
-    linear = nn.Linear(IN, OUT, dtype=torch.bfloat16, device="cuda:0", timeout=120.0)
+    linear = nn.Linear(IN, OUT, dtype=torch.bfloat16, device="cuda:0")
     by_hardware = torch.cuda.get_device_capability()[0] == 9
     for name in ("tensor", "channel", "block"):
         text = ScaledLinear.of(linear, PAIRS[name][0], activation=PAIRS[name][1]).explain()

@@ -9,6 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from collogue.calls.capacity import Capacity, check_hidden_size, check_kinds, check_norm_kind, raise_capacity
+from collogue.calls.product import ScaledProduct
 from collogue.calls.request import Signature, make_request
 from collogue.calls.terms import Terms
 from collogue.contract.prologue import PROLOGUES, ExpertCombine, Gated, Prologue
@@ -30,7 +31,7 @@ class Call:
     what an earlier call has written there. A new argument of a call is a field here and a field of :class:`Request`.
     """
 
-    partial: torch.Tensor | Prologue | Terms
+    partial: torch.Tensor | Prologue | Terms | ScaledProduct
     residual: torch.Tensor | None = None
     norm: RMSNorm | None = None
     quant: Quant | None = None
@@ -82,7 +83,7 @@ class Call:
         if self.shard is not None:
             yield from ((f"shard.{name}", tensor) for name, tensor in self.shard.items())
             return
-        if isinstance(self.partial, (*PROLOGUES, Terms)):
+        if isinstance(self.partial, (*PROLOGUES, Terms, ScaledProduct)):
             yield from self.partial.tensors()
         else:
             yield "partial" if self.operation != "finish" else "y", self.partial
@@ -102,7 +103,7 @@ def check_call(capacity: Capacity, call: Call) -> Call:
     Raises :class:`ArgumentError` (its subclasses). The first thing that is wrong is the error.
     """
     partial, residual, norm, quant = call.partial, call.residual, call.norm, call.quant
-    assert not isinstance(partial, Terms)
+    assert not isinstance(partial, Terms | ScaledProduct)
     if not isinstance(call.keep_norm, bool):
         raise ArgumentError(f"keep_norm is {call.keep_norm!r}; expected True or False", hint="pass keep_norm=True to also get the norm")
     name = "partial" if call.operation != "finish" else "y"
@@ -187,7 +188,7 @@ def _check_prologue(given: Prologue, operation: Operation, capacity: Capacity) -
     return given.tokens, given.hidden_size
 
 
-def check_indices(given: torch.Tensor | Prologue | Terms) -> None:
+def check_indices(given: torch.Tensor | Prologue | Terms | ScaledProduct) -> None:
     """Raise :class:`IndexRangeError` where an index is neither -1 nor a row. Waits for the device: for ``COLLOGUE_DEBUG``."""
     if not isinstance(given, ExpertCombine) or not given.index.numel():
         return

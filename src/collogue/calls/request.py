@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from collogue.calls.product import ProductForm
 from collogue.calls.terms import TermsForm
 from collogue.contract.formats import code_spec, scale_spec
 from collogue.contract.prologue import PrologueForm
@@ -51,7 +52,7 @@ class Request:
     wanted: Wanted
     operation: Operation = "all_reduce"
     late_weight: bool = False
-    prologue: PrologueForm | TermsForm | None = None
+    prologue: PrologueForm | TermsForm | ProductForm | None = None
     branch: bool = False
     wide_branch: bool = False
     rows: tuple[int, ...] | None = None
@@ -60,7 +61,7 @@ class Request:
     @property
     def adds_rows(self) -> bool:
         """Whether a term is computed from several rows at a time, which takes registers."""
-        return self.prologue is not None and self.prologue.kind != "gated"
+        return self.prologue is not None and self.prologue.kind != "gated" and not isinstance(self.prologue, ProductForm)
 
 
 def make_request(
@@ -75,7 +76,7 @@ def make_request(
     keep_norm: bool,
     operation: Operation,
     late_weight: bool = False,
-    prologue: PrologueForm | TermsForm | None = None,
+    prologue: PrologueForm | TermsForm | ProductForm | None = None,
     branch: bool = False,
     wide_branch: bool = False,
     rows: tuple[int, ...] | None = None,

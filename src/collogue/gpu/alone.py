@@ -13,6 +13,8 @@ import torch
 
 from collogue.calls.call import ALIGNMENT, Call, check_alone, check_call
 from collogue.calls.capacity import Capacity
+from collogue.calls.product import ScaledProduct
+from collogue.calls.request import make_request
 from collogue.contract import reference
 from collogue.contract.prologue import Gated
 from collogue.contract.quant import FAMILIES, Quant
@@ -30,13 +32,13 @@ _HINT = "make such a call once before the capture"
 
 
 class Alone(KernelEngine):
-    """Of one thread. ``kernels`` that have been loaded are those of all threads."""
+    """Of one thread. ``kernels`` that have been loaded are those of all threads, and so is ``one``: a scale of a tensor."""
 
     how_to_load = _HINT
 
-    def __init__(self, capacity: Capacity, topology: Topology, kernels: dict[Variant, Any]) -> None:
+    def __init__(self, capacity: Capacity, topology: Topology, kernels: dict[Variant, Any], one: torch.Tensor) -> None:
         super().__init__(Nobody(capacity.device), topology, 1.0)
-        self._order, self._kernels, self.capacity = AnyOrder(), kernels, capacity
+        self._order, self._kernels, self.capacity, self.one = AnyOrder(), kernels, capacity, one
 
     def takes(self, hidden_size: int, quant: Quant | None) -> bool:
         """Whether there is a kernel for rows of this width."""
@@ -53,6 +55,16 @@ class Alone(KernelEngine):
             return done
         check_alone(y, quant)
         return self.run(check_call(self.capacity, Call(_usable(y), quant=quant, operation=operation)), None)
+
+    def scale(self, given: ScaledProduct) -> torch.Tensor:
+        """``given.values()``, by one kernel: rows of a width that :meth:`takes`."""
+        bias = None if given.bias is None else _aligned(given.bias)
+        given = ScaledProduct(given.product, given.rows, _aligned(given.columns), bias, given.dtype)
+        plain: dict[str, Any] = {"residual": False, "norm": False, "wide_weight": False, "quant": None, "keep_norm": False}
+        request = make_request(given.tokens, given.hidden_size, given.dtype, operation="all_reduce", prologue=given.form, **plain)
+        out = self.run(Call(given, signature=self.capacity.signature(request)), None)
+        assert out.reduced is not None
+        return out.reduced
 
 
 def _usable(y: torch.Tensor | Gated) -> torch.Tensor | Gated:
@@ -77,7 +89,7 @@ class _Engines(threading.local):
 
 _engines = _Engines()
 _MAKING = threading.Lock()
-_shared: dict[tuple[torch.device, torch.dtype], tuple[Topology, dict[Variant, Any]]] = {}
+_shared: dict[tuple[torch.device, torch.dtype], tuple[Topology, dict[Variant, Any], torch.Tensor]] = {}
 
 
 def engine_of(device: torch.device, dtype: torch.dtype) -> Alone:
@@ -89,7 +101,9 @@ def engine_of(device: torch.device, dtype: torch.dtype) -> Alone:
             if (device, dtype) not in _shared:
                 if torch.cuda.is_current_stream_capturing():
                     raise NotPrepared(f"no rows of {dtype} have been quantized on {device}, and a CUDA graph is being captured", hint=_HINT)
-                _shared[device, dtype] = alone(capacity), {}
+                with torch.inference_mode(False):
+                    one = torch.ones(1, device=device)
+                _shared[device, dtype] = alone(capacity), {}, one
             found = _engines.by_kind[device, dtype] = Alone(capacity, *_shared[device, dtype])
     return found
 

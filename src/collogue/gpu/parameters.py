@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from collogue.calls.call import Call
+from collogue.calls.product import ScaledProduct
 from collogue.calls.request import Request
 from collogue.calls.terms import Terms
 from collogue.contract.prologue import ExpertReduce, Gated, Prologue
@@ -88,7 +89,7 @@ def fill_call(params: Params, call: Call, out: Output) -> None:
         params.header[1] = header.bounded(params.header[1], smallest)
 
 
-def _fill_term(params: Params, term: torch.Tensor | Prologue | Terms) -> None:
+def _fill_term(params: Params, term: torch.Tensor | Prologue | Terms | ScaledProduct) -> None:
     """The partial, or what it is computed from."""
     if isinstance(term, torch.Tensor):
         params.partial = term.data_ptr()
@@ -96,6 +97,10 @@ def _fill_term(params: Params, term: torch.Tensor | Prologue | Terms) -> None:
     if isinstance(term, Terms):
         for k, value in enumerate(term.values):
             params.terms[k] = value.data_ptr()
+        return
+    if isinstance(term, ScaledProduct):
+        params.partial, params.row_scales, params.column_scales = (each.data_ptr() for each in (term.product, term.rows, term.columns))
+        params.bias = None if term.bias is None else term.bias.data_ptr()
         return
     if isinstance(term, Gated):
         params.partial, params.up, params.row_stride = term.gate.data_ptr(), term.up.data_ptr(), term.row_stride

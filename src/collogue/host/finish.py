@@ -14,6 +14,7 @@ import torch
 from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity
 from collogue.calls.outputs import write
+from collogue.calls.product import ScaledProduct
 from collogue.calls.request import Request, make_request
 from collogue.calls.terms import Terms
 from collogue.contract import reference
@@ -90,6 +91,8 @@ class ReferenceFinisher:
         given, dtype = step.partial, step.signature.request.dtype
         if isinstance(given, Terms):
             given = reference.stream(reference.sum_partials(given.values, given.islands), dtype, step.residual, step.branch_norm)
+        elif isinstance(given, ScaledProduct):
+            given = given.values()
         write(reference.finished(reference.term_of(given), step.norm, step.quant, step.wanted), out)
 
     def prepare(self, steps: Iterable[Call]) -> None:

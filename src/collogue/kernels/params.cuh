@@ -57,6 +57,9 @@ struct Params {
   u32 row_stride;
   u32 bounds[kMaxBounds];    // kUneven: rank r owns rows bounds[r] to bounds[r + 1] - 1; `tokens` behind the last
   const u8* terms[kMaxTerms];  // [T, H] each: what is added in their order (source.cuh)
+  const u8* row_scales;      // [T] float32: of `partial`, a product in float32
+  const u8* column_scales;   // [H] float32
+  const u8* bias;            // [H]
 };
 
 // struct Config {                        generated per variant

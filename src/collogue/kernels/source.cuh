@@ -254,6 +254,35 @@ struct GatedSource {
   }
 };
 
+// A product of codes in float32, times the scales of its rows and columns, and a bias.
+template <class C, bool kBias>
+struct ProductSource {
+  using D = typename C::D;
+  using Vector = Packed<D::kParts>;
+  static constexpr bool kWorkedOut = true;
+  const RowPlace<C>& row;
+  const u8* first;  // of the row
+  float by;         // the row's scale
+
+  COLLOGUE_DEVICE explicit ProductSource(const RowPlace<C>& r) : row(r), first(nullptr), by(0.0f) {}
+  COLLOGUE_DEVICE void aim(u32 t) {
+    first = row.p.partial + static_cast<u64>(t) * row.p.hidden * Float32::kBytes;
+    by = load_value<Float32>(row.p.row_scales + t * Float32::kBytes);
+  }
+  COLLOGUE_DEVICE u32 digest() const { return folded(first); }
+  COLLOGUE_DEVICE Vector term(int i) const {
+    if (!row.active(i)) return {};
+    const u32 at = row.vector(i) * kVector;
+    float product[8], scale[8];
+    Float32::widen(load_vector<Float32>(first + at * Float32::kBytes), product);
+    Float32::widen(load_vector<Float32>(row.p.column_scales + at * Float32::kBytes), scale);
+#pragma unroll
+    for (int j = 0; j < 8; j++) product[j] = product[j] * by * scale[j];
+    if constexpr (kBias) add<D>(product, load_vector<D>(row.p.bias + at * D::kBytes));
+    return D::round(product);
+  }
+};
+
 // The sum of terms in their order, or, where kStarts has bits, of islands: another one begins at each bit, its terms are added for
 // themselves, then the islands' sums in their order.
 template <int kTerms, u32 kStarts>

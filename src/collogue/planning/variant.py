@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from collogue.calls.product import ProductForm
 from collogue.calls.terms import TermsForm
 from collogue.contract.prologue import PrologueForm
 from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
@@ -113,12 +114,14 @@ class QuantVariant:
         return hidden_size // 8 * row.code_bytes + 4 * scales
 
 
-def source_type(prologue: PrologueForm | TermsForm | None, dtype: torch.dtype) -> str:
+def source_type(prologue: PrologueForm | TermsForm | ProductForm | None, dtype: torch.dtype) -> str:
     """Where this rank's terms come from: a template of kernels/source.cuh, and its arguments behind the first."""
     if prologue is None:
         return "DirectSource"
     if isinstance(prologue, TermsForm):
         return f"TermsSource, {_DTYPES[prologue.dtype]}, {prologue.count}, {prologue.wide:#x}u, {prologue.starts:#x}u"
+    if isinstance(prologue, ProductForm):
+        return f"ProductSource, {_flag(prologue.bias)}"
     if prologue.kind == "gated":
         return "GatedSource"
     weights = {"none": "NoWeight", "value": _DTYPES[dtype], "float32": "Float32"}[prologue.weights]
@@ -163,7 +166,7 @@ class Variant:
     def name(self) -> str:
         """Short and unique enough for a profiler's list."""
         source = self.source_type.partition("Source")[0]
-        before = {"Direct": "", "Terms": "terms_", "Gated": "gated_"}.get(source, "experts_")
+        before = {"Direct": "", "Terms": "terms_", "Gated": "gated_", "Product": "product_"}.get(source, "experts_")
         before += "uneven_" * self.uneven
         parts = ["branch"] * self.branch + ["residual"] * self.residual + ["norm"] * self.norm
         if self.quant.row.kind is not None:

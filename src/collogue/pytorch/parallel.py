@@ -26,8 +26,9 @@ from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, no_checkpoint
 from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
 from collogue.pytorch.generation import generate
 from collogue.pytorch.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear, home
+from collogue.pytorch.products import has_product
 from collogue.pytorch.recipes import Recipe
-from collogue.pytorch.scaled import Handover, has_product
+from collogue.pytorch.scaled import Handover
 
 _log = logging.getLogger("collogue")
 

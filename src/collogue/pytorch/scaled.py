@@ -11,15 +11,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType
 
-from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, check_format
+from collogue.contract.quant import NVFP4, FP8Static, Quant, check_format
 from collogue.contract.reference import dequantize
 from collogue.contract.spec import VALUE_DTYPES, Output
-from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat, decode
+from collogue.contract.weight import QuantizedWeight, WeightFormat, decode
 from collogue.errors import ArgumentError, DTypeError, FormatError, ScaleError, ShapeError
 from collogue.functions import quantize
 from collogue.ops import is_traced
+from collogue.pytorch.products import find_product, how
 
 _log = logging.getLogger("collogue")
 _CODES = (torch.float8_e4m3fn, torch.uint8)
@@ -144,12 +144,12 @@ class Linear(nn.Module):
                 return f"plain product in {self.weight.dtype}"
             compute = _dtype_of_product(self.weight.device)
             return f"activations quantized to {self.activation.label} and decoded, weights {self.weight.dtype}: multiplied in {compute}"
-        recipe = _recipe(self.activation, self.format, self.weight.device)
+        product = find_product(self.activation, self.format, self.weight.device)
         activation = "none" if self.activation is None else self.activation.label
         what = f"weights {type(self.format).__name__}, activations {activation}"
-        if isinstance(recipe, str):
-            return f"{what}: decoded and multiplied in {_dtype_of_product(self.weight.device)}, because {recipe}"
-        return f"{what}: torch.nn.functional.scaled_mm"
+        if isinstance(product, str):
+            return f"{what}: decoded and multiplied in {_dtype_of_product(self.weight.device)}, because {product}"
+        return f"{what}: {how(product, self.weight.shape[0])}"
 
     def product(self, x: Tensor | Output, bias: Tensor | None) -> Tensor:
         """``x W^T + bias``. ``x``: ``[.., I]`` of values, or an :class:`collogue.Output` with codes of ``activation``, ``[T, I]``."""
@@ -187,10 +187,10 @@ class Linear(nn.Module):
         return x.codes, x.scales
 
     def _multiply(self, codes: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        recipe = "" if self.format is None else _recipe(self.activation, self.format, codes.device)
-        if not isinstance(recipe, str):
-            return recipe(codes, scales, self, bias, dtype)
-        if recipe and not is_traced():  # a log line would break a graph
+        product = "" if self.format is None else find_product(self.activation, self.format, codes.device)
+        if not isinstance(product, str):
+            return product(codes, scales, self, bias, dtype)
+        if product and not is_traced():  # a log line would break a graph
             _say_once(self.explain())
         return self._decode_and_multiply(codes, scales, bias, dtype)
 
@@ -231,7 +231,8 @@ class ScaledLinear(Linear):
         dtype: of the result where ``x`` is an :class:`collogue.Output`.
     Product:
         ``torch.nn.functional.scaled_mm`` on GPUs that have it for this pair of formats: FP8Static with FP8Static (sm_89 and later),
-        FP8PerToken with FP8PerToken (sm_90), FP8Group(128) with FP8Block(128) (sm_90). Elsewhere both are decoded and
+        FP8PerToken with FP8PerToken (sm_90), FP8Group(128) with FP8Block(128) (sm_90). Few rows of FP8PerToken are multiplied with scales
+        of 1 to a float32 result, which one kernel scales and rounds once. Elsewhere both are decoded and
         multiplied, in float32 on the CPU and in bfloat16 on GPUs; a log line says so once (not under ``torch.compile``), and
         :meth:`explain` at any time.
     State:
@@ -302,31 +303,6 @@ def _say_once(text: str) -> None:
     _log.info(text)
 
 
-# Products of the hardware
-
-_Recipe = Callable[[Tensor, Any, Linear, Any, torch.dtype], Tensor]
-
-
-def _recipe(activation: Quant | None, weight: WeightFormat, device: torch.device) -> _Recipe | str:
-    """The hardware's product for this pair of formats, or why there is none."""
-    if device.type != "cuda":
-        return f"a {device.type} has no such product"
-    if activation is None:
-        return "the activations are not quantized"
-    for kinds, least, most, recipe in _RECIPES:
-        if (type(activation), type(weight)) == kinds:
-            if isinstance(activation, FP8Group) and (activation.group_size, activation.scale_format) != (128, "float32"):
-                return "the product takes groups of 128 with float32 scales"
-            found = torch.cuda.get_device_capability(device)
-            return recipe if least <= found <= most else f"sm_{found[0]}{found[1]} has no product of these formats"
-    return "PyTorch has no product of these formats that is used here"
-
-
-def has_product(activation: Quant | None, weight: WeightFormat, device: torch.device) -> bool:
-    """Whether ``device`` multiplies this pair of formats without decoding them."""
-    return not isinstance(_recipe(activation, weight, device), str)
-
-
 def _factor(format: object, device: torch.device) -> Tensor | None:
     """The number that a format holds, as products take it; ``None`` for formats that hold none."""
     scale = getattr(format, "given_scale", None)
@@ -335,68 +311,3 @@ def _factor(format: object, device: torch.device) -> Tensor | None:
     if isinstance(scale, Tensor):
         return scale.to(device).reshape(1, 1)
     return torch.full((1, 1), scale, dtype=torch.float32, device=device)
-
-
-def _tensor_wise(codes: Tensor, scales: None, layer: Linear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    assert layer.input_factor is not None
-    assert layer.weight_factor is not None
-    of_x, of_weight = layer.input_factor, layer.weight_factor
-    return _scaled_mm(codes, layer, of_x, of_weight, ScalingType.TensorWise, ScalingType.TensorWise, bias, dtype)
-
-
-def _row_wise(codes: Tensor, scales: Tensor, layer: Linear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    assert layer.weight_scale is not None
-    return _scaled_mm(codes, layer, scales, layer.weight_scale.t(), ScalingType.RowWise, ScalingType.RowWise, bias, dtype)
-
-
-def _block_wise(codes: Tensor, scales: Tensor, layer: Linear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The product takes a multiple of 4 rows with scales column by column, and weight scales in rows of a multiple of 4."""
-    assert layer.weight_scale is not None
-    padded, by_columns = _in_fours(codes, scales)
-    weights = layer.weight_scale.data
-    if weights.shape[1] % 4:
-        weights = F.pad(weights, (0, -weights.shape[1] % 4))
-    kinds = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
-    return _scaled_mm(padded, layer, by_columns, weights.t(), *kinds, bias, dtype)[: codes.shape[0]]
-
-
-def _in_fours(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes ``[T, I]`` and scales ``[T, I / 128]`` with T rounded up to a multiple of 4, the scales with strides ``(1, T)``.
-
-    What stands in the rows that are added does not matter. Scales of ``FP8Group(layout="column")`` lie so already.
-    """
-    tokens, blocks = scales.shape
-    rows = -(-tokens // 4) * 4
-    if scales.stride() == (1, rows):  # their memory has the rows that are added
-        by_columns = scales.as_strided((rows, blocks), (1, rows))
-    else:
-        by_columns = scales.new_empty(blocks, rows).t()
-        by_columns[:tokens].copy_(scales)
-    if rows == tokens:
-        return codes, by_columns
-    padded = codes.new_empty(rows, codes.shape[1])
-    padded[:tokens].copy_(codes)
-    return padded, by_columns
-
-
-def _scaled_mm(
-    codes: Tensor,
-    layer: Linear,
-    of_x: Tensor,
-    of_weight: Tensor,
-    x_scaling: ScalingType,
-    weight_scaling: ScalingType,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    exact = dtype if dtype != torch.float16 else torch.bfloat16
-    result: Tensor = F.scaled_mm(codes, layer.weight.t(), of_x, x_scaling, of_weight, weight_scaling, bias=bias, output_dtype=exact)
-    return result.to(dtype)
-
-
-_ANY = (99, 9)
-_RECIPES: tuple[tuple[tuple[type, type], tuple[int, int], tuple[int, int], _Recipe], ...] = (
-    ((FP8Static, FP8Static), (8, 9), _ANY, _tensor_wise),
-    ((FP8PerToken, FP8PerToken), (9, 0), _ANY, _row_wise),
-    ((FP8Group, FP8Block), (9, 0), (9, 0), _block_wise),
-)

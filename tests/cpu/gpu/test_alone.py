@@ -10,6 +10,7 @@ import torch
 from emulated import emulate_launches
 from samples import DTYPES, every_format, wild
 
+from collogue.calls.product import ScaledProduct
 from collogue.contract import reference
 from collogue.contract.prologue import Gated
 from collogue.contract.quant import MXFP8, NVFP4, FP8Group, FP8PerToken, Quant
@@ -60,6 +61,21 @@ def test_values_without_a_format(gpu: list[str]) -> None:
     check(Gated.of(wild(3, 528)), None)
     check(Gated(wild(1, 264), wild(1, 264, seed=1)), None)
     assert gpu == ["collogue_gated_local_1_sum"]
+
+
+@pytest.mark.slow
+def test_products_are_scaled(gpu: list[str]) -> None:
+    """The same bits, also where scales and a bias start at an address that kernels cannot read."""
+    for seed, dtype in enumerate(DTYPES):
+        engine, (scales, bias) = alone.engine_of(CPU, dtype), wild(2, 584, seed=seed, dtype=torch.float32).abs()
+        columns = scales[1:577].view(-1, 1)
+        for given in (None, bias[1:577].to(dtype), bias.to(dtype)[3:579]):
+            product = ScaledProduct(wild(3, 576, seed=seed, dtype=torch.float32), bias[5:8].view(-1, 1), columns, given, dtype)
+            found = engine.scale(product)
+            assert found.dtype == dtype
+            assert torch.equal(found.view(torch.uint8), product.values().view(torch.uint8))
+        assert torch.equal(engine.one, torch.ones(1))
+    assert gpu == ["collogue_product_local_1_sum"] * 6
 
 
 @pytest.mark.slow

@@ -12,10 +12,12 @@ from samples import PAIRS
 from torch import nn
 
 import collogue
+from collogue.calls.product import ScaledProduct
 from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat
 from collogue.errors import ArgumentError, CollogueError, DTypeError, FormatError, ScaleError, ShapeError
+from collogue.gpu import alone
 from collogue.nn import RowParallelLinear, ScaledLinear
-from collogue.pytorch import scaled
+from collogue.pytorch import products, scaled
 from collogue.testing import VirtualGroup, run_virtual
 
 pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
@@ -103,17 +105,74 @@ def test_leading_dimensions_and_dtypes(dtype: torch.dtype) -> None:
     assert layer(x[:0]).shape == (0, OUT)
 
 
-@pytest.mark.parametrize(("name", "recipe"), [("tensor", scaled._tensor_wise), ("channel", scaled._row_wise)])
+@pytest.mark.parametrize(("name", "recipe"), [("tensor", products._tensor_wise), ("channel", products._row_wise)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_hardware_way_gets_its_arguments_right(name: str, recipe: Any, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch has these two products on the CPU as well, so their operands can be checked here."""
     _, layer = _layer(PAIRS[name], bias, torch.bfloat16)
     x = _x(torch.bfloat16)
     expected, bound = _exact(x, layer)
-    monkeypatch.setattr(scaled, "_recipe", lambda *_: recipe)
+    monkeypatch.setattr(scaled, "find_product", lambda *_: recipe)
+    monkeypatch.setattr(products, "FEW_ROWS", 0)
     found = layer(x)
     assert found.dtype == torch.bfloat16
     assert bool(((found.double() - expected).abs() <= bound + expected.abs() * 2.0**-8 + 2.0**-8 * float(bias)).all())
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Per-token products as GPUs have them, scaled by the reference. Returns the dtypes of the products that were scaled."""
+    seen: list[torch.dtype] = []
+
+    def scale(given: ScaledProduct) -> torch.Tensor:
+        seen.append(given.product.dtype)
+        return given.values()
+
+    monkeypatch.setattr(scaled, "find_product", lambda *_: products._row_wise)
+    monkeypatch.setattr(alone, "engine_of", lambda device, dtype: SimpleNamespace(one=torch.ones(1), scale=scale))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_are_rounded_once(few: list[torch.dtype], bias: bool, dtype: torch.dtype) -> None:
+    _, layer = _layer(PAIRS["channel"], bias, dtype)
+    x = _x(dtype)
+    expected, bound = _exact(x, layer)
+    found = layer(x)
+    assert found.dtype == dtype
+    assert few == [torch.float32]
+    assert bool(((found.double() - expected).abs() <= bound + expected.abs() * torch.finfo(dtype).eps / 2 + 2.0**-24).all())
+
+
+def test_which_rows_are_few(few: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The constant says it, and what one kernel does: not more."""
+    _, layer = _layer(PAIRS["channel"], dtype=torch.bfloat16)
+    x = torch.ones(1, IN, dtype=torch.bfloat16)
+    for rows, there in ((0, 0), (1, 1), (products.FEW_ROWS, 2), (products.FEW_ROWS + 1, 2)):
+        layer(x.expand(rows, IN))
+        assert len(few) == there
+    assert f"up to {products.FEW_ROWS} rows" in layer.explain()
+    monkeypatch.setattr(products, "MAX_HIDDEN_SIZE", OUT - 8)
+    layer(x)
+    assert len(few) == 2
+    assert "rows" not in layer.explain()
+
+
+def test_a_traced_layer_decides_when_it_runs(few: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One operator: no number of rows is written into the graph."""
+    _, layer = _layer(PAIRS["channel"], dtype=torch.bfloat16)
+    codes = [collogue.quantize(torch.randn(rows, IN).bfloat16(), collogue.FP8PerToken()) for rows in (3, products.FEW_ROWS + 1, 5)]
+    outs = [collogue.Output(codes=each, scales=scales) for each, scales in codes]
+    eager = [layer(out) for out in outs]
+    few.clear()
+    call = torch.compile(lambda c, s: layer(collogue.Output(codes=c, scales=s)), backend="aot_eager", fullgraph=True, dynamic=True)
+    for out, expected in zip(outs, eager, strict=True):
+        assert torch.equal(call(out.codes, out.scales), expected)
+    assert len(few) == 2
+    given = (*codes[0], layer.weight.data, layer.weight_scale.data, None, torch.bfloat16)  # type: ignore[union-attr]
+    checks = ("test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.collogue.per_token_product.default, given, test_utils=checks)
 
 
 def test_which_product_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +191,9 @@ def test_which_product_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for (name, capability), fast in table.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         weight, activation = PAIRS[name]
-        assert callable(scaled._recipe(activation, weight, gpu)) == fast, (name, capability)
+        assert callable(products.find_product(activation, weight, gpu)) == fast, (name, capability)
     wrong = collogue.FP8Group(64)
-    assert "groups of 128" in str(scaled._recipe(wrong, FP8Block(128), gpu))
+    assert "groups of 128" in str(products.find_product(wrong, FP8Block(128), gpu))
 
 
 def test_what_is_done_instead_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -334,7 +393,7 @@ def test_blocks_in_fours(tokens: int, layout: Any) -> None:
     x = torch.randn(tokens, IN, generator=torch.Generator().manual_seed(7)).bfloat16()
     codes, scales = collogue.quantize(x, collogue.FP8Group(128, layout=layout))
     assert scales is not None
-    padded, by_columns = scaled._in_fours(codes, scales)
+    padded, by_columns = products._in_fours(codes, scales)
     rows = -(-tokens // 4) * 4
     assert (padded.shape, by_columns.shape, by_columns.stride()) == ((rows, IN), (rows, IN // 128), (1, rows))
     assert torch.equal(padded[:tokens].view(torch.uint8), codes.view(torch.uint8))

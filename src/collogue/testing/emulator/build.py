@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from collogue import kernels
+from collogue.calls.product import ProductForm
 from collogue.calls.request import Request
 from collogue.calls.terms import TermsForm
 from collogue.contract.prologue import PrologueForm
@@ -58,7 +59,7 @@ class Case:
 
     ``uneven``: calls say how many rows each rank owns; where they do not, rank 0 owns all.
 
-    ``terms``: ``local`` adds so many tensors, as the host path gives them to it.
+    ``terms``: ``local`` adds so many tensors, as the host path gives them to it, or scales a product.
     """
 
     world: int
@@ -80,7 +81,7 @@ class Case:
     slots: int = 3
     branch: bool = False
     uneven: bool = False
-    terms: TermsForm | None = None
+    terms: TermsForm | ProductForm | None = None
 
     @property
     def cluster(self) -> int:

@@ -6,12 +6,13 @@ import ctypes
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from collogue import kernels
 from collogue.calls.call import Call
+from collogue.calls.product import ProductForm, ScaledProduct
 from collogue.calls.request import Signature
 from collogue.calls.terms import Terms, TermsForm
 from collogue.contract import reference
@@ -336,7 +337,8 @@ def _calls(case: Case, ask: Ask, kind: str, seed: int, terms: Change | None) -> 
     rows = [owned_rows(ask.tokens, case.world, rank, request.rows) for rank in range(case.world)]
     whole = Signature(request, None, device)
     if case.terms is not None:
-        every = [_terms(case.terms, case, ask.tokens, kind, seed + 100 * rank) for rank in range(case.world)]
+        make: Any = _product if isinstance(case.terms, ProductForm) else _terms
+        every = [make(case.terms, case, ask.tokens, kind, seed + 100 * rank) for rank in range(case.world)]
         calls = [Call(terms, residual, norm, case.quant, case.keep_norm, branch_norm=branch, signature=whole) for terms in every]
         return calls, [_finished(call) for call in calls]
     if case.operation == "finish":
@@ -380,6 +382,19 @@ def _terms(form: TermsForm, case: Case, tokens: int, kind: str, seed: int) -> Te
     made = Terms(tuple(values), islands)
     assert made.form == form
     return made
+
+
+def _product(form: ProductForm, case: Case, tokens: int, kind: str, seed: int) -> ScaledProduct:
+    """A product of ``kind``, in part negative zeros, its scales and its bias."""
+    shapes = (tokens, torch.float32), (1, torch.float32), (1, case.dtype)
+    made = [
+        make_inputs(kind, rank=k, tokens=rows, hidden_size=case.hidden_size, dtype=dtype, seed=seed).partial
+        for k, (rows, dtype) in enumerate(shapes)
+    ]
+    product, columns, bias = made
+    product[:, ::5] = -0.0
+    rows = torch.linspace(0.3, 3.0, tokens).view(-1, 1)
+    return ScaledProduct(product, rows, columns.abs().t().contiguous(), bias[0] if form.bias else None, case.dtype)
 
 
 def _finished(call: Call) -> Output:
