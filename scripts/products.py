@@ -1,10 +1,11 @@
 """Products of quantized layers, timed beside each other on one GPU: ``products.py OUT.json``, about half a minute.
 
 The four products of a layer of Llama-3.1-8B, by the calls that ``collogue.nn.ScaledLinear`` makes; codes are given, so nothing is
-quantized. ``row_wise`` is PyTorch's product with per-token scales, ``scaled`` the one with scales of 1 and a kernel that scales its float32
-result: ``collogue.pytorch.products.FEW_ROWS`` says up to how many rows a layer takes that way. ``block_row`` and ``block_column``: blocks of
-128 x 128, scales of the activations row by row and column by column. Calls lie in CUDA graphs, with so many weights in turn that none stays
-in a cache; the ways are replayed in turn, and a time is the median over replays, in microseconds for one product.
+quantized. ``row_wise`` is PyTorch's product with per-token scales, ``scaled`` the one with scales of 1 and a kernel that scales its
+float32 result: ``collogue.pytorch.products.FEW_ROWS`` says up to how many rows a layer takes that way. ``block_row`` and
+``block_column``: blocks of 128 x 128, scales of the activations row by row and column by column. Calls lie in CUDA graphs, with so many
+weights in turn that none stays in a cache; the ways are replayed in turn, and a time is the median over replays, in microseconds for one
+product.
 """
 
 from __future__ import annotations

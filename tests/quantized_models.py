@@ -355,13 +355,13 @@ def exact_logits(model: Any, parts: int, recipe: Recipe | None = None) -> Tensor
     return plain.double()(TOKENS).logits
 
 
-def logits(model: Any, world_size: int, **arguments: Any) -> torch.Tensor:
+def logits(model: Any, world_size: int, tokens: Tensor = TOKENS, **arguments: Any) -> torch.Tensor:
     """Of every rank the same."""
 
     def rank(group: VirtualGroup) -> torch.Tensor:
         mine = collogue.parallelize(copy.deepcopy(model), group, max_tokens=TOKENS.numel(), **arguments)
         with torch.no_grad():
-            found: torch.Tensor = mine(TOKENS).logits
+            found: torch.Tensor = mine(tokens).logits
         return found
 
     first, *others = run_virtual(world_size, rank)

@@ -380,8 +380,13 @@ def _of_fine_grained(linear: Any, format: WeightFormat, powers: bool, tensors: d
     if isinstance(format, MXFP8):
         return MXFP8("floor")
     if isinstance(format, FP8Block):
-        return FP8Group(format.size, "ue8m0" if powers else "float32")
+        return _groups(format.size, powers)
     return FP8PerToken()
+
+
+def _groups(size: int, powers: bool) -> FP8Group:
+    """Groups of the input. Scales in float32 lie column by column, as products on GPUs read them."""
+    return FP8Group(size, "ue8m0") if powers else FP8Group(size, layout="column")
 
 
 def _of_algorithm(algorithm: str | None, format: WeightFormat, tensors: dict[str, Tensor], names: Names) -> Quant | None:
@@ -453,7 +458,7 @@ def _of_scheme(scheme: Any, format: WeightFormat, tensors: dict[str, Tensor], na
     if kind == ("float", 8, "token") and given.dynamic:
         return FP8PerToken()
     if kind == ("float", 8, "group") and given.dynamic:
-        return MXFP8("floor") if powers and size == 32 else FP8Group(size, "ue8m0" if powers else "float32")
+        return MXFP8("floor") if powers and size == 32 else _groups(size, powers)
     if kind == ("float", 4, "tensor_group") and size == 16:
         if factor is None:
             raise ArgumentError(f"there is no {names.input_global}", hint="calibrate it before it is saved")

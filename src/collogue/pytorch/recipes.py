@@ -23,15 +23,15 @@ RECIPES = ("fp8_per_token", "fp8_block", "fp8_static", "mxfp8", "nvfp4")
 class Recipe:
     """What every linear layer inside decoder layers is quantized to.
 
-    ==================  ===================================  ==================
+    ==================  ===================================  =================================
     name                weights                              inputs
-    ==================  ===================================  ==================
+    ==================  ===================================  =================================
     ``fp8_per_token``   one scale per output feature         FP8PerToken
-    ``fp8_block``       blocks of 128 x 128                  FP8Group(128)
+    ``fp8_block``       blocks of 128 x 128                  FP8Group(128), scales column by column
     ``fp8_static``      one scale, ``amax / 448``            FP8Static
     ``mxfp8``           MXFP8, rounding "ceil"               MXFP8, the same
     ``nvfp4``           NVFP4, ``g = 448 * 6 / amax``        NVFP4
-    ==================  ===================================  ==================
+    ==================  ===================================  =================================
 
     Args:
         scales: of the inputs of ``fp8_static`` (divisors) and ``nvfp4`` (multipliers), by the layers' names in the model.
@@ -73,7 +73,7 @@ class Recipe:
         if self.name == "fp8_per_token":
             return QuantizedLinear(QuantizedWeight.of(weight, FP8PerToken()), FP8PerToken())
         if self.name == "fp8_block":
-            return QuantizedLinear(QuantizedWeight.of(weight, FP8Block()), FP8Group(128))
+            return QuantizedLinear(QuantizedWeight.of(weight, FP8Block()), FP8Group(128, layout="column"))
         if self.name == "mxfp8":
             return QuantizedLinear(QuantizedWeight.of(weight, MXFP8("ceil", "linear")), MXFP8("ceil"))
         amax = float(weight.detach().abs().max())

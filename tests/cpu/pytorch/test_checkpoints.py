@@ -62,7 +62,7 @@ def compressed(preset: str) -> tuple[nn.Linear, torch.Tensor]:
 EXPECTED: dict[str, tuple[type, str]] = {
     "FP8": (collogue.FP8Static, "fp8_static"),
     "FP8_DYNAMIC": (collogue.FP8PerToken, "fp8_per_token"),
-    "FP8_BLOCK": (FP8Block, "fp8_group128/float32/row"),
+    "FP8_BLOCK": (FP8Block, "fp8_group128/float32/column"),
     "NVFP4": (collogue.NVFP4, "nvfp4/128x4"),
     "NVFP4A16": (collogue.NVFP4, "none"),
     "MXFP8": (collogue.MXFP8, "mxfp8/floor/128x4"),
@@ -120,7 +120,7 @@ def test_fine_grained_fp8_of_transformers() -> None:
     found = read(linear, "q_proj", "fp8")
     assert torch.equal(found.weight.decode(), weight.decode())
     assert found.activation is not None
-    assert found.activation.label == "fp8_group128/float32/row"
+    assert found.activation.label == "fp8_group128/float32/column"
 
 
 def test_fine_grained_fp8_with_one_scale() -> None:
@@ -321,7 +321,7 @@ def test_a_layer_of_one_block() -> None:
     found = read(linear, "layer", "fp8")
     assert isinstance(found.weight.format, FP8Block)
     assert found.activation is not None
-    assert found.activation.label == "fp8_group128/float32/row"
+    assert found.activation.label == "fp8_group128/float32/column"
     assert torch.equal(found.weight.decode(), weight.decode())
 
 
@@ -338,7 +338,7 @@ def test_groups_of_32_with_float_scales_are_no_mxfp8() -> None:
     layer.quantization_scheme = _scheme({"strategy": "channel"}, {"strategy": "group", "group_size": 32, "dynamic": True})
     activation = read(layer, "layer", "compressed-tensors").activation
     assert activation is not None
-    assert activation.label == "fp8_group32/float32/row"
+    assert activation.label == "fp8_group32/float32/column"
 
 
 def test_nvfp4_inputs_without_a_global_scale() -> None:

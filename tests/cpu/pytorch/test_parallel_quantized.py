@@ -32,6 +32,7 @@ from quantized_models import (
 import collogue
 from collogue.contract import calibration
 from collogue.errors import ArgumentError, CollogueError, FormatError, ScaleError, ShapeError
+from collogue.pytorch import checkpoints, products, recipes
 from collogue.pytorch.checkpoints import is_quantized
 from collogue.pytorch.recipes import RECIPES, Recipe
 from collogue.pytorch.scaled import Linear
@@ -83,6 +84,33 @@ def test_quantized_on_load(name: str) -> None:
         found = logits(model, world_size, quant=name, calibration=calibration)
         assert error(found, exact_logits(model, world_size, Recipe.of(name, calibration))) < BOUND
     assert 0 < error(found, model(TOKENS).logits) < (0.5 if name == "nvfp4" else 0.15)
+
+
+@pytest.mark.parametrize(
+    "make", [fine_grained, functools.partial(compressed, "FP8_BLOCK"), None], ids=["fine-grained", "compressed", "load"]
+)
+def test_scales_of_groups_lie_as_products_read_them(make: Callable[[], Any] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Column by column, for any number of rows, so that nothing copies them; the same bits as row by row."""
+    model, options = (small_model("llama", **SIZES), {"quant": "fp8_block"}) if make is None else (make(), {"keep_packed": True})
+    seen: list[bool] = []
+    original = Linear._multiply
+
+    def watching(self: Linear, codes: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
+        by_columns = products._in_fours(codes, scales)[1]
+        seen.append(by_columns.data_ptr() == scales.data_ptr() and torch.equal(by_columns[: len(scales)], scales))
+        return original(self, codes, scales, *rest)
+
+    monkeypatch.setattr(Linear, "_multiply", watching)
+    by_columns = [logits(model, 1, tokens, **options) for tokens in (TOKENS, TOKENS[:, :8], TOKENS[:1, :1])]
+    assert len(seen) == 3 * 14
+    assert all(seen)
+    for module in (recipes, checkpoints):
+        monkeypatch.setattr(module, "FP8Group", lambda size, layout: collogue.FP8Group(size))
+    seen.clear()
+    by_rows = [logits(model, 1, tokens, **options) for tokens in (TOKENS, TOKENS[:, :8], TOKENS[:1, :1])]
+    assert len(seen) == 3 * 14
+    assert not any(seen)
+    assert all(torch.equal(*pair) for pair in zip(by_columns, by_rows, strict=True))
 
 
 _CHANGED: dict[str, dict[str, Any]] = {"granite": {"residual_multiplier": 0.3}, "llama": {"attention_bias": True}}

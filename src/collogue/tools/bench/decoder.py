@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from collogue.communicator import Communicator
-from collogue.contract.quant import FP8Group, Quant
+from collogue.contract.quant import Quant
 from collogue.contract.spec import RMSNorm
 from collogue.contract.weight import QuantizedWeight
 from collogue.nn import ColumnParallelLinear, RowParallelLinear
@@ -227,7 +227,6 @@ def _layer(scheme: str, weights: Sequence[Tensor], comm: Communicator) -> Layer:
 
 
 def _quantized(scheme: str, weight: Tensor) -> tuple[QuantizedWeight, Quant | None]:
-    """As ``collogue.parallelize(quant=scheme)`` does it, but that scales of groups lie column by column, as the products read them."""
+    """As ``collogue.parallelize(quant=scheme)`` does it."""
     made = Recipe(scheme, _STATIC).quantize(weight, "x")
-    activation = made.activation
-    return made.weight, replace(activation, layout="column") if isinstance(activation, FP8Group) else activation
+    return made.weight, made.activation
