@@ -49,6 +49,8 @@ class Slicer(Protocol):
 
     def part(self, whole: Tensor, rank: int, world_size: int) -> Tensor: ...
 
+    def whole(self, parts: list[Tensor]) -> Tensor: ...
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
@@ -158,13 +160,17 @@ class QuantizedWeight:
         Raises:
             ShapeError: a part does not end where a block of scales ends.
         """
-        along = cut.dim
-        unit = (1, 2 if self._packed else 1)[along]
-        codes = _bytes(cut.in_units(unit, name), self.codes, rank, world_size)
-        scales, block = self.scales, _block(self.format, along)
-        if scales is not None and block:
-            scales = _bytes(cut.in_units(block, name), scales, rank, world_size)
-        return replace(self, codes=codes, scales=scales)
+        of_codes, of_scales = self.cuts(cut, name)
+        scales = self.scales
+        if scales is not None and of_scales is not None:
+            scales = _bytes(of_scales, scales, rank, world_size)
+        return replace(self, codes=_bytes(of_codes, self.codes, rank, world_size), scales=scales)
+
+    def cuts(self, cut: Slicer, name: str) -> tuple[Slicer, Slicer | None]:
+        """The cut of the codes, and that of the scales, which may all be everyone's. Raises as :meth:`part` does."""
+        block = 0 if self.scales is None else _block(self.format, cut.dim)
+        unit = 2 if self._packed and cut.dim == 1 else 1
+        return cut.in_units(unit, name), cut.in_units(block, name) if block else None
 
 
 def check_scales(scales: Tensor) -> None:

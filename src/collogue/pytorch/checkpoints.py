@@ -156,7 +156,7 @@ def is_quantized(module: nn.Module) -> bool:
     """Whether a layer holds codes: numbers of one byte under any name, or a weight of integers."""
     return any(
         tensor.dtype != torch.bool and (tensor.element_size() == 1 or (name.startswith("weight") and not tensor.is_floating_point()))
-        for name, tensor in _tensors(module).items()
+        for name, tensor in tensors_of(module).items()
     )
 
 
@@ -182,7 +182,7 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
     """
     if method not in NAMES:
         raise ArgumentError(f"{name}: quantization method {method!r} is not known", hint=f"known are {', '.join(NAMES)}")
-    names, tensors = NAMES[method], _tensors(linear)
+    names, tensors = NAMES[method], tensors_of(linear)
     more = sorted(set(tensors) - names.known) + [f"a module {child}" for child, _ in linear.named_children()]
     if more:
         raise ArgumentError(
@@ -200,7 +200,7 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
     try:
         _check_scheme(getattr(getattr(linear, "quantization_scheme", None), "weights", None), scales)
         block = _block_size(linear) or (128 if algorithm == "FP8_PB_WO" else None)
-        weight = _weight(codes, scales, tensors.get(names.weight_global), names, block)
+        weight = weight_of(codes, scales, tensors.get(names.weight_global), names, block)
         if weight.scales is not None and weight.scales.device.type != "cpu":
             check_scales(weight.scales)
         if method == "modelopt":
@@ -245,7 +245,7 @@ def read_experts(
             hint=f"known are {', '.join(EXPERTS)}; else load the checkpoint dequantized",
         )
     codes_end, scales_end = EXPERTS[method]
-    tensors = _tensors(experts) | (_laid_out(experts, whole) if method == "mxfp4" else {})
+    tensors = tensors_of(experts) | (_laid_out(experts, whole) if method == "mxfp4" else {})
     missing = [each + end for each in whole for end in (codes_end, scales_end) if each + end not in tensors]
     known = {each + end for each in whole for end in (codes_end, scales_end, "_bias", "_activation_scale")}
     more = sorted(set(tensors) - known)
@@ -274,7 +274,7 @@ def _experts(experts: Any, name: str, codes: Tensor, scales: Tensor, shape: torc
     try:
         if scales.device.type != "cpu":
             check_scales(scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales)
-        weights = tuple(_weight(*each, None, NAMES["modelopt"], _block_size(experts)) for each in zip(codes, scales, strict=True))
+        weights = tuple(weight_of(*each, None, NAMES["modelopt"], _block_size(experts)) for each in zip(codes, scales, strict=True))
     except CollogueError as error:
         raise type(error)(f"{name}: {error.message}", hint=error.hint) from None
     if weights[0].shape != (rows, columns):
@@ -296,7 +296,8 @@ def _laid_out(experts: Any, whole: Mapping[str, torch.Size]) -> dict[str, Tensor
     return found
 
 
-def _tensors(linear: nn.Module) -> dict[str, Tensor]:
+def tensors_of(linear: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and buffers, by name."""
     return {name: tensor.detach() for name, tensor in (*linear.named_parameters(recurse=False), *linear.named_buffers(recurse=False))}
 
 
@@ -312,7 +313,7 @@ def _block_size(linear: Any) -> int | None:
     return int(structure[0])
 
 
-def _weight(codes: Tensor, scales: Tensor, factor: Tensor | None, names: Names, block: int | None) -> QuantizedWeight:
+def weight_of(codes: Tensor, scales: Tensor, factor: Tensor | None, names: Names, block: int | None) -> QuantizedWeight:
     """Codes and scales in the form that :class:`QuantizedWeight` has: in blocks where the layer says so, else by dtypes and shapes."""
     if codes.dtype == torch.float8_e4m3fn:
         powers = scales.dtype in (torch.uint8, torch.float8_e8m0fnu)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -128,25 +128,40 @@ class Checkpoint:
                 continue
             state[prefix + name] = cut.part(given, self.comm.rank, self.comm.world_size).to(own.device)
 
-    def gather(self, name: str, own: Tensor) -> Tensor:
-        """The whole parameter, on the CPU. Collective."""
-        every = own.new_empty(self.comm.world_size, *own.shape)
-        self.comm._group.all_gather(every, own.contiguous())
-        return self.cuts[name].whole(list(every.cpu().unbind(0)))
+    def whole(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What takes the place of the module's ``own`` tensors in a state dictionary, by name, on the CPU. Collective."""
+        return {name: gathered(self.comm, self.cuts.get(name), tensor) for name, tensor in own.items()}
 
 
-def no_checkpoint(module: nn.Module) -> nn.Module:
+class Whole(Protocol):
+    """What puts parts together: :class:`Cut`, :class:`OnFirst`."""
+
+    def whole(self, parts: list[Tensor]) -> Tensor: ...
+
+
+def gathered(comm: Communicator, cut: Whole | None, own: Tensor) -> Tensor:
+    """The whole tensor, on the CPU, from every rank's part; ``None``: every rank has all of it. Collective where it is cut."""
+    if cut is None or comm.world_size == 1:
+        return own.detach().cpu()
+    part = own.detach().contiguous()
+    part = part.view(torch.uint8) if part.element_size() == 1 else part
+    every = part.new_empty(comm.world_size, *part.shape)
+    comm._group.all_gather(every, part)
+    return cut.whole(list(every.cpu().unbind(0))).view(own.dtype)
+
+
+def no_checkpoint(module: nn.Module, what: str) -> nn.Module:
     """Make state dictionaries of a quantized part an error, in and out: its tensors are not those of any checkpoint."""
-    module.register_state_dict_pre_hook(_quantized)  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_pre_hook(_quantized)  # type: ignore[no-untyped-call]
+
+    def refuse(module: nn.Module, *rest: Any) -> None:
+        raise ArgumentError(
+            f"state dictionaries of a quantized parallel model are not known where it has {what}",
+            hint="keep the checkpoint that the model was loaded from; to load other weights, load them unsharded and parallelize again",
+        )
+
+    module.register_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call]
     return module
-
-
-def _quantized(module: nn.Module, *rest: Any) -> None:
-    raise ArgumentError(
-        "state dictionaries of a quantized parallel model are not known",
-        hint="keep the checkpoint that the model was loaded from; to load other weights, load them unsharded and parallelize again",
-    )
 
 
 def _refuse(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -165,11 +180,13 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         The names and shapes of the model before it was cut, on every rank, tensors on the CPU. What was never cut shares the model's
         memory where that is on the CPU. ``model.save_pretrained(path, state_dict=...)`` and ``load_state_dict`` of an unsharded model,
-        or of one at another world size, take it.
+        or of one at another world size, take it. Quantized layers have the names and dtypes of their checkpoint; where ``quant=`` has
+        quantized them, those of compressed-tensors, and of fine-grained FP8 for blocks.
     Synchronization:
         Collective: every rank calls it, also where only one saves.
     Raises:
-        ArgumentError: ``model`` is not a module, or is quantized. CollectiveError.
+        ArgumentError: ``model`` is not a module, or has quantized weights that were decoded, quantized experts, or scales that hold a
+            factor of the model (Granite). CollectiveError.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"expected a module, got {type(model).__name__}", hint="pass the model that parallelize returned")
@@ -179,15 +196,18 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     finally:
         _gathering.now = False
     names = {module: name for name, module in model.named_modules()}
+    owners: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        owner, _, name = key.rpartition(".")
+        owners.setdefault(owner, {})[name] = tensor
     for module, prefix in names.items():
         checkpoint = getattr(module, "checkpoint", None)
         if not isinstance(checkpoint, Checkpoint):
             continue
-        for name in checkpoint.cuts:
-            key = f"{prefix}.{name}" if prefix else name
-            if checkpoint.same_as is not None and checkpoint.same_as[0] in names:
-                owner, other = checkpoint.same_as
-                state[key] = state[f"{names[owner]}.{other}"].cpu()
-            else:
-                state[key] = checkpoint.gather(name, state[key])
-    return type(state)((key, tensor.cpu() if isinstance(tensor, Tensor) else tensor) for key, tensor in state.items())
+        if checkpoint.same_as is not None and checkpoint.same_as[0] in names:
+            tied, other = checkpoint.same_as
+            owners[prefix] |= dict.fromkeys(checkpoint.cuts, owners[names[tied]][other])
+        else:
+            owners[prefix] = checkpoint.whole(owners[prefix])
+    whole = ((f"{owner}.{name}" if owner else name, tensor) for owner, own in owners.items() for name, tensor in own.items())
+    return type(state)((key, tensor.cpu() if isinstance(tensor, Tensor) else tensor) for key, tensor in whole)

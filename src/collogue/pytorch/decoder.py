@@ -26,18 +26,20 @@ from collogue.pytorch.checkpoints import (
 from collogue.pytorch.cut import Cut, OnFirst, Section
 from collogue.pytorch.forms import FORMS, WHOLE, Block, Counted, Cuts, Form
 from collogue.pytorch.nn import check_linear, odd_parameter, own_ways
+from collogue.pytorch.published import Published
 from collogue.pytorch.recipes import Recipe
 
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """One linear layer of the base model: ``nn.Linear``, peft's LoRA around one, or a quantized one."""
+    """One linear layer of the base model: ``nn.Linear``, peft's LoRA around one, or a quantized one, and how it is ``published``."""
 
     name: str
     linear: nn.Module
     column: bool
     cut: Cut
     quantized: QuantizedLinear | None = None
+    published: Published | None = None
 
     @property
     def lora(self) -> bool:
@@ -298,7 +300,8 @@ def _linear(base: nn.Module, name: str, column: bool, counted: Counted, ranks: _
     if quantized is not None:
         cut = ranks.cut(quantized.weight.shape[dim], dim, counted, name)
         quantized.check_part(cut, ranks.size, name)
-        return LinearPlan(name, linear, column, cut, quantized)
+        published = Published.of(linear, source.method if is_quantized(linear) else None, quantized)
+        return LinearPlan(name, linear, column, cut, quantized, published)
     lora = f"{type(linear).__module__}.{type(linear).__qualname__}" == "peft.tuners.lora.layer.Linear"
     if lora:
         _check_lora(linear, name)

@@ -27,6 +27,7 @@ from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
 from collogue.pytorch.generation import generate
 from collogue.pytorch.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear, home
 from collogue.pytorch.products import has_product
+from collogue.pytorch.published import QuantizedCheckpoint
 from collogue.pytorch.recipes import Recipe
 from collogue.pytorch.scaled import Handover
 
@@ -259,7 +260,11 @@ def _cut_tensors(each: TensorPlan, base: Any, comm: Communicator, undo: _Undo) -
         else:
             mine = cut.part(getattr(part, parameter), comm.rank, comm.world_size)
         setattr(part, parameter, nn.Parameter(mine, False))
-    undo.set(base.get_submodule(owner), name, no_checkpoint(part) if each.quantized else _with_checkpoint(part, comm, each.cuts))
+    undo.set(
+        base.get_submodule(owner),
+        name,
+        no_checkpoint(part, "quantized experts") if each.quantized else _with_checkpoint(part, comm, each.cuts),
+    )
 
 
 def _say_linears(decoder: Decoder, device: torch.device) -> None:
@@ -339,12 +344,16 @@ def _quantized_part(
     weight: Any = packed if keep else (packed.decode() * (factor if powers else 1.0)).to(dtype)
     bias: Any = getattr(each.linear, "bias", None)
     bias = None if bias is None else bias.detach() * (factor / later)
-    part = (
+    part: Any = (
         ColumnParallelLinear(weight, None if bias is None else cut.part(bias, rank, size), comm, activation=activation, dtype=dtype)
         if each.column
         else _Row(weight, bias, comm, later, summed, activation=activation, dtype=dtype)
     )
-    return no_checkpoint(part)
+    if factor != later:
+        return no_checkpoint(part, f"weights that hold the model's factor {factor}")
+    assert each.published is not None
+    vars(part)["checkpoint"] = QuantizedCheckpoint(part, comm, cut, each.column, each.published, each.name)
+    return part  # type: ignore[no-any-return]
 
 
 def _cut_head(decoder: Decoder, cut: Cut, comm: Communicator, undo: _Undo) -> None:

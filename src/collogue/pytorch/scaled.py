@@ -91,7 +91,7 @@ class Linear(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
         self.activation = activation
         for name, format in (("weight_factor", self.format), ("input_factor", activation)):
-            self.register_buffer(name, _factor(format, self.weight.device), persistent=quantized)
+            self.register_buffer(name, factor_of(format, self.weight.device), persistent=quantized)
         #: Where the scales of codes are, for codes that come as a tensor.
         self.handover: Handover | None = None
         self.dtype = dtype or (torch.bfloat16 if quantized else self.weight.dtype)
@@ -303,7 +303,7 @@ def _say_once(text: str) -> None:
     _log.info(text)
 
 
-def _factor(format: object, device: torch.device) -> Tensor | None:
+def factor_of(format: object, device: torch.device) -> Tensor | None:
     """The number that a format holds, as products take it; ``None`` for formats that hold none."""
     scale = getattr(format, "given_scale", None)
     if scale is None:

@@ -475,16 +475,3 @@ def test_parts_that_end_inside_a_block(name: str, kind: Any) -> None:
     model = small_model("llama")
     with pytest.raises(kind, match=r"layers\.0\..*_proj"):
         run_virtual(2, lambda group: collogue.parallelize(copy.deepcopy(model), group, max_tokens=8, quant=name))
-
-
-def test_state_dictionaries_are_errors() -> None:
-    model = small_model("llama", **SIZES)
-
-    def rank(group: VirtualGroup) -> None:
-        mine = collogue.parallelize(copy.deepcopy(model), group, max_tokens=8, quant="fp8_per_token")
-        for call in (mine.state_dict, lambda: collogue.full_state_dict(mine), lambda: mine.load_state_dict(model.state_dict())):
-            with pytest.raises(ArgumentError, match="state dictionaries of a quantized parallel model"):
-                call()
-
-    for world_size in (1, 2):
-        run_virtual(world_size, rank)
