@@ -68,6 +68,7 @@ def measure(shape: tuple[int, int], rows: int, replays: int) -> dict[str, float 
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     for name, calls in calls_of(shape, rows).items():
         found[name] = None
+        torch.cuda.synchronize()  # weights and codes were made on another stream
         try:
             with torch.cuda.stream(stream):
                 for each in calls:
