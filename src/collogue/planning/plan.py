@@ -32,7 +32,7 @@ MAX_THREADS = 1024
 #: Two-shot: wider CTAs are few, and have another row on its way before they finish one.
 MAX_THREADS_OF_ROWS_IN_TURN = 512
 #: Tokens of the largest call whose kernel computes the terms of experts itself: each of its threads has few rows on their way.
-MOST_TOKENS_OF_EXPERTS = 256
+MOST_TOKENS_OF_EXPERTS = 512
 #: Largest hidden size where a cluster does a row, and where one CTA does.
 MAX_HIDDEN_SIZE, MAX_HIDDEN_SIZE_OF_A_CTA = 32768, 16384
 
