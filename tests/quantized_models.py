@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from models import small_model
 from torch import Tensor, nn
@@ -155,7 +156,10 @@ def mxfp4(laid_out: bool = False) -> Any:
     """A gpt-oss with transformers' own MXFP4 experts: blocks and scales as they are published, or as the kernels' package lays them out,
     of which there is an imitation here.
     """
-    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, Mxfp4GptOssMLP
+    try:
+        from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, Mxfp4GptOssMLP
+    except ImportError as error:
+        pytest.skip(f"this transformers lays MXFP4 experts out in another way: {error}")
 
     model = small_model("gpt_oss", **SIZES | EXPERT_SIZES["gpt_oss"])
     for name, plain in experts(model).items():

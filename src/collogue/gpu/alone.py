@@ -59,7 +59,7 @@ class Alone(KernelEngine):
     def scale(self, given: ScaledProduct) -> torch.Tensor:
         """``given.values()``, by one kernel: rows of a width that :meth:`takes`."""
         bias = None if given.bias is None else _aligned(given.bias)
-        given = ScaledProduct(given.product, given.rows, _aligned(given.columns), bias, given.dtype)
+        given = ScaledProduct(given.product, given.rows.contiguous(), _aligned(given.columns), bias, given.dtype)
         plain: dict[str, Any] = {"residual": False, "norm": False, "wide_weight": False, "quant": None, "keep_norm": False}
         request = make_request(given.tokens, given.hidden_size, given.dtype, operation="all_reduce", prologue=given.form, **plain)
         out = self.run(Call(given, signature=self.capacity.signature(request)), None)

@@ -13,6 +13,7 @@ from torch.nn.functional import ScalingType
 from collogue.calls.product import ScaledProduct
 from collogue.contract.quant import FP8Group, FP8PerToken, FP8Static, Quant
 from collogue.contract.weight import FP8Block, WeightFormat
+from collogue.errors import ShapeError
 from collogue.ops import is_traced, register
 from collogue.planning.plan import MAX_HIDDEN_SIZE
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from collogue.pytorch.scaled import Linear
 
 #: Most rows of a per-token product that is made of one with scales of 1, whose float32 result a kernel scales. That takes 8 bytes a row
-#: and feature, written and read, beside the weight's I bytes a feature: a quarter of them, of 4096 inputs. PyTorch's row-wise product took
-#: 1.6 times as long as one with a scale for each tensor, at 1 to 64 rows (docs/speed.md). scripts/products.py times both.
+#: and feature, written and read, beside the weight's I bytes a feature: a quarter of them, of 4096 inputs. Up to so many rows the four
+#: products of a layer of Llama-3.1-8B take less time together than PyTorch's row-wise ones (docs/evidence.md; scripts/products.py).
 FEW_ROWS = 128
 
 Product = Callable[[Tensor, Any, Any, Any, torch.dtype], Tensor]
@@ -72,6 +73,11 @@ def per_token(codes: Tensor, scales: Tensor, weight: Tensor, weight_scale: Tenso
     """The product of codes ``[T, I]`` and ``[O, I]`` with scales ``[T, 1]`` and ``[O, 1]``: how, the number of rows decides."""
     if not _scaled_by_a_kernel(codes.shape[0], weight.shape[0]):
         return _scaled_mm(codes, weight, scales, weight_scale.t(), ScalingType.RowWise, ScalingType.RowWise, bias, dtype)
+    if (scales.shape, scales.dtype) != ((codes.shape[0], 1), torch.float32):  # the kernel reads as many as there are rows
+        raise ShapeError(
+            f"scales are {scales.dtype} {list(scales.shape)}; expected float32 [{codes.shape[0]}, 1], one for each row of the codes",
+            hint="pass codes and scales of one call",
+        )
     from collogue.gpu.alone import engine_of
 
     engine = engine_of(codes.device, dtype)

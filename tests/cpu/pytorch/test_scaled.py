@@ -145,6 +145,16 @@ def test_few_rows_are_rounded_once(few: list[torch.dtype], bias: bool, dtype: to
     assert bool(((found.double() - expected).abs() <= bound + expected.abs() * torch.finfo(dtype).eps / 2 + 2.0**-24).all())
 
 
+@pytest.mark.parametrize("scales", [torch.ones(1, 1), torch.ones(3), torch.ones(3, 1, dtype=torch.bfloat16), torch.ones(4, 1)])
+def test_scales_of_other_rows_are_not_read(few: list[torch.dtype], scales: torch.Tensor) -> None:
+    """The kernel would read past the end of them, or take their bits for others."""
+    _, layer = _layer(PAIRS["channel"], dtype=torch.bfloat16)
+    codes = torch.ones(3, IN).to(torch.float8_e4m3fn)
+    with pytest.raises(ShapeError, match="one for each row of the codes"):
+        layer(collogue.Output(codes=codes, scales=scales))
+    assert not few
+
+
 def test_which_rows_are_few(few: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
     """The constant says it, and what one kernel does: not more."""
     _, layer = _layer(PAIRS["channel"], dtype=torch.bfloat16)
