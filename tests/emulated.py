@@ -70,9 +70,7 @@ class Emulated:
         self.seed += 1
         shape = self.kernel.shape
         failures, anywhere = (ctypes.c_uint64 * 64)(), (ctypes.c_uint64 * 2)(0, (1 << 64) - 1)
-        launch = _Launch(
-            ctypes.addressof(self.params), 0, 0, 0, 0, shape.cluster, shape.clusters // shape.teams, shape.threads, shape.teams
-        )
+        launch = _Launch(ctypes.addressof(self.params), 0, 0, 0, 0, shape.cluster, shape.clusters, shape.threads)
         job = _Job(1, 1, MODES.index("fair"), 0, (1 << 32) - 1, ctypes.sizeof(_Job))
         job.gpus, job.ctas, job.seed, job.launch = 1, 1 << 30, self.seed, ctypes.addressof(launch)
         job.failures, job.failure_bytes = ctypes.addressof(failures), 64

@@ -51,8 +51,8 @@ class Launcher:
             pdl.value.programmaticStreamSerializationAllowed = 1
             attributes.append(pdl)
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = shape.cluster, shape.clusters // shape.teams, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, shape.teams, 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = shape.cluster, shape.clusters, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1
         config.attrs, config.numAttrs = attributes, len(attributes)
         self._config = config
         #: The stream of the last launch.

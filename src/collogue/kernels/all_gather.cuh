@@ -12,7 +12,6 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
   using D = typename C::D;
   using Wire = WireRow<C>;
   using Format = typename C::Format;
-  static_assert(C::kTeams == 1);  // a flag is of a CTA
   struct Shared {
     u32 stopped;  // of the warp that waited for all
   };
@@ -20,8 +19,8 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
   RowPlace<C> row(p);
   Ranks<C> ranks(p);
   const Wire wire(p);
-  const u32 end = p.first + p.count, step = grid_rows<C>();
-  const u32 cta = grid_row<C>() * blocks_in_row() + block_in_row(), ctas = grid_rows<C>() * blocks_in_row();
+  const u32 end = p.first + p.count, step = grid_rows();
+  const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();
   const u32 flags_offset = Ranks<C>::kPeers * p.slot_bytes;  // [sender][CTA]
   const u32 warp = thread_index() / 32, lane = thread_index() % 32;
 
@@ -30,7 +29,7 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
   opening.after_sends(row);  // nothing is sent before: the rows are many, and need nothing of what this does
 
   // Own rows: to their place here and to every peer.
-  for (u32 r = p.first + grid_row<C>(); r < end; r += step) {
+  for (u32 r = p.first + grid_row(); r < end; r += step) {
     const u32 t = ranks.row_of(p.rank, r), at = (r - p.first) * p.wire_bytes;
     if (!ranks.owns(p.rank, t)) break;
     row.aim_finished(t);
@@ -62,7 +61,7 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
       }
     }
   }
-  sync_team<C>();
+  sync_block();
   if (warp == 0) {
     const bool peer = lane < C::kWorld && lane != p.rank;
     if (peer) fence_system();
@@ -72,17 +71,17 @@ COLLOGUE_DEVICE void all_gather(const Params& p) {
     u32* const flag = reinterpret_cast<u32*>(ranks.own + p.data_offset + ranks.generation + flags_offset) + ranks.position(lane, p.rank) * ctas + cta;
     const auto missing = [&] { return peer && load_peer_written_word(flag) == D::kSentinel; };
     ranks.wait(missing, [&] { return missing() ? lane : kNobody; }, kStageShard,
-               smaller(ranks.row_of(C::kUneven && !peer ? p.rank : lane, p.first + grid_row<C>()), p.tokens - 1));
+               smaller(ranks.row_of(C::kUneven && !peer ? p.rank : lane, p.first + grid_row()), p.tokens - 1));
     fence_system();
     if (peer && !ranks.stopped) store_word(reinterpret_cast<u8*>(flag), D::kSentinel);
     // To the other warps it is their rank that has stopped.
     if (lane == 0) shared.stopped = ranks.stopped & kFoundHere ? (ranks.stopped & 0xff00u) | (p.rank + 1) : ranks.stopped;
   }
-  sync_team<C>();
+  sync_block();
   ranks.stopped |= shared.stopped;
 
   // The others' rows, to their places here.
-  for (u32 r = p.first + grid_row<C>(); r < end && !ranks.stopped; r += step) {
+  for (u32 r = p.first + grid_row(); r < end && !ranks.stopped; r += step) {
 #pragma unroll 1
     for (u32 k = 1; k < C::kWorld; k++) {
       const u32 owner = ranks.next_peer(k), t = ranks.row_of(owner, r);

@@ -30,7 +30,7 @@ struct Exchange {
   u32 remote;          // this warp's first block in the CTA that this lane sends to
   u32 remote_barrier;
 
-  // Before cluster_arrive() or sync_team(). Blocks past the end of the row are 0 and stay so.
+  // Before cluster_arrive() or sync_block(). Blocks past the end of the row are 0 and stay so.
   COLLOGUE_DEVICE Exchange(ExchangeBuffer<C, kUsed>& b, u32 blocks_in_a_row, u32 first_block)
       : buffer(b), blocks(blocks_in_a_row), sends(0), values(0), remote(0), remote_barrier(0) {
     if constexpr (!kUsed) return;
@@ -82,7 +82,7 @@ struct Exchange {
       return values + odd * C::kBlocks * 4;
     }
 #endif
-    sync_team<C>();
+    sync_block();
     return values + odd * C::kBlocks * 4;
   }
 };

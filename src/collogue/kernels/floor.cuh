@@ -46,20 +46,16 @@ COLLOGUE_DEVICE void exchange_floor(const Params& p) {
   } while (missing);
 }
 
-struct OneTeam {
-  static constexpr int kTeams = 1;
-};
-
 // slot_bytes to every peer by 16-byte stores; every word is 1 + the sender's rank.
 template <int kWorld>
 COLLOGUE_DEVICE void wire_floor(const Params& p) {
   const u32 word = p.rank + 1;
   const Words v = {{word, word, word, word}};
-  const u32 threads = grid_rows<OneTeam>() * thread_count();
+  const u32 threads = grid_rows() * thread_count();
   wait_for_previous_kernel();
   launch_next_kernel();
 #pragma unroll 4
-  for (u32 unit = grid_row<OneTeam>() * thread_count() + thread_index(); unit < p.slot_bytes / 16; unit += threads) {
+  for (u32 unit = grid_row() * thread_count() + thread_index(); unit < p.slot_bytes / 16; unit += threads) {
 #pragma unroll
     for (u32 k = 1; k < kWorld; k++) {
       const u32 peer = p.rank + k < kWorld ? p.rank + k : p.rank + k - kWorld;

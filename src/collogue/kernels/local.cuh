@@ -26,8 +26,8 @@ COLLOGUE_DEVICE void local(const Params& p) {
 
   wait_for_previous_kernel();
   row.ask();
-  if (C::kAhead && grid_row<C>() < p.tokens) load(grid_row<C>());
-  for (u32 t = grid_row<C>(), turn = 0; t < p.tokens; t += grid_rows<C>(), turn++) {
+  if (C::kAhead && grid_row() < p.tokens) load(grid_row());
+  for (u32 t = grid_row(), turn = 0; t < p.tokens; t += grid_rows(), turn++) {
     if (turn) row.next();
     row.aim(t);
     if (!C::kAhead) load(t);
@@ -48,10 +48,10 @@ COLLOGUE_DEVICE void local(const Params& p) {
 #pragma unroll
       for (int i = 0; i < C::kVectors; i++) joined[i] = residual[i];
     }
-    if (C::kAhead && t + grid_rows<C>() < p.tokens) load(t + grid_rows<C>());
+    if (C::kAhead && t + grid_rows() < p.tokens) load(t + grid_rows());
     if (turn == 0) {
       launch_next_kernel();
-      const u32 cta = grid_row<C>() * blocks_in_row() + block_in_row(), ctas = grid_rows<C>() * blocks_in_row();
+      const u32 cta = grid_row() * blocks_in_row() + block_in_row(), ctas = grid_rows() * blocks_in_row();
       row.codes.pad(p.scale_rows, cta * C::kThreads + thread_index(), ctas * C::kThreads);
       row.get_ready();
     }

@@ -13,7 +13,7 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
   Row<C> row(p, shared);
   Ranks<C> ranks(p);
   typename C::template Source<C> source(row);
-  u32 t = grid_row<C>(), slot_offset = static_cast<u32>(row.offset(t));
+  u32 t = grid_row(), slot_offset = static_cast<u32>(row.offset(t));
   source.aim(t);
   const u8* residual = C::kResidual ? p.residual + row.offset(t) : nullptr;
   compute_now(slot_offset ^ source.digest() ^ folded(residual) ^ ranks.digest(), shared.digest);
@@ -60,7 +60,7 @@ COLLOGUE_DEVICE void one_shot(const Params& p) {
     row.finish(turn, x, [&] { opening.compare_later(); }, NoWire{});
 
     if constexpr (!C::kLoop) break;
-    t += grid_rows<C>();
+    t += grid_rows();
     if (t >= p.tokens) break;
     row.next();
     slot_offset = static_cast<u32>(row.offset(t));

@@ -44,10 +44,10 @@ struct Opening {
   template <class Place>
   COLLOGUE_DEVICE void after_sends(Place& row, u32 left = 0) {
     // Worked out while words travel, not before they leave.
-    u32 cta = grid_row<C>() * blocks_in_row() + block_in_row(), scale_rows = ranks.p.scale_rows;
+    u32 cta = grid_row() * blocks_in_row() + block_in_row(), scale_rows = ranks.p.scale_rows;
     compute_now(cta);
     compute_now(scale_rows);
-    const u32 thread = cta * C::kThreads + thread_index(), threads = grid_rows<C>() * blocks_in_row() * C::kThreads;
+    const u32 thread = cta * C::kThreads + thread_index(), threads = grid_rows() * blocks_in_row() * C::kThreads;
     ranks.announce(thread, threads / 32, left);
     first_warp = thread / 32 == 0;
     if (first_warp) seen = ranks.look_at_marks(ranks.call - 1);

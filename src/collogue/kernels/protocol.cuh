@@ -271,26 +271,6 @@ struct Ranks {
     return v;
   }
 
-  // All of a thread's vectors that have not arrived are asked for together: vector i at `place(i)` in lanes where `used(i)`.
-  static constexpr bool kTogether = C::kTeams > 1 && C::kWorld == 2 && C::kVectors > 1;
-  template <class Place, class Used>
-  COLLOGUE_DEVICE void receive_together(Vector (&arrived)[C::kVectors], Place place, Used used, u32 stage, u32 token) {
-    const auto missing = [&] {
-      bool any = false;
-#pragma unroll
-      for (int i = 0; i < C::kVectors; i++) any |= used(i) && is_missing(arrived[i]);
-      return any;
-    };
-    wait(
-        [&] {
-#pragma unroll
-          for (int i = 0; i < C::kVectors; i++)
-            if (used(i)) arrived[i] = load_arrived(place(i));
-          return missing();
-        },
-        [&] { return missing() ? 1 - p.rank : kNobody; }, stage, token);
-  }
-
   // Adds every rank's term of one vector in rank order; `mine` is this rank's, disguised; `place`: of the vector in slots(). All lanes
   // of the warp together.
   COLLOGUE_DEVICE void receive_and_add(const Vector& mine, const u8* place, bool active, u32 token, float (&sum)[8]) {

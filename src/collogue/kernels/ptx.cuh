@@ -4,10 +4,7 @@
 #include "types.cuh"
 
 #define COLLOGUE_DEVICE __device__ __forceinline__
-// One for each team of the kernel with Config C (team()).
-#define COLLOGUE_SHARED(type, name) \
-  __shared__ type name##_of_teams[C::kTeams]; \
-  type& name = name##_of_teams[team<C>()]
+#define COLLOGUE_SHARED(type, name) __shared__ type name  // one of each per kernel
 
 // Capabilities of the architecture, the only place that asks for it.
 #define COLLOGUE_HAS_CLUSTERS (__CUDA_ARCH__ >= 900)  // thread-block clusters, mbarrier transactions, PDL
@@ -35,32 +32,14 @@ COLLOGUE_DEVICE float fused_multiply_add(float a, float b, float c) { return __f
 COLLOGUE_DEVICE u32 smaller(u32 a, u32 b) { return a < b ? a : b; }
 COLLOGUE_DEVICE u32 ones(u32 x) { return static_cast<u32>(__popc(x)); }
 
-// A CTA has one team of threads, or several, each on a row of its own: the rows of its threads. `thread`: in its team.
 COLLOGUE_DEVICE u32 thread_index() { return threadIdx.x; }
 COLLOGUE_DEVICE u32 thread_count() { return blockDim.x; }
-template <class C>
-COLLOGUE_DEVICE u32 team() {
-  return C::kTeams == 1 ? 0 : threadIdx.y;
-}
-// The grid is (CTAs of a row, CTAs that do rows at once): a cluster is one row of the grid.
+// The grid is (CTAs of a row, rows at once): a cluster is one row of the grid.
 COLLOGUE_DEVICE u32 block_in_row() { return blockIdx.x; }
 COLLOGUE_DEVICE u32 blocks_in_row() { return gridDim.x; }
-// Which of the rows that are done at once is this team's, and how many are.
-template <class C>
-COLLOGUE_DEVICE u32 grid_row() {
-  return blockIdx.y * C::kTeams + team<C>();
-}
-template <class C>
-COLLOGUE_DEVICE u32 grid_rows() {
-  return gridDim.y * C::kTeams;
-}
-template <class C>
-COLLOGUE_DEVICE void sync_team() {
-  if constexpr (C::kTeams == 1)
-    __syncthreads();
-  else
-    asm volatile("barrier.sync %0, %1;" ::"r"(team<C>()), "n"(C::kThreads) : "memory");
-}
+COLLOGUE_DEVICE u32 grid_row() { return blockIdx.y; }
+COLLOGUE_DEVICE u32 grid_rows() { return gridDim.y; }
+COLLOGUE_DEVICE void sync_block() { __syncthreads(); }
 
 // All 32 lanes call the following together.
 COLLOGUE_DEVICE bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }

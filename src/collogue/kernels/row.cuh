@@ -167,7 +167,7 @@ struct Row : RowPlace<C> {
       if (thread_index() == 0) shared.zero = 0;
     }
     if constexpr (kBarrierAtStart) {
-      sync_team<C>();
+      sync_block();
 #if COLLOGUE_HAS_CLUSTERS
       if constexpr (C::kClustered) cluster_arrive();
 #endif
@@ -246,7 +246,7 @@ struct Row : RowPlace<C> {
       return;
     }
 #endif
-    sync_team<C>();
+    sync_block();
   }
 
  private:
@@ -310,7 +310,7 @@ struct Row : RowPlace<C> {
     if constexpr (G::kInBlock) {
 #pragma unroll
       for (int i = 0; i < C::kVectors; i++) quant.share_amax(this->vector(i), this->active(i), largest_magnitude<D>(n[i]));
-      sync_team<C>();
+      sync_block();
     }
 #pragma unroll
     for (int i = 0; i < C::kVectors; i++) {

@@ -20,9 +20,9 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
   Ranks<C> ranks(p);
   typename C::template Source<C> source(row);
   const WireRow<C> wire(p);
-  const u32 end = p.first + p.count, step = grid_rows<C>(), row_bytes = p.hidden * D::kBytes;
+  const u32 end = p.first + p.count, step = grid_rows(), row_bytes = p.hidden * D::kBytes;
   const u32 gather_offset = Ranks<C>::kPeers * p.slot_bytes;
-  u32 r = p.first + grid_row<C>();
+  u32 r = p.first + grid_row();
 
   Opening<C> opening(ranks);
   opening.begin(row, [] {});
@@ -108,32 +108,8 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
           targets[k] = p.workspace[peer] + p.data_offset + ranks.generation + gather_offset + ranks.position(p.rank, peer) * p.gather_bytes + (r - p.first) * p.wire_bytes;
         }
       }
-      constexpr bool kTogether = Ranks<C>::kTogether;
-      if constexpr (kTogether) {
-        Vector arrived[C::kVectors];
 #pragma unroll
-        for (int i = 0; i < C::kVectors; i++) {
-          x[i] = source.term(t, i);
-          arrived[i] = Vector{};
-        }
-        ranks.receive_together(
-            arrived, [&](int i) { return ranks.slots() + offset + row.vector(i) * 8 * D::kBytes; }, [&](int i) { return row.active(i); },
-            kStagePartials, t);
-#pragma unroll
-        for (int i = 0; i < C::kVectors; i++) {
-          float sum[8];
-          begin<D>(sum, ranks.disguise(x[i]));
-          add<D>(sum, arrived[i]);
-          if constexpr (C::kBranch) {
-            x[i] = D::round(sum);
-            continue;
-          }
-          if constexpr (C::kResidual) add<D>(sum, row.load(p.residual + row.offset(r), i));
-          x[i] = row.store_stream(i, sum);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < (kTogether ? 0 : C::kVectors); i++) {
+      for (int i = 0; i < C::kVectors; i++) {
         const u32 at = offset + row.vector(i) * 8 * D::kBytes;
         if constexpr (C::kVectors > 1) {
           x[i] = source.term(t, i);
@@ -162,7 +138,7 @@ COLLOGUE_DEVICE void sharded(const Params& p) {
     }
     if (C::kGather && r >= p.first + step) take(r - step);
   }
-  if (C::kGather && p.count > grid_row<C>()) take(r - step);
+  if (C::kGather && p.count > grid_row()) take(r - step);
   // A rank that owns no row waits for nobody, and would run ahead: it must know that all have come this far.
   if (!C::kGather && opening.first_warp) ranks.wait_for_marks();
   opening.compare_later();

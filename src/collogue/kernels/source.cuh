@@ -132,7 +132,7 @@ struct ExpertCombineSource : ExpertRows<C, W> {
     if (!C::kLoop || asked != t) ask(t);
     const u32 slots = row.p.experts, of_this = named;
     const float by_this = by;
-    if constexpr (C::kLoop) ask(t + grid_rows<C>());
+    if constexpr (C::kLoop) ask(t + grid_rows());
     Vector shared[C::kVectors];
     float sum[C::kVectors][8] = {};
 #pragma unroll

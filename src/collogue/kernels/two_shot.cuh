@@ -70,32 +70,6 @@ struct TwoShot {
         [&] { return ranks.is_missing(arrived) ? owner[i] : kNobody; }, kStageRows, t);
     if (others) y = arrived;
   }
-  // Of two ranks, all of a thread's vectors at once: `x` holds this rank's terms of row t in lanes that own, of row `next` in the others,
-  // which give them if there is such a row. y of row t.
-  COLLOGUE_DEVICE void do_together(Vector (&y)[C::kVectors], const Vector (&x)[C::kVectors], const Vector (&residual)[C::kVectors], u32 t, u32 next, bool more) const {
-#pragma unroll
-    for (int i = 0; i < C::kVectors; i++)
-      if (more) give(x[i], next, i);
-    bool owner = false, other = false;
-#pragma unroll
-    for (int i = 0; i < C::kVectors; i++) owner |= owns(i), other |= gives(i);
-    if (any_in_warp(owner)) {
-      ranks.receive_together(y, [&](int i) { return ranks.slots() + offset(t, i); }, [&](int i) { return owns(i); }, kStagePartials, t);
-#pragma unroll
-      for (int i = 0; i < C::kVectors; i++) {
-        if (!owns(i)) continue;
-        float sum[8];
-        begin<D>(sum, ranks.disguise(x[i]));
-        add<D>(sum, y[i]);
-        if constexpr (C::kResidual && !C::kBranch) add<D>(sum, residual[i]);
-        y[i] = D::round(sum);
-        if (!ranks.stopped && offset(t, i) < p.slot_bytes) ranks.send_vector(ranks.target(1) + y_offset(t, i), y[i]);
-      }
-    }
-    if (any_in_warp(other))
-      ranks.receive_together(y, [&](int i) { return ranks.arrivals(owner_of(i)) + y_offset(t, i); }, [&](int i) { return gives(i); }, kStageRows, t);
-  }
-  COLLOGUE_DEVICE u32 owner_of(int i) const { return owner[i]; }
   // The places of row t become clean again: of terms after add_terms, of y after await_y.
   COLLOGUE_DEVICE void wipe_terms(u32 t, int i) const {
     if (owns(i)) ranks.wipe_terms(offset(t, i), true);
@@ -120,12 +94,11 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   Ranks<C> ranks(p);
   typename C::template Source<C> source(row);
   const TwoShot<C> shot(p, ranks, row);
-  const u32 end = p.first + p.count, step = grid_rows<C>();
-  u32 t = p.first + grid_row<C>();
+  const u32 end = p.first + p.count, step = grid_rows();
+  u32 t = p.first + grid_row();
   constexpr u32 kAhead = C::kAhead;
   // A single vector is in registers before its turn comes; several are read in their turn.
   constexpr bool kEarly = C::kVectors == 1;
-  constexpr bool kTogether = Ranks<C>::kTogether && C::kLoop && !kAhead;
   const auto is_row = [&](u32 of) { return !C::kLoop || of < end; };
   // `used`: whether this lane does something with it.
   const auto load_term = [&](u32 of, int i, bool used) {
@@ -171,18 +144,8 @@ COLLOGUE_DEVICE void two_shot(const Params& p) {
   for (u32 turn = 0;; turn++) {
     const u32 added = t + kAhead * step, given = added + step;
     Vector y_ahead[C::kVectors];
-    if constexpr (kTogether) {
-      Vector x[C::kVectors], residual[C::kVectors];
 #pragma unroll
-      for (int i = 0; i < C::kVectors; i++) {
-        x[i] = load_term(shot.owns(i) ? t : given, i, true);
-        residual[i] = load_residual(t, i);
-        y[i] = Vector{};
-      }
-      shot.do_together(y, x, residual, t, given, is_row(given));
-    }
-#pragma unroll
-    for (int i = 0; i < (kTogether ? 0 : C::kVectors); i++) {
+    for (int i = 0; i < C::kVectors; i++) {
       if (C::kLoop && is_row(given)) shot.give(kEarly ? next.term[i] : load_term(given, i, shot.gives(i)), given, i);
       Vector& sum = kAhead ? y_ahead[i] : y[i];
       sum = Vector{};

@@ -39,23 +39,16 @@ MAX_HIDDEN_SIZE, MAX_HIDDEN_SIZE_OF_A_CTA = 32768, 16384
 
 @dataclass(frozen=True)
 class LaunchShape:
-    """``clusters`` clusters of ``cluster`` CTAs of ``threads`` threads; a thread holds ``vectors`` times 8 elements of a row.
-
-    ``teams``: as many CTAs of a row each are one CTA, so that they lie on one SM.
-    """
+    """``clusters`` clusters of ``cluster`` CTAs of ``threads`` threads; a thread holds ``vectors`` times 8 elements of a row."""
 
     threads: int
     vectors: int
     cluster: int
     clusters: int
-    teams: int = 1
 
     def __str__(self) -> str:
-        """``128 x 7 CTAs of 128 threads, 8 elements of a row each``, or ``16 CTAs of 2 x 448 threads, ..``."""
-        ctas = f"{self.clusters} x {self.cluster} CTAs of {self.threads}"
-        if self.teams > 1:
-            ctas = f"{self.clusters // self.teams} CTAs of {self.teams} x {self.threads}"
-        return f"{ctas} threads, {8 * self.vectors} elements of a row each"
+        """``128 x 7 CTAs of 128 threads, 8 elements of a row each``."""
+        return f"{self.clusters} x {self.cluster} CTAs of {self.threads} threads, {8 * self.vectors} elements of a row each"
 
 
 @dataclass(frozen=True)
@@ -403,7 +396,6 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         keep_norm=request.wanted.norm,
         quant=QuantVariant.of(request.quant),
         threads=shape.threads,
-        teams=shape.teams,
         vectors=shape.vectors,
         clustered=shape.cluster > 1,
         blocks=block_class(request.hidden_size),

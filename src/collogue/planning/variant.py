@@ -134,7 +134,7 @@ def source_type(prologue: PrologueForm | TermsForm | ProductForm | None, dtype: 
 class Variant:
     """One kernel: ``kernel`` names its file in ``kernels/``. ``stream``: y is stored; ``gather``: norms and codes go to every rank.
 
-    ``uneven``: how many rows each rank owns is a parameter. ``threads`` of a team, of which a CTA has ``teams``.
+    ``uneven``: how many rows each rank owns is a parameter.
     """
 
     kernel: str
@@ -161,7 +161,6 @@ class Variant:
     branch: bool = False
     branch_weight_dtype: torch.dtype | None = None
     uneven: bool = False
-    teams: int = 1
 
     @property
     def name(self) -> str:
@@ -189,7 +188,6 @@ class Variant:
             "bool kNorm": _flag(self.norm),
             "bool kKeepNorm": _flag(self.keep_norm),
             "int kThreads": self.threads,
-            "int kTeams": self.teams,
             "int kVectors": self.vectors,
             "bool kClustered": _flag(self.clustered),
             "int kBlocks": self.blocks,
@@ -219,7 +217,7 @@ class Variant:
             "};\n"
             f"{q.row_as_asserted}"
             "}  // namespace collogue\n"
-            f'extern "C" __global__ void __launch_bounds__({self.threads * self.teams}, {self.ctas_per_multiprocessor})\n'
+            f'extern "C" __global__ void __launch_bounds__({self.threads}, {self.ctas_per_multiprocessor})\n'
             f"{self.name}(const __grid_constant__ collogue::Params p) {{\n"
             f"  collogue::{self.kernel}<collogue::Config>(p);\n"
             "}\n"

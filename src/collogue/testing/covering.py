@@ -205,7 +205,7 @@ def _complete(choice: dict[str, Any], open_pairs: Mapping[Pair, None], rng: rand
 def registers_allowed(variant: Variant) -> int:
     """Registers a thread that the launch bounds of ``variant`` leave it: of 65,536 on an SM, for four warps at a time, in
     steps of 8."""
-    return min(255, 65536 // (-(-variant.threads * variant.teams * variant.ctas_per_multiprocessor // 128) * 128) // 8 * 8)
+    return min(255, 65536 // (-(-variant.threads * variant.ctas_per_multiprocessor // 128) * 128) // 8 * 8)
 
 
 def to_json(variant: Variant) -> dict[str, Any]:

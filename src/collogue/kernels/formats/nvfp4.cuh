@@ -28,7 +28,7 @@ struct NVFP4 : FormatDefaults {
   COLLOGUE_DEVICE void get_ready(const Params& p, Shared& shared) {
     if (!p.scale) return;
     fill<C>(shared);
-    sync_team<C>();
+    sync_block();
   }
   template <class D>
   COLLOGUE_DEVICE Codes<kCodeBytes> encode(const Params&, const Packed<D::kParts>& packed, float amax) const {

@@ -60,8 +60,6 @@ class Case:
     ``uneven``: calls say how many rows each rank owns; where they do not, rank 0 owns all.
 
     ``terms``: ``local`` adds so many tensors, as the host path gives them to it, or scales a product.
-
-    ``teams`` of ``threads`` threads to a CTA, each on a row of its own: of one CTA a row, in ``rows`` rows at once, a multiple of them.
     """
 
     world: int
@@ -84,7 +82,6 @@ class Case:
     branch: bool = False
     uneven: bool = False
     terms: TermsForm | ProductForm | None = None
-    teams: int = 1
 
     @property
     def cluster(self) -> int:
@@ -134,7 +131,7 @@ class Case:
     def clusters_of(self, tokens: int, split: tuple[int, ...] | None = None) -> int:
         """Of every launch of a call: as plans make it, no more than the last one has rows."""
         made, rows = self.plan_of(tokens, split), self._rows(tokens, split)
-        return min(rows - (made.launches - 1) * made.rows, self.rows or rows) // self.teams * self.teams
+        return min(rows - (made.launches - 1) * made.rows, self.rows or rows)
 
     def memory_of(self, tokens: int) -> int:
         """Bytes of a generation that a call uses, and not one more."""
@@ -152,7 +149,7 @@ class Case:
     @property
     def variant(self) -> Variant:
         """What a GPU would run in this shape, by the plan's own rules."""
-        shape = plan.LaunchShape(self.threads, self.vectors, self.cluster, self.clusters_of(self.max_tokens), self.teams)
+        shape = plan.LaunchShape(self.threads, self.vectors, self.cluster, self.clusters_of(self.max_tokens))
         request = self.request(self.max_tokens)
         return plan.make_variant(self.topology, request, shape, self.algorithm)
 

@@ -10,7 +10,7 @@ extern const unsigned collogue_generations, collogue_one_shot_generations;
 struct Launch {
   const collogue::Params* params;
   unsigned long long sent;  // 32-bit words stored to peers' slots
-  unsigned kernel, rank, number, cluster, rows, threads, teams;  // number: of calls that the device has counted before
+  unsigned kernel, rank, number, cluster, rows, threads;  // number: of calls that the device has counted before
 };
 struct Job {
   unsigned ranks, launches, mode, victim, absent_launch, bytes, gpus, ctas, in_order, skew;
@@ -55,8 +55,7 @@ extern "C" void collogue_emulate(Job* job) {
     kernel->rank = launch.rank;
     kernel->place = static_cast<u32>(machine.ranks[launch.rank].stream.size());
     kernel->params = &params;
-    kernel->threads = launch.threads * launch.teams;
-    kernel->teams = launch.teams;
+    kernel->threads = launch.threads;
     kernel->cluster_size = launch.cluster;
     kernel->rows = launch.rows;
     // The generation of this call on every rank, and the one that the call before has left to be cleaned on this one.

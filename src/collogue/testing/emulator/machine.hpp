@@ -282,7 +282,6 @@ class Machine {
       cta->slow = mode == kSlowCtas && random.below(3) == 0;
       cta->fibres.resize(kernel.threads);
       cta->warps.resize(kernel.threads / 32);
-      cta->team_barriers.resize(kernel.teams);
       for (u32 thread = 0; thread < kernel.threads; thread++) start_fibre(*cta, thread);
       cluster->ctas.push_back(cta.get());
       kernel.ctas.push_back(std::move(cta));

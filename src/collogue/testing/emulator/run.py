@@ -47,7 +47,7 @@ class _Launch(ctypes.Structure):
     _fields_ = [
         ("params", ctypes.c_void_p),
         ("sent", ctypes.c_uint64),
-        *((name, ctypes.c_uint32) for name in ("kernel", "rank", "number", "cluster", "rows", "threads", "teams")),
+        *((name, ctypes.c_uint32) for name in ("kernel", "rank", "number", "cluster", "rows", "threads")),
     ]
 
 
@@ -182,7 +182,7 @@ def emulate(
             case, stream = library.cases[ask.case], c * world + rank
             streams[stream] += [(i, launch, params) for launch, params in others[rank]]
             for params in _launches(case, ask, rank, made[ask][0][rank], outputs[i][rank], memory, timeout):
-                shape = case.cluster, case.clusters_of(ask.tokens, ask.rows) // case.teams, case.threads, case.teams
+                shape = case.cluster, case.clusters_of(ask.tokens, ask.rows), case.threads
                 streams[stream].append((i, _Launch(0, 0, ask.case, stream, counted[stream], *shape), params))
                 facts = ALGORITHMS[case.algorithm]
                 counted[stream] += not facts.alone
@@ -293,7 +293,7 @@ def _written_late(
         empty = torch.full_like(tensor, 3.0)
         source = tensor.view(torch.int32) if tensor.dim() else tensor.reshape(1).view(torch.int32)
         writer = Params(partial=source.data_ptr(), stream=empty.data_ptr(), tokens=source.numel())
-        launches.append((_Launch(0, 0, len(library.cases), rank, 0, 1, 1, 32, 1), writer))
+        launches.append((_Launch(0, 0, len(library.cases), rank, 0, 1, 1, 32), writer))
         ranges.append((empty.data_ptr(), empty.data_ptr() + empty.nbytes))
         return empty
 
@@ -301,7 +301,7 @@ def _written_late(
         norm = replace(norm, weight=late(norm.weight))
     if quant is not None and isinstance(quant.given_scale, torch.Tensor):
         quant = replace(quant, **{"global_scale" if hasattr(quant, "global_scale") else "scale": late(quant.given_scale)})
-    launches += [(_Launch(0, 0, len(library.cases) + 1, rank, 0, 1, 1, 32, 1), Params()) for _ in range(between)]
+    launches += [(_Launch(0, 0, len(library.cases) + 1, rank, 0, 1, 1, 32), Params()) for _ in range(between)]
     for _, params in launches:
         params.rank = rank % library.world
         for peer, workspace in enumerate(memory.workspaces):

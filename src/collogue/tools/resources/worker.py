@@ -43,7 +43,7 @@ def compile_choice(choice: Mapping[str, Any]) -> Compiled:
     """The kernel that a plan makes for ``choice``, compiled again. Raises ``CompileError``."""
     variant = variant_of(choice)
     code, log = jit.compile_variant(variant, choice["architecture"], verbose=True)
-    return Compiled(variant.name, code, log, variant.threads * variant.teams)
+    return Compiled(variant.name, code, log, variant.threads)
 
 
 def main() -> None:
