@@ -212,6 +212,23 @@ def _ahead(data: Data) -> Iterator[Sequence[str]]:
             yield [call, *(f"{value:.2f}" for value in us.values())]
 
 
+def _few_sms(data: Data) -> Iterator[Sequence[str]]:
+    yield [
+        "operation, format, tokens",
+        *(way.replace("all", "all SMs").replace("plan", "as planned") for way in data["us"]["all_reduce none 2048"]),
+    ]
+    for call, us in data["us"].items():
+        yield [call, *(f"{value:.0f}" for value in us.values())]
+
+
+def _products(data: Data) -> Iterator[Sequence[str]]:
+    ways = {"bfloat16": "bfloat16", "tensor_wise": "one scale", "row_wise": "per row, PyTorch's", "scaled": "per row, scaled by a kernel"}
+    ways |= {"block_row": "blocks, scales by rows", "block_column": "blocks, scales by columns"}
+    yield ["rows", *ways.values()]
+    for rows in next(iter(data["us"].values())):
+        yield [rows, *(f"{sum(of_shape[rows][way] for of_shape in data['us'].values()):.0f}" for way in ways)]
+
+
 def _host_path(data: Data) -> Iterator[Sequence[str]]:
     yield ["tokens", "host path", "all_reduce, compiled epilogue", "ratio"]
     for tokens, us in data["calls, us"].items():
@@ -245,6 +262,8 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "bench-eager": tables.eager,
     "bench-epilogues": tables.epilogues,
     "one-shot-ahead": _ahead,
+    "few-sms": _few_sms,
+    "products": _products,
     "experts": _experts,
     "branch-norm": _branch,
     "generate": _generate,
