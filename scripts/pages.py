@@ -167,7 +167,14 @@ def _flashinfer_headline(data: Data) -> str:
 
 
 def _experts(data: Data) -> Iterator[Sequence[str]]:
-    yield ["tokens", "in the call's kernel", "by a kernel in front", "torch.compile in front", "as planned / torch.compile", "the plain call"]
+    yield [
+        "tokens",
+        "in the call's kernel",
+        "by a kernel in front",
+        "torch.compile in front",
+        "as planned / torch.compile",
+        "the plain call",
+    ]
     for tokens, us in data["us"].items():
         ours, theirs = (us["inside"], us["in_front"]), us["unfused"]
         yield [tokens, *(f"{value:.2f}" for value in (*ours, theirs, us["ratio"], us["plain"]))]

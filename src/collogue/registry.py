@@ -75,8 +75,12 @@ def find(name: str) -> Communicator:
 
 
 def of_group(group_name: str, dtype: torch.dtype, hidden_size: int) -> Communicator | None:
-    """The first open communicator of a ``torch.distributed`` group that takes rows of this dtype and width."""
-    for comm in list(_COMMUNICATORS.values()):
+    """The newest open communicator of a ``torch.distributed`` group that takes rows of this dtype and width.
+
+    An older one may be what is left of a model that nobody holds: it is there until the garbage collector comes, on each rank at another
+    time.
+    """
+    for comm in reversed(list(_COMMUNICATORS.values())):
         if comm.group_name == group_name and comm.dtype == dtype and hidden_size <= comm.hidden_size:
             return comm
     return None

@@ -329,6 +329,7 @@ def test_names() -> None:
         assert registry.find(base) is first
         assert registry.of_group(group.name, torch.float32, HIDDEN_SIZE) is third
         assert registry.of_group(group.name, torch.float32, HIDDEN_SIZE + 8) is None
+        assert registry.of_group(group.name, torch.bfloat16, HIDDEN_SIZE) is second, "the newest"
         given = operands(first, None)
         first.close()
         with pytest.raises(ClosedError, match=r"no open communicator 'virtual0/bfloat16'\n.*open ones: .*virtual0/bfloat16/2"):
