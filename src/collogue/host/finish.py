@@ -81,7 +81,7 @@ class Steps:
         finisher.prepare(replace(Call(None), signature=self._capacity.signature(request)) for request in requests)  # type: ignore[arg-type]
 
 
-def _kind(given: torch.Tensor | Terms | Prologue | RMSNorm | None) -> object:
+def _kind(given: torch.Tensor | Terms | Prologue | ScaledProduct | RMSNorm | None) -> object:
     """What of an argument of a step its signature depends on."""
     if isinstance(given, RMSNorm):
         return given.weight.dtype, given.prefetch
