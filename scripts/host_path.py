@@ -4,6 +4,9 @@
    and a compiled epilogue, in turn, the median of so many calls. Every call is first compared with the reference, bit by bit.
 2. The kernel that adds and finishes, alone: bytes that it has to read and write a second, against a copy of as many in the same run.
 
+With `--nccl`, on a machine with several GPUs: the first part with a rank on each GPU over NCCL, also in CUDA graphs, and as many calls
+as the host can launch before it waits; it writes benchmarks/results/host-path-2xh200.json.
+
 On a machine without a GPU `--device cpu` runs the first part, to see that it works.
 """
 
@@ -33,10 +36,13 @@ from collogue.testing.processes import run_processes
 from collogue.tools.bench.epilogue import compiled
 from collogue.tools.record import circumstances
 
-RESULT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "host-path-h200.json"
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+RESULT, RESULT_NCCL = RESULTS / "host-path-h200.json", RESULTS / "host-path-2xh200.json"
 WIDTH, EPS = 4096, 1e-5
 #: Launches between two events: what a launch costs the host is not the kernel's time.
 REPEATS = 10
+#: Calls of a row, and of a graph.
+IN_A_ROW = 20
 
 
 def synchronize(device: torch.device) -> None:
@@ -86,7 +92,29 @@ def whole_calls(group: dist.ProcessGroup, tell: Any, device_type: str, turns: in
             "all_reduce and compiled epilogue": replaced,
         }
         found[str(tokens)] = in_turn(calls, device, turns)
+        if dist.get_backend(group) == "nccl":
+            found[f"{tokens} in a row"] = in_turn({name: in_a_row(call) for name, call in calls.items()}, device, turns)
+            found[f"{tokens} in a graph"] = in_turn({name: captured(call) for name, call in calls.items()}, device, turns)
     return found
+
+
+def in_a_row(call: Callable[[], object]) -> Callable[[], None]:
+    """Calls that do not wait for each other: what eager code pays for all of them."""
+
+    def calls() -> None:
+        for _ in range(IN_A_ROW):
+            call()
+
+    return calls
+
+
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """The replay of a graph of as many calls."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        in_a_row(call)()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def kernels(turns: int = 50) -> list[dict[str, Any]]:
@@ -136,12 +164,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--nccl", action="store_true")
     parser.add_argument("--turns", type=int, default=100)
     asked = parser.parse_args()
+    if asked.nccl and torch.cuda.device_count() < asked.ranks:
+        parser.error(f"--nccl with {asked.ranks} ranks needs as many GPUs, PyTorch sees {torch.cuda.device_count()}")
     every = run_processes(asked.ranks, whole_calls, asked.device, asked.turns, device=asked.device)
     slowest = {t: {name: max(rank[t][name] for rank in every) for name in every[0][t]} for t in every[0]}
+    more = {t: slowest.pop(t) for t in list(slowest) if " in " in t}
     result = {"ranks": asked.ranks, "width": WIDTH, "calls, us": slowest}
-    if asked.device == "cuda":
+    if asked.nccl:
+        result[f"{IN_A_ROW} calls, us"] = more
+        RESULT_NCCL.write_text(json.dumps({**circumstances(), **result}, indent=1) + "\n")
+    elif asked.device == "cuda":
         result["kernels"] = kernels()
         RESULT.write_text(json.dumps({**circumstances(), **result}, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -263,6 +263,9 @@ class Communicator(Operations):
         an abort flag, or signatures of the last calls that differ. Every call looks at the record alone; with the environment variable
         ``COLLOGUE_DEBUG`` set, every call does the same as ``check``.
 
+        On the host path over NCCL: at what the watchdog has found, and what the others have published so far. Calls that differ raise
+        within about a tenth of a second, here or in the next call (docs/design.md).
+
         Raises:
             CollectiveTimeout: a rank was late.
             MismatchedCall: ranks made different calls (also where ranks time out because an earlier call differed).
@@ -277,6 +280,9 @@ class Communicator(Operations):
         Synchronization:
             Collective: every rank of the group calls it, and nothing between the failed call and this one. Waits for this
             rank's GPU and then for every rank. Outputs of failed calls stay undefined; calls captured in CUDA graphs stay valid.
+        Raises:
+            CollectiveTimeout: a rank has not called it.
+            PlatformError: on the host path over NCCL, the group was aborted to end calls that waited. Make a new one.
         """
         engine = self._open()
         self._refuse_capture("reset")

@@ -7,6 +7,7 @@ Two implementations: :class:`TorchGroup` over a ``torch.distributed`` process gr
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import pickle
 import threading
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from collogue.errors import ArgumentError, CaptureError, CollectiveError, GroupError, MismatchedCall, PlatformError
+from collogue.link.nccl import NcclQueue
+from collogue.link.queued import QueuedLink
 from collogue.link.sockets import machine
 
 if TYPE_CHECKING:
@@ -137,6 +140,7 @@ def making(group: Group) -> Iterator[None]:
 class TorchGroup:
     """A ``torch.distributed`` process group. CUDA tensors travel by NCCL if the group has it, others by a :class:`.Link` once there is one.
 
+    What NCCL moves is only queued, and a watchdog finds ranks that are late or call something else (:mod:`collogue.link.watchdog`).
     Ranks with GPUs may meet in a gloo group if ``device`` says so.
     """
 
@@ -150,7 +154,7 @@ class TorchGroup:
         self.size = dist.get_world_size(group)
         nccl = "nccl" in dist.get_backend_config(group)
         self.device = _usable(device if device is not None else "cuda" if nccl else "cpu")
-        self.by_nccl = nccl and self.device.type == "cuda"
+        self.queue = NcclQueue(group, self.device) if nccl and self.device.type == "cuda" else None
         self.host = host_name()
         self.alone = _making.setdefault(self.name, threading.RLock())
         self.link: Link | None = None
@@ -164,7 +168,11 @@ class TorchGroup:
 
             _made[self.name] += 1
             name = f"communicator {_made[self.name]} of group {self.name!r}"
-            self.link = Link(self.name, name, self.rank, self.size, self.all_gather_object, timeout)
+            facts = self.name, name, self.rank, self.size, self.all_gather_object, timeout
+            if self.queue is not None:
+                self.link = QueuedLink(*facts, self.process_group.get_group_store(), self.queue)
+                return self.link
+            self.link = Link(*facts)
             self.staging = None if self.device.type == "cpu" else Staging(self.device)
         return self.link
 
@@ -188,20 +196,25 @@ class TorchGroup:
 
     def swap(self, what: str, give: Sequence[torch.Tensor], take: Sequence[torch.Tensor]) -> None:
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing and not self.by_nccl:
+        if capturing and self.queue is None:
             raise CaptureError(
                 f"{what}: bytes of group {self.name!r} travel through the host, which no CUDA graph can hold",
                 hint="make the call outside of the capture, or give the communicator a group with NCCL",
             )
-        assert self.link is not None
-        if not self.by_nccl:
-            self._swap_by_link(self.link, what, give, take)
+        link = self.link
+        assert link is not None
+        if self.queue is None:
+            self._swap_by_link(link, what, give, take)
             return
-        if not capturing:  # before anything is queued that would wait for ever
-            self.link.exchange(what, b"")
+        assert isinstance(link, QueuedLink)
         none = give[self.rank].new_empty(0, dtype=torch.uint8)
         given, taken = ([none if r == self.rank else _as_bytes(t) for r, t in enumerate(each)] for each in (give, take))
-        dist.all_to_all(taken, given, group=self.process_group)
+        move = functools.partial(self.queue.swap, given, taken)
+        if capturing:  # replays are not numbered
+            link.raise_failure()
+            move()
+        else:
+            link.queue(what, move)
 
     def _swap_by_link(self, link: Link, what: str, give: Sequence[torch.Tensor], take: Sequence[torch.Tensor]) -> None:
         others = [rank for rank in range(self.size) if rank != self.rank]
@@ -220,7 +233,7 @@ class TorchGroup:
 
     def all_gather(self, output: torch.Tensor, block: torch.Tensor) -> None:
         out, inp = _as_bytes(output), _as_bytes(block)
-        if self.by_nccl:
+        if self.queue is not None:
             dist.all_gather_into_tensor(out, inp, group=self.process_group)
         elif self.link is not None:
             rows = list(out.view(self.size, -1).unbind(0))

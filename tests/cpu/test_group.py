@@ -20,6 +20,8 @@ from collogue.errors import ArgumentError, CapacityError, CaptureError, Collogue
 from collogue.gpu.launch import timeouts
 from collogue.group import TorchGroup, host_name
 from collogue.link import sockets
+from collogue.link.nccl import NcclQueue
+from collogue.link.queued import QueuedLink
 from collogue.planning import topology
 from collogue.planning.topology import MAX_TIMEOUT
 from collogue.testing import VirtualGroup, run_virtual
@@ -331,18 +333,31 @@ def test_a_group_works_after_a_refusal() -> None:
 # How bytes move
 
 
+class Asked(QueuedLink):
+    """Notes what it is asked for."""
+
+    def __init__(self, done: list[Any]) -> None:
+        self.done = done
+
+    def queue(self, what: str, move: Callable[[], None]) -> None:
+        self.done.append(what)
+        move()
+
+    def raise_failure(self) -> None:
+        self.done.append("no failure")
+
+
 @pytest.mark.parametrize("capturing", [False, True])
-def test_nccl_moves_bytes_behind_a_comparison(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ranks call is compared before anything is queued; not under capture, where nobody may wait."""
+def test_nccl_moves_bytes_behind_a_watchdog(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ranks call is numbered before it is queued; under capture a failure is looked for, and that is all."""
     done: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(dist, "all_to_all", lambda taken, given, group: done.append((taken, given, group)))
-    link = SimpleNamespace(exchange=lambda what, payload: done.append((what, payload)))
-    facts = {"device": torch.device("cuda", 0), "by_nccl": True, "link": link, "rank": 1, "process_group": "group", "name": "0"}
+    device = torch.device("cuda", 0)
+    facts = {"device": device, "queue": NcclQueue("group", device), "link": Asked(done), "rank": 1, "name": "0"}  # type: ignore[arg-type]
     give, take = [torch.arange(4.0) + r for r in range(3)], [torch.zeros(r, 2, dtype=torch.bfloat16) for r in range(3)]
     TorchGroup.swap(SimpleNamespace(**facts), "a call", give, take)  # type: ignore[arg-type]
-    if not capturing:
-        assert done.pop(0) == ("a call", b"")
+    assert done.pop(0) == ("no failure" if capturing else "a call")
     ((taken, given, group),) = done
     assert group == "group"
     assert [each.numel() for each in given] == [16, 0, 16]
@@ -353,6 +368,6 @@ def test_nccl_moves_bytes_behind_a_comparison(capturing: bool, monkeypatch: pyte
 
 def test_bytes_that_go_through_the_host_are_in_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    group: Any = SimpleNamespace(device=torch.device("cuda", 0), by_nccl=False, name="7")
+    group: Any = SimpleNamespace(device=torch.device("cuda", 0), queue=None, name="7")
     with pytest.raises(CaptureError, match=r"bytes of group '7' travel through the host.*\nhint: make the call outside of the capture"):
         TorchGroup.swap(group, "all_reduce", [], [])

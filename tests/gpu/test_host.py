@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from islands import check, check_experts, on_hosts
 from ranks import HIDDEN_SIZE, communicator
 from samples import every_format
 
-from collogue.errors import CaptureError
+from collogue.contract.quant import FP8Static
+from collogue.errors import CaptureError, CollogueError
 from collogue.planning.islands import split
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.processes import run_processes
@@ -72,3 +74,58 @@ def test_graphs() -> None:
     ranks = 2
     expected = "equal" if torch.cuda.device_count() >= ranks else "refused"
     assert run_processes(ranks, captured, device="cuda") == [expected] * ranks
+
+
+def faulty(group: dist.ProcessGroup, tell: Any, fault: str) -> dict[str, Any]:
+    """Over NCCL the last rank is late, makes calls in another order, or of another size: what ranks hear, when, and what then works."""
+    device = f"cuda:{torch.cuda.current_device()}"
+    ranks = list(range(dist.get_world_size(group)))
+    comm = communicator(dist.new_group(ranks), device=device, transport="host", timeout=2)
+    partial = torch.full((4, HIDDEN_SIZE), 1.0 + comm.rank, dtype=torch.bfloat16, device=comm.device)
+    calls = [lambda: comm.all_reduce(partial), lambda: comm.all_reduce(partial, quant=FP8Static(1.0))]
+    calls.append(lambda: comm.all_reduce(partial[:2]))
+    for known in calls * 100:
+        known()
+    comm.check()
+    torch.cuda.synchronize()
+    dist.barrier()
+    last = comm.rank == ranks[-1]
+    made = {"order": calls[:2][:: -1 if last else 1], "size": calls[2:] if last else calls[:1], "late": [] if last else calls[:1]}[fault]
+    begin, told = time.monotonic(), ""
+    try:
+        for each in made:
+            each()
+        torch.cuda.synchronize()  # the group is aborted, which ends the kernels
+        while time.monotonic() - begin < 4:
+            comm.check()
+            time.sleep(0.01)
+    except CollogueError as error:
+        told = f"{type(error).__name__}: {error}"
+    found = {"told": told, "seconds": time.monotonic() - begin}
+    for name, step in (("call", calls[0]), ("reset", comm.reset)):
+        try:
+            step()
+        except CollogueError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    tell("closing")
+    comm.close(collective=False)
+    dist.barrier()
+    with communicator(dist.new_group(ranks), device=device, transport="host", timeout=20) as again:
+        out = again.all_reduce(torch.full((4, HIDDEN_SIZE), 1.0, dtype=torch.bfloat16, device=again.device)).reduced
+        found["again"] = out is not None and bool((out == len(ranks)).all())
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each rank")
+@pytest.mark.parametrize(
+    ("fault", "error", "seconds"), [("late", "CollectiveTimeout", 3.0), ("order", "MismatchedCall", 1.0), ("size", "MismatchedCall", 1.0)]
+)
+def test_the_watchdog_of_nccl(fault: str, error: str, seconds: float) -> None:
+    for rank, found in enumerate(run_processes(2, faulty, fault, device="cuda")):
+        assert found["told"].startswith(error), (rank, found)
+        assert "rank 1" in found["told"], (rank, found)
+        assert found["seconds"] < seconds, (rank, found)
+        assert found["call"] == found["told"], (rank, found)
+        assert found["reset"].startswith("PlatformError"), (rank, found)
+        assert "make a new one" in found["reset"], (rank, found)
+        assert found["again"], (rank, found)

@@ -96,7 +96,7 @@ class Capacity:
     def signature(self, request: Request) -> Signature:
         """The one signature of all calls with this request, regardless of the scales of its format."""
         label = None if request.quant is None else request.quant.label
-        key = replace(request, quant=None), label
+        key = request if label is None else replace(request, quant=None), label
         found = self._signatures.get(key)
         if found is None:
             owned = None

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 
 from collogue.calls.call import Call, check_indices
-from collogue.calls.request import Signature
+from collogue.calls.request import Signature, keep
 from collogue.calls.terms import Terms
 from collogue.contract.formats import place_scales, read_scales, scale_storage
 from collogue.contract.prologue import PROLOGUES, ExpertCombine, Prologue
@@ -41,6 +41,7 @@ class HostEngine:
         self._link = group.connect(timeout) if isinstance(group, TorchGroup) else None
         self._number = _carried[group] = _carried.get(group, 0) + 1
         self._rows, self._steps = Rows(group, topology, wire), Steps(topology, group.device)
+        self._descriptions: dict[object, str] = {}
         self.timeout = timeout
         self._finisher: Finisher = self.make_finisher()
         self._failure: CollectiveError | None = None
@@ -89,7 +90,7 @@ class HostEngine:
             raise
 
     def _result(self, call: Call, out: Output) -> None:
-        what, request = _describe(call, self._number), call.signature.request
+        what, request = self._description(call), call.signature.request
         blocks = [owned_rows(call.tokens, self.group.size, rank, call.rows) for rank in range(self.group.size)]
         if call.shard is not None:
             self._gather(call.shard, call, out, blocks, what)
@@ -120,6 +121,14 @@ class HostEngine:
         self._finisher.run(step, own)
         own.reduced = own.residual = None
         self._gather(own, call, out, blocks, what)
+
+    def _description(self, call: Call) -> str:
+        """As :func:`_describe`, kept where it does not depend on a format's or a shard's tensors."""
+        if call.quant is not None or call.shard is not None or isinstance(call.partial, PROLOGUES):
+            return _describe(call, self._number)
+        norms = [norm and (norm.eps, norm.weight_offset, norm.weight.dtype) for norm in (call.norm, call.branch_norm)]
+        key = call.signature, *norms
+        return self._descriptions.get(key) or keep(self._descriptions, key, _describe(call, self._number))
 
     def _add_and_return(self, terms: Terms, call: Call, out: Output, blocks: list[range], what: str) -> None:
         """y of the rows that this rank owns, into its place in ``out``, and the others' rows beside it."""

@@ -15,7 +15,7 @@ from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity
 from collogue.calls.outputs import write
 from collogue.calls.product import ScaledProduct
-from collogue.calls.request import Request, make_request
+from collogue.calls.request import Request, Signature, keep, make_request
 from collogue.calls.terms import Terms
 from collogue.contract import reference
 from collogue.contract.prologue import Prologue
@@ -29,6 +29,7 @@ class Steps:
 
     def __init__(self, topology: Topology, device: torch.device) -> None:
         self._capacity = Capacity(topology.max_tokens, topology.hidden_size, topology.dtype, device)
+        self._signatures: dict[object, Signature] = {}
 
     def add(
         self,
@@ -51,6 +52,12 @@ class Steps:
         return self._signed(step, y.shape[0], y.shape[1], y.dtype)
 
     def _signed(self, step: Call, tokens: int, hidden_size: int, dtype: torch.dtype) -> Call:
+        key = step.operation, tokens, hidden_size, dtype, step.residual is None, step.keep_norm, *map(_kind, (step.norm, step.branch_norm))
+        key += (None if step.quant is None else step.quant.label, _kind(step.partial))
+        step.signature = self._signatures.get(key) or keep(self._signatures, key, self._signature(step, tokens, hidden_size, dtype))
+        return step
+
+    def _signature(self, step: Call, tokens: int, hidden_size: int, dtype: torch.dtype) -> Signature:
         norm, branch = step.norm, step.branch_norm
         request = make_request(
             tokens,
@@ -67,12 +74,20 @@ class Steps:
             branch=branch is not None,
             wide_branch=branch is not None and branch.weight.dtype != dtype,
         )
-        step.signature = self._capacity.signature(request)
-        return step
+        return self._capacity.signature(request)
 
     def prepare(self, finisher: Finisher, requests: Iterable[Request]) -> None:
         """Have everything loaded that such steps need."""
         finisher.prepare(replace(Call(None), signature=self._capacity.signature(request)) for request in requests)  # type: ignore[arg-type]
+
+
+def _kind(given: torch.Tensor | Terms | Prologue | ScaledProduct | RMSNorm | None) -> object:
+    """What of an argument of a step its signature depends on."""
+    if isinstance(given, RMSNorm):
+        return given.weight.dtype, given.prefetch
+    if isinstance(given, Terms):
+        return tuple(value.dtype for value in given.values), given.islands
+    return None if given is None or isinstance(given, torch.Tensor) else given.form
 
 
 class Finisher(Protocol):
