@@ -94,7 +94,7 @@ class Communicator(Operations):
         self._group = as_group(group, device)
         self.rank, self.world_size, self.device = self._group.rank, self._group.size, self._group.device
         self.max_tokens, self.hidden_size, self.dtype, self.timeout = max_tokens, hidden_size, dtype, timeout
-        self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank)
+        self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank, wire)
         self._capacity.check()
         check_wire(wire, hidden_size)
         if wire is not None and self.device.type == "cuda":

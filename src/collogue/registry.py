@@ -13,6 +13,7 @@ from collogue.contract.quant import Quant
 from collogue.contract.spec import Output
 from collogue.engine import Engine
 from collogue.errors import ClosedError
+from collogue.planning.topology import Topology
 
 
 class Communicator(Protocol):
@@ -25,6 +26,7 @@ class Communicator(Protocol):
     dtype: torch.dtype
     max_tokens: int
     hidden_size: int
+    topology: Topology
     _engine: Engine | None
 
     def fits(self, tokens: int, hidden_size: int | None = None) -> bool: ...

@@ -11,9 +11,9 @@ import torch
 from collogue.calls.request import Request, Signature, keep, make_request
 from collogue.contract.number import is_whole
 from collogue.contract.prologue import Prologue, PrologueForm, form_of
-from collogue.contract.quant import Quant, check_format, parse
+from collogue.contract.quant import Quant, check_format, check_wire, parse
 from collogue.contract.spec import OWNING, VALUE_DTYPES, Operation, RMSNorm, as_rows, owned_rows
-from collogue.errors import ArgumentError, CapacityError, DTypeError, ShapeError
+from collogue.errors import ArgumentError, CapacityError, DTypeError, FormatError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,7 @@ class Capacity:
     device: torch.device
     world_size: int = 1
     rank: int = 0
+    wire: Quant | None = None
     _signatures: dict[object, Signature] = field(default_factory=dict, repr=False)
 
     def check(self) -> None:
@@ -76,6 +77,7 @@ class Capacity:
             )
         if quant is not None:
             quant.check_hidden_size(width)
+        self._check_wire(operation, width)
         return make_request(
             tokens,
             width,
@@ -93,12 +95,22 @@ class Capacity:
             rows=split,
         )
 
+    def _check_wire(self, operation: Operation, width: int) -> None:
+        """Raise :class:`FormatError` where terms of ``width`` cannot travel in the communicator's format."""
+        if self.wire is None or operation in ("finish", "all_gather"):
+            return
+        try:
+            check_wire(self.wire, width)
+        except FormatError as error:
+            raise FormatError(f"the communicator's wire={self.wire!r}: {error.message}", hint=error.hint) from None
+
     def signature(self, request: Request) -> Signature:
         """The one signature of all calls with this request, regardless of the scales of its format."""
         label = None if request.quant is None else request.quant.label
         key = request if label is None else replace(request, quant=None), label
         found = self._signatures.get(key)
         if found is None:
+            self._check_wire(request.operation, request.hidden_size)
             owned = None
             if request.operation in OWNING:
                 owned = owned_rows(request.tokens, self.world_size, self.rank, request.rows)

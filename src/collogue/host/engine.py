@@ -18,7 +18,7 @@ from collogue.calls.request import Signature, keep
 from collogue.calls.terms import Terms
 from collogue.contract.formats import place_scales, read_scales, scale_storage
 from collogue.contract.prologue import PROLOGUES, ExpertCombine, Prologue
-from collogue.contract.quant import Quant, check_wire, describe
+from collogue.contract.quant import Quant, describe
 from collogue.contract.spec import Output, owned_rows
 from collogue.errors import CollectiveError
 from collogue.gpu.exclusive import Exclusive
@@ -63,8 +63,6 @@ class HostEngine:
     def run(self, call: Call, out: Output | None) -> Output:
         if self._debug and not (call.signature.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             check_indices(call.partial)
-        if call.operation not in ("finish", "all_gather"):
-            check_wire(self._wire, call.hidden_size)
         with self._in_use:
             given = call.signature.empty() if out is None else out
             if call.operation == "finish":
@@ -222,6 +220,9 @@ def _describe(call: Call, number: int) -> str:
         if norm is not None:
             parts.append(f"{name}(eps={norm.eps:.9g}, weight_offset={norm.weight_offset:.9g}, weight={norm.weight.dtype})")
     parts.append(f"quant={describe(call.quant)}")
+    number_of_format = None if call.quant is None else call.quant.given_scale
+    if isinstance(number_of_format, int | float):
+        parts.append(f"scale={number_of_format:.9g}")
     if (smallest := getattr(call.quant, "smallest", None)) is not None:
         parts.append(f"smallest={smallest:.9g}")
     if call.norm is not None and call.wanted.norm and call.quant is not None:

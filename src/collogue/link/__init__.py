@@ -174,9 +174,10 @@ class Link:
             hint=f"see what {_ranks(ranks)} did instead, then {_RESET}",
         )
 
-    def _gone(self, rank: int, what: str) -> CollectiveError:
+    def _gone(self, rank: int, what: str = "") -> CollectiveError:
+        when = f"in {what}" if what else "between calls"
         return CollectiveError(
-            f"rank {self.rank} lost the connection to rank {rank} in {what}: its process has ended, or it gave up",
+            f"rank {self.rank} lost the connection to rank {rank} {when}: its process has ended, or it gave up",
             hint=f"see what became of rank {rank}; if it is alive, {_RESET}",
         )
 
@@ -196,7 +197,7 @@ class Link:
             frames = peek(peer)
             reasons = [text for kind, text in frames or () if kind in kinds]
             if reasons or frames is None:
-                self._fail(unpack_error(rank, reasons[0]) if reasons else self._gone(rank, "no call"))
+                self._fail(unpack_error(rank, reasons[0]) if reasons else self._gone(rank))
                 return
 
     def check(self) -> None:

@@ -83,9 +83,10 @@ def plan_call(topology: Topology, request: Request) -> Plan:
         return replace(make_plan(topology, request), transport=topology.reach)
     if topology.architecture is None:
         plan = replace(make_plan(topology, request), transport=topology.reach)
-        if not topology.wire or request.operation in ("finish", "all_gather"):
+        if topology.world_size == 1 or request.tokens == 0 or request.operation == "finish":
             return plan
-        algorithm = "host_gather" if request.operation == "all_reduce" and by_gather(topology, request) else "host_owners"
+        together = request.operation == "all_gather" or (request.operation == "all_reduce" and by_gather(topology, request))
+        algorithm = "host_gather" if together else "host_owners"
         return replace(plan, bytes_sent=bytes_sent(topology, request, algorithm))
     alone = replace(topology, world_size=1)
     if topology.world_size == 1 or request.tokens == 0 or request.operation == "finish":

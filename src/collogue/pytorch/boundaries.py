@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 
 from collogue.communicator import Communicator
 from collogue.contract.prologue import Gated
-from collogue.errors import ArgumentError
+from collogue.errors import ArgumentError, CapacityError, DTypeError
 from collogue.pytorch.cut import Cut
 from collogue.pytorch.forms import Form
-from collogue.pytorch.nn import FusedRMSNorm, changes_what_runs, finish, gather_columns, own_ways
+from collogue.pytorch.nn import FusedRMSNorm, changes_what_runs, finish, gather_columns, home, own_ways
 
 
 class Untouched:
@@ -26,6 +27,7 @@ class Untouched:
     def __init__(self, layer: nn.Module, free: Iterable[str], codes: Iterable[str] = (), *, held: bool) -> None:
         self._codes = [module for name, module in layer.named_modules() if name in codes]
         self._places = [(*place, place[1] in free) for place in _places(layer, "") if held or place[1] not in free]
+        self._lists = [(name, each, len(each)) for name, each in layer.named_modules() if isinstance(each, nn.ModuleDict)]
 
     def check(self) -> None:
         """Raise :class:`ArgumentError` where one was replaced, patched, or given hooks."""
@@ -40,6 +42,12 @@ class Untouched:
                 continue
             if problem:
                 _reject(f"{name} of a decoder layer {problem}")
+        for name, each, size in self._lists:
+            if len(each) > size:
+                raise ArgumentError(
+                    f"{name} of a decoder layer has {len(each)} modules, {', '.join(each)}, after parallelize; it had {size}",
+                    hint="add adapters before parallelize: those added later are not cut",
+                )
         for module in self._codes:
             if changes_what_runs(module._forward_hooks):
                 raise ArgumentError(
@@ -48,18 +56,58 @@ class Untouched:
                 )
 
 
-def check_use(layers: list[Untouched], base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise :class:`ArgumentError` for uses of a parallel model that would show, or be changed by, one rank's part."""
+def check_use(layers: list[Untouched], comm: Communicator, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise :class:`ArgumentError` for uses of a parallel model that would show, or be changed by, one rank's part.
+
+    :class:`CapacityError` for more tokens than it was made for, :class:`DTypeError` where products have another dtype than sums.
+    """
     asked = kwargs.get("output_attentions")
     if getattr(base.config, "output_attentions", False) if asked is None else asked:
         raise ArgumentError("output_attentions=True: each rank has the attention weights of its own heads", hint="use the unsharded model")
     if torch.compiler.is_compiling():
         return
+    check_attention(base.config)
+    _check_tokens(comm, kwargs.get("inputs_embeds"), args[0] if args else kwargs.get("input_ids"))
+    _check_dtype(comm, base)
     everywhere = torch.nn.modules.module
     if changes_what_runs(everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks):
         _reject("a forward hook was registered on all modules")
     for layer in layers:
         layer.check()
+
+
+def check_attention(config: Any) -> None:
+    """Raise :class:`ArgumentError` where the model's attention is a function of the user's: it sees the heads of one rank alone."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = getattr(config, "_attn_implementation", None)
+    function = ALL_ATTENTION_FUNCTIONS.get(name) if isinstance(name, str) else None
+    if function is not None and not home(function).startswith("transformers."):
+        raise ArgumentError(
+            f"attn_implementation={name!r} is a function of {home(function)}: it would see the heads of one rank alone",
+            hint='use one of transformers\': model.set_attn_implementation("sdpa")',
+        )
+
+
+def _check_tokens(comm: Communicator, *inputs: Tensor | None) -> None:
+    """``inputs``: embeddings ``[.., H]`` and token numbers; the first that is there counts."""
+    embeddings, numbers = inputs
+    shape = embeddings.shape[:-1] if embeddings is not None else numbers.shape if isinstance(numbers, Tensor) else (0,)
+    if math.prod(shape) > comm.max_tokens:
+        raise CapacityError(
+            f"{math.prod(shape)} tokens in one forward pass, {list(shape)}; the model was parallelized for {comm.max_tokens}",
+            hint="pass parallelize a larger max_tokens=, or give the model fewer at once",
+        )
+
+
+def _check_dtype(comm: Communicator, base: Any) -> None:
+    kind = comm.device.type
+    found = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
+    if found != comm.dtype:
+        what = "torch.autocast makes products in" if torch.is_autocast_enabled(kind) else "the model's weights are now in"
+        raise DTypeError(
+            f"{what} {found}; the model was parallelized in {comm.dtype}", hint="load the model in the dtype it shall run in, and run it so"
+        )
 
 
 def _places(module: nn.Module, prefix: str) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
@@ -92,11 +140,12 @@ class Boundaries:
         """The norm that the layer begins with, as it is now: it gets a whole stream, so another may take its place."""
         return self._attention_in and getattr(self.layer, self._attention_in)
 
-    def _hands_over(self, stream: Tensor) -> bool:
-        """Whether nobody can change the stream between here and the norm without being noticed: not every tensor counts its changes."""
-        if not (torch.compiler.is_compiling() or stream.is_inference()):
-            return True
-        return not (self.layer._forward_hooks or (self.following is not None and self.following._forward_pre_hooks))
+    @property
+    def _hands_over(self) -> bool:
+        """Whether no hook can change the stream between here and the norm: not every change in place is counted."""
+        between = self.layer._forward_hooks, *(each._forward_pre_hooks for each in (self.following, self.next_norm) if each is not None)
+        changed = any(between) if torch.compiler.is_compiling() else changes_what_runs(*between)
+        return self.next_norm is not None and not changed
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Attention and MLP, each ended by one call: the branch's norm if there is one, the new stream, and the norm that reads it."""
@@ -105,8 +154,7 @@ class Boundaries:
         middle = finish(self.comm, attention, residual=hidden_states, norm=self.mlp_in, branch_norm=self.attention_out)
         given = middle.residual if self.mlp_in is None else self.mlp_in.result(middle, hidden_states.shape[:-1])
         mlp = partial_of(self.layer.mlp(given))
-        hands_over = self.next_norm is not None and self._hands_over(mlp)
-        out = finish(self.comm, mlp, residual=middle.residual, norm=self.next_norm, branch_norm=self.mlp_out, hand_over=hands_over)
+        out = finish(self.comm, mlp, residual=middle.residual, norm=self.next_norm, branch_norm=self.mlp_out, hand_over=self._hands_over)
         assert out.residual is not None
         return out.residual
 

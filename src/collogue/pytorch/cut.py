@@ -100,15 +100,10 @@ _gathering = threading.local()
 
 
 class Checkpoint:
-    """What a cut module does with state dictionaries. ``cuts``: of its parameters, by name.
+    """What a cut module does with state dictionaries. ``cuts``: of its parameters, by name."""
 
-    ``same_as``: the parameter of another module that was the same tensor before the cut (tied embeddings).
-    """
-
-    def __init__(
-        self, module: nn.Module, comm: Communicator, cuts: Mapping[str, Cut | OnFirst], same_as: tuple[nn.Module, str] | None = None
-    ) -> None:
-        self.comm, self.cuts, self.same_as = comm, cuts, same_as
+    def __init__(self, module: nn.Module, comm: Communicator, cuts: Mapping[str, Cut | OnFirst]) -> None:
+        self.comm, self.cuts = comm, cuts
         module.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(self._load)  # type: ignore[no-untyped-call]
 
@@ -124,7 +119,7 @@ class Checkpoint:
                 rest[-1].append(
                     f"size mismatch for {prefix}{name}: {list(given.shape)} in the checkpoint, {expected} in the unsharded model"
                 )
-                del state[prefix + name]
+                state[prefix + name] = own  # without it, PyTorch would call the name missing as well
                 continue
             state[prefix + name] = cut.part(given, self.comm.rank, self.comm.world_size).to(own.device)
 
@@ -195,19 +190,13 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         state: dict[str, Tensor] = model.state_dict()
     finally:
         _gathering.now = False
-    names = {module: name for name, module in model.named_modules()}
     owners: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         owner, _, name = key.rpartition(".")
         owners.setdefault(owner, {})[name] = tensor
-    for module, prefix in names.items():
+    for prefix, module in model.named_modules(remove_duplicate=False):  # one module may have several names
         checkpoint = getattr(module, "checkpoint", None)
-        if not isinstance(checkpoint, Checkpoint):
-            continue
-        if checkpoint.same_as is not None and checkpoint.same_as[0] in names:
-            tied, other = checkpoint.same_as
-            owners[prefix] |= dict.fromkeys(checkpoint.cuts, owners[names[tied]][other])
-        else:
+        if isinstance(checkpoint, Checkpoint):
             owners[prefix] = checkpoint.whole(owners[prefix])
     whole = ((f"{owner}.{name}" if owner else name, tensor) for owner, own in owners.items() for name, tensor in own.items())
     return type(state)((key, tensor.cpu() if isinstance(tensor, Tensor) else tensor) for key, tensor in whole)

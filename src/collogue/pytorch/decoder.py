@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from collogue.communicator import Communicator
 from collogue.contract import reference
 from collogue.contract.quant import Quant
 from collogue.contract.spec import RMSNorm
 from collogue.errors import ArgumentError, ScaleError, ShapeError
+from collogue.pytorch.boundaries import check_attention
 from collogue.pytorch.checkpoints import (
     QuantizedExperts,
     QuantizedLinear,
@@ -90,14 +92,35 @@ class Decoder:
     head: Cut | None
 
     @property
-    def summary(self) -> str:
-        """What ranks must agree on."""
-        shapes = [
-            (each.name, each.cut, tuple(p.shape for p in each.linear.parameters()), each.quantized and each.quantized.label)
-            for each in self.linears
-        ]
-        held = [(each.name, each.cuts, tuple(p.shape for p in each.module.parameters(recurse=False)), each.labels) for each in self.tensors]
-        return repr((self.base.config.model_type, str(self.base.dtype), self.norms, self.head, shapes, held))
+    def summary(self) -> dict[str, str]:
+        """What ranks must agree on, in words: configuration, kind and numbers of every module, shape and first elements of every tensor."""
+        config = {f"config.{key}": repr(value) for key, value in self.base.config.to_dict().items() if key not in _OF_ONE_RANK}
+        found = config | {"dtype": str(self.base.dtype), "norms": repr(self.norms), "tied embeddings": repr(self.tied)}
+        for name, module in self.base.named_modules():
+            numbers = {
+                key: value for key, value in vars(module).items() if isinstance(value, int | float | str) and key not in _OF_ONE_RANK
+            }
+            found[name] = f"{type(module).__qualname__} {numbers}"
+        for name, tensor in self.model.named_parameters():
+            found[name] = f"{tensor.dtype} {list(tensor.shape)}"
+            if tensor.numel():
+                first = tensor.detach()[(0,) * (tensor.ndim - 1)].reshape(-1)[:8]
+                found[f"the first row of {name}"] = repr(first.float().tolist())
+        for each in self.linears:
+            found[f"{each.name}, cut"] = f"{each.cut}, {each.quantized and each.quantized.label}"
+        for held in self.tensors:
+            found[f"{held.name}, cut"] = f"{held.cuts}, {held.labels}"
+        return found
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer's weight is the embedding's."""
+        head = getattr(self.model, "lm_head", None)
+        return head is not None and head.weight is getattr(self.model.get_input_embeddings(), "weight", None)
+
+
+#: What of a configuration, or a module, ranks need not have in common.
+_OF_ONE_RANK = ("_name_or_path", "name_or_path", "transformers_version", "training")
 
 
 def plan(model: Any, world_size: int, *, fuse: bool, recipe: Recipe | None = None) -> Decoder:
@@ -108,6 +131,9 @@ def plan(model: Any, world_size: int, *, fuse: bool, recipe: Recipe | None = Non
         ShapeError: features that do not divide.
     """
     whole, base = _find(model)
+    if isinstance(getattr(whole, "comm", None), Communicator):
+        raise ArgumentError("the model is parallel already", hint="load it again to cut it in another way")
+    check_attention(base.config)
     form, config = FORMS[base.config.model_type], base.config
     if getattr(whole, "_tp_size", None) is not None:
         raise ArgumentError("transformers has made the model tensor-parallel", hint="load it without tp_plan=, or use collogue.compile")

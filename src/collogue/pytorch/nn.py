@@ -5,6 +5,7 @@ Weights are cut when a module is made from an unsharded one (``of``); the commun
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,8 @@ _HARMLESS = ("torch.utils.", "transformers.utils.output_capturing", "collogue.")
 
 def home(function: Any) -> str:
     """The module whose code ``function`` runs; a wrapper may bear the name of what it wraps."""
+    while isinstance(function, functools.partial):
+        function = function.func
     code = getattr(function, "__func__", function)
     return str(getattr(code, "__globals__", {}).get("__name__", getattr(code, "__module__", "")))
 
@@ -235,6 +238,15 @@ class FusedRMSNorm(nn.Module):
         self.comm, self.eps, self.weight_offset, self.prefetch = comm, eps, weight_offset, prefetch
         self.handover: Handover | None = None
         self._ready: tuple[Tensor, int | None, Tensor] | None = None
+
+    @property
+    def variance_epsilon(self) -> float:
+        """What transformers' norms call ``eps``."""
+        return self.eps
+
+    @variance_epsilon.setter
+    def variance_epsilon(self, eps: float) -> None:
+        self.eps = eps
 
     @property
     def quant(self) -> Quant | None:

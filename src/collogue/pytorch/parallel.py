@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from collogue.communicator import Communicator
 from collogue.contract.calibration import Calibration
@@ -18,7 +19,7 @@ from collogue.contract.quant import MXFP4, MXFP8, Quant
 from collogue.contract.spec import Output
 from collogue.contract.weight import QuantizedWeight
 from collogue.errors import ArgumentError, CollogueError
-from collogue.group import Group, as_group
+from collogue.group import Group, TorchGroup, as_group
 from collogue.planning.topology import Transport
 from collogue.pytorch.boundaries import Boundaries, GatedMLP, Untouched, WholeNorm, check_use, partial_of
 from collogue.pytorch.checkpoints import CACHE_SCALES, QuantizedLinear
@@ -90,7 +91,12 @@ def parallelize(
         for ``output_attentions``.
     """
     known = as_group(group, device)
+    if not fuse and (wire is not None or transport is not None):
+        named = f"wire={wire!r}" if wire is not None else f"transport={transport!r}"
+        raise ArgumentError(f"fuse=False with {named}: PyTorch's all-reduce makes the sums", hint="leave it out, or use fuse=True")
     decoder = _agree(model, known, fuse, quant, calibration)
+    if not fuse and known.size > 1 and not isinstance(known, TorchGroup):
+        raise ArgumentError(f"fuse=False with a {type(known).__name__}", hint="pass a torch.distributed process group")
     config, dtype = decoder.base.config, decoder.base.dtype
     asked = {"max_tokens": max_tokens, "hidden_size": config.hidden_size, "dtype": dtype, "device": device, "timeout": timeout}
     comm = Communicator(group, **asked, wire=wire, transport=transport)
@@ -123,8 +129,14 @@ def _agree(model: Any, group: Group, fuse: bool, quant: str | None, calibration:
     for rank, (theirs, summary) in enumerate(every):
         if theirs is not None:
             raise ArgumentError(f"rank {rank}: {theirs[0]}", hint=theirs[1])
-        if summary != every[0][1]:
-            raise ArgumentError(f"ranks 0 and {rank} have different models", hint="load the same model on every rank")
+        first = every[0][1]
+        for name in sorted({*first, *summary}, key=str) if summary != first else ():
+            if summary.get(name) != first.get(name):
+                here, there = (f"{each.get(name, 'missing')}"[:200] for each in (first, summary))
+                raise ArgumentError(
+                    f"ranks 0 and {rank} have different models: {name} is {here} on rank 0, {there} on rank {rank}",
+                    hint="load the same checkpoint on every rank; seed random numbers alike where weights are random",
+                )
     return decoder
 
 
@@ -216,7 +228,9 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, 
         Untouched(layer, form.called if fuse else layer._modules, _norms_with_codes(decoder, index) if fuse else (), held=fuse)
         for index, layer in enumerate(layers)
     ]
-    undo.hooks.append(base.register_forward_pre_hook(functools.partial(check_use, untouched), with_kwargs=True))
+    undo.hooks.append(base.register_forward_pre_hook(functools.partial(check_use, untouched, comm), with_kwargs=True))
+    if decoder.head is not None:
+        undo.set(decoder.model, "resize_token_embeddings", _no_new_size)
     if callable(getattr(decoder.model, "generate", None)):
         undo.set(decoder.model, "generate", functools.partial(generate, decoder.model, comm))
 
@@ -357,19 +371,39 @@ def _quantized_part(
 
 
 def _cut_head(decoder: Decoder, cut: Cut, comm: Communicator, undo: _Undo) -> None:
-    head, embedding = decoder.model.lm_head, decoder.model.get_input_embeddings()
-    bias = None if head.bias is None else cut.part(head.bias, comm.rank, comm.world_size)
+    head = decoder.model.lm_head
+    bias, cuts = None if head.bias is None else cut.part(head.bias, comm.rank, comm.world_size), {"bias": cut}
+    if decoder.tied:
+        part: ColumnParallelLinear = _TiedHead(head.weight, bias, comm)
+        undo.set(decoder.model, "lm_head", part if bias is None else _with_checkpoint(part, comm, cuts))
+        return
     part = ColumnParallelLinear(cut.part(head.weight, comm.rank, comm.world_size), bias, comm, gather=True)
-    tied = (embedding, "weight") if getattr(embedding, "weight", None) is head.weight else None
-    cuts = {"weight": cut} | ({} if bias is None else {"bias": cut})
-    undo.set(decoder.model, "lm_head", _with_checkpoint(part, comm, cuts, tied))
+    undo.set(decoder.model, "lm_head", _with_checkpoint(part, comm, {"weight": cut} | ({} if bias is None else cuts)))
 
 
-def _with_checkpoint(
-    part: nn.Module, comm: Communicator, cuts: Mapping[str, Cut | OnFirst], same_as: tuple[nn.Module, str] | None = None
-) -> nn.Module:
+def _no_new_size(*args: Any, **kwargs: Any) -> None:
+    raise ArgumentError("resize_token_embeddings of a parallel model: lm_head is cut", hint="resize the embeddings before parallelize")
+
+
+class _TiedHead(ColumnParallelLinear):
+    """An output layer whose weight is the embedding's, whole on every rank: each multiplies with its own rows of it.
+
+    Whatever becomes of the embedding (another checkpoint, ``tie_weights()``, a change in place) is so of the output layer too.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: Tensor | None, comm: Communicator) -> None:
+        super().__init__(weight, bias, comm, gather=True)
+        self.weight = weight
+
+    def product(self, x: Tensor | Output, bias: Tensor | None) -> Tensor:
+        rows = self.weight.shape[0] // self.comm.world_size
+        assert isinstance(x, Tensor)
+        return F.linear(x, self.weight.narrow(0, self.comm.rank * rows, rows), bias)
+
+
+def _with_checkpoint(part: nn.Module, comm: Communicator, cuts: Mapping[str, Cut | OnFirst]) -> nn.Module:
     if comm.world_size > 1:
-        vars(part)["checkpoint"] = Checkpoint(part, comm, cuts, same_as)
+        vars(part)["checkpoint"] = Checkpoint(part, comm, cuts)
     return part
 
 

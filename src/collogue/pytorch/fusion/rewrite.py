@@ -117,6 +117,8 @@ def _communicator(reduce: Node) -> Communicator:
         raise NotFused(
             f"there is no communicator for {dtype} rows of {width} on the group {group!r}; make one before compiling, and keep it"
         )
+    if comm.topology.wire:
+        raise NotFused(f"the group's communicator sends terms as {comm.topology.wire}, which rounds them; make one without wire=")
     return comm
 
 
