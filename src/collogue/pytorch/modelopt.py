@@ -39,6 +39,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
     said = _quantization(folder, config)
     with no_init_weights():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # from_config leaves it out where nothing is initialized
     missing = set(dict(model.named_parameters()))  # tied ones have one name
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for file in files:
@@ -50,7 +51,6 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
         raise ArgumentError(f"the checkpoint has no {', '.join(sorted(missing)[:3])}", hint="copy all of its *.safetensors files")
     for owner, tensors in found.items():
         _fill(model, owner, tensors, dtype)
-    model.tie_weights()
     model.config.quantization_config = said
     return model.eval().requires_grad_(False)
 
