@@ -24,7 +24,8 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
             say how the model is quantized.
         dtype: of what is not quantized, and of the activations.
     Raises:
-        ArgumentError: no checkpoint, one of another method, tensors that the model does not have, or has and the checkpoint does not.
+        ArgumentError: no checkpoint, one of another method, tensors that the model does not have, or has and the checkpoint does not;
+            a quantized embedding or norm.
         ShapeError: a tensor of another shape than the model's.
     """
     from safetensors.torch import load_file
@@ -78,7 +79,12 @@ def _fill(model: nn.Module, owner: str, tensors: dict[str, Tensor], dtype: torch
             f"the checkpoint has {owner}.{next(iter(tensors))}, the model has no {owner}",
             hint="known are decoders whose experts are not quantized; load others dequantized",
         ) from None
-    if any(tensor.element_size() == 1 for tensor in tensors.values()):
+    if codes := [name for name, tensor in tensors.items() if tensor.element_size() == 1]:
+        if not isinstance(module, nn.Linear):
+            raise ArgumentError(
+                f"{owner}.{codes[0]} is {tensors[codes[0]].dtype} ({type(module).__name__})",
+                hint="known are checkpoints whose linear layers alone are quantized; load others dequantized",
+            )
         outer, _, last = owner.rpartition(".")
         layer = nn.Module()
         for name, tensor in tensors.items():

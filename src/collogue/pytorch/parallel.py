@@ -21,7 +21,7 @@ from collogue.errors import ArgumentError, CollogueError
 from collogue.group import Group, as_group
 from collogue.planning.topology import Transport
 from collogue.pytorch.boundaries import Boundaries, GatedMLP, Untouched, WholeNorm, check_use, partial_of
-from collogue.pytorch.checkpoints import CACHE_SCALES, QuantizedLinear
+from collogue.pytorch.checkpoints import CACHE_SCALES, QuantizedLinear, cache_of
 from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, no_checkpoint
 from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
 from collogue.pytorch.generation import generate
@@ -288,6 +288,8 @@ def _say_linears(decoder: Decoder, device: torch.device) -> None:
     cached = sum(any(hasattr(each.linear, name) for name in CACHE_SCALES) for each in plans)
     if cached:
         _log.info(f"{cached} linear layers have scales for a key-value cache in FP8, which are not used: the cache is not quantized")
+    elif cache := cache_of(decoder.base.config):
+        _log.info(f"the configuration says that the key-value cache is {cache}, which is not done: the cache is not quantized")
 
 
 def _say_experts(decoder: Decoder, world_size: int, quant: str | None) -> None:

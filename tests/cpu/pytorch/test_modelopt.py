@@ -68,6 +68,11 @@ def _tensors(folder: Path, **said: Any) -> None:
         (lambda folder: _config(folder, quantization_config=None), ArgumentError, "method is None, not 'modelopt'"),
         (lambda folder: _tensors(folder, model__norm__weight=None), ArgumentError, r"has no model\.norm\.weight"),
         (lambda folder: _tensors(folder, model__norm__weight=torch.ones(3)), ShapeError, r"model\.norm\.weight is \[3\]"),
+        (
+            lambda folder: _tensors(folder, model__embed_tokens__weight=torch.ones(128, 384).to(torch.float8_e4m3fn)),
+            ArgumentError,
+            r"model\.embed_tokens\.weight is torch\.float8_e4m3fn \(Embedding\)",
+        ),
         (lambda folder: _tensors(folder, model__other__weight=torch.ones(3)), ArgumentError, r"the model has no model\.other"),
     ],
 )

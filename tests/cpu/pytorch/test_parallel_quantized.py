@@ -365,6 +365,17 @@ def test_scales_of_a_cache_are_not_used(caplog: pytest.LogCaptureFixture) -> Non
     assert said == "4 linear layers have scales for a key-value cache in FP8, which are not used: the cache is not quantized"
 
 
+@pytest.mark.parametrize("said", [{"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, {"kv_cache_quant_algo": "FP8"}])
+def test_a_quantized_cache_without_scales_is_said(said: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    model = modelopt(fp4=False)
+    model.config.quantization_config |= said
+    with caplog.at_level(logging.INFO, "collogue"):
+        logits(model, 1)
+    (line,) = [record.message for record in caplog.records if "cache" in record.message]
+    asked = next(iter(said.values()))
+    assert line == f"the configuration says that the key-value cache is {asked}, which is not done: the cache is not quantized"
+
+
 def test_a_calibration_from_a_file(tmp_path: Path) -> None:
     model = small_model("llama", **SIZES)
     seen = calibrated(model)
