@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +56,15 @@ ALGORITHMS: dict[str, tuple[type, type | None]] = {
 }
 
 
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Errors inside are about the layer of this name, and say so."""
+    try:
+        yield
+    except CollogueError as error:
+        raise type(error)(f"{name}: {error.message}", hint=error.hint) from None
+
+
 @dataclass(frozen=True)
 class QuantizedLinear:
     """A layer of a checkpoint: its weight, and the format that its input is quantized to (``None``: it is not)."""
@@ -73,10 +83,8 @@ class QuantizedLinear:
         shapes = replace(self.weight, codes=self.weight.codes.to("meta"), scales=None if scales is None else scales.to("meta"))
         part = shapes.part(cut, 0, world_size, name)
         if self.activation is not None:
-            try:
+            with naming(name):
                 self.activation.check_hidden_size(part.shape[1])
-            except FormatError as error:
-                raise FormatError(f"{name}: {error.message}", hint=error.hint) from None
 
 
 @dataclass(frozen=True)
@@ -213,7 +221,7 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
             f"{name} has {', '.join(tensors)}, but no {' and no '.join(missing)}",
             hint="load the checkpoint compressed (not dequantized), with the package that wrote it",
         )
-    try:
+    with naming(name):
         _check_scheme(getattr(getattr(linear, "quantization_scheme", None), "weights", None), codes, scales)
         block = _block_size(linear) or (128 if algorithm == "FP8_PB_WO" else None)
         weight = weight_of(codes, scales, tensors.get(names.weight_global), names, block)
@@ -226,8 +234,6 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
         else:
             activation = _of_fine_grained(linear, weight.format, scales.dtype != torch.float32, tensors, names)
         return QuantizedLinear(per_channel(weight) if isinstance(activation, FP8PerToken) else weight, activation)
-    except CollogueError as error:
-        raise type(error)(f"{name}: {error.message}", hint=error.hint) from None
 
 
 #: How experts are stored, by ``quant_method``: what follows a parameter's name in that of its codes, and in that of its scales.
@@ -287,12 +293,10 @@ def _experts(experts: Any, name: str, codes: Tensor, scales: Tensor, shape: torc
         )
     if codes.dtype == torch.float8_e4m3fn and getattr(experts, "block_size", None) is None and scales.shape[1:] in ((1, 1), (2, 1)):
         scales = scales.repeat_interleave(rows // scales.shape[1], 1)
-    try:
+    with naming(name):
         if scales.device.type != "cpu":
             check_scales(scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales)
         weights = tuple(weight_of(*each, None, NAMES["modelopt"], _block_size(experts)) for each in zip(codes, scales, strict=True))
-    except CollogueError as error:
-        raise type(error)(f"{name}: {error.message}", hint=error.hint) from None
     if weights[0].shape != (rows, columns):
         raise ShapeError(
             f"{name}: each expert's weight is {list(weights[0].shape)}, the model's {[rows, columns]}",

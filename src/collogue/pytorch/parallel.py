@@ -22,7 +22,7 @@ from collogue.group import Group, as_group
 from collogue.planning.topology import Transport
 from collogue.pytorch.boundaries import Boundaries, GatedMLP, Untouched, WholeNorm, check_use, partial_of
 from collogue.pytorch.checkpoints import CACHE_SCALES, QuantizedLinear, cache_of
-from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, no_checkpoint
+from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, check_first, no_checkpoint
 from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
 from collogue.pytorch.generation import generate
 from collogue.pytorch.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear, home
@@ -216,6 +216,7 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, 
         Untouched(layer, form.called if fuse else layer._modules, _norms_with_codes(decoder, index) if fuse else (), held=fuse)
         for index, layer in enumerate(layers)
     ]
+    undo.hooks.append(base.register_load_state_dict_pre_hook(check_first))
     undo.hooks.append(base.register_forward_pre_hook(functools.partial(check_use, untouched), with_kwargs=True))
     if callable(getattr(decoder.model, "generate", None)):
         undo.set(decoder.model, "generate", functools.partial(generate, decoder.model, comm))

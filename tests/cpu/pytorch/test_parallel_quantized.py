@@ -484,5 +484,6 @@ def test_a_checkpoint_that_was_dequantized_on_load() -> None:
 def test_parts_that_end_inside_a_block(name: str, kind: Any) -> None:
     """96 features among 2 ranks are 48: neither a block of 128 nor one of 32."""
     model = small_model("llama")
-    with pytest.raises(kind, match=r"layers\.0\..*_proj"):
+    with pytest.raises(kind, match=r"layers\.0\..*_proj") as caught:
         run_virtual(2, lambda group: collogue.parallelize(copy.deepcopy(model), group, max_tokens=8, quant=name))
+    assert caught.value.hint == "use a world size whose parts are whole blocks, or another quant="  # not: load it dequantized
