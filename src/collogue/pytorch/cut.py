@@ -166,7 +166,7 @@ def no_checkpoint(module: nn.Module, what: str) -> nn.Module:
 
 
 def check_first(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """A hook before ``module`` loads a state: nothing is loaded where a part of it refuses its tensors, by its ``check_state``."""
+    """A hook before ``module`` loads a state: its parts check theirs (``check_state``), and where one raises nothing is loaded."""
     for name, part in module.named_modules():
         if check := vars(part).get("check_state"):
             check(state, f"{prefix}{name}.")
