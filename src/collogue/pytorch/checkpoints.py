@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +56,15 @@ ALGORITHMS: dict[str, tuple[type, type | None]] = {
 }
 
 
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Errors inside are about the layer of this name, and say so."""
+    try:
+        yield
+    except CollogueError as error:
+        raise type(error)(f"{name}: {error.message}", hint=error.hint) from None
+
+
 @dataclass(frozen=True)
 class QuantizedLinear:
     """A layer of a checkpoint: its weight, and the format that its input is quantized to (``None``: it is not)."""
@@ -72,10 +83,8 @@ class QuantizedLinear:
         shapes = replace(self.weight, codes=self.weight.codes.to("meta"), scales=None if scales is None else scales.to("meta"))
         part = shapes.part(cut, 0, world_size, name)
         if self.activation is not None:
-            try:
+            with naming(name):
                 self.activation.check_hidden_size(part.shape[1])
-            except FormatError as error:
-                raise FormatError(f"{name}: {error.message}", hint=error.hint) from None
 
 
 @dataclass(frozen=True)
@@ -125,12 +134,27 @@ def method_of(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
+def _said(config: Any) -> dict[str, Any]:
+    """The quantization of a model's configuration, where it is written out."""
+    said = getattr(config, "quantization_config", None)
+    return said if isinstance(said, dict) else {}
+
+
+def cache_of(config: Any) -> Any:
+    """What the configuration says of the key-value cache, as compressed-tensors or ModelOpt call it; ``None`` where that is nothing."""
+    return _said(config).get("kv_cache_scheme") or _said(config).get("kv_cache_quant_algo")
+
+
 def algorithm_of(config: Any, name: str) -> str | None:
     """ModelOpt's ``quant_algo`` of the layer called ``name`` in the model; ``None`` where the configuration does not say it."""
-    said = getattr(config, "quantization_config", None)
-    said = said if isinstance(said, dict) else {}
+    said = _said(config)
     if said.get("quant_algo") == "MIXED_PRECISION":
-        said = (said.get("quantized_layers") or {}).get(name, {})
+        if not isinstance(layers := said.get("quantized_layers"), dict):
+            raise ArgumentError(
+                f"{name}: quant_algo is 'MIXED_PRECISION', but the configuration has no quantized_layers",
+                hint="copy quantized_layers from hf_quant_config.json into config.quantization_config",
+            )
+        said = layers.get(name, {})
     algorithm = said.get("quant_algo")
     return None if algorithm is None else str(algorithm)
 
@@ -197,8 +221,8 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
             f"{name} has {', '.join(tensors)}, but no {' and no '.join(missing)}",
             hint="load the checkpoint compressed (not dequantized), with the package that wrote it",
         )
-    try:
-        _check_scheme(getattr(getattr(linear, "quantization_scheme", None), "weights", None), scales)
+    with naming(name):
+        _check_scheme(getattr(getattr(linear, "quantization_scheme", None), "weights", None), codes, scales)
         block = _block_size(linear) or (128 if algorithm == "FP8_PB_WO" else None)
         weight = weight_of(codes, scales, tensors.get(names.weight_global), names, block)
         if weight.scales is not None and weight.scales.device.type != "cpu":
@@ -210,8 +234,6 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
         else:
             activation = _of_fine_grained(linear, weight.format, scales.dtype != torch.float32, tensors, names)
         return QuantizedLinear(per_channel(weight) if isinstance(activation, FP8PerToken) else weight, activation)
-    except CollogueError as error:
-        raise type(error)(f"{name}: {error.message}", hint=error.hint) from None
 
 
 #: How experts are stored, by ``quant_method``: what follows a parameter's name in that of its codes, and in that of its scales.
@@ -271,12 +293,10 @@ def _experts(experts: Any, name: str, codes: Tensor, scales: Tensor, shape: torc
         )
     if codes.dtype == torch.float8_e4m3fn and getattr(experts, "block_size", None) is None and scales.shape[1:] in ((1, 1), (2, 1)):
         scales = scales.repeat_interleave(rows // scales.shape[1], 1)
-    try:
+    with naming(name):
         if scales.device.type != "cpu":
             check_scales(scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales)
         weights = tuple(weight_of(*each, None, NAMES["modelopt"], _block_size(experts)) for each in zip(codes, scales, strict=True))
-    except CollogueError as error:
-        raise type(error)(f"{name}: {error.message}", hint=error.hint) from None
     if weights[0].shape != (rows, columns):
         raise ShapeError(
             f"{name}: each expert's weight is {list(weights[0].shape)}, the model's {[rows, columns]}",
@@ -426,13 +446,21 @@ def _kind(given: Any) -> tuple[str, int, str]:
     return str(getattr(given.type, "value", given.type)), given.num_bits, str(getattr(given.strategy, "value", given.strategy))
 
 
-def _check_scheme(weights: Any, scales: Tensor) -> None:
-    """Raise :class:`ArgumentError` for weights that compressed-tensors quantizes in a way that is not known."""
+def _check_scheme(weights: Any, codes: Tensor, scales: Tensor) -> None:
+    """Raise :class:`ArgumentError` for weights that compressed-tensors quantizes in a way that is not known, or whose scales do not fit."""
     if weights is None:
         return
     kind = _kind(weights)
     size = weights.group_size if "group" in kind[2] else None
     if (*kind, size) in _SCHEMES and weights.symmetric and not (kind[2] == "group" and scales.element_size() > 1):
+        if codes.dtype == torch.float8_e4m3fn and codes.ndim == 2:
+            rows, columns = codes.shape
+            expected = {"tensor": [1], "channel": [rows, 1], "group": [rows, columns // (size or 1)]}.get(kind[2], list(scales.shape))
+            if scales.numel() != math.prod(expected) or (kind[2] != "tensor" and scales.shape[:1] != (expected[0],)):
+                raise ShapeError(
+                    f"weights {list(codes.shape)} quantized per {kind[2]} have scales {list(scales.shape)}, expected {expected}",
+                    hint="load the checkpoint as it was published, each weight as [output features, input features]",
+                )
         return
     groups = "" if size is None else f" of {size}"
     raise ArgumentError(
@@ -445,6 +473,12 @@ def _of_scheme(scheme: Any, format: WeightFormat, tensors: dict[str, Tensor], na
     """The input's format that compressed-tensors' arguments describe."""
     if scheme is None:
         raise ArgumentError("there is no quantization_scheme", hint="load the checkpoint compressed, with compressed-tensors")
+    if (outputs := getattr(scheme, "output_activations", None)) is not None:
+        kind = _kind(outputs)
+        raise ArgumentError(
+            f"outputs quantized to {kind[1]}-bit {kind[0]} per {kind[2]} are not known",
+            hint="use a checkpoint whose scheme has weights and input_activations alone, or dequantize",
+        )
     given = scheme.input_activations
     if given is None:
         return None

@@ -148,7 +148,7 @@ def gathered(comm: Communicator, cut: Whole | None, own: Tensor) -> Tensor:
 def no_checkpoint(module: nn.Module, what: str) -> nn.Module:
     """Make state dictionaries of a quantized part an error, in and out: its tensors are not those of any checkpoint."""
 
-    def refuse(module: nn.Module, *rest: Any) -> None:
+    def refuse(*rest: Any) -> None:
         raise ArgumentError(
             f"state dictionaries of a quantized parallel model are not known where it has {what}",
             hint="keep the checkpoint that the model was loaded from; to load other weights, load them unsharded and parallelize again",
@@ -156,7 +156,15 @@ def no_checkpoint(module: nn.Module, what: str) -> nn.Module:
 
     module.register_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call]
+    vars(module)["check_state"] = refuse
     return module
+
+
+def check_first(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """A hook before ``module`` loads a state: its parts check theirs (``check_state``), and where one raises nothing is loaded."""
+    for name, part in module.named_modules():
+        if check := vars(part).get("check_state"):
+            check(state, f"{prefix}{name}.")
 
 
 def _refuse(module: nn.Module, prefix: str, keep_vars: bool) -> None:

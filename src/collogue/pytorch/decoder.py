@@ -12,7 +12,7 @@ from collogue.communicator import Communicator
 from collogue.contract import reference
 from collogue.contract.quant import Quant
 from collogue.contract.spec import RMSNorm
-from collogue.errors import ArgumentError, ScaleError, ShapeError
+from collogue.errors import ArgumentError, FormatError, ScaleError, ShapeError
 from collogue.pytorch.boundaries import check_attention
 from collogue.pytorch.checkpoints import (
     QuantizedExperts,
@@ -297,6 +297,14 @@ class _Source:
         except ScaleError as error:
             raise ScaleError(f"{name}: {error.message}", hint="quantize models whose weights are finite and not all zero") from None
 
+    def check_part(self, quantized: QuantizedLinear, cut: Cut, world_size: int, name: str) -> None:
+        """Raise where a part does not end where a block of scales ends."""
+        try:
+            quantized.check_part(cut, world_size, name)
+        except (FormatError, ShapeError) as error:
+            hint = error.hint if self.recipe is None else "use a world size whose parts are whole blocks, or another quant="
+            raise type(error)(error.message, hint=hint) from None
+
 
 def _share(columns: dict[str, LinearPlan | None], readers: list[str], prefix: str) -> Quant | None:
     """Give those that read one input its one format, which is returned."""
@@ -325,7 +333,7 @@ def _linear(base: nn.Module, name: str, column: bool, counted: Counted, ranks: _
         return None
     if quantized is not None:
         cut = ranks.cut(quantized.weight.shape[dim], dim, counted, name)
-        quantized.check_part(cut, ranks.size, name)
+        source.check_part(quantized, cut, ranks.size, name)
         published = Published.of(linear, source.method if is_quantized(linear) else None, quantized)
         return LinearPlan(name, linear, column, cut, quantized, published)
     lora = f"{type(linear).__module__}.{type(linear).__qualname__}" == "peft.tuners.lora.layer.Linear"

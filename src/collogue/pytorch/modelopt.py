@@ -24,7 +24,8 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
             say how the model is quantized.
         dtype: of what is not quantized, and of the activations.
     Raises:
-        ArgumentError: no checkpoint, one of another method, tensors that the model does not have, or has and the checkpoint does not.
+        ArgumentError: no checkpoint, one of another method, tensors that the model does not have, or has and the checkpoint does not;
+            a quantized embedding or norm.
         ShapeError: a tensor of another shape than the model's.
     """
     from safetensors.torch import load_file
@@ -39,6 +40,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
     said = _quantization(folder, config)
     with no_init_weights():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # from_config leaves it out where nothing is initialized
     missing = set(dict(model.named_parameters()))  # tied ones have one name
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for file in files:
@@ -50,7 +52,6 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
         raise ArgumentError(f"the checkpoint has no {', '.join(sorted(missing)[:3])}", hint="copy all of its *.safetensors files")
     for owner, tensors in found.items():
         _fill(model, owner, tensors, dtype)
-    model.tie_weights()
     model.config.quantization_config = said
     return model.eval().requires_grad_(False)
 
@@ -78,7 +79,12 @@ def _fill(model: nn.Module, owner: str, tensors: dict[str, Tensor], dtype: torch
             f"the checkpoint has {owner}.{next(iter(tensors))}, the model has no {owner}",
             hint="known are decoders whose experts are not quantized; load others dequantized",
         ) from None
-    if any(tensor.element_size() == 1 for tensor in tensors.values()):
+    if codes := [name for name, tensor in tensors.items() if tensor.element_size() == 1]:
+        if not isinstance(module, nn.Linear):
+            raise ArgumentError(
+                f"{owner}.{codes[0]} is {tensors[codes[0]].dtype} ({type(module).__name__})",
+                hint="known are checkpoints whose linear layers alone are quantized; load others dequantized",
+            )
         outer, _, last = owner.rpartition(".")
         layer = nn.Module()
         for name, tensor in tensors.items():

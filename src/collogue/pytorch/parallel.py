@@ -22,8 +22,8 @@ from collogue.errors import ArgumentError, CollogueError
 from collogue.group import Group, TorchGroup, as_group
 from collogue.planning.topology import Transport
 from collogue.pytorch.boundaries import Boundaries, GatedMLP, Untouched, WholeNorm, check_use, partial_of
-from collogue.pytorch.checkpoints import CACHE_SCALES, QuantizedLinear
-from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, no_checkpoint
+from collogue.pytorch.checkpoints import CACHE_SCALES, QuantizedLinear, cache_of
+from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, check_first, no_checkpoint
 from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
 from collogue.pytorch.generation import generate
 from collogue.pytorch.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear, home
@@ -228,6 +228,7 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, 
         Untouched(layer, form.called if fuse else layer._modules, _norms_with_codes(decoder, index) if fuse else (), held=fuse)
         for index, layer in enumerate(layers)
     ]
+    undo.hooks.append(base.register_load_state_dict_pre_hook(check_first))
     undo.hooks.append(base.register_forward_pre_hook(functools.partial(check_use, untouched, comm), with_kwargs=True))
     if decoder.head is not None:
         undo.set(decoder.model, "resize_token_embeddings", _no_new_size)
@@ -302,6 +303,8 @@ def _say_linears(decoder: Decoder, device: torch.device) -> None:
     cached = sum(any(hasattr(each.linear, name) for name in CACHE_SCALES) for each in plans)
     if cached:
         _log.info(f"{cached} linear layers have scales for a key-value cache in FP8, which are not used: the cache is not quantized")
+    elif cache := cache_of(decoder.base.config):
+        _log.info(f"the configuration says that the key-value cache is {cache}, which is not done: the cache is not quantized")
 
 
 def _say_experts(decoder: Decoder, world_size: int, quant: str | None) -> None:

@@ -13,7 +13,7 @@ from collogue.communicator import Communicator
 from collogue.contract.quant import NVFP4, FP8PerToken, FP8Static
 from collogue.contract.weight import FP8Block, QuantizedWeight
 from collogue.errors import ArgumentError, ScaleError
-from collogue.pytorch.checkpoints import NAMES, Names, QuantizedLinear, per_channel, tensors_of, weight_of
+from collogue.pytorch.checkpoints import NAMES, Names, QuantizedLinear, naming, per_channel, tensors_of, weight_of
 from collogue.pytorch.cut import Checkpoint, Cut, gathered
 from collogue.pytorch.scaled import Linear, factor_of
 
@@ -119,15 +119,26 @@ class QuantizedCheckpoint(Checkpoint):
     def __init__(self, module: Linear, comm: Communicator, cut: Cut, column: bool, published: Published, name: str) -> None:
         super().__init__(module, comm, {})
         self.module, self.cut, self.column, self.published, self.name = module, cut, column, published, name
+        vars(module)["check_state"] = self.read
+
+    def read(self, state: Mapping[str, Any], prefix: str) -> tuple[dict[str, Tensor], QuantizedWeight | None]:
+        """The layer's tensors in a whole state, and the weight that they are; none where the state leaves the layer out."""
+        given = {name: state[prefix + name] for name in self.published.held if prefix + name in state}
+        if not given:
+            return given, None
+        self.published.check(given, prefix)
+        with naming(prefix.rstrip(".")):
+            return given, self.published.read(given, by_channel=isinstance(self.module.format, FP8PerToken))
 
     def _load(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Put this rank's part in the place of the layer's tensors, where the state has them."""
-        given = {name: state.pop(prefix + name) for name in self.published.held if prefix + name in state}
-        if not given:
+        given, weight = self.read(state, prefix)
+        if weight is None:
             return
-        self.published.check(given, prefix)
+        for name in given:
+            del state[prefix + name]
         mine, device, rank, size = self.module, self.module.weight.device, self.comm.rank, self.comm.world_size
-        part = self.published.read(given, by_channel=isinstance(mine.format, FP8PerToken)).part(self.cut, rank, size, self.name)
+        part = weight.part(self.cut, rank, size, self.name)
         if mine.format is None:  # decoded once
             state[f"{prefix}weight"] = part.decode().to(mine.weight.dtype)
         else:

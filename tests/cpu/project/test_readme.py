@@ -57,12 +57,11 @@ def readme_rank(group: dist.ProcessGroup, tell: Any, blocks: list[str]) -> list[
     transformers.AutoModelForCausalLM.from_pretrained = tiny_model
     dist.init_process_group = lambda *args, **named: None  # there is one
     names, printed = names_of_the_reader(), []
-    with torch.inference_mode():
-        for block in blocks:
-            tell(block.splitlines()[0])
-            with redirect_stdout(io.StringIO()) as text:
-                exec(compile(block, "README.md", "exec"), names)
-            printed.append(text.getvalue())
+    for block in blocks:
+        tell(block.splitlines()[0])
+        with redirect_stdout(io.StringIO()) as text:
+            exec(compile(block, "README.md", "exec"), names)
+        printed.append(text.getvalue())
     layer, out, y = names["gemm"], names["out"], names["gemm"](names["out"])
     decoded = collogue.dequantize(out.codes, out.scales, collogue.FP8PerToken(), hidden_size=HIDDEN)
     expected = torch.nn.functional.linear(decoded, layer.quantized_weight.decode(), layer.bias.float())

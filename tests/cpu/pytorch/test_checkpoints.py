@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import collogue
 from collogue.contract.weight import FP8Block, QuantizedWeight
-from collogue.errors import ArgumentError, CollogueError, ScaleError
+from collogue.errors import ArgumentError, CollogueError, ScaleError, ShapeError
 from collogue.pytorch import checkpoints
 from collogue.pytorch.checkpoints import QuantizedLinear, read, shared_input
 
@@ -293,6 +294,9 @@ def test_the_algorithm_of_a_layer() -> None:
     config.quantization_config = {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "NVFP4"}}}
     assert checkpoints.algorithm_of(config, "a") == "NVFP4"
     assert checkpoints.algorithm_of(config, "b") is None
+    config.quantization_config = {"quant_algo": "MIXED_PRECISION"}
+    with pytest.raises(ArgumentError, match=r"a: .*'MIXED_PRECISION', but the configuration has no quantized_layers"):
+        checkpoints.algorithm_of(config, "a")
 
 
 def test_scales_of_a_cache_are_not_used() -> None:
@@ -325,12 +329,40 @@ def test_a_layer_of_one_block() -> None:
     assert torch.equal(found.weight.decode(), weight.decode())
 
 
-def _scheme(weights: dict[str, Any], inputs: dict[str, Any] | None) -> Any:
+def _scheme(weights: dict[str, Any], inputs: dict[str, Any] | None, outputs: dict[str, Any] | None = None) -> Any:
     quantization = pytest.importorskip("compressed_tensors.quantization")
     arguments = [
-        each and quantization.QuantizationArgs(**{"num_bits": 8, "type": "float", "symmetric": True} | each) for each in (weights, inputs)
+        each and quantization.QuantizationArgs(**{"num_bits": 8, "type": "float", "symmetric": True} | each)
+        for each in (weights, inputs, outputs)
     ]
-    return quantization.QuantizationScheme(targets=["Linear"], weights=arguments[0], input_activations=arguments[1])
+    named = dict(zip(("weights", "input_activations", "output_activations"), arguments, strict=True))
+    return quantization.QuantizationScheme(targets=["Linear"], **named)
+
+
+def test_quantized_outputs_are_named() -> None:
+    layer: Any = _layer(weight=_CODES, weight_scale=torch.ones(OUT, 1))
+    token = {"strategy": "token", "dynamic": True}
+    layer.quantization_scheme = _scheme({"strategy": "channel"}, token, token)
+    with pytest.raises(ArgumentError, match="layer: outputs quantized to 8-bit float per token are not known") as caught:
+        read(layer, "layer", "compressed-tensors")
+    assert "input_activations alone" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("weights", "codes", "scales", "expected"),
+    [
+        ({"strategy": "channel"}, _CODES, torch.ones(6, 3), "[128, 1]"),
+        ({"strategy": "channel"}, _CODES.view(IN, OUT), torch.ones(OUT, 1), "[256, 1]"),
+        ({"strategy": "channel"}, _CODES, torch.ones(1, OUT), "[128, 1]"),
+        ({"strategy": "tensor"}, _CODES, torch.ones(3), "[1]"),
+        ({"strategy": "group", "group_size": 32}, _CODES, _BYTES.t(), "[128, 8]"),
+    ],
+)
+def test_scales_that_do_not_fit_the_scheme(weights: dict[str, Any], codes: torch.Tensor, scales: torch.Tensor, expected: str) -> None:
+    layer: Any = _layer(weight=codes, weight_scale=scales)
+    layer.quantization_scheme = _scheme(weights, None)
+    with pytest.raises(ShapeError, match=re.escape(f"per {weights['strategy']} have scales {[*scales.shape]}, expected {expected}")):
+        read(layer, "layer", "compressed-tensors")
 
 
 def test_groups_of_32_with_float_scales_are_no_mxfp8() -> None:

@@ -38,6 +38,17 @@ def test_the_file_beside_the_configuration(tmp_path: Path) -> None:
     assert torch.isfinite(logits(model, 1)).all()
 
 
+def test_a_tied_head_needs_no_tensor_of_its_own(tmp_path: Path) -> None:
+    untied = modelopt(fp4=True)
+    untied.lm_head.weight = untied.model.embed_tokens.weight
+    save(untied, tmp_path, SAID | {"quant_algo": "NVFP4"})
+    _config(tmp_path, tie_word_embeddings=True)
+    _tensors(tmp_path, lm_head__weight=None)
+    model = load(tmp_path, dtype=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(logits(model, 2), logits(untied, 2))
+
+
 def _config(folder: Path, **said: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | said))
@@ -57,6 +68,11 @@ def _tensors(folder: Path, **said: Any) -> None:
         (lambda folder: _config(folder, quantization_config=None), ArgumentError, "method is None, not 'modelopt'"),
         (lambda folder: _tensors(folder, model__norm__weight=None), ArgumentError, r"has no model\.norm\.weight"),
         (lambda folder: _tensors(folder, model__norm__weight=torch.ones(3)), ShapeError, r"model\.norm\.weight is \[3\]"),
+        (
+            lambda folder: _tensors(folder, model__embed_tokens__weight=torch.ones(128, 384).to(torch.float8_e4m3fn)),
+            ArgumentError,
+            r"model\.embed_tokens\.weight is torch\.float8_e4m3fn \(Embedding\)",
+        ),
         (lambda folder: _tensors(folder, model__other__weight=torch.ones(3)), ArgumentError, r"the model has no model\.other"),
     ],
 )

@@ -18,6 +18,8 @@ import collogue
 from collogue.errors import ArgumentError, CapacityError, DTypeError
 from collogue.testing import VirtualGroup, run_virtual
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 
 def parallel(model: Any, then: Callable[[Any], Any], world_size: int = 2, **options: Any) -> list[Any]:
     """What ``then`` returns of the parallel model, on every rank."""

@@ -365,6 +365,17 @@ def test_scales_of_a_cache_are_not_used(caplog: pytest.LogCaptureFixture) -> Non
     assert said == "4 linear layers have scales for a key-value cache in FP8, which are not used: the cache is not quantized"
 
 
+@pytest.mark.parametrize("said", [{"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, {"kv_cache_quant_algo": "FP8"}])
+def test_a_quantized_cache_without_scales_is_said(said: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    model = modelopt(fp4=False)
+    model.config.quantization_config |= said
+    with caplog.at_level(logging.INFO, "collogue"):
+        logits(model, 1)
+    (line,) = [record.message for record in caplog.records if "cache" in record.message]
+    asked = next(iter(said.values()))
+    assert line == f"the configuration says that the key-value cache is {asked}, which is not done: the cache is not quantized"
+
+
 def test_a_calibration_from_a_file(tmp_path: Path) -> None:
     model = small_model("llama", **SIZES)
     seen = calibrated(model)
@@ -473,5 +484,6 @@ def test_a_checkpoint_that_was_dequantized_on_load() -> None:
 def test_parts_that_end_inside_a_block(name: str, kind: Any) -> None:
     """96 features among 2 ranks are 48: neither a block of 128 nor one of 32."""
     model = small_model("llama")
-    with pytest.raises(kind, match=r"layers\.0\..*_proj"):
+    with pytest.raises(kind, match=r"layers\.0\..*_proj") as caught:
         run_virtual(2, lambda group: collogue.parallelize(copy.deepcopy(model), group, max_tokens=8, quant=name))
+    assert caught.value.hint == "use a world size whose parts are whole blocks, or another quant="  # not: load it dequantized

@@ -155,6 +155,11 @@ def test_what_cannot_be_given_or_loaded_is_a_named_error() -> None:
         ):
             with pytest.raises(error, match=text):
                 mine.load_state_dict({key: tensor for key, tensor in (state | change).items() if tensor is not None})
+        bad = {key: tensor * 2 if key.startswith("model.layers.0.input_layernorm") else tensor for key, tensor in state.items()}
+        for scale in (-1.0, float("nan")):
+            with pytest.raises(ScaleError, match=rf"^{name}: .*positive"):
+                mine.load_state_dict(bad | {f"{name}.weight_scale": torch.tensor([scale])})
+        check_same(collogue.full_state_dict(mine), state)  # nothing was loaded
         mine.load_state_dict({key: tensor for key, tensor in state.items() if name not in key}, strict=False)
         check_same(collogue.full_state_dict(mine), state)
         part = collogue.full_state_dict(mine.model.layers[1].mlp.up_proj)
@@ -164,9 +169,12 @@ def test_what_cannot_be_given_or_loaded_is_a_named_error() -> None:
             collogue.full_state_dict(decoded)
         assert "keep_packed=True" in caught.value.hint
         scaled = collogue.parallelize(copy.deepcopy(granite), group, max_tokens=8, quant="fp8_per_token", keep_packed=True)
-        for call in (lambda: collogue.full_state_dict(scaled), lambda: scaled.load_state_dict({})):
+        embedding = scaled.model.embed_tokens.weight.clone()
+        state = {"model.embed_tokens.weight": embedding * 2}
+        for call in (lambda: collogue.full_state_dict(scaled), lambda: scaled.load_state_dict(state)):
             with pytest.raises(ArgumentError, match=r"not known where it has weights that hold the model's factor 0\.3"):
                 call()
+        assert torch.equal(scaled.model.embed_tokens.weight, embedding)
 
     for world_size in (1, 2):
         run_virtual(world_size, rank)
