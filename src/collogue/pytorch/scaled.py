@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from collogue.contract.quant import NVFP4, FP8Static, Quant, check_format
 from collogue.contract.reference import dequantize
 from collogue.contract.spec import VALUE_DTYPES, Output
-from collogue.contract.weight import QuantizedWeight, WeightFormat, decode
+from collogue.contract.weight import QuantizedWeight, WeightFormat, check_scales, decode
 from collogue.errors import ArgumentError, DTypeError, FormatError, ScaleError, ShapeError
 from collogue.functions import quantize
 from collogue.ops import is_traced
@@ -67,7 +67,8 @@ class Linear(nn.Module):
     State:
         Of a quantized weight the state dictionary also has the number that its format holds, a divisor of FP8Static or a multiplier of
         NVFP4, as ``weight_factor``, and that of ``activation`` as ``input_factor``. Loading takes the weight's over with the codes. The
-        input's must be the layer's, as calls have that format too: else a :class:`ScaleError`.
+        input's must be the layer's, as calls have that format too: else a :class:`ScaleError`. So are scales that are not positive and
+        finite; codes, scales and numbers of another dtype or shape are a :class:`DTypeError` or :class:`ShapeError`.
     """
 
     weight: nn.Parameter
@@ -104,38 +105,51 @@ class Linear(nn.Module):
         return None if self.format is None else QuantizedWeight(self.weight.data, self.weight_scale, self.format)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Codes and scales move with the module; ``.to(dtype)`` and ``.half()`` would change their meaning and leave them alone."""
+        """Codes and scales move with the module; ``.to(dtype)`` and ``.half()`` would change their meaning and leave them alone.
+
+        Every tensor is converted before one is replaced: an error leaves the layer as it was.
+        """
         if self.format is None:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
-        kept = {name: self._parameters.pop(name) for name in ("weight", "weight_scale")}
-        factors = {name: self._buffers.pop(name) for name in ("weight_factor", "input_factor")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, parameter in kept.items():
-            if parameter is not None:
-                parameter.data = fn(parameter.data.view(torch.uint8)).view(parameter.dtype)
-            self._parameters[name] = parameter
-        for name, factor in factors.items():
-            self._buffers[name] = None if factor is None else fn(factor.view(torch.uint8)).view(factor.dtype)
-        return self
+        done: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for name, tensor in (*self._parameters.items(), *self._buffers.items()):
+                if tensor is not None:
+                    done[id(tensor)] = fn(tensor) if name == "bias" else fn(tensor.detach().view(torch.uint8)).view(tensor.dtype)
+        moved = super()._apply(lambda tensor: done[id(tensor)] if id(tensor) in done else fn(tensor), recurse)  # type: ignore[no-untyped-call]
+        return moved  # type: ignore[no-any-return]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Numbers of formats come with the codes that they belong to."""
-        given, mine = state_dict.get(f"{prefix}input_factor"), self.input_factor
-        if self.format is not None and mine is not None and isinstance(given, Tensor) and _differ(given, mine):
-            assert self.activation is not None
-            raise ScaleError(
-                f"{prefix}input_factor of the state is {given.flatten().tolist()}; the layer's activation, {self.activation.name}, has "
-                f"{float(mine)}",
-                hint="make the layer with the activation of the layer whose state it is",
-            )
+        if self.format is not None and not hasattr(self, "checkpoint"):  # a parallel layer's: whole until its hook has checked and cut it
+            self._check_state(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if isinstance(self.format, FP8Static | NVFP4) and self.weight_factor is not None and f"{prefix}weight_factor" in state_dict:
-            kept = isinstance(self.format.given_scale, Tensor) or self.weight_factor.is_meta
-            number = self.weight_factor if kept else float(self.weight_factor)
+        factor = self.weight_factor if f"{prefix}weight_factor" in state_dict else None
+        if isinstance(self.format, FP8Static | NVFP4) and factor is not None and not factor.is_meta:
+            number = factor if isinstance(self.format.given_scale, Tensor) else float(factor)
             if isinstance(self.format, FP8Static):
                 self.format = replace(self.format, scale=number)
             else:
                 self.format = replace(self.format, global_scale=number)
+
+    def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Raise for tensors that PyTorch would convert to codes or scales, for scales that are none, and for another input's number."""
+        for name in ("weight", "weight_scale", "weight_factor", "input_factor"):
+            given, own = state_dict.get(prefix + name), getattr(self, name)
+            if not isinstance(given, Tensor) or own is None:
+                continue
+            check_like(prefix + name, given, own, "the layer's", "load a state of the same quantization scheme, or make the layer anew")
+            if name in ("weight_scale", "weight_factor") and not given.is_meta:
+                try:
+                    check_scales(given)
+                except ScaleError as error:
+                    raise ScaleError(f"{prefix}{name} of the state: {error.message}", hint=error.hint) from None
+            if name == "input_factor" and self.activation is not None and _differ(given, self.activation):
+                raise ScaleError(
+                    f"{prefix}{name} of the state is {given.flatten().tolist()}; the layer's activation, {self.activation.name}, has "
+                    f"{self.activation.given_scale}",
+                    hint="make the layer with the activation of the layer whose state it is",
+                )
 
     def explain(self) -> str:
         """How the product is computed on the device where the weight is, and why."""
@@ -210,8 +224,7 @@ class Linear(nn.Module):
         return F.linear(codes.to(compute), matrix, None if bias is None else bias.to(compute)).to(dtype)
 
     def extra_repr(self) -> str:
-        weight = self.quantized_weight
-        shape = tuple(self.weight.shape) if weight is None else weight.shape
+        shape = self.weight.shape[0], self.weight.shape[1] * (2 if self.weight.dtype == torch.uint8 else 1)  # MXFP4 and NVFP4: two a byte
         kind = self.weight.dtype if self.format is None else self.format
         return f"[O, I]={list(shape)}, weight={kind}, activation={'none' if self.activation is None else self.activation.label}"
 
@@ -244,7 +257,8 @@ class ScaledLinear(Linear):
     Raises:
         ArgumentError: an output without codes, a weight that is not quantized. ShapeError: codes, features or a bias of another shape.
         DTypeError: codes where there is no activation format. FormatError: no format, a block that does not divide, scales that the
-        activation format does not have. ScaleError: a state with another static scale of the input.
+        activation format does not have. Loading a state also ScaleError: another static scale of the input, scales that are not positive
+        and finite; ShapeError, DTypeError: tensors of another scheme.
     """
 
     def __init__(
@@ -289,9 +303,20 @@ def _check_x(x: object) -> None:
         raise ShapeError(f"x is {found}; expected a tensor [.., I] or a collogue.Output", hint="pass values, or what a call returned")
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
-    """Whether two numbers are known and not the same."""
-    return not (one.is_meta or other.is_meta) and (one.numel() != 1 or float(one) != float(other))
+def check_like(name: str, given: Tensor, own: Tensor, whose: str, hint: str) -> None:
+    """Raise where a tensor of a state has another dtype or shape than a layer's ``own``."""
+    if (given.dtype, given.shape) != (own.dtype, own.shape):
+        raise (ShapeError if given.dtype == own.dtype else DTypeError)(
+            f"{name} of the state is {given.dtype} {list(given.shape)}, {whose} {own.dtype} {list(own.shape)}", hint=hint
+        )
+
+
+def _differ(given: Tensor, activation: Quant) -> bool:
+    """Whether a state's number is another than the activation's, where both are known."""
+    if given.is_meta or (isinstance(activation.given_scale, Tensor) and activation.given_scale.is_meta):
+        return False
+    own = factor_of(activation, given.device)
+    return own is not None and not torch.equal(given, own)
 
 
 def _dtype_of_product(device: torch.device) -> torch.dtype:

@@ -230,6 +230,38 @@ def test_moving_changes_no_codes() -> None:
     assert layer.bias.dtype == torch.float16
 
 
+@pytest.mark.parametrize("fails_at", range(5))
+def test_an_error_in_moving_changes_nothing(fails_at: int) -> None:
+    """Such as too little memory for one of the tensors."""
+    layer = _layer(_numbers("nvfp4", 0.5, 0.02))[1]
+    before, expected, calls = dict(layer.state_dict(keep_vars=True)), layer(_x()), iter(range(9))
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if next(calls) == fails_at:
+            raise torch.OutOfMemoryError("full")
+        return tensor.clone()
+
+    with pytest.raises(torch.OutOfMemoryError):
+        layer._apply(move)
+    after = layer.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[name] is tensor for name, tensor in before.items())
+    assert torch.equal(layer(_x()), expected)
+
+
+def test_to_meta_and_back() -> None:
+    """As nn.Linear does: without values, which a state brings."""
+    layer = _layer(_numbers("nvfp4", 0.5, 0.02))[1]
+    state, expected = {name: tensor.clone() for name, tensor in layer.state_dict().items()}, layer(_x())
+    assert all(tensor.is_meta for tensor in layer.to("meta").state_dict().values())
+    layer.to_empty(device="cpu")
+    assert "NVFP4" in repr(layer)
+    layer.load_state_dict(state)
+    assert {name: tensor.dtype for name, tensor in layer.state_dict().items()} == {name: each.dtype for name, each in state.items()}
+    assert isinstance(layer.weight, nn.Parameter)
+    assert torch.equal(layer(_x()), expected)
+
+
 def test_deep_copies_and_state_dictionaries() -> None:
     import copy
 
@@ -295,6 +327,48 @@ def test_a_state_with_another_number_of_the_input_is_refused(name: str) -> None:
     missing = {name: value for name, value in layer.state_dict().items() if name != "weight_factor"}
     with pytest.raises(RuntimeError, match="weight_factor"):
         layer.load_state_dict(missing)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_layer_that_was_made_on_meta_takes_a_state(name: str) -> None:
+    """Its input's number is known there too: the activation holds it."""
+    layer = _layer(_numbers(name, 0.005, 0.02))[1]
+    for activation in (0.02, 0.9):
+        other = _layer(_numbers(name, 0.5, activation))[1].to("meta")
+        if activation == 0.02:
+            other.load_state_dict(layer.state_dict(), assign=True)
+            assert torch.equal(other(_x()), layer(_x()))
+        else:
+            with pytest.raises(ScaleError, match=r"input_factor of the state is \[\[?0\.019.*has 0\.9"):
+                other.load_state_dict(layer.state_dict(), assign=True)
+            assert other.weight.is_meta
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "change", "error"),
+    [
+        ("channel", "weight_scale", lambda scales: -scales, ScaleError),
+        ("block", "weight_scale", lambda scales: scales * torch.nan, ScaleError),
+        ("mxfp8", "weight_scale", lambda scales: torch.full_like(scales.view(torch.uint8), 0xFF).view(scales.dtype), ScaleError),
+        ("tensor", "weight_factor", lambda factor: factor * torch.inf, ScaleError),
+        ("tensor", "weight_factor", lambda factor: factor * 0, ScaleError),
+        ("tensor", "weight_factor", lambda factor: factor.flatten(), ShapeError),
+        ("channel", "weight", lambda codes: codes.float(), DTypeError),
+        ("mxfp8", "weight_scale", lambda scales: scales.float(), DTypeError),
+        ("mxfp4", "weight_scale", lambda scales: scales.view(torch.uint8), DTypeError),
+        ("channel", "weight", lambda codes: codes[1:], ShapeError),
+    ],
+)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_that_is_none_of_the_layer_changes_nothing(name: str, key: str, change: Any, error: Any, assign: bool) -> None:
+    layer = nn.ModuleDict({"inner": _layer(PAIRS[name])[1]})
+    expected = layer["inner"](_x())
+    state: dict[str, Any] = dict(layer.state_dict())
+    state[f"inner.{key}"] = change(state[f"inner.{key}"])
+    with pytest.raises(error, match=rf"inner\.{key} of the state") as caught:
+        layer.load_state_dict(state, assign=assign)
+    assert caught.value.hint
+    assert torch.equal(layer["inner"](_x()), expected)
 
 
 @pytest.mark.parametrize("name", ["channel", "block", "mxfp8", "mxfp4", "weights only"])
