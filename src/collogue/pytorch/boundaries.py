@@ -13,7 +13,8 @@ from collogue.contract.prologue import Gated
 from collogue.errors import ArgumentError
 from collogue.pytorch.cut import Cut
 from collogue.pytorch.forms import Form
-from collogue.pytorch.nn import FusedRMSNorm, changes_what_runs, finish, gather_columns, own_ways
+from collogue.pytorch.nn import FusedRMSNorm, finish, gather_columns
+from collogue.pytorch.plain import changes_what_runs, own_ways
 
 
 class Untouched:

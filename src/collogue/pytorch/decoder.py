@@ -25,7 +25,7 @@ from collogue.pytorch.checkpoints import (
 )
 from collogue.pytorch.cut import Cut, OnFirst, Section
 from collogue.pytorch.forms import FORMS, WHOLE, Block, Counted, Cuts, Form
-from collogue.pytorch.nn import check_linear, odd_parameter, own_ways
+from collogue.pytorch.plain import check_linear, odd_parameter, own_ways
 from collogue.pytorch.published import Published
 from collogue.pytorch.recipes import Recipe
 

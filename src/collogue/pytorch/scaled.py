@@ -19,6 +19,7 @@ from collogue.contract.weight import QuantizedWeight, WeightFormat, check_scales
 from collogue.errors import ArgumentError, DTypeError, FormatError, ScaleError, ShapeError
 from collogue.functions import quantize
 from collogue.ops import is_traced
+from collogue.pytorch.plain import check_linear
 from collogue.pytorch.products import find_product, how
 
 _log = logging.getLogger("collogue")
@@ -273,9 +274,12 @@ class ScaledLinear(Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear, format: WeightFormat, *, activation: Quant | None = None) -> ScaledLinear:
-        """A layer with the weight of ``linear``, quantized here. Raises as :meth:`QuantizedWeight.of` does."""
-        if not isinstance(linear, nn.Linear):
-            raise ArgumentError(f"linear is a {type(linear).__name__}; expected an nn.Linear", hint="pass a linear layer, not its weight")
+        """A layer with the weight of ``linear``, quantized here.
+
+        Raises as :meth:`QuantizedWeight.of` does, and :class:`ArgumentError` where ``linear`` is not a plain ``nn.Linear``: a subclass with
+        a forward of its own, a quantized layer, one with hooks.
+        """
+        check_linear(linear, "the layer", meta=True)
         bias = None if linear.bias is None else linear.bias.detach()
         return cls(QuantizedWeight.of(linear.weight, format), bias, activation=activation, dtype=linear.weight.dtype)
 

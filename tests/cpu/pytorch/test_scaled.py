@@ -434,6 +434,23 @@ def test_wrong_uses_are_named_errors() -> None:
         assert caught.value.hint
 
 
+def test_only_plain_layers_are_quantized() -> None:
+    """Code of a subclass, of a hook or of an instance would be lost."""
+
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    hooked, patched = nn.Linear(IN, OUT), nn.Linear(IN, OUT)
+    hooked.register_forward_hook(lambda _, __, y: y * 2)
+    patched.forward = lambda x: x  # type: ignore[method-assign]
+    for linear, text in ((Scaled(IN, OUT), "Scaled, not a plain"), (hooked, "a forward hook"), (patched, "a forward of its own")):
+        with pytest.raises(ArgumentError, match=text) as caught:
+            ScaledLinear.of(linear, collogue.FP8PerToken())
+        assert caught.value.hint
+    assert ScaledLinear.of(nn.Linear(IN, OUT, device="meta"), collogue.FP8PerToken()).weight.is_meta
+
+
 def test_a_tensor_that_is_plain_goes_into_the_parallel_layers_as_before() -> None:
     linear = nn.Linear(IN, OUT)
     weight = QuantizedWeight.of(linear.weight, collogue.FP8PerToken())
