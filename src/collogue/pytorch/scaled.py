@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from collogue.calls.call import check_device
 from collogue.contract.quant import NVFP4, FP8Static, Quant, check_format
 from collogue.contract.reference import dequantize
 from collogue.contract.spec import VALUE_DTYPES, Output
 from collogue.contract.weight import QuantizedWeight, WeightFormat, check_scales, decode
 from collogue.errors import ArgumentError, DTypeError, FormatError, ScaleError, ShapeError
-from collogue.functions import quantize
+from collogue.functions import check_strided, quantize
 from collogue.ops import is_traced
 from collogue.pytorch.plain import check_linear
 from collogue.pytorch.products import find_product, how
@@ -97,6 +99,8 @@ class Linear(nn.Module):
         #: Where the scales of codes are, for codes that come as a tensor.
         self.handover: Handover | None = None
         self.dtype = dtype or (torch.bfloat16 if quantized else self.weight.dtype)
+        if quantized and self.dtype not in VALUE_DTYPES:
+            raise DTypeError(f"dtype is {self.dtype}; expected bfloat16, float16 or float32", hint="pass the dtype that results shall have")
         if activation is not None:
             activation.check_hidden_size(weight.shape[1])
 
@@ -139,7 +143,7 @@ class Linear(nn.Module):
             given, own = state_dict.get(prefix + name), getattr(self, name)
             if not isinstance(given, Tensor) or own is None:
                 continue
-            check_like(prefix + name, given, own, "the layer's", "load a state of the same quantization scheme, or make the layer anew")
+            check_like(prefix + name, given, own, "the layer's", "load a state of the same quantization scheme, or make a layer of its")
             if name in ("weight_scale", "weight_factor") and not given.is_meta:
                 try:
                     check_scales(given)
@@ -175,10 +179,10 @@ class Linear(nn.Module):
         elif self.activation is None:
             if self.format is None:
                 return F.linear(x, self.weight, bias)
-            _check_x(x)
+            self._check_x(x)
             codes, scales, leading, dtype = x, None, x.shape[:-1], x.dtype
         else:
-            _check_x(x)
+            self._check_x(x)
             codes, scales = self.quantized(x.reshape(-1, x.shape[-1]), self.activation)
             leading, dtype = x.shape[:-1], x.dtype
         result = self._multiply(codes, scales, bias, dtype)
@@ -199,7 +203,17 @@ class Linear(nn.Module):
                 f"the output has {found}; {self.activation.name}, the layer's activation, has {has}",
                 hint="give the call and the layer the same format: quant=layer.activation",
             )
+        for name, tensor in (("codes", x.codes), ("scales", x.scales)):
+            if tensor is not None:
+                check_device(name, tensor, self.weight.device, "the layer")
         return x.codes, x.scales
+
+    def _check_x(self, x: object) -> None:
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            found = "a tensor without dimensions" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ShapeError(f"x is {found}; expected a tensor [.., I] or a collogue.Output", hint="pass values, or what a call returned")
+        check_strided("x", x)
+        check_device("x", x, self.weight.device, "the layer")
 
     def _multiply(self, codes: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         product = "" if self.format is None else find_product(self.activation, self.format, codes.device)
@@ -222,7 +236,8 @@ class Linear(nn.Module):
             )
         elif codes.shape[-1] != matrix.shape[1]:
             raise ShapeError(f"x is {list(codes.shape)}, the weight {list(matrix.shape)}", hint="pass [.., I]")
-        return F.linear(codes.to(compute), matrix, None if bias is None else bias.to(compute)).to(dtype)
+        with _no_autocast(codes.device):  # it would take another dtype
+            return F.linear(codes.to(compute), matrix, None if bias is None else bias.to(compute)).to(dtype)
 
     def extra_repr(self) -> str:
         shape = self.weight.shape[0], self.weight.shape[1] * (2 if self.weight.dtype == torch.uint8 else 1)  # MXFP4 and NVFP4: two a byte
@@ -257,7 +272,8 @@ class ScaledLinear(Linear):
         kernel.
     Raises:
         ArgumentError: an output without codes, a weight that is not quantized. ShapeError: codes, features or a bias of another shape.
-        DTypeError: codes where there is no activation format. FormatError: no format, a block that does not divide, scales that the
+        DTypeError: codes where there is no activation format, another dtype for results. DeviceError, LayoutError: ``x`` lies on another
+        device, or is not strided. FormatError: no format, a block that does not divide, scales that the
         activation format does not have. Loading a state also ScaleError: another static scale of the input, scales that are not positive
         and finite; ShapeError, DTypeError: tensors of another scheme.
     """
@@ -301,12 +317,6 @@ def _check_arguments(weight: object, bias: object, activation: object) -> None:
         raise ShapeError(f"bias is {found}; expected [{weight.shape[0]}]", hint="pass one element for each output feature, or None")
 
 
-def _check_x(x: object) -> None:
-    if not isinstance(x, Tensor) or x.ndim == 0:
-        found = "a tensor without dimensions" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise ShapeError(f"x is {found}; expected a tensor [.., I] or a collogue.Output", hint="pass values, or what a call returned")
-
-
 def check_like(name: str, given: Tensor, own: Tensor, whose: str, hint: str) -> None:
     """Raise where a tensor of a state has another dtype or shape than a layer's ``own``."""
     if (given.dtype, given.shape) != (own.dtype, own.shape):
@@ -325,6 +335,11 @@ def _differ(given: Tensor, activation: Quant) -> bool:
 
 def _dtype_of_product(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 @functools.cache

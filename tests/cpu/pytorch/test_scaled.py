@@ -14,7 +14,7 @@ from torch import nn
 import collogue
 from collogue.calls.product import ScaledProduct
 from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat
-from collogue.errors import ArgumentError, CollogueError, DTypeError, FormatError, ScaleError, ShapeError
+from collogue.errors import ArgumentError, CollogueError, DeviceError, DTypeError, FormatError, LayoutError, ScaleError, ShapeError
 from collogue.gpu import alone
 from collogue.nn import RowParallelLinear, ScaledLinear
 from collogue.pytorch import products, scaled
@@ -218,6 +218,19 @@ def test_what_is_done_instead_is_said_once(caplog: pytest.LogCaptureFixture) -> 
     )
 
 
+@pairs
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_changes_nothing(pair: Any, compiled: bool) -> None:
+    _, layer = _layer(pair)
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = layer(_x())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = (torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer)(_x())
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
 def test_moving_changes_no_codes() -> None:
     _, layer = _layer(PAIRS["channel"])
     before = layer.quantized_weight
@@ -380,6 +393,7 @@ def test_a_state_without_such_numbers_is_codes_and_scales(name: str) -> None:
 @pairs
 def test_a_layer_that_decodes_is_compiled_without_a_break(pair: Any) -> None:
     _, layer = _layer(pair)
+    torch.compiler.reset()  # each format is a graph of its own, and PyTorch has a limit
     with torch.no_grad():
         expected = layer(_x())
         found = torch.compile(layer, backend="aot_eager", fullgraph=True)(_x())
@@ -401,6 +415,7 @@ def test_wrong_uses_are_named_errors() -> None:
     norm = collogue.RMSNorm(torch.ones(IN))
     bare = collogue.reference.finish(_x(), norm=norm)
     other = collogue.reference.finish(_x(), norm=norm, quant=collogue.MXFP4("ceil"))
+    codes, scales = collogue.quantize(_x(), collogue.FP8PerToken())
     cases: list[tuple[type[CollogueError], Any]] = [
         (ArgumentError, lambda: layer(bare)),
         (ArgumentError, lambda: plain(other)),
@@ -412,6 +427,11 @@ def test_wrong_uses_are_named_errors() -> None:
         (DTypeError, lambda: plain(collogue.quantize(_x(), collogue.FP8PerToken())[0])),
         (DTypeError, lambda: plain(_x().double())),
         (DTypeError, lambda: layer(collogue.quantize(_x(), collogue.FP8PerToken())[0])),
+        *((LayoutError, lambda each=each: each(_x().to_sparse())) for each in (plain, layer)),
+        *((DeviceError, lambda each=each: each(_x().to("meta"))) for each in (plain, layer)),
+        (DeviceError, lambda: layer(collogue.Output(codes=codes.to("meta"), scales=scales))),
+        (DeviceError, lambda: layer(collogue.Output(codes=codes, scales=scales.to("meta")))),  # type: ignore[union-attr]
+        *((DTypeError, lambda dtype=dtype: ScaledLinear(layer.quantized_weight, dtype=dtype)) for dtype in (torch.int32, torch.float64)),
         (ArgumentError, lambda: ScaledLinear(None)),  # type: ignore[arg-type]
         (ArgumentError, lambda: ScaledLinear(torch.ones(()))),  # type: ignore[arg-type]
         (ArgumentError, lambda: ScaledLinear(torch.ones(8, 16))),  # type: ignore[arg-type]
