@@ -73,6 +73,14 @@ def test_scales_in_bfloat16_are_the_numbers_that_they_are() -> None:
     assert torch.equal(logits(narrow, 1), logits(wide, 1))
 
 
+@pytest.mark.parametrize("options", [{}, {"quant": "fp8_per_token"}], ids=["as it is", "quantized"])
+def test_codes_that_a_conversion_has_made_values(options: dict[str, Any]) -> None:
+    model = fine_grained().to(torch.bfloat16)
+    with pytest.raises(ArgumentError, match=r"q_proj has weight_scale_inv, but its weight is torch\.bfloat16, which is no code") as caught:
+        logits(model, 1, **options)
+    assert ".to(dtype)" in caught.value.hint
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_an_inverted_scale_misses_the_bound_by_far(name: str) -> None:
     model = CHECKPOINTS[name]()
