@@ -264,7 +264,7 @@ class _Source:
             return read(linear, name, self.method, algorithm_of(self.config, self.prefix + name))
         if self.method == "fp8" and isinstance(getattr(linear, "weight_scale_inv", None), Tensor):
             raise ArgumentError(
-                f"{name} has weight_scale_inv, but its weight is {linear.weight.dtype}, which is no code",
+                f"{name} has weight_scale_inv, but its weight is {linear.weight.dtype}: no longer codes",
                 hint="load the model again, and do not convert it: .to(dtype) and .half() change its codes to values",
             )
         if self.recipe is None:

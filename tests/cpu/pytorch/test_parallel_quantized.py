@@ -76,7 +76,7 @@ def test_scales_in_bfloat16_are_the_numbers_that_they_are() -> None:
 @pytest.mark.parametrize("options", [{}, {"quant": "fp8_per_token"}], ids=["as it is", "quantized"])
 def test_codes_that_a_conversion_has_made_values(options: dict[str, Any]) -> None:
     model = fine_grained().to(torch.bfloat16)
-    with pytest.raises(ArgumentError, match=r"q_proj has weight_scale_inv, but its weight is torch\.bfloat16, which is no code") as caught:
+    with pytest.raises(ArgumentError, match=r"q_proj has weight_scale_inv, but its weight is torch\.bfloat16: no longer codes") as caught:
         logits(model, 1, **options)
     assert ".to(dtype)" in caught.value.hint
 
