@@ -64,7 +64,7 @@ def gated(gate_up: Tensor | tuple[Tensor, Tensor], quant: Quant | None = None) -
         NotPrepared: under graph capture, and no such call was made before.
     """
     if isinstance(gate_up, Tensor):
-        _check_strided("gate_up", gate_up)
+        check_strided("gate_up", gate_up)
         if gate_up.ndim == 0 or not gate_up.shape[-1] or gate_up.shape[-1] % 2:
             raise ShapeError(f"gate_up has shape {list(gate_up.shape)}; expected [.., 2 I]", hint="the gate's features come first")
         if gate_up.stride(-1) != 1:
@@ -79,8 +79,8 @@ def gated(gate_up: Tensor | tuple[Tensor, Tensor], quant: Quant | None = None) -
         shape = tuple(gate_up[0].shape)
         if not shape[-1]:
             raise ShapeError(f"gate has shape {list(shape)}; expected [.., I]", hint="pass rows of at least one element")
-        _check_strided("gate", gate_up[0])
-        _check_strided("up", gate_up[1])
+        check_strided("gate", gate_up[0])
+        check_strided("up", gate_up[1])
         pair = tuple(each.reshape(-1, each.shape[-1]) for each in gate_up)
         if pair[0].stride() != pair[1].stride() or pair[0].stride(1) != 1:
             pair = tuple(each.contiguous() for each in pair)
@@ -91,6 +91,7 @@ def gated(gate_up: Tensor | tuple[Tensor, Tensor], quant: Quant | None = None) -
     return out if out.reduced is None else out.reduced.view(shape)
 
 
-def _check_strided(name: str, tensor: Tensor) -> None:
+def check_strided(name: str, tensor: Tensor) -> None:
+    """Raise :class:`LayoutError` for sparse and other layouts."""
     if tensor.layout is not torch.strided:
         raise LayoutError(f"{name} has layout {tensor.layout}; expected torch.strided", hint=f"pass {name}.to_dense()")

@@ -171,6 +171,7 @@ def test_bad_gates(error: type[CollogueError], text: str, given: Any) -> None:
     with pytest.raises(error, match=text) as caught:
         gated(given)
     assert caught.value.hint
+    assert "use the communicator's" not in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -263,10 +263,10 @@ def check_ordinary(name: str, tensor: torch.Tensor) -> None:
         raise LayoutError(f"{name} is a lazy negation: its memory holds the opposite sign", hint=f"pass {name}.resolve_neg()")
 
 
-def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    """Raise :class:`DeviceError` unless ``tensor`` is on ``device``."""
+def check_device(name: str, tensor: torch.Tensor, device: torch.device, whose: str = "the communicator") -> None:
+    """Raise :class:`DeviceError` unless ``tensor`` is on ``device``, which is that of ``whose``."""
     if tensor.device != device:
-        raise DeviceError(f"{name} is on {tensor.device}, the communicator on {device}", hint=f"move it: {name}.to('{device}')")
+        raise DeviceError(f"{name} is on {tensor.device}, {whose} on {device}", hint=f"move it: {name}.to('{device}')")
 
 
 def check_alignment(name: str, tensor: torch.Tensor) -> None:

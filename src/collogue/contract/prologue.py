@@ -340,7 +340,7 @@ def _check_values(name: str, tensor: torch.Tensor, shape: str, hint: str) -> Non
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != shape.count(",") + 1:
         raise ShapeError(f"{name} must be a tensor of shape {shape}, got {_shown(tensor)}", hint=hint)
     if tensor.dtype not in VALUE_DTYPES:
-        raise DTypeError(f"{name} has dtype {tensor.dtype}", hint="use the communicator's dtype: bfloat16, float16 or float32")
+        raise DTypeError(f"{name} has dtype {tensor.dtype}", hint="pass bfloat16, float16 or float32; to a communicator, its dtype")
 
 
 def _check_weights(name: str, weights: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, like: str) -> None:

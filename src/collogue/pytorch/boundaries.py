@@ -14,7 +14,8 @@ from collogue.contract.prologue import Gated
 from collogue.errors import ArgumentError, CapacityError, DTypeError
 from collogue.pytorch.cut import Cut
 from collogue.pytorch.forms import Form
-from collogue.pytorch.nn import FusedRMSNorm, changes_what_runs, finish, gather_columns, home, own_ways
+from collogue.pytorch.nn import FusedRMSNorm, finish, gather_columns
+from collogue.pytorch.plain import changes_what_runs, home, own_ways
 
 
 class Untouched:

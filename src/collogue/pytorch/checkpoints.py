@@ -20,6 +20,9 @@ from collogue.pytorch.cut import Cut
 #: Scales that a layer may have for a key-value cache in FP8. The cache is transformers' and stays as it is: they are not used.
 CACHE_SCALES = ("k_scale", "v_scale")
 
+#: Dtypes of scales that are powers of two (E8M0). Scales of any other are numbers, whatever they are stored in.
+_POWERS = (torch.uint8, torch.float8_e8m0fnu)
+
 
 @dataclass(frozen=True)
 class Names:
@@ -232,7 +235,7 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
         elif method == "compressed-tensors":
             activation = _of_scheme(getattr(linear, "quantization_scheme", None), weight.format, tensors, names)
         else:
-            activation = _of_fine_grained(linear, weight.format, scales.dtype != torch.float32, tensors, names)
+            activation = _of_fine_grained(linear, weight.format, scales.dtype in _POWERS, tensors, names)
         return QuantizedLinear(per_channel(weight) if isinstance(activation, FP8PerToken) else weight, activation)
 
 
@@ -336,7 +339,7 @@ def _block_size(linear: Any) -> int | None:
 def weight_of(codes: Tensor, scales: Tensor, factor: Tensor | None, names: Names, block: int | None) -> QuantizedWeight:
     """Codes and scales in the form that :class:`QuantizedWeight` has: in blocks where the layer says so, else by dtypes and shapes."""
     if codes.dtype == torch.float8_e4m3fn:
-        powers = scales.dtype in (torch.uint8, torch.float8_e8m0fnu)
+        powers = scales.dtype in _POWERS
         if block is None and powers and scales.ndim == 2 and scales.shape[0] == codes.shape[0]:
             return QuantizedWeight(codes, scales.view(torch.float8_e8m0fnu), MXFP8("floor", "linear"))
         exact = e8m0_decode(scales) if scales.dtype == torch.uint8 else scales.float()
@@ -352,7 +355,7 @@ def weight_of(codes: Tensor, scales: Tensor, factor: Tensor | None, names: Names
             if factor is None:
                 raise ArgumentError(f"there is no {names.weight_global}", hint="NVFP4 weights have a global scale")
             return QuantizedWeight(codes, scales, NVFP4(_global(factor, names.weight_global, names), "linear"))
-        if scales.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        if scales.dtype in _POWERS:
             return QuantizedWeight(codes, scales.view(torch.float8_e8m0fnu), MXFP4("floor", "linear"))
         raise ArgumentError(
             f"weights of {codes.dtype} with scales of {scales.dtype} {list(scales.shape)} are not known",
@@ -485,7 +488,7 @@ def _of_scheme(scheme: Any, format: WeightFormat, tensors: dict[str, Tensor], na
     kind, size = _kind(given), given.group_size
     scale, factor = tensors.get(names.input_scale), tensors.get(names.input_global)
     said = getattr(given, "scale_dtype", None)
-    powers = isinstance(format, MXFP8 | MXFP4) if said is None else said in (torch.uint8, torch.float8_e8m0fnu)
+    powers = isinstance(format, MXFP8 | MXFP4) if said is None else said in _POWERS
     if not given.symmetric:
         kind = kind[0], kind[1], f"{kind[2]} with zero points"
     if kind == ("float", 8, "tensor") and not given.dynamic:

@@ -27,7 +27,7 @@ from collogue.pytorch.checkpoints import (
 )
 from collogue.pytorch.cut import Cut, OnFirst, Section
 from collogue.pytorch.forms import FORMS, WHOLE, Block, Counted, Cuts, Form
-from collogue.pytorch.nn import check_linear, odd_parameter, own_ways
+from collogue.pytorch.plain import check_linear, odd_parameter, own_ways
 from collogue.pytorch.published import Published
 from collogue.pytorch.recipes import Recipe
 
@@ -288,6 +288,11 @@ class _Source:
             if self.recipe is not None:
                 raise ArgumentError(f"{name} is quantized already ({self.method})", hint="leave quant= out")
             return read(linear, name, self.method, algorithm_of(self.config, self.prefix + name))
+        if self.method == "fp8" and isinstance(getattr(linear, "weight_scale_inv", None), Tensor):
+            raise ArgumentError(
+                f"{name} has weight_scale_inv, but its weight is {linear.weight.dtype}: no longer codes",
+                hint="load the model again, and do not convert it: .to(dtype) and .half() change its codes to values",
+            )
         if self.recipe is None:
             return None
         check_linear(linear, name)

@@ -26,7 +26,8 @@ from collogue.pytorch.checkpoints import CACHE_SCALES, QuantizedLinear, cache_of
 from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, check_first, no_checkpoint
 from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
 from collogue.pytorch.generation import generate
-from collogue.pytorch.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear, home
+from collogue.pytorch.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear
+from collogue.pytorch.plain import home
 from collogue.pytorch.products import has_product
 from collogue.pytorch.published import QuantizedCheckpoint
 from collogue.pytorch.recipes import Recipe

@@ -15,7 +15,7 @@ from collogue.contract.weight import FP8Block, QuantizedWeight
 from collogue.errors import ArgumentError, ScaleError
 from collogue.pytorch.checkpoints import NAMES, Names, QuantizedLinear, naming, per_channel, tensors_of, weight_of
 from collogue.pytorch.cut import Checkpoint, Cut, gathered
-from collogue.pytorch.scaled import Linear, factor_of
+from collogue.pytorch.scaled import Linear, check_like, factor_of
 
 
 @dataclass
@@ -56,12 +56,8 @@ class Published:
                     hint="give all tensors of a quantized layer, or none",
                 )
             found = given[name]
-            if (found.shape, found.dtype) != (held.shape, held.dtype):
-                raise ArgumentError(
-                    f"{prefix}{name} of the state is {found.dtype} {list(found.shape)}, "
-                    f"the unsharded layer's {held.dtype} {list(held.shape)}",
-                    hint="load a state of the same quantization scheme; else load it unsharded and parallelize again",
-                )
+            hint = "load a state of the same quantization scheme; else load it unsharded and parallelize again"
+            check_like(prefix + name, found, held, "the unsharded layer's", hint)
             if name in (self.names.input_scale, self.names.input_global) and not torch.equal(found.cpu(), held.cpu()):
                 raise ScaleError(
                     f"{prefix}{name} of the state is {float(found)}, the layer's {float(held)}: fused calls have that scale too",

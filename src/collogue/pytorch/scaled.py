@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from collogue.calls.call import check_device
 from collogue.contract.quant import NVFP4, FP8Static, Quant, check_format
 from collogue.contract.reference import dequantize
 from collogue.contract.spec import VALUE_DTYPES, Output
-from collogue.contract.weight import QuantizedWeight, WeightFormat, decode
+from collogue.contract.weight import QuantizedWeight, WeightFormat, check_scales, decode
 from collogue.errors import ArgumentError, DTypeError, FormatError, ScaleError, ShapeError
-from collogue.functions import quantize
+from collogue.functions import check_strided, quantize
 from collogue.ops import is_traced
+from collogue.pytorch.plain import check_linear
 from collogue.pytorch.products import find_product, how
 
 _log = logging.getLogger("collogue")
@@ -67,7 +70,8 @@ class Linear(nn.Module):
     State:
         Of a quantized weight the state dictionary also has the number that its format holds, a divisor of FP8Static or a multiplier of
         NVFP4, as ``weight_factor``, and that of ``activation`` as ``input_factor``. Loading takes the weight's over with the codes. The
-        input's must be the layer's, as calls have that format too: else a :class:`ScaleError`.
+        input's must be the layer's, as calls have that format too: else a :class:`ScaleError`. So are scales that are not positive and
+        finite; codes, scales and numbers of another dtype or shape are a :class:`DTypeError` or :class:`ShapeError`.
     """
 
     weight: nn.Parameter
@@ -95,6 +99,8 @@ class Linear(nn.Module):
         #: Where the scales of codes are, for codes that come as a tensor.
         self.handover: Handover | None = None
         self.dtype = dtype or (torch.bfloat16 if quantized else self.weight.dtype)
+        if quantized and self.dtype not in VALUE_DTYPES:
+            raise DTypeError(f"dtype is {self.dtype}; expected bfloat16, float16 or float32", hint="pass the dtype that results shall have")
         if activation is not None:
             activation.check_hidden_size(weight.shape[1])
 
@@ -104,38 +110,51 @@ class Linear(nn.Module):
         return None if self.format is None else QuantizedWeight(self.weight.data, self.weight_scale, self.format)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Codes and scales move with the module; ``.to(dtype)`` and ``.half()`` would change their meaning and leave them alone."""
+        """Codes and scales move with the module; ``.to(dtype)`` and ``.half()`` would change their meaning and leave them alone.
+
+        Every tensor is converted before one is replaced: an error leaves the layer as it was.
+        """
         if self.format is None:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
-        kept = {name: self._parameters.pop(name) for name in ("weight", "weight_scale")}
-        factors = {name: self._buffers.pop(name) for name in ("weight_factor", "input_factor")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, parameter in kept.items():
-            if parameter is not None:
-                parameter.data = fn(parameter.data.view(torch.uint8)).view(parameter.dtype)
-            self._parameters[name] = parameter
-        for name, factor in factors.items():
-            self._buffers[name] = None if factor is None else fn(factor.view(torch.uint8)).view(factor.dtype)
-        return self
+        done: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for name, tensor in (*self._parameters.items(), *self._buffers.items()):
+                if tensor is not None:
+                    done[id(tensor)] = fn(tensor) if name == "bias" else fn(tensor.detach().view(torch.uint8)).view(tensor.dtype)
+        moved = super()._apply(lambda tensor: done[id(tensor)] if id(tensor) in done else fn(tensor), recurse)  # type: ignore[no-untyped-call]
+        return moved  # type: ignore[no-any-return]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Numbers of formats come with the codes that they belong to."""
-        given, mine = state_dict.get(f"{prefix}input_factor"), self.input_factor
-        if self.format is not None and mine is not None and isinstance(given, Tensor) and _differ(given, mine):
-            assert self.activation is not None
-            raise ScaleError(
-                f"{prefix}input_factor of the state is {given.flatten().tolist()}; the layer's activation, {self.activation.name}, has "
-                f"{float(mine)}",
-                hint="make the layer with the activation of the layer whose state it is",
-            )
+        if self.format is not None and not hasattr(self, "checkpoint"):  # a parallel layer's: whole until its hook has checked and cut it
+            self._check_state(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if isinstance(self.format, FP8Static | NVFP4) and self.weight_factor is not None and f"{prefix}weight_factor" in state_dict:
-            kept = isinstance(self.format.given_scale, Tensor) or self.weight_factor.is_meta
-            number = self.weight_factor if kept else float(self.weight_factor)
+        factor = self.weight_factor if f"{prefix}weight_factor" in state_dict else None
+        if isinstance(self.format, FP8Static | NVFP4) and factor is not None and not factor.is_meta:
+            number = factor if isinstance(self.format.given_scale, Tensor) else float(factor)
             if isinstance(self.format, FP8Static):
                 self.format = replace(self.format, scale=number)
             else:
                 self.format = replace(self.format, global_scale=number)
+
+    def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Raise for tensors that PyTorch would convert to codes or scales, for scales that are none, and for another input's number."""
+        for name in ("weight", "weight_scale", "weight_factor", "input_factor"):
+            given, own = state_dict.get(prefix + name), getattr(self, name)
+            if not isinstance(given, Tensor) or own is None:
+                continue
+            check_like(prefix + name, given, own, "the layer's", "load a state of the same quantization scheme, or make a layer of its")
+            if name in ("weight_scale", "weight_factor") and not given.is_meta:
+                try:
+                    check_scales(given)
+                except ScaleError as error:
+                    raise ScaleError(f"{prefix}{name} of the state: {error.message}", hint=error.hint) from None
+            if name == "input_factor" and self.activation is not None and _differ(given, self.activation):
+                raise ScaleError(
+                    f"{prefix}{name} of the state is {given.flatten().tolist()}; the layer's activation, {self.activation.name}, has "
+                    f"{self.activation.given_scale}",
+                    hint="make the layer with the activation of the layer whose state it is",
+                )
 
     def explain(self) -> str:
         """How the product is computed on the device where the weight is, and why."""
@@ -160,10 +179,10 @@ class Linear(nn.Module):
         elif self.activation is None:
             if self.format is None:
                 return F.linear(x, self.weight, bias)
-            _check_x(x)
+            self._check_x(x)
             codes, scales, leading, dtype = x, None, x.shape[:-1], x.dtype
         else:
-            _check_x(x)
+            self._check_x(x)
             codes, scales = self.quantized(x.reshape(-1, x.shape[-1]), self.activation)
             leading, dtype = x.shape[:-1], x.dtype
         result = self._multiply(codes, scales, bias, dtype)
@@ -184,7 +203,17 @@ class Linear(nn.Module):
                 f"the output has {found}; {self.activation.name}, the layer's activation, has {has}",
                 hint="give the call and the layer the same format: quant=layer.activation",
             )
+        for name, tensor in (("codes", x.codes), ("scales", x.scales)):
+            if tensor is not None:
+                check_device(name, tensor, self.weight.device, "the layer")
         return x.codes, x.scales
+
+    def _check_x(self, x: object) -> None:
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            found = "a tensor without dimensions" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ShapeError(f"x is {found}; expected a tensor [.., I] or a collogue.Output", hint="pass values, or what a call returned")
+        check_strided("x", x)
+        check_device("x", x, self.weight.device, "the layer")
 
     def _multiply(self, codes: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         product = "" if self.format is None else find_product(self.activation, self.format, codes.device)
@@ -207,11 +236,11 @@ class Linear(nn.Module):
             )
         elif codes.shape[-1] != matrix.shape[1]:
             raise ShapeError(f"x is {list(codes.shape)}, the weight {list(matrix.shape)}", hint="pass [.., I]")
-        return F.linear(codes.to(compute), matrix, None if bias is None else bias.to(compute)).to(dtype)
+        with _no_autocast(codes.device):  # it would take another dtype
+            return F.linear(codes.to(compute), matrix, None if bias is None else bias.to(compute)).to(dtype)
 
     def extra_repr(self) -> str:
-        weight = self.quantized_weight
-        shape = tuple(self.weight.shape) if weight is None else weight.shape
+        shape = self.weight.shape[0], self.weight.shape[1] * (2 if self.weight.dtype == torch.uint8 else 1)  # MXFP4 and NVFP4: two a byte
         kind = self.weight.dtype if self.format is None else self.format
         return f"[O, I]={list(shape)}, weight={kind}, activation={'none' if self.activation is None else self.activation.label}"
 
@@ -243,8 +272,10 @@ class ScaledLinear(Linear):
         kernel.
     Raises:
         ArgumentError: an output without codes, a weight that is not quantized. ShapeError: codes, features or a bias of another shape.
-        DTypeError: codes where there is no activation format. FormatError: no format, a block that does not divide, scales that the
-        activation format does not have. ScaleError: a state with another static scale of the input.
+        DTypeError: codes where there is no activation format, another dtype for results. DeviceError, LayoutError: ``x`` lies on another
+        device, or is not strided. FormatError: no format, a block that does not divide, scales that the
+        activation format does not have. Loading a state also ScaleError: another static scale of the input, scales that are not positive
+        and finite; ShapeError, DTypeError: tensors of another scheme.
     """
 
     def __init__(
@@ -259,9 +290,12 @@ class ScaledLinear(Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear, format: WeightFormat, *, activation: Quant | None = None) -> ScaledLinear:
-        """A layer with the weight of ``linear``, quantized here. Raises as :meth:`QuantizedWeight.of` does."""
-        if not isinstance(linear, nn.Linear):
-            raise ArgumentError(f"linear is a {type(linear).__name__}; expected an nn.Linear", hint="pass a linear layer, not its weight")
+        """A layer with the weight of ``linear``, quantized here.
+
+        Raises as :meth:`QuantizedWeight.of` does, and :class:`ArgumentError` where ``linear`` is not a plain ``nn.Linear``: a subclass with
+        a forward of its own, a quantized layer, one with hooks.
+        """
+        check_linear(linear, "the layer", meta=True)
         bias = None if linear.bias is None else linear.bias.detach()
         return cls(QuantizedWeight.of(linear.weight, format), bias, activation=activation, dtype=linear.weight.dtype)
 
@@ -283,19 +317,29 @@ def _check_arguments(weight: object, bias: object, activation: object) -> None:
         raise ShapeError(f"bias is {found}; expected [{weight.shape[0]}]", hint="pass one element for each output feature, or None")
 
 
-def _check_x(x: object) -> None:
-    if not isinstance(x, Tensor) or x.ndim == 0:
-        found = "a tensor without dimensions" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise ShapeError(f"x is {found}; expected a tensor [.., I] or a collogue.Output", hint="pass values, or what a call returned")
+def check_like(name: str, given: Tensor, own: Tensor, whose: str, hint: str) -> None:
+    """Raise where a tensor of a state has another dtype or shape than a layer's ``own``."""
+    if (given.dtype, given.shape) != (own.dtype, own.shape):
+        raise (ShapeError if given.dtype == own.dtype else DTypeError)(
+            f"{name} of the state is {given.dtype} {list(given.shape)}, {whose} {own.dtype} {list(own.shape)}", hint=hint
+        )
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
-    """Whether two numbers are known and not the same."""
-    return not (one.is_meta or other.is_meta) and (one.numel() != 1 or float(one) != float(other))
+def _differ(given: Tensor, activation: Quant) -> bool:
+    """Whether a state's number is another than the activation's, where both are known."""
+    if given.is_meta or (isinstance(activation.given_scale, Tensor) and activation.given_scale.is_meta):
+        return False
+    own = factor_of(activation, given.device)
+    return own is not None and not torch.equal(given, own)
 
 
 def _dtype_of_product(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 @functools.cache

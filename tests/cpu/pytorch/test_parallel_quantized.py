@@ -22,6 +22,7 @@ from quantized_models import (
     compressed_checkpoint,
     error,
     exact_logits,
+    fill,
     fine_grained,
     linears,
     logits,
@@ -60,6 +61,24 @@ def test_checkpoints(name: str) -> None:
         packed = logits(model, world_size, keep_packed=True)
         assert error(packed, expected) < BOUND
         assert torch.equal(logits(model, world_size), packed)  # float32 holds every decoded weight
+
+
+def test_scales_in_bfloat16_are_the_numbers_that_they_are() -> None:
+    """Fine-grained FP8 whose scales a conversion has rounded: the input's stay float32, as its own product quantizes it."""
+    narrow, wide = fine_grained(), fine_grained()
+    for one, other in zip(linears(narrow).values(), linears(wide).values(), strict=True):
+        rounded = one.weight_scale_inv.data.bfloat16()  # type: ignore[operator, union-attr]
+        fill(one, weight_scale_inv=rounded)
+        fill(other, weight_scale_inv=rounded.float())
+    assert torch.equal(logits(narrow, 1), logits(wide, 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"quant": "fp8_per_token"}], ids=["as it is", "quantized"])
+def test_codes_that_a_conversion_has_made_values(options: dict[str, Any]) -> None:
+    model = fine_grained().to(torch.bfloat16)
+    with pytest.raises(ArgumentError, match=r"q_proj has weight_scale_inv, but its weight is torch\.bfloat16: no longer codes") as caught:
+        logits(model, 1, **options)
+    assert ".to(dtype)" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -14,7 +14,7 @@ from torch import nn
 import collogue
 from collogue.calls.product import ScaledProduct
 from collogue.contract.weight import FP8Block, QuantizedWeight, WeightFormat
-from collogue.errors import ArgumentError, CollogueError, DTypeError, FormatError, ScaleError, ShapeError
+from collogue.errors import ArgumentError, CollogueError, DeviceError, DTypeError, FormatError, LayoutError, ScaleError, ShapeError
 from collogue.gpu import alone
 from collogue.nn import RowParallelLinear, ScaledLinear
 from collogue.pytorch import products, scaled
@@ -218,6 +218,19 @@ def test_what_is_done_instead_is_said_once(caplog: pytest.LogCaptureFixture) -> 
     )
 
 
+@pairs
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_changes_nothing(pair: Any, compiled: bool) -> None:
+    _, layer = _layer(pair)
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = layer(_x())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = (torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer)(_x())
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
 def test_moving_changes_no_codes() -> None:
     _, layer = _layer(PAIRS["channel"])
     before = layer.quantized_weight
@@ -228,6 +241,38 @@ def test_moving_changes_no_codes() -> None:
     assert torch.equal(moved.scales, before.scales)  # type: ignore[arg-type]
     assert layer.bias is not None
     assert layer.bias.dtype == torch.float16
+
+
+@pytest.mark.parametrize("fails_at", range(5))
+def test_an_error_in_moving_changes_nothing(fails_at: int) -> None:
+    """Such as too little memory for one of the tensors."""
+    layer = _layer(_numbers("nvfp4", 0.5, 0.02))[1]
+    before, expected, calls = dict(layer.state_dict(keep_vars=True)), layer(_x()), iter(range(9))
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if next(calls) == fails_at:
+            raise torch.OutOfMemoryError("full")
+        return tensor.clone()
+
+    with pytest.raises(torch.OutOfMemoryError):
+        layer._apply(move)
+    after = layer.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[name] is tensor for name, tensor in before.items())
+    assert torch.equal(layer(_x()), expected)
+
+
+def test_to_meta_and_back() -> None:
+    """As nn.Linear does: without values, which a state brings."""
+    layer = _layer(_numbers("nvfp4", 0.5, 0.02))[1]
+    state, expected = {name: tensor.clone() for name, tensor in layer.state_dict().items()}, layer(_x())
+    assert all(tensor.is_meta for tensor in layer.to("meta").state_dict().values())
+    layer.to_empty(device="cpu")
+    assert "NVFP4" in repr(layer)
+    layer.load_state_dict(state)
+    assert {name: tensor.dtype for name, tensor in layer.state_dict().items()} == {name: each.dtype for name, each in state.items()}
+    assert isinstance(layer.weight, nn.Parameter)
+    assert torch.equal(layer(_x()), expected)
 
 
 def test_deep_copies_and_state_dictionaries() -> None:
@@ -297,6 +342,48 @@ def test_a_state_with_another_number_of_the_input_is_refused(name: str) -> None:
         layer.load_state_dict(missing)
 
 
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_layer_that_was_made_on_meta_takes_a_state(name: str) -> None:
+    """Its input's number is known there too: the activation holds it."""
+    layer = _layer(_numbers(name, 0.005, 0.02))[1]
+    for activation in (0.02, 0.9):
+        other = _layer(_numbers(name, 0.5, activation))[1].to("meta")
+        if activation == 0.02:
+            other.load_state_dict(layer.state_dict(), assign=True)
+            assert torch.equal(other(_x()), layer(_x()))
+        else:
+            with pytest.raises(ScaleError, match=r"input_factor of the state is \[\[?0\.019.*has 0\.9"):
+                other.load_state_dict(layer.state_dict(), assign=True)
+            assert other.weight.is_meta
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "change", "error"),
+    [
+        ("channel", "weight_scale", lambda scales: -scales, ScaleError),
+        ("block", "weight_scale", lambda scales: scales * torch.nan, ScaleError),
+        ("mxfp8", "weight_scale", lambda scales: torch.full_like(scales.view(torch.uint8), 0xFF).view(scales.dtype), ScaleError),
+        ("tensor", "weight_factor", lambda factor: factor * torch.inf, ScaleError),
+        ("tensor", "weight_factor", lambda factor: factor * 0, ScaleError),
+        ("tensor", "weight_factor", lambda factor: factor.flatten(), ShapeError),
+        ("channel", "weight", lambda codes: codes.float(), DTypeError),
+        ("mxfp8", "weight_scale", lambda scales: scales.float(), DTypeError),
+        ("mxfp4", "weight_scale", lambda scales: scales.view(torch.uint8), DTypeError),
+        ("channel", "weight", lambda codes: codes[1:], ShapeError),
+    ],
+)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_that_is_none_of_the_layer_changes_nothing(name: str, key: str, change: Any, error: Any, assign: bool) -> None:
+    layer = nn.ModuleDict({"inner": _layer(PAIRS[name])[1]})
+    expected = layer["inner"](_x())
+    state: dict[str, Any] = dict(layer.state_dict())
+    state[f"inner.{key}"] = change(state[f"inner.{key}"])
+    with pytest.raises(error, match=rf"inner\.{key} of the state") as caught:
+        layer.load_state_dict(state, assign=assign)
+    assert caught.value.hint
+    assert torch.equal(layer["inner"](_x()), expected)
+
+
 @pytest.mark.parametrize("name", ["channel", "block", "mxfp8", "mxfp4", "weights only"])
 def test_a_state_without_such_numbers_is_codes_and_scales(name: str) -> None:
     assert sorted(_layer(PAIRS[name], bias=False)[1].state_dict()) == ["weight", "weight_scale"]
@@ -306,6 +393,7 @@ def test_a_state_without_such_numbers_is_codes_and_scales(name: str) -> None:
 @pairs
 def test_a_layer_that_decodes_is_compiled_without_a_break(pair: Any) -> None:
     _, layer = _layer(pair)
+    torch.compiler.reset()  # each format is a graph of its own, and PyTorch has a limit
     with torch.no_grad():
         expected = layer(_x())
         found = torch.compile(layer, backend="aot_eager", fullgraph=True)(_x())
@@ -327,6 +415,7 @@ def test_wrong_uses_are_named_errors() -> None:
     norm = collogue.RMSNorm(torch.ones(IN))
     bare = collogue.reference.finish(_x(), norm=norm)
     other = collogue.reference.finish(_x(), norm=norm, quant=collogue.MXFP4("ceil"))
+    codes, scales = collogue.quantize(_x(), collogue.FP8PerToken())
     cases: list[tuple[type[CollogueError], Any]] = [
         (ArgumentError, lambda: layer(bare)),
         (ArgumentError, lambda: plain(other)),
@@ -338,6 +427,11 @@ def test_wrong_uses_are_named_errors() -> None:
         (DTypeError, lambda: plain(collogue.quantize(_x(), collogue.FP8PerToken())[0])),
         (DTypeError, lambda: plain(_x().double())),
         (DTypeError, lambda: layer(collogue.quantize(_x(), collogue.FP8PerToken())[0])),
+        *((LayoutError, lambda each=each: each(_x().to_sparse())) for each in (plain, layer)),
+        *((DeviceError, lambda each=each: each(_x().to("meta"))) for each in (plain, layer)),
+        (DeviceError, lambda: layer(collogue.Output(codes=codes.to("meta"), scales=scales))),
+        (DeviceError, lambda: layer(collogue.Output(codes=codes, scales=scales.to("meta")))),  # type: ignore[union-attr]
+        *((DTypeError, lambda dtype=dtype: ScaledLinear(layer.quantized_weight, dtype=dtype)) for dtype in (torch.int32, torch.float64)),
         (ArgumentError, lambda: ScaledLinear(None)),  # type: ignore[arg-type]
         (ArgumentError, lambda: ScaledLinear(torch.ones(()))),  # type: ignore[arg-type]
         (ArgumentError, lambda: ScaledLinear(torch.ones(8, 16))),  # type: ignore[arg-type]
@@ -358,6 +452,23 @@ def test_wrong_uses_are_named_errors() -> None:
         with pytest.raises(error) as caught:
             call()
         assert caught.value.hint
+
+
+def test_only_plain_layers_are_quantized() -> None:
+    """Code of a subclass, of a hook or of an instance would be lost."""
+
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    hooked, patched = nn.Linear(IN, OUT), nn.Linear(IN, OUT)
+    hooked.register_forward_hook(lambda _, __, y: y * 2)
+    patched.forward = lambda x: x  # type: ignore[method-assign]
+    for linear, text in ((Scaled(IN, OUT), "Scaled, not a plain"), (hooked, "a forward hook"), (patched, "a forward of its own")):
+        with pytest.raises(ArgumentError, match=text) as caught:
+            ScaledLinear.of(linear, collogue.FP8PerToken())
+        assert caught.value.hint
+    assert ScaledLinear.of(nn.Linear(IN, OUT, device="meta"), collogue.FP8PerToken()).weight.is_meta
 
 
 def test_a_tensor_that_is_plain_goes_into_the_parallel_layers_as_before() -> None:

@@ -1,0 +1,68 @@
+"""What is a plain linear layer: modules whose own code, hooks or parameters do anything else are found, and named."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from collogue.errors import ArgumentError
+
+#: Modules of hooks that only watch, and that this package itself puts on modules.
+_HARMLESS = ("torch.utils.", "transformers.utils.output_capturing", "collogue.")
+
+
+def home(function: Any) -> str:
+    """The module whose code ``function`` runs; a wrapper may bear the name of what it wraps."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(function, "__func__", function)
+    return str(getattr(code, "__globals__", {}).get("__name__", getattr(code, "__module__", "")))
+
+
+def changes_what_runs(*hooks: Mapping[int, Any], harmless: tuple[str, ...] = _HARMLESS) -> bool:
+    """Whether there is a hook that may look at, or change, what modules compute."""
+    return any(not home(hook).startswith(harmless) for each in hooks for hook in each.values())
+
+
+def own_ways(module: nn.Module, known: tuple[str, ...] = ()) -> str:
+    """What calling ``module`` does beside its class's forward, in words; empty where that is nothing. ``known``: packages that may."""
+    forward = vars(module).get("forward")
+    if forward is not None and not home(forward).startswith(("collogue.", *known)):
+        return "has a forward of its own"
+    found = changes_what_runs(module._forward_hooks, module._forward_pre_hooks, harmless=(*_HARMLESS, *known))
+    return "has a forward hook" if found else ""
+
+
+def odd_parameter(parameter: Tensor, *, meta: bool = False) -> str:
+    """Why a parameter cannot be cut, in words; empty where it can. ``meta``: it may be without memory."""
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+        return f"of another type than Tensor ({type(parameter.data).__name__})"
+    plain = parameter.is_floating_point() and parameter.element_size() > 1 and (meta or not parameter.is_meta)
+    return "" if plain else f"of {parameter.dtype} on {parameter.device}"
+
+
+def check_linear(linear: object, name: str, *, meta: bool = False) -> None:
+    """Raise :class:`ArgumentError` for what does anything but ``x W^T + b`` with a plain ``W``: a layer in its place would not."""
+    problem = ""
+    if (
+        not isinstance(linear, nn.Linear)
+        or type(linear).forward is not nn.Linear.forward
+        or type(linear).__call__ is not nn.Module.__call__
+    ):
+        problem = f"is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain nn.Linear"
+    else:
+        weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+        if weight is None or bias is not linear.bias:
+            problem = "computes its weight or bias"
+        else:
+            named = {"weight": weight} | ({} if bias is None else {"bias": bias})
+            odd = [f"has a {each} {problem}" for each, parameter in named.items() if (problem := odd_parameter(parameter, meta=meta))]
+            problem = odd[0] if odd else own_ways(linear)
+    if problem:
+        raise ArgumentError(
+            f"{name} {problem}",
+            hint="pass plain nn.Linear layers: merge adapters (merge_and_unload), do not quantize before, add hooks afterwards if at all",
+        )
