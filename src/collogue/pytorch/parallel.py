@@ -392,7 +392,7 @@ def _no_new_size(*args: Any, **kwargs: Any) -> None:
 class _TiedHead(ColumnParallelLinear):
     """An output layer whose weight is the embedding's, whole on every rank: each multiplies with its own rows of it.
 
-    Whatever becomes of the embedding (another checkpoint, ``tie_weights()``, a change in place) is so of the output layer too.
+    Another checkpoint, ``tie_weights()`` and changes of the embedding in place are changes of the output layer too.
     """
 
     def __init__(self, weight: nn.Parameter, bias: Tensor | None, comm: Communicator) -> None:

@@ -173,7 +173,7 @@ def test_a_new_size() -> None:
 @with_peft
 def test_a_new_adapter() -> None:
     def then(mine: Any) -> None:
-        layer = mine.model.layers[0].self_attn.q_proj
+        layer = mine.get_base_model().model.layers[0].self_attn.q_proj
         layer.lora_A["another"], layer.lora_B["another"] = nn.Linear(64, 4, False), nn.Linear(4, 64, False)
         mine(TOKENS)
 
