@@ -188,6 +188,7 @@ def _branch(data: Data) -> Iterator[Sequence[str]]:
 
 def _generate(data: Data) -> Iterator[Sequence[str]]:
     yield [
+        "model",
         "batch",
         "scheme",
         "Collogue, tokens/s",
@@ -200,16 +201,17 @@ def _generate(data: Data) -> Iterator[Sequence[str]]:
     ]
     for row in data["rows"]:
         if row["way"] == "collogue" and row["us_per_step"] is not None:
-            cells = [str(row["batch"]), row["scheme"], f"{row['tokens_per_second']:.0f}"]
+            cells = [row["model"], str(row["batch"]), row["scheme"], f"{row['tokens_per_second']:.0f}"]
             cells += [f"{row[name]:.2f}" for name in ("over_bfloat16", "over_compiled")]
             yield [*cells, f"{row['ms_to_first_token']:.1f}", *(f"{row[name]:.0f}" for name in ("us_per_step", "gemms_us", "bound_us"))]
 
 
 def _sizes(data: Data) -> Iterator[Sequence[str]]:
-    yield ["scheme", "quantized layers, GB", "of bfloat16", "whole model, GB", "of bfloat16"]
+    yield ["model", "scheme", "quantized layers, GB", "of bfloat16", "whole model, GB", "of bfloat16"]
     for row in data["sizes"]:
         layers, whole = row["quantized_bytes"], row["model_bytes"]
-        yield [row["scheme"], f"{layers / 1e9:.3f}", f"{row['quantized_ratio']:.4f}", f"{whole / 1e9:.3f}", f"{row['model_ratio']:.4f}"]
+        ratios = [f"{row[name]:.4f}" for name in ("quantized_ratio", "model_ratio")]
+        yield [row["model"], row["scheme"], f"{layers / 1e9:.3f}", ratios[0], f"{whole / 1e9:.3f}", ratios[1]]
 
 
 def _ahead(data: Data) -> Iterator[Sequence[str]]:
