@@ -307,6 +307,7 @@ OTHER_CALLS: dict[str, dict[str, Any]] = {
     "weight_offset": {"norm": RMSNorm(torch.ones(HIDDEN_SIZE), weight_offset=1.0)},
     "quant": {"quant": FP8Static(1.0)},
     "layout": {"quant": NVFP4(1.0, "linear")},
+    "number": {"quant": NVFP4(2.0)},
     "no quant": {"quant": None, "keep_norm": False},
     "keep_norm": {"keep_norm": False},
 }

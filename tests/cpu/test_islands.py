@@ -210,7 +210,7 @@ def test_sums_of_more_terms_than_a_kernel_adds() -> None:
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
 @pytest.mark.parametrize("hosts", ["aaa", "aab", "aaabbb", "ababa", "abc"])
 def test_bytes_are_those_that_the_plan_says(hosts: str, algorithm: Any, wire: Any) -> None:
-    """The rank that sends most sends as many as ``explain`` would say on GPUs."""
+    """The rank that sends most sends as many as ``explain`` says, here and on GPUs."""
 
     def rank(group: VirtualGroup) -> list[tuple[int, int]]:
         sent, swap = [0], group.swap
@@ -238,6 +238,7 @@ def test_bytes_are_those_that_the_plan_says(hosts: str, algorithm: Any, wire: An
                 request = comm._capacity.request(7, True, None, None, False, None, operation)
             plan = plan_call(facts, request)
             assert plan.algorithm.startswith("host")
+            assert plan_call(comm.topology, request).bytes_sent == plan.bytes_sent
             found.append((plan.bytes_sent, sent[0]))
         return found
 

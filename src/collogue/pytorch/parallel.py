@@ -20,7 +20,7 @@ from collogue.contract.spec import Output
 from collogue.contract.weight import QuantizedWeight
 from collogue.errors import ArgumentError, CollogueError
 from collogue.group import Group, TorchGroup, as_group
-from collogue.planning.topology import Transport
+from collogue.planning.topology import Order, Transport
 from collogue.pytorch.boundaries import Boundaries, GatedMLP, Untouched, WholeNorm, check_use, partial_of
 from collogue.pytorch.checkpoints import CACHE_SCALES, QuantizedLinear, cache_of
 from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, check_first, no_checkpoint
@@ -49,6 +49,7 @@ def parallelize(
     keep_packed: bool = False,
     wire: Quant | None = None,
     transport: Transport | None = None,
+    order: Order = "islands",
 ) -> Any:
     """Cut a transformers decoder among the ranks of ``group``, and end attention and MLP of every layer in one fused call each.
 
@@ -76,6 +77,7 @@ def parallelize(
             not quantized; lines of the logger ``collogue`` (INFO) say what either takes.
         wire: as for :class:`collogue.Communicator`: a format in which terms travel.
         transport: as for :class:`collogue.Communicator`: what moves bytes between the ranks.
+        order: as for :class:`collogue.Communicator`: of sums over several hosts.
     Returns:
         ``model``; its communicator is ``model.comm``, which stays open as long as the model is used. ``state_dict()`` and
         ``save_pretrained`` raise: :func:`collogue.full_state_dict` gives the whole. ``load_state_dict`` takes a whole checkpoint and
@@ -100,7 +102,7 @@ def parallelize(
         raise ArgumentError(f"fuse=False with a {type(known).__name__}", hint="pass a torch.distributed process group")
     config, dtype = decoder.base.config, decoder.base.dtype
     asked = {"max_tokens": max_tokens, "hidden_size": config.hidden_size, "dtype": dtype, "device": device, "timeout": timeout}
-    comm = Communicator(group, **asked, wire=wire, transport=transport)
+    comm = Communicator(group, **asked, wire=wire, transport=transport, order=order)
     try:
         with _undone_by_errors(model) as undo:
             _apply(decoder, comm, fuse, keep_packed, undo)

@@ -249,8 +249,8 @@ def _peers() -> Iterator[Finding]:
         return
     refused = [f"{i}-{j}" for i in range(n) for j in range(n) if i != j and not torch.cuda.can_device_access_peer(i, j)]
     if refused:
-        hint = "a group must stay within GPUs that reach each other; virtual machines may hide peer access"
-        yield Finding("peer access", "missing", f"rejected for {', '.join(refused)}", hint)
+        hint = "groups with such a pair take the host path, which is slower; virtual machines may hide peer access"
+        yield Finding("peer access", "missing", f"not between {', '.join(refused)}", hint)
     else:
         yield Finding("peer access", "ok", f"all {n} GPUs reach each other")
 

@@ -26,7 +26,7 @@ LINKS = {
     "?": "unknown: nvidia-smi does not say",
 }
 #: What moves bytes between two ranks.
-TRANSPORTS = {"peer": "kernels store into the other's memory", "none": "no peer access: Collogue rejects such a group"}
+TRANSPORTS = {"peer": "kernels store into the other's memory", "none": "no peer access: such a group takes the host path, which is slower"}
 #: Columns of a matrix on a line of 80.
 _COLUMNS = 12
 
@@ -129,7 +129,7 @@ def text(wiring: Wiring) -> str:
         words = {wiring.transport(a, b) for a, b in wiring.pairs}
         legend = [(k, v) for k, v in LINKS.items() if k in kinds] + [(k, v) for k, v in TRANSPORTS.items() if k in words]
         lines += [f"{name:>6}  {meaning}" for name, meaning in legend]
-    lines.append("a group may have: " + "; or ".join(_spans(island) for island in wiring.islands))
+    lines.append("peer access among: " + "; or ".join(_spans(island) for island in wiring.islands))
     return "\n".join(lines)
 
 

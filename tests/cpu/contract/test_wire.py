@@ -126,8 +126,10 @@ def test_a_width_that_is_no_multiple_and_ranks_that_differ() -> None:
         with pytest.raises(FormatError, match="hidden size 64 is not a multiple"):
             communicator(group, wire=FP8Group(128))
         comm = communicator(group, wire=FP8Group(32), hidden_size=96)
-        with pytest.raises(FormatError, match="hidden size 80 is not a multiple"):
-            comm.all_reduce(wild(2, 80))
+        calls = lambda: comm.all_reduce(wild(2, 80)), lambda: comm.all_reduce(wild(0, 80)), lambda: comm.prepare(2, hidden_size=80)
+        for call in (*calls, lambda: comm.empty(2, hidden_size=80), lambda: comm.explain(2, hidden_size=80)):
+            with pytest.raises(FormatError, match=r"the communicator's wire=.*hidden size 80 is not a multiple"):
+                call()
         comm.all_reduce(wild(2, 96))
         with pytest.raises(ArgumentError, match="wire=FP8PerToken"):
             communicator(group, wire=FP8PerToken() if group.rank else None)

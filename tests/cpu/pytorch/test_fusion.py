@@ -16,7 +16,7 @@ from models import small_model
 from torch.utils._pytree import tree_leaves
 
 import collogue
-from collogue import FP8PerToken, FP8Static, Quant, RMSNorm, registry
+from collogue import FP8Group, FP8PerToken, FP8Static, Quant, RMSNorm, registry
 from collogue.errors import ArgumentError
 
 pytestmark = pytest.mark.slow
@@ -494,6 +494,16 @@ def test_what_lies_along_columns_is_no_norm_of_rows(reason: str, model: Callable
         found = compiled(lambda x, r, w: model(functional(x) + r, w), *given)
     torch.testing.assert_close(found, [model(given[0] + given[1], given[2])])
     assert reason in only_missed()
+
+
+def test_a_communicator_whose_terms_are_rounded_is_left_alone(group: Any) -> None:
+    torch._dynamo.reset()
+    collogue.compile.report().clear()
+    with collogue.Communicator(group, max_tokens=T, hidden_size=H, wire=FP8Group(H)), torch.no_grad():
+        given = tensors()
+        found = compiled(lambda x, r, w: llama(functional(x) + r, w), *given)
+    torch.testing.assert_close(found, tree_leaves(llama(given[0] + given[1], given[2])))
+    assert "sends terms as" in only_missed()
 
 
 @pytest.mark.usefixtures("comm")

@@ -73,7 +73,7 @@ def test_one_host_whose_gpus_all_reach_each_other(count: int) -> None:
     assert max(map(len, lines)) <= 80
     assert lines[1].split() == ["0", *H200.split(), "on", "box"]
     assert text(found).count("NV18") == count * (count - 1)
-    assert lines[-1] == ("a group may have: rank 0" if count == 1 else f"a group may have: ranks 0-{count - 1}")
+    assert lines[-1] == ("peer access among: rank 0" if count == 1 else f"peer access among: ranks 0-{count - 1}")
     drawn = strokes(svg(found))
     assert len(drawn) == count * (count - 1) // 2
     assert {stroke for _, stroke in drawn} <= {"#2e8b45"}
@@ -85,8 +85,8 @@ def test_without_peer_access_pairs_are_named_and_islands_follow() -> None:
     found = Wiring(("box",) * 4, ("NVIDIA L40S",) * 4, seen, MISSING)
     assert found.islands == [[0, 1], [2, 3]]
     assert (found.transport(0, 1), found.transport(1, 2), found.link(2, 1)) == ("peer", "none", "SYS")
-    assert "a group may have: ranks 0-1; or ranks 2-3" in text(found)
-    assert "no peer access: Collogue rejects such a group" in text(found)
+    assert "peer access among: ranks 0-1; or ranks 2-3" in text(found)
+    assert "no peer access: such a group takes the host path" in text(found)
     drawn = dict(strokes(svg(found)))
     assert (drawn["0 - 1: PIX, peer"], drawn["1 - 2: SYS, none"]) == ("#2f6fb0", "#c0392b")
     assert len(drawn) == 6
@@ -96,7 +96,7 @@ def test_access_in_one_direction_is_none() -> None:
     found = box(2, refused=frozenset({(1, 0)}))
     assert found.transport(0, 1) == found.transport(1, 0) == "none"
     assert found.islands == [[0], [1]]
-    assert "a group may have: rank 0; or rank 1" in text(found)
+    assert "peer access among: rank 0; or rank 1" in text(found)
 
 
 def test_every_two_of_an_island_reach_each_other() -> None:
@@ -169,7 +169,7 @@ def test_the_command_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     file = tmp_path / "topology.svg"
     result = call("--svg", str(file))
     assert result.exit_code == OK, result.output
-    assert "a group may have: ranks 0-1; or ranks 2-3" in result.stdout
+    assert "peer access among: ranks 0-1; or ranks 2-3" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert len(strokes(file.read_text(encoding="utf-8"))) == 6
     assert doctor.examine().as_json()["topology"]["islands"] == [[0, 1], [2, 3]]
