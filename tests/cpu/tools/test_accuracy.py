@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import collogue
 from collogue import FP8Static, reference
 from collogue.communicator import Communicator
-from collogue.contract.quant import NVFP4, FP8PerToken
+from collogue.contract.quant import NVFP4, FP8PerToken, parse
 from collogue.contract.spec import RMSNorm
 from collogue.errors import FormatError
 from collogue.pytorch.recipes import RECIPES
@@ -23,7 +23,7 @@ from collogue.testing.compare import compare, differing
 from collogue.tools.accuracy import calibrate, main
 from collogue.tools.accuracy.measure import clipped, forward, losses, score, sqnr
 from collogue.tools.accuracy.models import Model, random_model, random_shape
-from collogue.tools.accuracy.orders import ORDERS, OrderedSum, contract
+from collogue.tools.accuracy.orders import ORDERS, WIRES, OrderedSum, contract
 from collogue.tools.cli import app
 from collogue.tools.commands import accuracy as command
 from collogue.tools.commands.options import IMPOSSIBLE, OK, USAGE
@@ -54,6 +54,23 @@ def test_orders_round_where_they_say() -> None:
     partials, residual = [numbers(256.0), numbers(1.0)], numbers(1.0)
     found = {name: order(partials, residual).item() for name, order in ORDERS.items()}
     assert found == {"contract": 258.0, "two roundings": 256.0, "each addition": 256.0}
+
+
+def test_terms_in_fewer_bits_are_what_a_communicator_with_that_wire_adds() -> None:
+    torch.manual_seed(0)
+    partials, residual = [torch.randn(3, 64, dtype=BF16) for _ in range(3)], torch.randn(3, 64, dtype=BF16)
+    for name, order in WIRES.items():
+        wire = parse(name.removeprefix("terms as "))
+
+        def rank(group: VirtualGroup, wire: Any = wire) -> torch.Tensor:
+            comm = collogue.Communicator(group, max_tokens=3, hidden_size=64, wire=wire)
+            out = comm.all_reduce(partials[group.rank], residual=residual).residual
+            assert out is not None
+            return out
+
+        for found in run_virtual(3, rank):
+            assert torch.equal(order(partials, residual), found)
+        assert not torch.equal(order(partials, residual), contract(partials, residual))
 
 
 def test_the_contract_is_the_references() -> None:
@@ -156,6 +173,7 @@ def test_a_run_holds_what_is_promised(result: dict[str, Any]) -> None:
     assert [(r["order"], r["world_size"], r["format"]) for r in result["orders"]] == [
         ("contract", 1, "none"),
         *((order, 3, format) for format in ("none", "nvfp4") for order in ORDERS),
+        *((order, 3, "none") for order in WIRES),
     ]
     assert [r["format"] for r in result["formats"]] == ["none", "fp8_static", "nvfp4", "fp8_per_token"]
     assert result["formats"][0]["logit_rms"] == result["orders"][1]["logit_rms"]  # made once

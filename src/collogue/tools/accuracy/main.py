@@ -16,7 +16,7 @@ from collogue.pytorch.recipes import RECIPES
 from collogue.tools.accuracy import layers as quantized_layers
 from collogue.tools.accuracy.measure import Score, clipped, forward, score, sqnr
 from collogue.tools.accuracy.models import Model
-from collogue.tools.accuracy.orders import ORDERS, contract
+from collogue.tools.accuracy.orders import ORDERS, WIRES, contract
 from collogue.tools.demo.formats import FORMATS, quants_for
 
 Row: TypeAlias = dict[str, Any]
@@ -27,7 +27,8 @@ STATIC = ("fp8_static", "nvfp4")
 METHOD = (
     "Teacher-forced passes over the text. expected: the unsharded model, float32 throughout, unquantized. All other passes: weights "
     "and activations rounded to the dtype, matrix products accumulated in float32 and rounded to the dtype, logits in float32; the "
-    "ranks' terms added in the named order, then the residual, norm and quantization by the numerical contract. A quantized norm is "
+    "ranks' terms added in the named order (terms as F: quantized to F and decoded before they are added), "
+    "then the residual, norm and quantization by the numerical contract. A quantized norm is "
     "decoded, rounded to the dtype and read by the next projections; the last fused call, before the vocabulary projection, stays "
     "unquantized. logit_rms and logit_max are of differences less their row's mean; agreement is the share of positions with the same "
     "largest logit. sqnr_db: 10 log10(sum n^2 / sum (n - decoded)^2) of each fused call's norm in the unquantized pass. Static scales "
@@ -40,7 +41,14 @@ def passes(formats: Sequence[str], static: Sequence[str]) -> int:
     """How many forward passes :func:`run` makes: what a progress bar counts to."""
     under_orders = ["none", *_four_bit(formats)]
     others = [name for name in formats if name not in under_orders]
-    return 5 + len(RECIPES) + len(ORDERS) * len(under_orders) + len(others) + sum(len(FACTORS) - (name in formats) for name in static)
+    return (
+        5
+        + len(WIRES)
+        + len(RECIPES)
+        + len(ORDERS) * len(under_orders)
+        + len(others)
+        + sum(len(FACTORS) - (name in formats) for name in static)
+    )
 
 
 def run(
@@ -72,7 +80,7 @@ def run(
     calls = model.shape.fused_calls
 
     def logits(world: int, order: str, quants: Sequence[Quant | None] | None = None, dtype: torch.dtype = dtype) -> torch.Tensor:
-        found = forward(model, model.tokens, world_size=world, dtype=dtype, order=ORDERS[order], quants=quants, device=device)
+        found = forward(model, model.tokens, world_size=world, dtype=dtype, order=(ORDERS | WIRES)[order], quants=quants, device=device)
         return found.logits
 
     started("expected: float32, unsharded")
@@ -95,6 +103,10 @@ def run(
             started(f"{order}, {format}")
             quants = quants_for(format, amax)
             orders.append({"order": order, "world_size": world_size, "format": format, **scored(world_size, order, quants)})
+
+    for order in WIRES:
+        started(order)
+        orders.append({"order": order, "world_size": world_size, "format": "none", **scored(world_size, order)})
 
     def reuse(format: str) -> Row:
         """The contract's pass of ``format``, made once."""

@@ -4,6 +4,7 @@
 contract        ``y = round(((0 + x_0) + x_1) + .. + residual)``: float32, rounded once
 two roundings   ``y = round(round(x_0 + x_1 + ..) + residual)``: an all-reduce, then the addition of a separate kernel
 each addition   ``s = round(s + x_r)`` for each rank, then ``y = round(s + residual)``: accumulation in the dtype itself
+terms as F      the contract's, of terms that were quantized to F and decoded: ``Communicator(.., wire=F)``
 =============== =========================================================================
 """
 
@@ -15,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from collogue.contract.formats import round_value
-from collogue.contract.quant import Quant
+from collogue.contract.quant import Quant, parse
 from collogue.contract.reference import all_reduce, sum_partials
 from collogue.contract.spec import Output, RMSNorm
 from collogue.testing import VirtualGroup
@@ -45,7 +46,25 @@ def each_addition(partials: Sequence[torch.Tensor], residual: torch.Tensor | Non
     return round_value(total.float(), dtype)
 
 
+def terms_as(wire: Quant) -> Order:
+    """The contract's sum where terms travel in this format."""
+
+    def add(partials: Sequence[torch.Tensor], residual: torch.Tensor | None) -> torch.Tensor:
+        out = all_reduce(partials, residual=residual, wire=wire)
+        y = out.reduced if residual is None else out.residual
+        assert y is not None
+        return y
+
+    return add
+
+
 ORDERS: dict[str, Order] = {"contract": contract, "two roundings": two_roundings, "each addition": each_addition}
+#: Of those, for sums without a format behind them.
+WIRES: dict[str, Order] = {
+    f"terms as {label}": terms_as(wire)
+    for label in ("fp8_per_token", "fp8_group32/float32/row", "mxfp8/ceil/linear")
+    if (wire := parse(label))
+}
 
 
 class OrderedSum:
