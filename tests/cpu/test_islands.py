@@ -239,6 +239,7 @@ def test_bytes_are_those_that_the_plan_says(hosts: str, algorithm: Any, wire: An
             plan = plan_call(facts, request)
             assert plan.algorithm.startswith("host")
             assert plan_call(comm.topology, request).bytes_sent == plan.bytes_sent
+            assert (f"{plan.bytes_sent} bytes in place of" in plan.why) == (wire is not None and operation != "all_gather")
             found.append((plan.bytes_sent, sent[0]))
         return found
 

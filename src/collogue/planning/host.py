@@ -87,7 +87,7 @@ def plan_call(topology: Topology, request: Request) -> Plan:
             return plan
         together = request.operation == "all_gather" or (request.operation == "all_reduce" and by_gather(topology, request))
         algorithm = "host_gather" if together else "host_owners"
-        return replace(plan, bytes_sent=bytes_sent(topology, request, algorithm))
+        return replace(plan, why=plan.why + _saved(topology, request, algorithm), bytes_sent=bytes_sent(topology, request, algorithm))
     alone = replace(topology, world_size=1)
     if topology.world_size == 1 or request.tokens == 0 or request.operation == "finish":
         return replace(make_plan(alone, request), transport=topology.reach)
@@ -102,7 +102,15 @@ def plan_call(topology: Topology, request: Request) -> Plan:
     quant = None if request.operation == "all_reduce" and algorithm == "host_owners" else request.quant
     shape = None if gathers else launch_shape(alone, max(rows, 1), width, quant, "local", experts=True, branch=branch)
     sent = bytes_sent(topology, request, algorithm)
-    return Plan(algorithm, why, shape, sent, 0.0, 0.0, rows, 1, transport=topology.reach)
+    return Plan(algorithm, why + _saved(topology, request, algorithm), shape, sent, 0.0, 0.0, rows, 1, transport=topology.reach)
+
+
+def _saved(topology: Topology, request: Request, algorithm: str) -> str:
+    """What terms in fewer bits save, in words; empty where they travel as they are."""
+    if not topology.wire or request.operation == "all_gather":
+        return ""
+    sent, plain = (bytes_sent(each, request, algorithm) for each in (topology, replace(topology, wire="")))
+    return f"; terms as {topology.wire}: {sent} bytes in place of {plain}"
 
 
 def bytes_sent(topology: Topology, request: Request, algorithm: str) -> int:
