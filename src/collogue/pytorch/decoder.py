@@ -105,7 +105,8 @@ class Decoder:
             found[name] = f"{tensor.dtype} {list(tensor.shape)}"
             if tensor.numel():
                 first = tensor.detach()[(0,) * (tensor.ndim - 1)].reshape(-1)[:8]
-                found[f"the first row of {name}"] = repr(first.float().tolist())
+                first = first.contiguous().view(torch.uint8) if first.element_size() == 1 else first  # codes
+                found[f"the first row of {name}"] = repr(first.tolist())
         for each in self.linears:
             found[f"{each.name}, cut"] = f"{each.cut}, {each.quantized and each.quantized.label}"
         for held in self.tensors:

@@ -62,7 +62,7 @@ def _tensor_wise(codes: Tensor, scales: None, layer: Linear, bias: Tensor | None
 
 
 def _row_wise(codes: Tensor, scales: Tensor, layer: Linear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    given = codes, scales, layer.weight.data, layer.weight_scale, bias, dtype
+    given = codes, scales, layer.weight.detach(), layer.weight_scale, bias, dtype
     if not is_traced():
         return per_token(*given)  # type: ignore[arg-type]
     result: Tensor = torch.ops.collogue.per_token_product.default(*given)[0]
@@ -108,7 +108,7 @@ def _block_wise(codes: Tensor, scales: Tensor, layer: Linear, bias: Tensor | Non
     """The product takes a multiple of 4 rows with scales column by column, and weight scales in rows of a multiple of 4."""
     assert layer.weight_scale is not None
     padded, by_columns = _in_fours(codes, scales)
-    weights = layer.weight_scale.data
+    weights = layer.weight_scale.detach()
     if weights.shape[1] % 4:
         weights = F.pad(weights, (0, -weights.shape[1] % 4))
     kinds = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128

@@ -107,7 +107,7 @@ class Linear(nn.Module):
     @property
     def quantized_weight(self) -> QuantizedWeight | None:
         """The weight, where it is quantized."""
-        return None if self.format is None else QuantizedWeight(self.weight.data, self.weight_scale, self.format)
+        return None if self.format is None else QuantizedWeight(self.weight.detach(), self.weight_scale, self.format)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Codes and scales move with the module; ``.to(dtype)`` and ``.half()`` would change their meaning and leave them alone.
@@ -226,7 +226,7 @@ class Linear(nn.Module):
     def _decode_and_multiply(self, codes: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """In float32 on the CPU, in bfloat16 on GPUs, rounded once to ``dtype``."""
         compute = _dtype_of_product(codes.device)
-        matrix = (self.weight if self.format is None else decode(self.weight.data, self.weight_scale, self.format)).to(compute)
+        matrix = (self.weight if self.format is None else decode(self.weight.detach(), self.weight_scale, self.format)).to(compute)
         if self.activation is not None:
             codes = dequantize(codes, scales, self.activation, hidden_size=matrix.shape[1])
         elif codes.dtype not in VALUE_DTYPES:

@@ -400,6 +400,12 @@ def test_a_layer_that_decodes_is_compiled_without_a_break(pair: Any) -> None:
     assert torch.equal(found, expected)
 
 
+@pairs
+def test_a_layer_that_decodes_is_exported(pair: Any) -> None:
+    _, layer = _layer(pair)
+    assert torch.equal(torch.export.export(layer, (_x(),)).module()(_x()), layer(_x()))
+
+
 def test_how_plain_weights_are_multiplied_is_what_is_said() -> None:
     weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1)).bfloat16()
     layer, quant = scaled.Linear(weight, None, collogue.FP8PerToken()), collogue.FP8PerToken()
