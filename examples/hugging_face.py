@@ -1,6 +1,6 @@
 """A Hugging Face model on several ranks: `collogue.parallelize` cuts it and fuses the end of every attention and MLP block.
 
-torchrun --nproc-per-node 3 examples/hugging_face.py        (SmolLM2-135M: pip install '.[demo]')
+torchrun --nproc-per-node 3 examples/hugging_face.py        (SmolLM2-135M: docs/tutorials/hugging_face.md)
 """
 
 from typing import Any

@@ -99,7 +99,7 @@ def test_the_first_screen() -> None:
         "Python library",
         "It is for people who",
         "x as fast",
-        "pip install '.[cli]'",
+        "pip install '.[cli,hf]'",
         "collogue doctor",
         *ABOUT[1:3],
         "nn",
