@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -159,7 +159,7 @@ def scenes_rank(group: dist.ProcessGroup, tell: Any) -> dict[str, Any]:
     tell("watched")
     found["watched"] = _watched(comm)
     tell("fork")
-    found["fork"] = _fork(comm)
+    found["fork"] = forked(comm, (None, comm.reset, comm.check, lambda: comm.prepare(1), comm.close))
     check_works(comm)
     tell("large")
     found["large"] = _large(group)
@@ -232,13 +232,12 @@ def _watched(comm: collogue.Communicator) -> list[str]:
     return seen
 
 
-def _fork(comm: collogue.Communicator) -> list[str]:
+def forked(comm: collogue.Communicator, calls: Sequence[Callable[[], Any] | None]) -> list[str]:
     """What a forked child hears, call by call, while the others work on."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        names = [told(comm, call)[0] for call in (None, comm.reset, comm.check, lambda: comm.prepare(1), comm.close)]
-        os.write(write, ",".join(names).encode())
+        os.write(write, ",".join(told(comm, each)[0] for each in calls).encode())
         os._exit(0)
     os.close(write)
     heard = b""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from links import Told, told
+from links import Told, forked, told
 from ranks import HIDDEN_SIZE, arguments, check_works, communicator
 
 import collogue
@@ -190,7 +190,7 @@ def scenes_rank(group: dist.ProcessGroup, tell: Any) -> dict[str, Any]:
     check_works(comm, seed=1)
     found["aborts"] = comm._group.queue.aborts  # type: ignore[attr-defined]
     tell("fork")
-    found["fork"] = _fork(comm)
+    found["fork"] = forked(comm, (call(comm), comm.reset, comm.check, comm.close))
     check_works(comm, seed=2)
     tell("again")
     comm.close()
@@ -228,22 +228,6 @@ def _asked(comm: collogue.Communicator) -> list[str]:
         texts.append("")
     del link.exchange
     return texts
-
-
-def _fork(comm: collogue.Communicator) -> list[str]:
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        names = [told(comm, each)[0] for each in (call(comm), comm.reset, comm.check, comm.close)]
-        os.write(write, ",".join(names).encode())
-        os._exit(0)
-    os.close(write)
-    heard = b""
-    while block := os.read(read, 1000):
-        heard += block
-    os.close(read)
-    os.waitpid(child, 0)
-    return heard.decode().split(",")
 
 
 def dying_rank(group: dist.ProcessGroup, tell: Any, when: str) -> Told | None:

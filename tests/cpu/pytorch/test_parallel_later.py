@@ -30,18 +30,21 @@ def parallel(model: Any, then: Callable[[Any], Any], world_size: int = 2, **opti
     return run_virtual(world_size, rank)
 
 
-def check_same(model: Any, change: Callable[[Any], Any], **options: Any) -> None:
-    """The same change to the unsharded model gives the same logits."""
+def check_same(model: Any, change: Callable[[Any], Any], mode: Any = torch.no_grad) -> None:
+    """The same change to the unsharded model gives the same logits. ``mode``: a thread's own, so every rank enters it."""
 
     def then(mine: Any) -> torch.Tensor:
         change(mine)
-        logits: torch.Tensor = mine(TOKENS).logits
-        return logits
+        with mode():
+            logits: torch.Tensor = mine(TOKENS).logits
+        return logits.clone()
 
-    found = parallel(model, then, **options)
+    found = parallel(model, then)
     change(model)
+    with mode():
+        expected = model(TOKENS).logits
     for logits in found:
-        torch.testing.assert_close(logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- an output layer that is the embedding
@@ -83,8 +86,7 @@ def test_hooks_that_write_through_data(mode: Any) -> None:
     def hook(module: nn.Module, given: Any, out: torch.Tensor) -> None:
         out.data.add_(1.0)
 
-    with mode():
-        check_same(small_model("llama"), lambda model: model.model.layers[0].register_forward_hook(hook))
+    check_same(small_model("llama"), lambda model: model.model.layers[0].register_forward_hook(hook), mode)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -93,8 +95,7 @@ def test_pre_hooks_of_norms_that_change_in_place(name: str, mode: Any) -> None:
     def hook(module: nn.Module, given: tuple[torch.Tensor]) -> None:
         given[0].add_(1.0)
 
-    with mode():
-        check_same(small_model("llama"), lambda model: model.model.get_submodule(name).register_forward_pre_hook(hook))
+    check_same(small_model("llama"), lambda model: model.model.get_submodule(name).register_forward_pre_hook(hook), mode)
 
 
 def test_another_eps() -> None:
