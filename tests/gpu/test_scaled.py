@@ -17,7 +17,7 @@ from torch import nn
 import collogue
 from collogue.calls.product import ScaledProduct
 from collogue.errors import ScaleError
-from collogue.nn import ScaledLinear
+from collogue.nn import QuantizedWeight, ScaledLinear
 from collogue.pytorch import products
 from collogue.pytorch.recipes import RECIPES, Recipe
 from collogue.testing import VirtualGroup, run_virtual
@@ -49,6 +49,18 @@ def test_products(name: str, tokens: int) -> None:
     bound = SUM * (values.abs() @ matrix.abs().t()) + RESULT * exact.abs()
     error = (found.double() - exact).abs()
     assert bool((error <= bound).all()), float((error / bound).max())
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="no such product")
+def test_a_float32_bias_is_added_before_few_rows_are_rounded() -> None:
+    linear = nn.Linear(IN, 4096, dtype=torch.float32, device="cuda:0")
+    weight = QuantizedWeight.of(linear.weight, collogue.FP8PerToken())
+    layer = ScaledLinear(weight, linear.bias.detach(), activation=collogue.FP8PerToken(), dtype=torch.bfloat16)
+    exact = ScaledLinear(weight, linear.bias.detach(), activation=collogue.FP8PerToken(), dtype=torch.float32)
+    quantized = collogue.Output(
+        **dict(zip(("codes", "scales"), collogue.quantize(torch.randn(7, IN, device="cuda"), collogue.FP8PerToken()), strict=True))
+    )
+    assert torch.equal(layer(quantized), exact(quantized).bfloat16())
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="no such product")

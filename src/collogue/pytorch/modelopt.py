@@ -25,7 +25,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
         dtype: of what is not quantized, and of the activations.
     Raises:
         ArgumentError: no checkpoint, one of another method, tensors that the model does not have, or has and the checkpoint does not;
-            a quantized embedding or norm.
+            a quantized embedding or norm; two tensors that differ, of names that the model ties to one weight.
         ShapeError: a tensor of another shape than the model's.
     """
     from safetensors.torch import load_file
@@ -50,8 +50,9 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
             missing.discard(name)
     if missing:
         raise ArgumentError(f"the checkpoint has no {', '.join(sorted(missing)[:3])}", hint="copy all of its *.safetensors files")
+    filled: dict[int, str] = {}
     for owner, tensors in found.items():
-        _fill(model, owner, tensors, dtype)
+        _fill(model, owner, tensors, dtype, filled)
     model.config.quantization_config = said
     return model.eval().requires_grad_(False)
 
@@ -70,8 +71,11 @@ def _quantization(folder: Path, config: Any) -> dict[str, Any]:
     return said
 
 
-def _fill(model: nn.Module, owner: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Put the tensors of one module in their place: a layer with codes becomes a module that holds them as they are."""
+def _fill(model: nn.Module, owner: str, tensors: dict[str, Tensor], dtype: torch.dtype, filled: dict[int, str]) -> None:
+    """Put the tensors of one module in their place: a layer with codes becomes a module that holds them as they are.
+
+    ``filled``: the name in the checkpoint of each weight's tensor, by the weight's ``id``: tied ones have two.
+    """
     try:
         module = model.get_submodule(owner)
     except AttributeError:
@@ -99,5 +103,11 @@ def _fill(model: nn.Module, owner: str, tensors: dict[str, Tensor], dtype: torch
             raise ShapeError(
                 f"{owner}.{name} is {list(tensor.shape)}, the model's {list(place.shape) if isinstance(place, Tensor) else 'none'}",
                 hint="load the checkpoint with its own configuration",
+            )
+        whole = f"{owner}.{name}"
+        if (other := filled.setdefault(id(place), whole)) != whole and not torch.equal(place, tensor.to(place.dtype)):
+            raise ArgumentError(
+                f"{whole} and {other} differ in the checkpoint, and the model ties them to one weight",
+                hint="set tie_word_embeddings to false in config.json, or delete the one that is not meant",
             )
         place.data = tensor.to(place.dtype)

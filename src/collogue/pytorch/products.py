@@ -80,10 +80,11 @@ def per_token(codes: Tensor, scales: Tensor, weight: Tensor, weight_scale: Tenso
         )
     from collogue.gpu.alone import engine_of
 
-    engine = engine_of(codes.device, dtype)
+    exact = dtype if bias is None else torch.promote_types(dtype, bias.dtype)  # a float32 bias is added before rounding to bfloat16
+    engine = engine_of(codes.device, exact)
     by_tensor = ScalingType.TensorWise
     product = F.scaled_mm(codes, weight.t(), engine.one, by_tensor, engine.one, by_tensor, output_dtype=torch.float32)
-    return engine.scale(ScaledProduct(product, scales, weight_scale, None if bias is None else bias.to(dtype), dtype))
+    return engine.scale(ScaledProduct(product, scales, weight_scale, None if bias is None else bias.to(exact), exact)).to(dtype)
 
 
 def _scaled_by_a_kernel(rows: int, width: int) -> bool:

@@ -49,6 +49,20 @@ def test_a_tied_head_needs_no_tensor_of_its_own(tmp_path: Path) -> None:
     assert torch.equal(logits(model, 2), logits(untied, 2))
 
 
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_weight_under_both_names_counts_once(equal: bool, tmp_path: Path) -> None:
+    save(modelopt(fp4=False), tmp_path, SAID)
+    _config(tmp_path, tie_word_embeddings=True)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    _tensors(tmp_path, lm_head__weight=embedding.clone() if equal else embedding + 1)
+    if equal:
+        assert torch.equal(load(tmp_path, dtype=embedding.dtype).lm_head.weight, embedding)
+        return
+    with pytest.raises(ArgumentError, match="differ in the checkpoint, and the model ties them") as caught:
+        load(tmp_path)
+    assert "tie_word_embeddings" in str(caught.value.hint)
+
+
 def _config(folder: Path, **said: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | said))
