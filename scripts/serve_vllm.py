@@ -102,13 +102,13 @@ def _wait(running: subprocess.Popen[bytes], address: str, patience: float, log: 
     until = time.monotonic() + patience
     while time.monotonic() < until:
         if running.poll() is not None:
-            raise SystemExit(f"the server ended with {running.returncode}: {log.read_text()[-2000:]}")
+            raise SystemExit(f"the server ended with {running.returncode}: {log.read_text()[-8000:]}")
         try:
             with urllib.request.urlopen(f"{address}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(1)
-    raise SystemExit(f"the server was not up after {patience} s: {log.read_text()[-2000:]}")
+    raise SystemExit(f"the server was not up after {patience} s: {log.read_text()[-8000:]}")
 
 
 def _end(running: subprocess.Popen[bytes]) -> None:
@@ -203,7 +203,10 @@ def main() -> int:
     quiet()
     import vllm
 
-    runs = [one(asked, switch) for _ in range(asked.turns) for switch in ("0", asked.switch)]
+    runs = []
+    for switch in ("0", asked.switch) * asked.turns:
+        runs.append(one(asked, switch))
+        print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
     result = {
         "commit": asked.commit,
         "vllm": vllm.__version__,
