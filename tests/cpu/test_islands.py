@@ -21,6 +21,7 @@ from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, describe
 from collogue.contract.spec import as_islands
 from collogue.errors import ArgumentError, CollogueError, MismatchedCall, UnsupportedError
 from collogue.host.engine import HostEngine
+from collogue.planning.explain import Machine, explain
 from collogue.planning.host import plan_call, steps
 from collogue.planning.islands import adder, split
 from collogue.planning.plan import Plan
@@ -169,6 +170,46 @@ def test_explain_names_transport_and_islands() -> None:
     ours, plain = (" ".join(text.split()) for text in texts[0])
     assert "transport host; ranks on the CPU have no memory that others reach; 2 islands: ranks 0 1; 2 3, each added for itself" in ours
     assert "2 islands: ranks 0 1; 2 3, added in rank order" in plain
+
+
+@pytest.mark.parametrize("order", ["islands", "rank"])
+@pytest.mark.parametrize("wire", [None, FP8Group(64)])
+def test_explain_without_a_communicator_is_that_of_one(order: Any, wire: Any) -> None:
+    """The same plan, word for word, as every rank's of a communicator over two hosts."""
+
+    def rank(group: VirtualGroup) -> list[Plan]:
+        comm = communicator(group, order=order, wire=wire, max_tokens=512, hidden_size=1024)
+        return [comm.explain(tokens) for tokens in (1, 512)]
+
+    plans = run_virtual(4, rank, hosts=list("aabb"))
+    given: dict[str, Any] = {
+        "hidden_size": 1024,
+        "max_tokens": 512,
+        "world_size": 4,
+        "order": order,
+        "wire": describe(wire),
+        "table": False,
+    }
+    assert plans == [[explain(Machine(hosts=2), tokens, **given).plan for tokens in (1, 512)]] * 4
+
+
+def test_explain_refuses_what_a_communicator_refuses() -> None:
+    given: dict[str, Any] = {"hidden_size": 1024, "world_size": 4}
+    for machine, asked, told in (
+        (Machine(), {"transport": "peer"}, "ranks on the CPU have no memory"),
+        (Machine.named("sm_90a"), {"transport": "peer", "world_size": 16}, "the group has 16 ranks; kernels reach 8"),
+        (replace(Machine.named("sm_90a"), hosts=2), {"transport": "peer"}, "rank 0 is on host 0, rank 2 on host 1"),
+        (Machine.named("sm_90a"), {"world_size": 32}, "32 terms in rank order; kernels add at most 16"),
+        (Machine.named("sm_90a"), {"wire": "mxfp8"}, "no kernel packs terms yet"),
+        (Machine(), {"wire": "nvfp4"}, "expected an object of FP8Group, FP8PerToken, MXFP8"),
+        (Machine(), {"wire": "fp8_group48"}, "hidden size 1024"),
+        (Machine(), {"order": "host"}, "order is 'host'"),
+        (Machine(), {"transport": "nccl"}, "transport is 'nccl'"),
+        (Machine(hosts=3), {}, "4 ranks are not the same number on each of 3 hosts"),
+        (Machine(hosts=0), {}, "hosts is 0"),
+    ):
+        with pytest.raises(ArgumentError, match=told):
+            explain(machine, 4, **{**given, **asked})
 
 
 def on_gpus(hosts: str, **facts: Any) -> Topology:

@@ -115,7 +115,6 @@ def test_the_command() -> None:
     ("arguments", "told"),
     [
         (["--gpu", "B200", "--hosts", "2"], "calls over 2 hosts are not modelled yet"),
-        (["--hosts", "2"], "name the machine's --gpu"),
         (["--gpu", "B200", "--architecture", "sm_90a"], "goes with neither --architecture nor --device"),
         (["--gpu", "B200", "--device", "cpu"], "goes with neither --architecture nor --device"),
         (["--gpu", "V100"], "there are no facts of a GPU 'V100'"),
