@@ -22,7 +22,7 @@ from collogue.contract.spec import as_islands
 from collogue.errors import ArgumentError, CollogueError, MismatchedCall, UnsupportedError
 from collogue.host.engine import HostEngine
 from collogue.planning.explain import Machine, explain
-from collogue.planning.host import plan_call, steps
+from collogue.planning.host import exchanges, plan_call, steps
 from collogue.planning.islands import adder, split
 from collogue.planning.plan import Plan
 from collogue.planning.topology import Overrides, Topology, check_terms
@@ -251,13 +251,14 @@ def test_sums_of_more_terms_than_a_kernel_adds() -> None:
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
 @pytest.mark.parametrize("hosts", ["aaa", "aab", "aaabbb", "ababa", "abc"])
 def test_bytes_are_those_that_the_plan_says(hosts: str, algorithm: Any, wire: Any) -> None:
-    """The rank that sends most sends as many as ``explain`` says, here and on GPUs."""
+    """Every exchange sends what the plan counts, to whom it says, here and on GPUs. ``explain`` has those of the rank that sends most."""
 
     def rank(group: VirtualGroup) -> list[tuple[int, int]]:
-        sent, swap = [0], group.swap
+        sent: list[tuple[int, ...]] = []
+        swap = group.swap
 
         def counted(what: str, give: Any, take: Any) -> None:
-            sent[0] += sum(each.nbytes for r, each in enumerate(give) if r != group.rank)
+            sent.append(tuple(each.nbytes if r != group.rank else 0 for r, each in enumerate(give)))
             swap(what, give, take)
 
         group.swap = counted  # type: ignore[method-assign]
@@ -272,7 +273,7 @@ def test_bytes_are_those_that_the_plan_says(hosts: str, algorithm: Any, wire: An
             "all_gather": lambda: comm.unshard(comm.shard(partial), 7),
         }
         for operation, call in calls.items():
-            sent[0] = 0
+            sent.clear()
             call()
             request = comm._capacity.request(7, operation == "all_gather", norm, None, False, None, operation)
             if operation == "all_gather":
@@ -281,7 +282,8 @@ def test_bytes_are_those_that_the_plan_says(hosts: str, algorithm: Any, wire: An
             assert plan.algorithm.startswith("host")
             assert plan_call(comm.topology, request).bytes_sent == plan.bytes_sent
             assert (f"{plan.bytes_sent} bytes in place of" in plan.why) == (wire is not None and operation != "all_gather")
-            found.append((plan.bytes_sent, sent[0]))
+            assert [each.sent[group.rank] for each in exchanges(facts, request, plan.algorithm)] == sent
+            found.append((plan.bytes_sent, sum(map(sum, sent))))
         return found
 
     for planned in zip(*run_virtual(len(hosts), rank, hosts=list(hosts)), strict=True):

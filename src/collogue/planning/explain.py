@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,6 @@ from collogue.contract.spec import VALUE_DTYPES, Operation, as_rows
 from collogue.errors import ArgumentError, DTypeError, PlatformError
 from collogue.group import MAX_WORLD_SIZE, check_gpus
 from collogue.planning import model
-from collogue.planning.algorithm import ALGORITHMS
 from collogue.planning.architecture import ARCHITECTURES, architecture_of
 from collogue.planning.gpus import Gpu, gpu_named
 from collogue.planning.host import plan_call
@@ -59,13 +59,17 @@ class Machine:
         return cls(architecture, properties.name, properties.multi_processor_count, torch.cuda.device_count())
 
     @classmethod
-    def with_gpu(cls, name: str, hosts: int = 1) -> Machine:
-        """A machine with GPUs called ``name``, one for each rank, of which :data:`~collogue.planning.gpus.GPUS` holds the facts."""
-        if hosts != 1:
-            hint = "leave --hosts out: calls within one host are modelled"
-            raise ArgumentError(f"calls over {hosts} hosts are not modelled yet", hint=hint)
+    def with_gpu(cls, name: str, hosts: int = 1, host_gbps: float | None = None) -> Machine:
+        """A machine with GPUs called ``name``, one for each rank, of which :data:`~collogue.planning.gpus.GPUS` holds the facts.
+
+        ``host_gbps``: gigabits per second of a GPU to other hosts, in place of what is assumed.
+        """
         gpu = gpu_named(name)
-        return cls(gpu.architecture, gpu.device, gpu.multiprocessors, gpu=gpu)
+        if host_gbps is not None:
+            if not (math.isfinite(host_gbps) and host_gbps > 0):
+                raise ArgumentError(f"host_gbps is {host_gbps!r}", hint="give gigabits per second of one GPU in one direction, such as 400")
+            gpu = replace(gpu, host_gbps=host_gbps, host_link="as given")
+        return cls(gpu.architecture, gpu.device, gpu.multiprocessors, gpu=gpu, hosts=hosts)
 
     @classmethod
     def of(cls, device: str, architecture: str | None, hosts: int = 1) -> Machine:
@@ -150,20 +154,22 @@ class Explanation:
     topology: Topology
     plan: Plan
     gpu: Gpu | None = None
+    hosts: int = 1
 
     def __str__(self) -> str:
         """For people, at most 80 columns wide."""
-        gpu = "" if self.gpu is None else textwrap.fill(str(self.gpu), 80, initial_indent="\n", subsequent_indent="  ")
-        return f"{textwrap.fill(self.call, 80)}\n{self.plan}{gpu}"
+        facts = [] if self.gpu is None else [str(self.gpu)] + [self.gpu.between_hosts] * (self.hosts > 1)
+        below = [textwrap.fill(each, 80, subsequent_indent="  ") for each in facts]
+        return "\n".join([textwrap.fill(self.call, 80), str(self.plan), *below])
 
     def as_json(self) -> dict[str, Any]:
         """As plain data; ``None`` where the text has a dash."""
         names = ("architecture", "multiprocessors", "world_size", "max_tokens", "islands", "order")
         facts = {name: getattr(self.topology, name) for name in names} | {"wire": self.topology.wire or None}
         without_launch = dict.fromkeys(("rows", "launches") if self.plan.shape is None else ())
-        without_model = dict.fromkeys(("predicted_us", "floor_us") if self.plan.algorithm not in ALGORITHMS else ())
+        without_model = dict.fromkeys(("predicted_us", "floor_us") if not self.plan.modeled else ())
         gpu = None if self.gpu is None else asdict(self.gpu)
-        return {"call": self.call, **facts, **asdict(self.plan), **without_launch, **without_model, "gpu": gpu}
+        return {"call": self.call, "hosts": self.hosts, **facts, **asdict(self.plan), **without_launch, **without_model, "gpu": gpu}
 
 
 def explain(
@@ -226,6 +232,7 @@ def explain(
     where += f", {machine.hosts} hosts" * (machine.hosts > 1)
     plan = plan_call(topology, request)
     if machine.gpu is not None:
-        predicted, floor = model.predict(machine.gpu, plan, request)
-        plan = replace(plan, predicted_us=predicted, floor_us=floor, model=f"{machine.gpu.name} fitted to two H200 (docs/machines.md)")
-    return Explanation(f"{parts}, {tokens} x {hidden_size} {dtype}, {ranks} {where}", topology, plan, machine.gpu)
+        predicted, floor = model.predict(machine.gpu, plan, request, topology)
+        of = f"{machine.hosts} hosts of {machine.gpu.name}" if machine.hosts > 1 else machine.gpu.name
+        plan = replace(plan, predicted_us=predicted, floor_us=floor, model=f"{of} fitted to two H200 (docs/machines.md)")
+    return Explanation(f"{parts}, {tokens} x {hidden_size} {dtype}, {ranks} {where}", topology, plan, machine.gpu, machine.hosts)

@@ -95,6 +95,10 @@ def explain(
     architecture: Annotated[str | None, typer.Option(help="Plan for GPUs that need not be here, such as sm_90a.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Predict for GPUs that need not be here: A100, H100, H200, B200, GB200, L40S ...")] = None,
     hosts: Annotated[int, typer.Option(min=1, help="Hosts that the ranks are on, as many on each, in rank order.")] = 1,
+    host_gbps: Annotated[
+        float | None,
+        typer.Option(help="With --gpu: Gb/s of a GPU to other hosts, each way; default: docs/machines.md.", show_default=False),
+    ] = None,
     transport: Annotated[
         TransportName | None, typer.Option(metavar="NAME", help="peer, host; default: that of a communicator.", show_default=False)
     ] = None,
@@ -115,12 +119,14 @@ def explain(
     split = numbers("--rows", rows, low=0) or None
     if gpu is not None and (architecture is not None or device != "auto"):
         raise typer.BadParameter("it goes with neither --architecture nor --device", param_hint="--gpu")
+    if host_gbps is not None and (gpu is None or hosts == 1):
+        raise typer.BadParameter("it goes with --gpu and with --hosts of 2 or more", param_hint="--host-gbps")
     with exit_codes():
         from collogue.contract.prologue import PrologueForm
         from collogue.planning import explain as plans
 
         found = plans.explain(
-            plans.Machine.of(device, architecture, hosts) if gpu is None else plans.Machine.with_gpu(gpu, hosts),
+            plans.Machine.of(device, architecture, hosts) if gpu is None else plans.Machine.with_gpu(gpu, hosts, host_gbps),
             1 if tokens is None and split is None else tokens,
             hidden_size=hidden_size,
             world_size=world_size,
