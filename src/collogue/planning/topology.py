@@ -152,7 +152,7 @@ def agree(
         if theirs["problem"]:
             raise ArgumentError(f"rank {rank}: {theirs['problem'][0]}", hint=theirs["problem"][1])
     check_alike(theirs["table"] for theirs in every)
-    reached = _reach(group, every) if group.device.type == "cuda" else [set(range(group.size))] * group.size
+    reached = reach(group, every)
     islands = island.split([theirs["host"] for theirs in every], lambda a, b: b in reached[a])
     chosen, why = choose(transport, [theirs["host"] for theirs in every], reached, gpus=group.device.type == "cuda")
     _LOGGER.info("Communicator of %d ranks: transport %s (%s), %s", group.size, chosen, why, island.described(islands))
@@ -263,8 +263,13 @@ def alone(capacity: Capacity) -> Topology:
     return topology_of(1, capacity, **known, why="no group")
 
 
-def _reach(group: Group, every: list[dict[str, Any]]) -> list[set[int]]:
-    """By rank, the ranks of its host whose GPU it has peer access to. Collective."""
+def reach(group: Group, every: list[dict[str, Any]]) -> list[set[int]]:
+    """By rank, the ranks of its host whose GPU it has peer access to, of ``every`` rank's ``host`` and ``gpu``; all of them on the CPU.
+
+    Collective.
+    """
+    if group.device.type == "cpu":
+        return [set(range(group.size))] * group.size
     visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
     mine = group.device.index
 
