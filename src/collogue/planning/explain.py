@@ -25,15 +25,15 @@ from collogue.planning.host import plan_call
 from collogue.planning.islands import split
 from collogue.planning.plan import Plan, check_width
 from collogue.planning.table import TableArgument, find, name_of
-from collogue.planning.topology import Order, Topology, Transport, check_terms, check_way, choose, topology_of
+from collogue.planning.topology import Order, Topology, Transport, check_terms, check_way, choose, refused_here, topology_of
 
 
 @dataclass(frozen=True)
 class Machine:
     """What a plan needs to know. ``architecture`` is ``None`` for the CPU; ``device`` is the GPU's name, ``None`` if it is any.
 
-    ``gpus``: of a host; ``hosts``: how many there are, each with as many ranks, in rank order. ``gpu``: of another machine, whose times
-    are predicted.
+    ``gpus``: of a host; ``hosts``: how many there are, each with as many ranks, in rank order; ``refused``: ordered pairs of a host's GPUs
+    without peer access. ``gpu``: of another machine, whose times are predicted.
     """
 
     architecture: str | None = None
@@ -42,6 +42,7 @@ class Machine:
     gpus: int = MAX_WORLD_SIZE
     gpu: Gpu | None = None
     hosts: int = 1
+    refused: frozenset[tuple[int, int]] = frozenset()
 
     @classmethod
     def named(cls, architecture: str) -> Machine:
@@ -56,7 +57,8 @@ class Machine:
         check_gpus(instead)
         properties = torch.cuda.get_device_properties(0)
         architecture = architecture_of((properties.major, properties.minor))
-        return cls(architecture, properties.name, properties.multi_processor_count, torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        return cls(architecture, properties.name, properties.multi_processor_count, count, refused=refused_here())
 
     @classmethod
     def with_gpu(cls, name: str, hosts: int = 1, host_gbps: float | None = None) -> Machine:
@@ -106,7 +108,7 @@ class Machine:
         order: Order = "islands",
         wire: Quant | None = None,
     ) -> Topology:
-        """What ``world_size`` ranks on such hosts would agree on, all GPUs of a host with peer access to each other.
+        """What ``world_size`` ranks on such hosts would agree on. Ranks of a host take its GPUs in their order, and in turn.
 
         Raises :class:`ArgumentError` where a communicator cannot be made so.
         """
@@ -114,8 +116,12 @@ class Machine:
         on_gpus, hosts = self.architecture is not None, self.hosts_of(world_size)
         capacity = Capacity(max_tokens, hidden_size, dtype, torch.device("cuda" if on_gpus else "cpu"), world_size, wire=wire)
         capacity.check()
+        of_gpu = [rank % (world_size // self.hosts) % self.gpus for rank in range(world_size)]
+        reached = [
+            {b for b in range(world_size) if hosts[a] == hosts[b] and (of_gpu[a], of_gpu[b]) not in self.refused} for a in range(world_size)
+        ]
         try:
-            chosen, why = choose(transport, hosts, [set(range(world_size))] * world_size, gpus=on_gpus)
+            chosen, why = choose(transport, hosts, reached, gpus=on_gpus)
         except PlatformError as error:  # the machine is an argument as well
             raise ArgumentError(error.message, hint=error.hint) from error
         found = find(table, device=self.device, world_size=world_size)
@@ -128,7 +134,7 @@ class Machine:
             ranks_per_gpu=-(-world_size // (self.gpus * self.hosts)),
             table=found,
             transport=chosen,
-            islands=split(hosts),
+            islands=split(hosts, lambda a, b: b in reached[a]),
             order=order,
             why=why,
             wire="" if wire is None else wire.label,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -261,6 +262,12 @@ def alone(capacity: Capacity) -> Topology:
     facts = _gpu(capacity.device)
     known = {name: facts[name] for name in ("architecture", "device", "multiprocessors", "fitting")}
     return topology_of(1, capacity, **known, why="no group")
+
+
+def refused_here() -> frozenset[tuple[int, int]]:
+    """Pairs (a, b) of this machine's GPUs of which a has no peer access to b."""
+    pairs = itertools.permutations(range(torch.cuda.device_count()), 2)
+    return frozenset((a, b) for a, b in pairs if not torch.cuda.can_device_access_peer(a, b))
 
 
 def reach(group: Group, every: list[dict[str, Any]]) -> list[set[int]]:

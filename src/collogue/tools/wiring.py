@@ -105,6 +105,8 @@ def here() -> Wiring | None:
     """The GPUs that torch sees, a rank each; ``None`` where there is none."""
     import torch
 
+    from collogue.planning.topology import refused_here
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         return None
@@ -114,9 +116,8 @@ def here() -> Wiring | None:
     seen = parse(output("nvidia-smi", "topo", "-m") or "")
     every = list(itertools.permutations(range(count), 2))
     links = {(a, b): seen[places[a], places[b]] for a, b in every if a < b and (places[a], places[b]) in seen}
-    refused = frozenset((a, b) for a, b in every if not torch.cuda.can_device_access_peer(a, b))
     host = os.environ.get("COLLOGUE_HOST") or socket.gethostname()
-    return Wiring((host,) * count, tuple(p.name for p in properties), links, refused)
+    return Wiring((host,) * count, tuple(p.name for p in properties), links, refused_here())
 
 
 def of_job() -> tuple[int, Wiring]:
