@@ -115,10 +115,12 @@ def _compiled_as(row: Data) -> str:
 
 
 def _gpus(data: Data) -> Iterator[Sequence[str]]:
-    yield ["GPU", "architecture", "link", "GB/s each way", "latency of a hop", "memory, GB/s", "source"]
+    yield ["GPU", "architecture", "link", "GB/s each way", "latency of a hop", "memory, GB/s", "source", "to other hosts, Gb/s each way"]
     for gpu in data["gpus"]:
         hop = "as measured" if gpu["name"] == "H200" else f"{gpu['latency']:g} x H200, assumed"
-        yield [gpu["name"], gpu["architecture"], gpu["link"], f"{gpu['link_rate']:g}", hop, f"{gpu['memory_rate']:g}", gpu["source"]]
+        hosts = f"{gpu['host_gbps']:g}, {gpu['host_link']}"
+        rates = f"{gpu['link_rate']:g}", hop, f"{gpu['memory_rate']:g}"
+        yield [gpu["name"], gpu["architecture"], gpu["link"], *rates, gpu["source"], hosts]
 
 
 def _errors(data: Data) -> Iterator[Sequence[str]]:

@@ -14,10 +14,10 @@ from collogue.calls.call import Call
 from collogue.calls.capacity import Capacity, count_tokens
 from collogue.contract.number import is_whole
 from collogue.contract.prologue import Prologue, PrologueForm
-from collogue.contract.quant import Quant, check_wire
+from collogue.contract.quant import Quant
 from collogue.contract.spec import Operation, Output, RMSNorm, as_rows, check_split, owned_rows
 from collogue.engine import Engine, make_engine, run
-from collogue.errors import ArgumentError, CaptureError, ClosedError, CollogueError, ShapeError, UnsupportedError
+from collogue.errors import ArgumentError, CaptureError, ClosedError, CollogueError, ShapeError
 from collogue.gpu.journal import Journal
 from collogue.gpu.watch import Watch, while_alive
 from collogue.group import as_group, making
@@ -96,9 +96,6 @@ class Communicator(Operations):
         self.max_tokens, self.hidden_size, self.dtype, self.timeout = max_tokens, hidden_size, dtype, timeout
         self._capacity = Capacity(max_tokens, hidden_size, dtype, self.device, self.world_size, self.rank, wire)
         self._capacity.check()
-        check_wire(wire, hidden_size)
-        if wire is not None and self.device.type == "cuda":
-            raise UnsupportedError(f"wire={wire!r} on {self.device}: no kernel packs terms yet", hint="leave wire out on GPUs")
         overrides = Overrides(algorithm, max_sms, cta_threads)
         with making(self._group):
             way: dict[str, Any] = {"concurrent": concurrent, "transport": transport, "order": order, "wire": wire}

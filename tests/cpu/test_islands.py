@@ -21,7 +21,8 @@ from collogue.contract.quant import NVFP4, FP8Group, FP8PerToken, describe
 from collogue.contract.spec import as_islands
 from collogue.errors import ArgumentError, CollogueError, MismatchedCall, UnsupportedError
 from collogue.host.engine import HostEngine
-from collogue.planning.host import plan_call, steps
+from collogue.planning.explain import Machine, explain
+from collogue.planning.host import exchanges, plan_call, steps
 from collogue.planning.islands import adder, split
 from collogue.planning.plan import Plan
 from collogue.planning.topology import Overrides, Topology, check_terms
@@ -171,6 +172,46 @@ def test_explain_names_transport_and_islands() -> None:
     assert "2 islands: ranks 0 1; 2 3, added in rank order" in plain
 
 
+@pytest.mark.parametrize("order", ["islands", "rank"])
+@pytest.mark.parametrize("wire", [None, FP8Group(64)])
+def test_explain_without_a_communicator_is_that_of_one(order: Any, wire: Any) -> None:
+    """The same plan, word for word, as every rank's of a communicator over two hosts."""
+
+    def rank(group: VirtualGroup) -> list[Plan]:
+        comm = communicator(group, order=order, wire=wire, max_tokens=512, hidden_size=1024)
+        return [comm.explain(tokens) for tokens in (1, 512)]
+
+    plans = run_virtual(4, rank, hosts=list("aabb"))
+    given: dict[str, Any] = {
+        "hidden_size": 1024,
+        "max_tokens": 512,
+        "world_size": 4,
+        "order": order,
+        "wire": describe(wire),
+        "table": False,
+    }
+    assert plans == [[explain(Machine(hosts=2), tokens, **given).plan for tokens in (1, 512)]] * 4
+
+
+def test_explain_refuses_what_a_communicator_refuses() -> None:
+    given: dict[str, Any] = {"hidden_size": 1024, "world_size": 4}
+    for machine, asked, told in (
+        (Machine(), {"transport": "peer"}, "ranks on the CPU have no memory"),
+        (Machine.named("sm_90a"), {"transport": "peer", "world_size": 16}, "the group has 16 ranks; kernels reach 8"),
+        (replace(Machine.named("sm_90a"), hosts=2), {"transport": "peer"}, "rank 0 is on host 0, rank 2 on host 1"),
+        (Machine.named("sm_90a"), {"world_size": 32}, "32 terms in rank order; kernels add at most 16"),
+        (Machine.named("sm_90a"), {"wire": "mxfp8"}, "no kernel packs terms yet"),
+        (Machine(), {"wire": "nvfp4"}, "expected an object of FP8Group, FP8PerToken, MXFP8"),
+        (Machine(), {"wire": "fp8_group48"}, "hidden size 1024"),
+        (Machine(), {"order": "host"}, "order is 'host'"),
+        (Machine(), {"transport": "nccl"}, "transport is 'nccl'"),
+        (Machine(hosts=3), {}, "4 ranks are not the same number on each of 3 hosts"),
+        (Machine(hosts=0), {}, "hosts is 0"),
+    ):
+        with pytest.raises(ArgumentError, match=told):
+            explain(machine, 4, **{**given, **asked})
+
+
 def on_gpus(hosts: str, **facts: Any) -> Topology:
     way: dict[str, Any] = {"transport": "host", "islands": split(hosts), "why": "no peer access", **facts}
     return Topology(len(hosts), 4096, 7168, torch.bfloat16, "sm_90a", 132, 1, **way)
@@ -210,13 +251,14 @@ def test_sums_of_more_terms_than_a_kernel_adds() -> None:
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
 @pytest.mark.parametrize("hosts", ["aaa", "aab", "aaabbb", "ababa", "abc"])
 def test_bytes_are_those_that_the_plan_says(hosts: str, algorithm: Any, wire: Any) -> None:
-    """The rank that sends most sends as many as ``explain`` says, here and on GPUs."""
+    """Every exchange sends what the plan counts, to whom it says, here and on GPUs. ``explain`` has those of the rank that sends most."""
 
     def rank(group: VirtualGroup) -> list[tuple[int, int]]:
-        sent, swap = [0], group.swap
+        sent: list[tuple[int, ...]] = []
+        swap = group.swap
 
         def counted(what: str, give: Any, take: Any) -> None:
-            sent[0] += sum(each.nbytes for r, each in enumerate(give) if r != group.rank)
+            sent.append(tuple(each.nbytes if r != group.rank else 0 for r, each in enumerate(give)))
             swap(what, give, take)
 
         group.swap = counted  # type: ignore[method-assign]
@@ -231,7 +273,7 @@ def test_bytes_are_those_that_the_plan_says(hosts: str, algorithm: Any, wire: An
             "all_gather": lambda: comm.unshard(comm.shard(partial), 7),
         }
         for operation, call in calls.items():
-            sent[0] = 0
+            sent.clear()
             call()
             request = comm._capacity.request(7, operation == "all_gather", norm, None, False, None, operation)
             if operation == "all_gather":
@@ -240,7 +282,8 @@ def test_bytes_are_those_that_the_plan_says(hosts: str, algorithm: Any, wire: An
             assert plan.algorithm.startswith("host")
             assert plan_call(comm.topology, request).bytes_sent == plan.bytes_sent
             assert (f"{plan.bytes_sent} bytes in place of" in plan.why) == (wire is not None and operation != "all_gather")
-            found.append((plan.bytes_sent, sent[0]))
+            assert [each.sent[group.rank] for each in exchanges(facts, request, plan.algorithm)] == sent
+            found.append((plan.bytes_sent, sum(map(sum, sent))))
         return found
 
     for planned in zip(*run_virtual(len(hosts), rank, hosts=list(hosts)), strict=True):

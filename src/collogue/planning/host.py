@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,6 +98,8 @@ def plan_call(topology: Topology, request: Request) -> Plan:
         algorithm, why = "host_gather", "rows go to every rank as they are"
     elif request.operation == "all_reduce" and by_gather(topology, request):
         algorithm, rows, why = "host_gather", request.tokens, "one exchange: every rank adds all terms"
+    if 1 < len(topology.islands) < topology.world_size:
+        why += "; the group moves all bytes, within islands too"
     gathers = request.operation == "all_gather"
     width, branch = request.hidden_size, request.branch
     quant = None if request.operation == "all_reduce" and algorithm == "host_owners" else request.quant
@@ -115,25 +118,63 @@ def _saved(topology: Topology, request: Request, algorithm: str) -> str:
 
 def bytes_sent(topology: Topology, request: Request, algorithm: str) -> int:
     """Bytes that leave the rank that sends most."""
-    size, width, tokens = topology.world_size, request.hidden_size, request.tokens
+    every = exchanges(topology, request, algorithm)
+    return max(sum(sum(each.sent[rank]) for each in every) for rank in range(topology.world_size))
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A step of a call in which ranks send to each other: ``sent[a][b]`` bytes from rank a to rank b, in ``parts`` one after the other."""
+
+    sent: tuple[tuple[int, ...], ...]
+    parts: int = 1
+
+    def busiest(self, counts: Callable[[int, int], bool]) -> int:
+        """Most bytes from or to a rank, of the pairs (sender, receiver) that count."""
+        ranks = range(len(self.sent))
+        sent = [[self.sent[a][b] if counts(a, b) else 0 for b in ranks] for a in ranks]
+        return max(*map(sum, sent), *map(sum, zip(*sent, strict=True)))
+
+
+def exchanges(topology: Topology, request: Request, algorithm: str) -> list[Exchange]:
+    """Those of such a call on the host path, in their order."""
+    size, width, wanted = topology.world_size, request.hidden_size, request.wanted
     value_row = width * request.dtype.itemsize
     row = value_row if not topology.wire else row_bytes(parse(topology.wire), width)  # type: ignore[arg-type]
     if algorithm == "host_gather" and request.operation == "all_reduce":
-        return (size - 1) * tokens * row
-    own = [len(owned_rows(tokens, size, rank, request.rows)) for rank in range(size)]
-    back = value_row if request.operation == "all_reduce" else wire_bytes(width, request.dtype, request.quant, sends_values(request))
-    sent = [rows * (size - 1) * (back if request.operation != "reduce_scatter" else 0) for rows in own]
-    if request.operation == "all_gather":
-        return max(sent)
-    sums = topology.sums or (tuple(range(size)),)
-    for island in sums:
-        for rank in island:
-            for owner, rows in enumerate(own):
-                if adder(island, owner) != rank:
-                    sent[rank] += rows * row
-                elif owner not in island:
-                    sent[rank] += rows * (4 * width if len(island) > 1 else row)
-    return max(sent)
+        return [_exchange(size, lambda a, b: request.tokens * row)]
+    own = [len(owned_rows(request.tokens, size, rank, request.rows)) for rank in range(size)]
+    found = [] if request.operation == "all_gather" else _to_owners(topology.sums, own, row, 4 * width)
+    if request.operation == "all_reduce":
+        found.append(_exchange(size, lambda a, b: own[a] * value_row))
+    elif request.operation != "reduce_scatter":
+        back = wire_bytes(width, request.dtype, request.quant, sends_values(request))
+        tensors = wanted.norm + wanted.codes + wanted.scales
+        if request.operation == "all_gather":
+            tensors += wanted.reduced + wanted.residual
+        found.append(_exchange(size, lambda a, b: own[a] * back, tensors))
+    return found
+
+
+def _to_owners(sums: Islands | None, own: list[int], row: int, sum_row: int) -> list[Exchange]:
+    """Of rows to the ranks that own so many, ``row`` bytes a term and ``sum_row`` a sum of an island of several ranks."""
+    size = len(own)
+    if sums is None:
+        return [_exchange(size, lambda a, b: own[b] * row)]
+    home = {rank: island for island in sums for rank in island}
+    adds = {rank: sum(rows for o, rows in enumerate(own) if adder(home[rank], o) == rank) for rank in home}
+
+    def between(a: int, b: int) -> int:
+        sends = home[a] != home[b] and adder(home[a], b) == a
+        return own[b] * (sum_row if len(home[a]) > 1 else row) if sends else 0
+
+    within = _exchange(size, lambda a, b: adds[b] * row if home[a] == home[b] else 0)
+    return [within, _exchange(size, between)]
+
+
+def _exchange(size: int, sent: Callable[[int, int], int], parts: int = 1) -> Exchange:
+    """What a rank has for itself stays where it is."""
+    return Exchange(tuple(tuple(0 if a == b else sent(a, b) for b in range(size)) for a in range(size)), parts)
 
 
 def steps(topology: Topology, request: Request, rank: int) -> list[Request]:

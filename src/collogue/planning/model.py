@@ -1,4 +1,4 @@
-"""Predicted time of a call on other machines: a line fitted to two H200, scaled by the vendor's rates (docs/machines.md).
+"""Predicted time of a call on other machines: lines fitted to two H200, scaled by the vendor's rates (docs/machines.md).
 
 It never decides anything: plans choose by :mod:`collogue.planning.cost` on every machine.
 """
@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 
 from collogue.calls.request import Request
+from collogue.calls.terms import TermsForm
 from collogue.contract.quant import FP8Static, Quant, parse
 from collogue.errors import ArgumentError
 from collogue.planning.algorithm import ALGORITHMS
+from collogue.planning.extent import wire_bytes
 from collogue.planning.gpus import GPUS, Gpu
+from collogue.planning.host import exchanges, steps
 from collogue.planning.plan import Plan
+from collogue.planning.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,67 @@ MODEL = Model(
 )
 
 
-def predict(gpu: Gpu, plan: Plan, request: Request) -> tuple[float, float]:
+@dataclass(frozen=True)
+class HostModel:
+    """The same of the host path over NCCL, in a CUDA graph: exchanges of the group, and kernels that add and finish.
+
+    ``exchange_us`` and ``exchange_rate`` (bytes per microsecond and direction, over NVLink) of an exchange; ``kernel_us`` and
+    ``kernel_rate`` (bytes that it reads and writes) of a kernel.
+    """
+
+    exchange_us: float
+    exchange_rate: float
+    kernel_us: float
+    kernel_rate: float
+
+    def us(self, gpu: Gpu, topology: Topology, request: Request, algorithm: str) -> tuple[float, float]:
+        """``(predicted, floor)`` of a call on ranks each of which has a ``gpu``. Islands are on hosts of their own.
+
+        An exchange ends when the slower of its two parts has: bytes within islands, by NCCL as well, and bytes between them. Links between
+        hosts give the share of their rate that NVLink gives. Rates within go with the link's, those of kernels with the memory's.
+        """
+        here, home = GPUS["H200"], {rank: number for number, island in enumerate(topology.islands) for rank in island}
+        link, latency = gpu.link_rate / here.link_rate, MODEL.exchange_us * gpu.latency
+        host_rate = MODEL.wire_rate / here.link_rate * gpu.host_gbps / 8
+        us = floor = 0.0
+        for each in exchanges(topology, request, algorithm):
+            near = each.busiest(lambda a, b: home[a] == home[b])
+            far = each.busiest(lambda a, b: home[a] != home[b])
+            beyond = each.parts * gpu.host_us if far else 0.0
+            us += each.parts * (self.exchange_us - MODEL.exchange_us + latency) + beyond
+            us += max(near / self.exchange_rate / link, far / host_rate)
+            floor += each.parts * latency + beyond + max(near / MODEL.wire_rate / link, far / host_rate)
+        kernel_rate = self.kernel_rate * gpu.memory_rate / here.memory_rate
+        kernels = (steps(topology, request, rank) for rank in home)
+        return us + max(sum(self.kernel_us + memory_bytes(step) / kernel_rate for step in each) for each in kernels), floor
+
+
+def memory_bytes(step: Request) -> int:
+    """What a kernel of the host path reads and writes."""
+    value, terms = step.dtype.itemsize, [step.dtype.itemsize]
+    if isinstance(step.prologue, TermsForm):
+        narrow = step.prologue.dtype.itemsize
+        terms = [4 if step.prologue.wide >> k & 1 else narrow for k in range(step.prologue.count)]
+    values = step.residual + step.wanted.reduced + step.wanted.residual + step.wanted.norm
+    row = (sum(terms) + values * value) * step.hidden_size + wire_bytes(step.hidden_size, step.dtype, step.quant, values=False)
+    return step.tokens * row
+
+
+#: Exchanges from benchmarks/results/host-path-2xh200.json, at 1 and 1024 tokens; kernels from host-path-h200.json.
+HOST_MODEL = HostModel(exchange_us=8.95, exchange_rate=204000, kernel_us=0.7, kernel_rate=3370000)
+
+
+def predict(gpu: Gpu, plan: Plan, request: Request, topology: Topology) -> tuple[float, float]:
     """``(predicted, floor)`` of a planned call on ``gpu``. Raises :class:`ArgumentError` for what nothing was fitted to."""
-    if request.operation not in ("all_reduce", "sharded") or ALGORITHMS[plan.algorithm].alone or request.prologue is not None:
+    alone = plan.algorithm == "local"
+    if request.operation not in ("all_reduce", "sharded") or alone or request.prologue is not None:
         what: str = request.operation if request.prologue is None else "a prologue"
-        if ALGORITHMS[plan.algorithm].alone and request.operation != "finish":
+        if alone and request.operation != "finish":
             what = "a world of one"
-        hint = "all_reduce and sharded of 2 to 8 ranks are; --architecture shows the plan of any call"
+        hint = "all_reduce and sharded of two ranks or more are; --architecture shows the plan of any call"
         raise ArgumentError(f"{what} is not modeled for other GPUs", hint=hint)
+    if topology.transport == "host":
+        return HOST_MODEL.us(gpu, topology, request, plan.algorithm)
     return MODEL.us(gpu, plan.algorithm, plan.bytes_sent, norm=request.norm, amax=has_amax(request.quant))
 
 

@@ -77,9 +77,14 @@ class Plan:
     transport: str = "peer"
     term: Plan | None = None
 
+    @property
+    def modeled(self) -> bool:
+        """Whether a model says how long it takes."""
+        return self.algorithm in ALGORITHMS or (self.algorithm != "reference" and self.predicted_us > 0)
+
     def __str__(self) -> str:
         """For people: a line for each fact, at most 80 columns wide."""
-        measured, modeled = "-" if self.measured_us is None else f"{self.measured_us:.2f} us", self.algorithm in ALGORITHMS
+        measured, modeled = "-" if self.measured_us is None else f"{self.measured_us:.2f} us", self.modeled
         facts = {
             "algorithm": self.algorithm,
             "why": self.why,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -128,9 +130,7 @@ def agree(
     reach each other's memory and are asked to. The timeout is compared because who waits for what others relay gives up later than they
     do.
     """
-    for name, value, known in (("transport", transport, (None, *get_args(Transport))), ("order", order, get_args(Order))):
-        if value not in known:
-            raise ArgumentError(f"{name} is {value!r}", hint=f"give {', '.join(map(repr, filter(None, known)))} or nothing")
+    check_way(transport, order)
     check_seconds("timeout", timeout, MAX_TIMEOUT)
     overrides.check()
     if not is_whole(concurrent) or not 1 <= concurrent <= MOST_CONCURRENT:
@@ -153,9 +153,9 @@ def agree(
         if theirs["problem"]:
             raise ArgumentError(f"rank {rank}: {theirs['problem'][0]}", hint=theirs["problem"][1])
     check_alike(theirs["table"] for theirs in every)
-    reached = _reach(group, every) if group.device.type == "cuda" else [set(range(group.size))] * group.size
+    reached = reach(group, every)
     islands = island.split([theirs["host"] for theirs in every], lambda a, b: b in reached[a])
-    chosen, why = _choose(group, transport, islands, [theirs["host"] for theirs in every], reached)
+    chosen, why = choose(transport, [theirs["host"] for theirs in every], reached, gpus=group.device.type == "cuda")
     _LOGGER.info("Communicator of %d ranks: transport %s (%s), %s", group.size, chosen, why, island.described(islands))
     way: dict[str, Any] = {"transport": chosen, "islands": islands, "order": order, "why": why, "wire": "" if wire is None else wire.label}
     if group.device.type == "cpu":
@@ -264,8 +264,19 @@ def alone(capacity: Capacity) -> Topology:
     return topology_of(1, capacity, **known, why="no group")
 
 
-def _reach(group: Group, every: list[dict[str, Any]]) -> list[set[int]]:
-    """By rank, the ranks of its host whose GPU it has peer access to. Collective."""
+def refused_here() -> frozenset[tuple[int, int]]:
+    """Pairs (a, b) of this machine's GPUs of which a has no peer access to b."""
+    pairs = itertools.permutations(range(torch.cuda.device_count()), 2)
+    return frozenset((a, b) for a, b in pairs if not torch.cuda.can_device_access_peer(a, b))
+
+
+def reach(group: Group, every: list[dict[str, Any]]) -> list[set[int]]:
+    """By rank, the ranks of its host whose GPU it has peer access to, of ``every`` rank's ``host`` and ``gpu``; all of them on the CPU.
+
+    Collective.
+    """
+    if group.device.type == "cpu":
+        return [set(range(group.size))] * group.size
     visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
     mine = group.device.index
 
@@ -276,23 +287,31 @@ def _reach(group: Group, every: list[dict[str, Any]]) -> list[set[int]]:
     return [set(ranks) for ranks in group.all_gather_object([rank for rank, facts in enumerate(every) if reaches(facts)])]
 
 
-def _choose(group: Group, asked: Transport | None, islands: Islands, hosts: list[str], reached: list[set[int]]) -> tuple[Transport, str]:
-    """The transport and why: ``peer`` where every rank reaches every other's memory, unless another is asked for.
+def check_way(transport: object, order: object) -> None:
+    """Raise :class:`ArgumentError` for a transport or an order that there is not."""
+    for name, value, known in (("transport", transport, (None, *get_args(Transport))), ("order", order, get_args(Order))):
+        if value not in known:
+            raise ArgumentError(f"{name} is {value!r}", hint=f"give {', '.join(map(repr, filter(None, known)))} or nothing")
+
+
+def choose(asked: Transport | None, hosts: Sequence[str], reached: Sequence[set[int]], *, gpus: bool) -> tuple[Transport, str]:
+    """The transport of ranks on ``hosts`` and why: ``peer`` where every rank has a GPU and reaches every other's memory, unless another
+    is asked for. ``reached``: by rank, whose memory it reaches.
 
     Raises :class:`PlatformError` where ``peer`` is asked for and cannot be.
     """
     problem, hint = "", 'leave transport out, or give transport="host"'
     far = next((rank for rank, host in enumerate(hosts) if host != hosts[0]), None)
-    blind = next(((a, b) for a, ranks in enumerate(reached) for b in range(group.size) if b not in ranks), None)
-    if group.device.type == "cpu":
+    blind = next(((a, b) for a, ranks in enumerate(reached) for b in range(len(hosts)) if b not in ranks), None)
+    if not gpus:
         problem = "ranks on the CPU have no memory that others reach"
     elif far is not None:
         problem = f"the group spans several hosts: rank 0 is on {hosts[0]}, rank {far} on {hosts[far]}"
     elif blind is not None:
         problem = f"rank {blind[0]} has no peer access to the GPU of rank {blind[1]}"
         hint += "; `collogue doctor` shows the peer access matrix"
-    elif group.size > MAX_PEERS:
-        problem = f"the group has {group.size} ranks; kernels reach {MAX_PEERS}"
+    elif len(hosts) > MAX_PEERS:
+        problem = f"the group has {len(hosts)} ranks; kernels reach {MAX_PEERS}"
     if asked == "peer" and problem:
         raise PlatformError(problem, hint=hint)
     if asked == "host":

@@ -267,7 +267,8 @@ def doctor(
     journal: Annotated[
         Path | None, typer.Option(help="Print a journal that a failed call wrote, no more.", exists=True, dir_okay=False)
     ] = None,
-    svg: Annotated[Path | None, typer.Option(help="Draw the GPUs and their links here, as .svg.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Draw the ranks, their links and islands here, as .svg.")] = None,
+    group: Annotated[bool, typer.Option("--group", help="Only draw the ranks of a job: torchrun .. -m collogue doctor --group.")] = False,
     engine: Annotated[
         Literal["vllm", "sglang"] | None, typer.Option(help="Say instead what of this engine will be served, and what stands in the way.")
     ] = None,
@@ -285,8 +286,20 @@ def doctor(
     from collogue.tools import wiring
     from collogue.tools.doctor import PROBES, Examination, examine
 
+    if group and engine is not None:
+        raise typer.BadParameter("it does not go with --engine", param_hint="--group")
     check_target(json)
     check_target(svg, "--svg", (".svg",))
+    if group:
+        with exit_codes():
+            rank, drawn = wiring.of_job()
+            if rank == 0:
+                drawing = Examination([], drawn)
+                write_json(drawing.as_json(), json)
+                _show_findings(console(json), drawing, closing=False)
+                if svg is not None:
+                    svg.write_text(wiring.svg(drawn), encoding="utf-8")
+        return
     if engine is not None:
         from collogue.tools.doctor_engines import examine_engine
 

@@ -1,20 +1,28 @@
-"""Which ranks reach each other's memory, and over which link: read from this machine, drawn as text and as SVG (``collogue doctor``)."""
+"""Which ranks reach each other's memory, and over which link: read from this machine or from the ranks of a group, drawn as text and as
+SVG (``collogue doctor``).
+"""
 
 from __future__ import annotations
 
 import html
 import itertools
 import math
+import os
 import re
 import socket
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 from collogue.tools.record import output
 
-#: Links as `nvidia-smi topo -m` names them, from the closest on; NET is between hosts.
+if TYPE_CHECKING:
+    from collogue.group import Group
+
+#: Links as `nvidia-smi topo -m` names them, from the closest on. RAM is between ranks without GPUs on one host, NET between hosts.
 LINKS = {
     "NV#": "# bonded NVLinks",
     "PIX": "one PCIe bridge at most",
@@ -22,23 +30,42 @@ LINKS = {
     "PHB": "a PCIe host bridge",
     "NODE": "PCIe host bridges of one NUMA node",
     "SYS": "the interconnect between NUMA nodes",
+    "RAM": "the memory of one host",
     "NET": "the network between hosts",
     "?": "unknown: nvidia-smi does not say",
 }
 #: What moves bytes between two ranks.
-TRANSPORTS = {"peer": "kernels store into the other's memory", "none": "no peer access: such a group takes the host path, which is slower"}
+TRANSPORTS = {
+    "peer": "kernels store into the other's memory",
+    "none": "no peer access: such a group takes the host path, which is slower",
+    "host": "the group's own collectives",
+}
+#: In the place of a GPU's name.
+CPU = "CPU"
+#: Seconds in which the ranks of a group must meet.
+SECONDS_TO_MEET = 60.0
 #: Columns of a matrix on a line of 80.
 _COLUMNS = 12
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """Ranks with their ``hosts`` and ``gpus``; ``links`` of pairs ``(lower, higher)``; ``refused``: ordered pairs without peer access."""
+    """Ranks with their ``hosts`` and ``gpus``; ``links`` of pairs ``(lower, higher)``; ``refused``: ordered pairs without peer access.
+
+    Of a group: whether its own collectives move all bytes (``by_group``), and its transport, islands and order in words (``reach``).
+    """
 
     hosts: tuple[str, ...]
     gpus: tuple[str, ...]
     links: Mapping[tuple[int, int], str] = field(default_factory=dict)
     refused: frozenset[tuple[int, int]] = frozenset()
+    by_group: bool = False
+    reach: str = ""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the ranks have no GPUs."""
+        return set(self.gpus) == {CPU}
 
     @property
     def pairs(self) -> Iterator[tuple[int, int]]:
@@ -47,29 +74,28 @@ class Wiring:
 
     def link(self, a: int, b: int) -> str:
         """A key of :data:`LINKS`, with the number of NVLinks for ``#``."""
-        return "NET" if self.hosts[a] != self.hosts[b] else self.links.get((min(a, b), max(a, b)), "?")
+        if self.hosts[a] != self.hosts[b]:
+            return "NET"
+        return "RAM" if self.on_cpu else self.links.get((min(a, b), max(a, b)), "?")
 
     def transport(self, a: int, b: int) -> str:
         """A key of :data:`TRANSPORTS`: both must reach the other."""
+        if self.by_group:
+            return "host"
         return "none" if self.hosts[a] != self.hosts[b] or {(a, b), (b, a)} & self.refused else "peer"
 
     @property
     def islands(self) -> list[list[int]]:
-        """Ranks that all reach each other, each in the first island that it may join: a group must be within one."""
-        found: list[list[int]] = []
-        for rank in range(len(self.gpus)):
-            home = next((island for island in found if all(self.transport(rank, other) == "peer" for other in island)), None)
-            if home is None:
-                found.append([rank])
-            else:
-                home.append(rank)
-        return found
+        """Those of a group of all ranks."""
+        from collogue.planning.islands import split
+
+        return list(map(list, split(self.hosts, lambda a, b: (a, b) not in self.refused)))
 
     def as_json(self) -> dict[str, Any]:
         """As plain data."""
         ranks = [{"rank": rank, "host": host, "gpu": gpu} for rank, (host, gpu) in enumerate(zip(self.hosts, self.gpus, strict=True))]
         pairs = [{"ranks": [a, b], "link": self.link(a, b), "transport": self.transport(a, b)} for a, b in self.pairs]
-        return {"ranks": ranks, "pairs": pairs, "islands": self.islands}
+        return {"ranks": ranks, "pairs": pairs, "islands": self.islands, "reach": self.reach or None}
 
 
 # Reading
@@ -78,6 +104,8 @@ class Wiring:
 def here() -> Wiring | None:
     """The GPUs that torch sees, a rank each; ``None`` where there is none."""
     import torch
+
+    from collogue.planning.topology import refused_here
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
@@ -88,8 +116,79 @@ def here() -> Wiring | None:
     seen = parse(output("nvidia-smi", "topo", "-m") or "")
     every = list(itertools.permutations(range(count), 2))
     links = {(a, b): seen[places[a], places[b]] for a, b in every if a < b and (places[a], places[b]) in seen}
-    refused = frozenset((a, b) for a, b in every if not torch.cuda.can_device_access_peer(a, b))
-    return Wiring((socket.gethostname(),) * count, tuple(p.name for p in properties), links, refused)
+    host = os.environ.get("COLLOGUE_HOST") or socket.gethostname()
+    return Wiring((host,) * count, tuple(p.name for p in properties), links, refused_here())
+
+
+def of_job() -> tuple[int, Wiring]:
+    """This process's rank and what :func:`of_group` says of all ranks that ``torchrun`` has started. Collective.
+
+    Raises :class:`ArgumentError` where this is not such a process, :class:`PlatformError` where the ranks do not meet.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from collogue.errors import ArgumentError, PlatformError
+    from collogue.group import as_group
+
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        hint = "start it on every rank, as torchrun does: torchrun --nproc-per-node 4 -m collogue doctor --group"
+        raise ArgumentError(f"this process is not a rank of a job: {', '.join(missing)} not set", hint=hint)
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS_TO_MEET))
+    except (RuntimeError, ValueError) as error:
+        hint = "start `collogue doctor --group` on every rank of the job"
+        raise PlatformError(f"the ranks did not meet within {SECONDS_TO_MEET:.0f} s: {str(error).splitlines()[0]}", hint=hint) from error
+    try:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        on_gpus = all(as_group(dist.group.WORLD, "cpu").all_gather_object(count > 0))
+        if on_gpus:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % count)
+        return dist.get_rank(), of_group(as_group(dist.group.WORLD, "cuda" if on_gpus else "cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def of_group(group: Group) -> Wiring:
+    """The ranks of ``group``, with the transport and the islands that a communicator on it would have. Collective."""
+    import torch
+
+    from collogue.calls.capacity import Capacity
+    from collogue.link.sockets import machine
+    from collogue.planning.topology import agree, reach
+
+    own: dict[str, Any] = {"host": group.host, "label": socket.gethostname() if group.host == machine() else group.host}
+    if group.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(group.device.index)
+        links = parse(output("nvidia-smi", "topo", "-m") or "")
+        place = _smi_numbers().get(str(properties.uuid).removeprefix("GPU-"))
+        own |= {"name": properties.name, "gpu": str(properties.uuid), "place": place, "links": links}
+    every = group.all_gather_object(own)
+    reached = reach(group, every)
+    ranks = range(group.size)
+    near = [(a, b) for a, b in itertools.permutations(ranks, 2) if every[a]["host"] == every[b]["host"]]
+    found = {(a, b): every[a].get("links", {}).get((every[a].get("place"), every[b].get("place"))) for a, b in near if a < b}
+    topology = agree(group, Capacity(1, 8, torch.bfloat16, group.device, group.size), SECONDS_TO_MEET)
+    return Wiring(
+        _labels([(one["host"], one["label"]) for one in every]),
+        tuple(one.get("name", CPU) for one in every),
+        {pair: link for pair, link in found.items() if link is not None},
+        frozenset((a, b) for a, b in near if b not in reached[a]),
+        topology.transport == "host",
+        topology.reach,
+    )
+
+
+def _labels(hosts: list[tuple[str, str]]) -> tuple[str, ...]:
+    """What each rank's host is called, of its identity and its name: hosts of one name are numbered."""
+    numbers: dict[str, int] = {}
+    called: dict[str, str] = {}
+    for host, name in hosts:
+        if host not in called:
+            numbers[name] = numbers.get(name, 0) + 1
+            called[host] = name if numbers[name] == 1 else f"{name} ({numbers[name]})"
+    return tuple(called[host] for host, _ in hosts)
 
 
 def _smi_numbers() -> dict[str, int]:
@@ -129,8 +228,15 @@ def text(wiring: Wiring) -> str:
         words = {wiring.transport(a, b) for a, b in wiring.pairs}
         legend = [(k, v) for k, v in LINKS.items() if k in kinds] + [(k, v) for k, v in TRANSPORTS.items() if k in words]
         lines += [f"{name:>6}  {meaning}" for name, meaning in legend]
-    lines.append("peer access among: " + "; or ".join(_spans(island) for island in wiring.islands))
+    spans = [_spans(island) for island in wiring.islands]
+    lines += _filled("islands: " + "; ".join(spans) if wiring.on_cpu else "peer access among: " + "; or ".join(spans))
+    if wiring.reach:
+        lines += _filled("a communicator's transport: " + wiring.reach)
     return "\n".join(lines)
+
+
+def _filled(line: str) -> list[str]:
+    return textwrap.wrap(line, 80, subsequent_indent="  ")
 
 
 def _matrix(wiring: Wiring, of: str) -> Iterator[str]:
@@ -158,6 +264,8 @@ def _spans(island: list[int]) -> str:
 _BOX, _GAP, _RING, _NODE = 380, 90, 130, 24
 #: Pairs of a host that each have a label of their own; more are read off the colors.
 _LABELLED = 6
+#: Of the ranks of each island; after the last one the first again.
+_FILLS = ("#ffffff", "#ffe9b8", "#d5ecd4", "#d6e4f5", "#f3d6e4", "#e2dcf3", "#f6dccb", "#dfe3e8")
 
 
 def svg(wiring: Wiring) -> str:
@@ -168,7 +276,7 @@ def svg(wiring: Wiring) -> str:
     places = {rank: spot for host in hosts for rank, spot in _ring(members[host], homes[host] + _BOX / 2, 20 + _BOX / 2)}
     kinds = Counter((wiring.link(a, b), wiring.transport(a, b)) for a, b in wiring.pairs)
     width = max(20 + (_BOX + _GAP) * len(hosts) - _GAP + 20, 480)
-    height = _BOX + 60 + 22 * (len(kinds) + len(set(wiring.gpus)))
+    height = _BOX + 60 + 22 * (len(kinds) + len(set(wiring.gpus)) + len(wiring.islands))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="13">',
@@ -182,8 +290,9 @@ def svg(wiring: Wiring) -> str:
     parts += [_line(wiring, a, b, places[a], places[b]) for a, b in inside]
     if max(len(ranks) * (len(ranks) - 1) // 2 for ranks in members.values()) <= _LABELLED:
         parts += [_label(wiring.link(a, b), places[a], places[b]) for a, b in inside]
+    fills = {rank: _FILLS[number % len(_FILLS)] for number, island in enumerate(wiring.islands) for rank in island}
     for rank, (x, y) in places.items():
-        parts.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="{_NODE}" fill="white" stroke="#333" stroke-width="1.5"/>')
+        parts.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="{_NODE}" fill="{fills[rank]}" stroke="#333" stroke-width="1.5"/>')
         parts.append(f'<text x="{x:.0f}" y="{y + 5:.0f}" text-anchor="middle" font-weight="bold" fill="#222">{rank}</text>')
     return "\n".join([*parts, *_legend(wiring, kinds), "</svg>"]) + "\n"
 
@@ -197,7 +306,9 @@ def _ring(ranks: list[int], x: float, y: float) -> Iterator[tuple[int, tuple[flo
 
 
 def _stroke(link: str, transport: str) -> str:
-    """Green by NVLink, blue by PCIe, red and dashed where there is no peer access."""
+    """Green by NVLink, blue by PCIe, red and dashed where there is no peer access, gray where the group moves the bytes."""
+    if transport == "host":
+        return 'stroke="#6b7280" stroke-width="1.5"' + ' stroke-dasharray="5 4"' * (link == "NET")
     if transport == "none":
         return 'stroke="#c0392b" stroke-width="1.5" stroke-dasharray="5 4"'
     return 'stroke="#2e8b45" stroke-width="3"' if link.startswith("NV") else 'stroke="#2f6fb0" stroke-width="2"'
@@ -237,4 +348,8 @@ def _legend(wiring: Wiring, kinds: Mapping[tuple[str, str], int]) -> Iterator[st
     for gpu in dict.fromkeys(wiring.gpus):
         ranks = _spans([rank for rank, its in enumerate(wiring.gpus) if its == gpu])
         yield f'<text x="20" y="{y}" fill="#222">{html.escape(f"{ranks}: {gpu[:48]}")}</text>'
+        y += 22
+    for number, island in enumerate(wiring.islands):
+        yield f'<rect x="20" y="{y - 12}" width="14" height="14" fill="{_FILLS[number % len(_FILLS)]}" stroke="#333"/>'
+        yield f'<text x="42" y="{y}" fill="#222">island {number}: {_spans(island)}</text>'
         y += 22

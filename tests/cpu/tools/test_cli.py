@@ -215,6 +215,42 @@ def test_prologues_and_branch_norms_that_cannot_be(arguments: list[str], told: s
     assert told in " ".join(result.stderr.split())
 
 
+def test_explain_takes_transport_order_and_wire_as_a_communicator_does() -> None:
+    wide = ["explain", "--hidden-size", "1024", "--world-size", "4", "--hosts", "2", "--device", "cpu", "--json", "-"]
+    for given, order, wire in ((["--order", "rank", "--wire", "fp8_group64"], "rank", "fp8_group64/float32/row"), ([], "islands", None)):
+        result = call(*wide, *given)
+        assert result.exit_code == OK, result.output
+        data, text = json.loads(result.stdout), " ".join(result.stderr.split())
+        assert (data["islands"], data["order"], data["wire"]) == ([[0, 1], [2, 3]], order, wire)
+        assert f"transport {data['transport']} shape" in text
+        assert f"bytes sent at most {data['bytes_sent']:,} from each rank" in text
+        assert ("added in rank order; terms travel as fp8_group64" in text) == (order == "rank")
+        assert data["call"].endswith("4 ranks on the CPU, 2 hosts")
+    result = call("explain", "--architecture", "sm_90a", "--transport", "host", "--json", "-")
+    assert (json.loads(result.stdout)["transport"], json.loads(result.stdout)["algorithm"]) == ("host; asked for", "host_gather")
+    result = call("explain", "--architecture", "sm_90a", "--json", "-")
+    assert json.loads(result.stdout)["transport"] == "peer; every pair of ranks has peer access"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--device", "cpu", "--transport", "peer"], "ranks on the CPU have no memory that others reach"),
+        (["--architecture", "sm_90a", "--hosts", "2", "--transport", "peer"], "the group spans several hosts"),
+        (["--architecture", "sm_90a", "--wire", "mxfp8"], "no kernel packs terms yet"),
+        (["--device", "cpu", "--wire", "nvfp4"], "expected an object of FP8Group, FP8PerToken, MXFP8"),
+        (["--device", "cpu", "--wire", "fp9"], "invalid value for --wire: unknown format 'fp9'"),
+        (["--device", "cpu", "--transport", "nccl"], "--transport: 'nccl' is not one of peer, host"),
+        (["--device", "cpu", "--order", "host"], "--order: 'host' is not one of islands, rank"),
+        (["--device", "cpu", "--world-size", "5", "--hosts", "2"], "5 ranks are not the same number on each of 2 hosts"),
+    ],
+)
+def test_transports_orders_and_wires_that_cannot_be(arguments: list[str], told: str) -> None:
+    result = call("explain", *arguments)
+    assert result.exit_code == USAGE
+    assert told in " ".join(result.stderr.split())
+
+
 def test_doctor_as_json_and_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = collogue.tools.doctor.Finding("torch", "missing", "too [old]", "pip install it", required=True)
     monkeypatch.setattr(collogue.tools.doctor, "PROBES", {"torch": lambda: [finding]})
@@ -355,6 +391,7 @@ def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: py
     [
         ("explain --device ", {"auto", "cpu", "cuda"}),
         ("explain --dtype bf", {"bfloat16"}),
+        ("explain --wire fp8", {"fp8_group", "fp8_per_token"}),
         ("check --format nvfp4,mx", {"nvfp4,mxfp4", "nvfp4,mxfp8"}),
         ("calibrate --convention m", {"modelopt"}),
         ("res", {"resources"}),

@@ -644,7 +644,18 @@ def test_explain_on_this_machine_asks_its_gpus(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
     assert Machine.of("auto", None) == MACHINE
     assert explain(MACHINE, 1, hidden_size=64, world_size=4).topology.ranks_per_gpu == 2
     assert Machine.of("cpu", None) == Machine()
     assert Machine.of("cuda", "sm_80") == Machine.named("sm_80")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: (a < 2) == (b < 2))
+    for hosts, islands in ((1, ((0, 1), (2, 3))), (2, ((0, 1), (2, 3), (4, 5), (6, 7)))):
+        found = explain(Machine.of("auto", None, hosts), 1, hidden_size=64, world_size=4 * hosts)
+        assert (found.topology.transport, found.topology.islands, found.topology.ranks_per_gpu) == ("host", islands, 1)
+    assert (
+        "rank 0 has no peer access to the GPU of rank 2"
+        in explain(Machine.of("auto", None), 1, hidden_size=64, world_size=4).plan.transport
+    )
+    assert explain(Machine.of("auto", None), 1, hidden_size=64, world_size=2).topology.transport == "peer"

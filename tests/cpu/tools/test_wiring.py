@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -12,6 +17,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from collogue.planning.topology import Topology
+from collogue.testing import run_virtual
 from collogue.tools import doctor, wiring
 from collogue.tools.cli import app
 from collogue.tools.terminal import IMPOSSIBLE, OK, USAGE
@@ -131,6 +138,140 @@ def test_names_are_escaped_and_long_ones_cut() -> None:
     assert "nvidia-smi does not say" in text(found)
 
 
+# Groups
+
+
+def on_hosts(names: str) -> Wiring:
+    """What every rank finds of ranks on the CPU of such hosts."""
+    every = run_virtual(len(names), wiring.of_group, hosts=list(names))
+    assert every == every[:1] * len(names)
+    return every[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("names", "islands"),
+    [
+        ("aabb", [[0, 1], [2, 3]]),
+        ("aaab", [[0, 1, 2], [3]]),
+        ("abab", [[0, 2], [1, 3]]),
+        ("aaaa", [[0, 1, 2, 3]]),
+        ("abc", [[0], [1], [2]]),
+    ],
+)
+def test_ranks_on_the_cpu_have_the_islands_of_a_communicator(names: str, islands: list[list[int]]) -> None:
+    found = on_hosts(names)
+    assert found.islands == islands
+    assert {found.transport(a, b) for a, b in found.pairs} == {"host"}
+    assert {(found.link(a, b) == "RAM") == (names[a] == names[b]) for a, b in found.pairs} == {True}
+    words = " ".join(text(found).split())
+    assert f"islands: {'; '.join(wiring._spans(island) for island in islands)} a communicator's transport: host; ranks on the CPU" in words
+    assert max(map(len, text(found).splitlines())) <= 80
+    picture = svg(found)
+    colors = [circle.get("fill") for circle in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}circle")]
+    assert colors == [wiring._FILLS[number] for number, island in enumerate(islands) for _ in island]  # drawn host by host
+    for number, island in enumerate(islands):
+        assert f"island {number}: {wiring._spans(island)}<" in picture
+
+
+def test_64_ranks_fit_80_columns() -> None:
+    found = Wiring(tuple(f"host-{rank // 4}" for rank in range(64)), ("CPU",) * 64, by_group=True, reach="host; " + "words " * 40)
+    assert max(map(len, text(found).splitlines())) <= 80
+    assert "islands: ranks 0-3; ranks 4-7;" in text(found)
+    alone = box(8, "PHB", frozenset(itertools.permutations(range(8), 2)))
+    assert max(map(len, text(alone).splitlines())) <= 80
+    height = float(ElementTree.fromstring(svg(found)).get("height") or 0)
+    assert all(float(each.get("y") or 0) < height for each in ElementTree.fromstring(svg(found)).iter("{http://www.w3.org/2000/svg}text"))
+
+
+def test_hosts_of_one_name_are_numbered() -> None:
+    assert wiring._labels([("1", "box"), ("2", "box"), ("1", "box"), ("3", "other")]) == ("box", "box (2)", "box", "other")
+
+
+def start(rank: int, size: int, port: int, host: str, *arguments: str) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "COLLOGUE_HOST": host,
+        "CUDA_VISIBLE_DEVICES": "",
+        "NO_COLOR": "1",
+        "TERM": "dumb",
+        "COLUMNS": "80",
+    }
+    command = [sys.executable, "-m", "collogue", "doctor", "--group", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_the_command_draws_the_processes_of_a_job(tmp_path: Path) -> None:
+    """Hosts are told apart by COLLOGUE_HOST; one rank alone writes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    files = ["--json", str(tmp_path / "group.json"), "--svg", str(tmp_path / "group.svg")]
+    ranks = [start(rank, 4, port, f"node-{rank // 2}", *files) for rank in range(4)]
+    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [OK] * 4, outputs
+    shown = [out for out, _ in outputs]
+    assert shown[1:] == [""] * 3
+    assert "islands: ranks 0-1; ranks 2-3" in shown[0]
+    assert "2 islands: ranks 0 1; 2 3, each added for itself" in " ".join(shown[0].split())
+    assert max(map(len, shown[0].splitlines())) <= 80
+    topology = json.loads((tmp_path / "group.json").read_text(encoding="utf-8"))["topology"]
+    assert topology["islands"] == [[0, 1], [2, 3]]
+    assert [rank["host"] for rank in topology["ranks"]] == ["node-0", "node-0", "node-1", "node-1"]
+    assert {pair["transport"] for pair in topology["pairs"]} == {"host"}
+    assert topology["reach"] in " ".join(shown[0].split())
+    assert ("NET, host", "#6b7280") in strokes((tmp_path / "group.svg").read_text(encoding="utf-8"))
+
+
+def test_a_process_that_is_not_a_rank_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    result = call("--group")
+    assert result.exit_code == USAGE
+    assert "not a rank of a job: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set" in " ".join(result.stderr.split())
+    assert "torchrun --nproc-per-node 4 -m collogue doctor --group" in " ".join(result.stderr.split())
+    assert call("--group", "--engine", "vllm").exit_code == USAGE
+
+
+@pytest.mark.parametrize("transport", ["peer", "host"])
+def test_a_group_of_gpus(transport: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pairs of GPUs that reach each other: ranks on them in another order, and nothing of CUDA is there."""
+    order = [2, 0, 3, 1]
+    fake(monkeypatch, [0, 1, 2, 3], FOUR)
+
+    def agreed(group: Any, *_: Any) -> Topology:
+        return Topology(group.size, 1, 8, torch.bfloat16, "sm_90a", 132, 1, transport=transport, why="said so")
+
+    def rank(group: Any) -> Wiring:
+        group.device = torch.device("cuda", order[group.rank])
+        return wiring.of_group(group)
+
+    monkeypatch.setattr("collogue.planning.topology.agree", agreed)
+    found, *others = run_virtual(4, rank, hosts=["box"] * 4)
+    assert others == [found] * 3
+    assert (found.gpus, found.hosts, found.reach) == ((H200,) * 4, ("box",) * 4, f"{transport}; said so")
+    assert found.islands == [[0, 2], [1, 3]]
+    assert dict(found.links) == {(0, 1): "SYS", (0, 2): "PHB", (0, 3): "SYS", (1, 2): "SYS", (1, 3): "PIX", (2, 3): "SYS"}
+    assert {found.transport(0, 1), found.transport(0, 2)} == ({"none", "peer"} if transport == "peer" else {"host"})
+    assert "peer access among: ranks 0, 2; or ranks 1, 3" in text(found)
+
+
+def test_ranks_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(wiring, "SECONDS_TO_MEET", 1.0)
+    result = call("--group")
+    assert result.exit_code == IMPOSSIBLE, result.output
+    assert "the ranks did not meet within 1 s" in " ".join(result.stderr.split())
+
+
 # This machine
 
 
@@ -147,8 +288,10 @@ def fake(monkeypatch: pytest.MonkeyPatch, visible: list[int], printed: str) -> N
 
 def test_ranks_are_the_gpus_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, [3, 0, 2], FOUR)
+    monkeypatch.setenv("COLLOGUE_HOST", "node-7")
     found = wiring.here()
     assert found is not None
+    assert found.hosts == ("node-7",) * 3
     assert dict(found.links) == {(0, 1): "SYS", (0, 2): "PHB", (1, 2): "SYS"}
     assert found.islands == [[0, 2], [1]]
     fake(monkeypatch, [1, 0], "")

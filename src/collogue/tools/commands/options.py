@@ -37,6 +37,8 @@ DeviceName = Literal["cpu", "cuda"]
 DeviceOrAuto = Literal["auto", "cpu", "cuda"]
 DTypeName = Literal["bfloat16", "float16", "float32"]
 OperationName = Literal["all_reduce", "sharded", "reduce_scatter", "all_gather", "finish"]
+TransportName = Literal["peer", "host"]
+OrderName = Literal["islands", "rank"]
 DTYPE_NAMES, OPERATION_NAMES = get_args(DTypeName), get_args(OperationName)
 
 
@@ -61,6 +63,8 @@ Tokens = Annotated[Many, many("--tokens", "Rows T.")]
 HiddenSizes = Annotated[Many, many("--hidden-size", "Row length H, a multiple of 8.")]
 DTypes = Annotated[Many, many("--dtype", "bfloat16, float16, float32.", *DTYPE_NAMES)]
 FORMAT_NAMES = "none, nvfp4, mxfp4, mxfp8, fp8_static, fp8_per_token, fp8_group; options follow, as in nvfp4/8x4 or fp8_group64/column."
+WIRES = ("fp8_group", "fp8_per_token", "mxfp8")
+WIRE_NAMES = f"Terms travel in this format: {', '.join(WIRES)}; options follow, as in fp8_group64. CPU groups only."
 PROLOGUE_NAMES = "The term: gated, expert_combine, expert_reduce; options follow, as in expert_combine/float32/shared."
 PROLOGUES = ("gated", "expert_combine", "expert_reduce")
 FAMILIES = tuple(FORMAT_NAMES.partition(";")[0].split(", "))
@@ -92,12 +96,12 @@ def check_word(flag: str, word: str, *known: str) -> None:
         raise typer.BadParameter(f"{word!r} is not one of {', '.join(known)}", param_hint=flag)
 
 
-def format_words(values: Many) -> list[str]:
-    """The words of ``--format``. One that names no format is wrong usage at once; options are checked where torch is imported."""
+def format_words(values: Many, flag: str = "--format") -> list[str]:
+    """The words of ``flag``. One that names no format is wrong usage at once; options are checked where torch is imported."""
     found = words(values)
     for word in found:
         if not _FORMAT_NAME.fullmatch(word.partition("/")[0]):
-            raise typer.BadParameter(f"unknown format {word!r}; expected {FORMAT_NAMES}", param_hint="--format")
+            raise typer.BadParameter(f"unknown format {word!r}; expected {FORMAT_NAMES}", param_hint=flag)
     return found
 
 

@@ -16,6 +16,8 @@ from collogue.tools.commands.options import (
     OPERATION_NAMES,
     PROLOGUE_NAMES,
     PROLOGUES,
+    WIRE_NAMES,
+    WIRES,
     Commit,
     DeviceOrAuto,
     DTypeName,
@@ -24,7 +26,9 @@ from collogue.tools.commands.options import (
     Json,
     Many,
     OperationName,
+    OrderName,
     Tokens,
+    TransportName,
     check_target,
     completed,
     console,
@@ -74,7 +78,7 @@ def tune(
 def explain(
     tokens: Annotated[int | None, typer.Option(min=1, help="Rows T of the call; default: 1, or all --rows.")] = None,
     hidden_size: Annotated[int, typer.Option(min=8, help="Row length H, a multiple of 8.")] = 7168,
-    world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks.")] = 2,
+    world_size: Annotated[int, typer.Option(min=1, max=64, help="Ranks, those of all hosts together.")] = 2,
     dtype: Annotated[DTypeName, typer.Option(metavar="DTYPE", help=f"{', '.join(DTYPE_NAMES)}.")] = "bfloat16",
     format: Annotated[str, typer.Option(help=FORMAT_NAMES, autocompletion=completed(*FAMILIES))] = "none",
     operation: Annotated[OperationName, typer.Option(metavar="NAME", help=f"{', '.join(OPERATION_NAMES)}.")] = "all_reduce",
@@ -90,7 +94,18 @@ def explain(
     device: Annotated[DeviceOrAuto, typer.Option(help="Of this machine.")] = "auto",
     architecture: Annotated[str | None, typer.Option(help="Plan for GPUs that need not be here, such as sm_90a.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Predict for GPUs that need not be here: A100, H100, H200, B200, GB200, L40S ...")] = None,
-    hosts: Annotated[int, typer.Option(min=1, help="Hosts that the ranks are on.")] = 1,
+    hosts: Annotated[int, typer.Option(min=1, help="Hosts that the ranks are on, as many on each, in rank order.")] = 1,
+    host_gbps: Annotated[
+        float | None,
+        typer.Option(help="With --gpu: Gb/s of a GPU to other hosts, each way; default: docs/machines.md.", show_default=False),
+    ] = None,
+    transport: Annotated[
+        TransportName | None, typer.Option(metavar="NAME", help="peer, host; default: that of a communicator.", show_default=False)
+    ] = None,
+    order: Annotated[OrderName, typer.Option(metavar="NAME", help="How terms are added: islands, rank.")] = "islands",
+    wire: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help=WIRE_NAMES, autocompletion=completed(*WIRES), show_default=False)
+    ] = None,
     table: Annotated[str | None, typer.Option(metavar="FILE", help="A measured table; default: that of a communicator.")] = None,
     json: Json = None,
 ) -> None:
@@ -100,17 +115,18 @@ def explain(
     """
     check_target(json)
     format_words([format])
+    format_words(None if wire is None else [wire], "--wire")
     split = numbers("--rows", rows, low=0) or None
     if gpu is not None and (architecture is not None or device != "auto"):
         raise typer.BadParameter("it goes with neither --architecture nor --device", param_hint="--gpu")
-    if hosts > 1 and gpu is None:
-        raise typer.BadParameter("name the machine's --gpu", param_hint="--hosts")
+    if host_gbps is not None and (gpu is None or hosts == 1):
+        raise typer.BadParameter("it goes with --gpu and with --hosts of 2 or more", param_hint="--host-gbps")
     with exit_codes():
         from collogue.contract.prologue import PrologueForm
         from collogue.planning import explain as plans
 
         found = plans.explain(
-            plans.Machine.of(device, architecture) if gpu is None else plans.Machine.with_gpu(gpu, hosts),
+            plans.Machine.of(device, architecture, hosts) if gpu is None else plans.Machine.with_gpu(gpu, hosts, host_gbps),
             1 if tokens is None and split is None else tokens,
             hidden_size=hidden_size,
             world_size=world_size,
@@ -125,6 +141,9 @@ def explain(
             max_tokens=max_tokens,
             table=table,
             rows=split,
+            transport=transport,
+            order=order,
+            wire=wire or "none",
         )
         write_json(found.as_json(), json)
         console(json).print(str(found), highlight=False, markup=False, soft_wrap=True)
