@@ -253,6 +253,30 @@ def _host_kernels(data: Data) -> Iterator[Sequence[str]]:
         yield [str(row["terms"]), f"{row['kernel us']:.1f}", f"{row['copy us']:.1f}", f"{row['of copy']:.2f}"]
 
 
+def _serving(data: Data) -> Iterator[Sequence[str]]:
+    """A server's runs with and without Collogue, in the order in which they ran."""
+    yield "run", "COLLOGUE_VLLM", "output tokens/s", "median ms per output token", "median ms to the first token", "requests", "perplexity"
+    for i, run in enumerate(data["runs"], 1):
+        bench = run["bench"]
+        times = f"{bench['median_tpot_ms']:.2f}", f"{bench['median_ttft_ms']:.0f}"
+        yield str(i), run["COLLOGUE_VLLM"], f"{bench['output_throughput']:.0f}", *times, str(bench["completed"]), f"{run['perplexity']:.3f}"
+
+
+def _serving_headline(data: Data) -> str:
+    """One sentence: throughput and time per token over the mean of stock's runs."""
+
+    def mean(switch: str, name: str) -> float:
+        found = [run["bench"][name] for run in data["runs"] if (run["COLLOGUE_VLLM"] == "0") == (switch == "0")]
+        return float(sum(found) / len(found))
+
+    more = mean("1", "output_throughput") / mean("0", "output_throughput") - 1
+    less = 1 - mean("1", "median_tpot_ms") / mean("0", "median_tpot_ms")
+    return (
+        f"vLLM {data['vllm']} on two H200, an 8B Llama, {data['load']['concurrency']} requests at a time: "
+        f"**{more:.1%}** more output tokens a second with Collogue, {less:.1%} less time per token ([runs](docs/engines.md#vllm)).\n"
+    )
+
+
 TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "accuracy-orders": _orders,
     "accuracy-formats": _formats,
@@ -262,6 +286,7 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "resources": _resources,
     "ablation-compiled": _compiled,
     "ablation-times": _times,
+    "serving": _serving,
     "reliability-faults": reliability.faults,
     "reliability-soak": reliability.soak,
     "reliability-mutants": reliability.mutants,
@@ -295,6 +320,7 @@ TEXTS: dict[str, Callable[[Data], str]] = {
     "headline": tables.headline,
     "latency": report.latency_table,
     "flashinfer-headline": _flashinfer_headline,
+    "serving-headline": _serving_headline,
 }
 
 
