@@ -59,6 +59,11 @@ class Request:
     write_padding: bool = True
 
     @property
+    def sums_alone(self) -> bool:
+        """Whether nothing is made of the sum: as in a kernel that computes this rank's terms, in front of the one that sums them."""
+        return self.operation == "all_reduce" and not (self.residual or self.norm or self.branch) and self.quant is None
+
+    @property
     def adds_rows(self) -> bool:
         """Whether a term is computed from several rows at a time, which takes registers."""
         return self.prologue is not None and self.prologue.kind != "gated" and not isinstance(self.prologue, ProductForm)

@@ -164,7 +164,8 @@ def make_plan(topology: Topology, request: Request) -> Plan:
     # All launches have the grid of the last one, which may be shorter: every cluster has a row in each of them.
     experts = request.adds_rows and front is None
     width, quant = request.hidden_size, request.quant
-    shape = launch_shape(topology, least, width, quant, algorithm, cta_threads=threads, experts=experts, branch=request.branch)
+    kind = {"experts": experts, "branch": request.branch, "alone": request.sums_alone}
+    shape = launch_shape(topology, least, width, quant, algorithm, cta_threads=threads, **kind)
     return Plan(algorithm, why, shape, sent, predicted, floor, rows, launches, used, measured, table, term=front)
 
 
@@ -268,6 +269,7 @@ def launch_shape(
     cta_threads: int | None = None,
     experts: bool = False,
     branch: bool = False,
+    alone: bool = False,
 ) -> LaunchShape:
     """Threads, vectors and clusters for ``tokens`` rows of this width.
 
@@ -282,7 +284,7 @@ def launch_shape(
     many = topology.multiprocessors // 2 if experts else topology.multiprocessors
     streams = algorithm == "local" and tokens > many and hidden_size <= MAX_HIDDEN_SIZE_OF_A_CTA
     if topology.has_clusters and not QuantVariant.of(quant).needs_one_cta and streams:
-        most = resident_threads(topology, algorithm, vectors=2, experts=experts or branch)
+        most = resident_threads(topology, algorithm, vectors=2, experts=experts or branch, alone=alone)
         cluster, vectors = 1, 2 if vectors_in_row <= 2 * most else 4
         threads = round_up(-(-vectors_in_row // vectors), 32)
     elif topology.has_clusters and not QuantVariant.of(quant).needs_one_cta:
@@ -307,7 +309,7 @@ def launch_shape(
             raise FormatError(f"hidden size {hidden_size} is too large for one CTA per row", hint=hint)
         threads = round_up(-(-vectors_in_row // vectors), 32)
     clusters = max(tokens, 1)
-    resident = _resident_clusters(topology, LaunchShape(threads, vectors, cluster, clusters), algorithm, experts=experts)
+    resident = _resident_clusters(topology, LaunchShape(threads, vectors, cluster, clusters), algorithm, experts=experts, alone=alone)
     if limit:
         resident = max(1, min(resident, limit // cluster))
     if clusters > resident:
@@ -316,9 +318,9 @@ def launch_shape(
     return LaunchShape(threads, vectors, cluster, clusters)
 
 
-def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str, *, experts: bool) -> int:
+def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str, *, experts: bool, alone: bool) -> int:
     """Clusters that are expected to be on the GPU together: more would cost time (docs/design.md)."""
-    ctas = ctas_per_multiprocessor(topology, shape, algorithm, experts=experts)
+    ctas = ctas_per_multiprocessor(topology, shape, algorithm, experts=experts, alone=alone)
     if topology.fitting is not None:
         clusters = topology.fitting[ctas - 1][shape.cluster - 1]
     else:
@@ -331,14 +333,14 @@ def _resident_clusters(topology: Topology, shape: LaunchShape, algorithm: str, *
     return max(1, min(clusters, MAX_CTAS // shape.cluster))
 
 
-def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1, experts: bool = False) -> int:
+def resident_threads(topology: Topology, algorithm: str, *, vectors: int = 1, experts: bool = False, alone: bool = False) -> int:
     """Threads that an SM can hold, by the registers that each needs: a thread holds a vector of every rank.
 
-    ``experts``: terms are computed, from four rows at a time.
+    ``experts``: terms are computed, from four rows at a time. ``alone``: nothing is made of the sum (:attr:`Request.sums_alone`).
     """
     world, narrow, streams = topology.world_size, topology.dtype.itemsize == 2, ALGORITHMS[algorithm].streams
     if algorithm == "local" and vectors in (2, 4) and topology.has_clusters:
-        return (448 if experts else 896) // (1 if narrow else 2)
+        return (448 if experts and not alone else 896) // (1 if narrow else 2)
     if vectors > 1 or (streams and world > 4 and not narrow):
         return 256
     if narrow and world <= 2:
@@ -356,13 +358,13 @@ def widest_cta(topology: Topology, algorithm: str, *, experts: bool = False, bra
     return min(threads, 384) if topology.world_size > 4 and ALGORITHMS[algorithm].streams else threads
 
 
-def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: str, *, experts: bool = False) -> int:
+def ctas_per_multiprocessor(topology: Topology, shape: LaunchShape, algorithm: str, *, experts: bool = False, alone: bool = False) -> int:
     """CTAs that an SM is sure to hold: launch bounds ask for no more registers than that leaves to each thread.
 
     Few registers let the next kernel start beside this one and more rows be on their way at a time (docs/speed.md), as long as
     nothing spills. Where something does, the compiler is asked again with fewer CTAs (:func:`collogue.gpu.jit.compile_variant`).
     """
-    threads = resident_threads(topology, algorithm, vectors=shape.vectors, experts=experts)
+    threads = resident_threads(topology, algorithm, vectors=shape.vectors, experts=experts, alone=alone)
     # 16: as many CTAs as every architecture holds.
     return max(1, min(16, threads // shape.threads))
 
@@ -405,7 +407,7 @@ def make_variant(topology: Topology, request: Request, shape: LaunchShape, algor
         clustered=shape.cluster > 1,
         blocks=block_class(request.hidden_size),
         loop=loop,
-        ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, algorithm, experts=request.adds_rows),
+        ctas_per_multiprocessor=ctas_per_multiprocessor(topology, shape, algorithm, experts=request.adds_rows, alone=request.sums_alone),
         first_poll=FIRST_POLL_CYCLES if ALGORITHMS[algorithm].one_hop else 0,
         ahead=int(
             loop

@@ -130,7 +130,9 @@ def variant_of(choice: Choice) -> Variant:
     branch = choice.get("branch", "none")
     split = (tokens, *[0] * (choice["world"] - 1)) if choice.get("rows") == "uneven" else None
     request = replace(request, rows=split, branch=branch != "none", wide_branch=branch == "float32")
-    shape = launch_shape(topology, tokens, hidden_size, quant, algorithm, experts=request.adds_rows, branch=branch != "none")
+    shape = launch_shape(
+        topology, tokens, hidden_size, quant, algorithm, experts=request.adds_rows, branch=branch != "none", alone=request.sums_alone
+    )
     return make_variant(topology, request, shape, algorithm)
 
 
