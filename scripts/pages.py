@@ -253,6 +253,14 @@ def _host_kernels(data: Data) -> Iterator[Sequence[str]]:
         yield [str(row["terms"]), f"{row['kernel us']:.1f}", f"{row['copy us']:.1f}", f"{row['of copy']:.2f}"]
 
 
+def _overlap(data: Data) -> Iterator[Sequence[str]]:
+    """Microseconds of a layer in each way."""
+    ways = list(dict.fromkeys(way for row in data["rows"] for way in row["ways"]))
+    yield "model", "tokens", *ways
+    for row in data["rows"]:
+        yield row["model"], str(row["tokens"]), *(f"{row['ways'][way]['us_per_layer']:.0f}" for way in ways)
+
+
 def _serving(data: Data) -> Iterator[Sequence[str]]:
     """A server's runs with and without Collogue, in the order in which they ran."""
     yield "run", "COLLOGUE_VLLM", "output tokens/s", "median ms per output token", "median ms to the first token", "requests", "perplexity"
@@ -287,6 +295,7 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "ablation-compiled": _compiled,
     "ablation-times": _times,
     "serving": _serving,
+    "overlap": _overlap,
     "reliability-faults": reliability.faults,
     "reliability-soak": reliability.soak,
     "reliability-mutants": reliability.mutants,
