@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ranks import HIDDEN_SIZE, MAX_TOKENS, communicator
-from samples import every_format
+from samples import every_format, wild
 
 import collogue
 from collogue import reference
 from collogue.contract.prologue import PrologueForm
-from collogue.contract.quant import Quant
+from collogue.contract.quant import NVFP4, Quant
 from collogue.contract.spec import Output, RMSNorm, as_islands
 from collogue.errors import CollogueError
 from collogue.testing.compare import compare
@@ -86,6 +86,21 @@ def check_experts(comm: collogue.Communicator, islands: Sequence[Sequence[int]] 
         half = comm.reduce_scatter(terms[comm.rank], residual=comm.shard(made.residual), **more)
         found += wrong(half, reference.reduce_scatter(terms, residual=made.residual, islands=islands, **more)[comm.rank])
     return found
+
+
+def check_wire(comm: collogue.Communicator, tokens: int) -> list[str]:
+    """Terms in the format of ``comm``'s wire, in every operation that sums: what differs from the reference."""
+    wire, width, device = comm._capacity.wire, comm.hidden_size, comm.device
+    partials = [wild(tokens, width, seed=s, dtype=comm.dtype).to(device) for s in range(comm.world_size)]
+    whole, weight = (wild(*shape, seed=9, dtype=comm.dtype).to(device) for shape in ((tokens, width), (width,)))
+    epilogue: dict[str, Any] = {"norm": RMSNorm(weight), "quant": NVFP4(3.0), "keep_norm": True}
+    given: dict[str, Any] = {"residual": whole, **epilogue, "islands": comm.islands, "wire": wire}
+    mine, own = comm.shard(whole), partials[comm.rank]
+    found = wrong(comm.all_reduce(own, residual=whole, **epilogue), reference.all_reduce(partials, **given))
+    found += wrong(comm.all_reduce(own), reference.all_reduce(partials, islands=comm.islands, wire=wire))
+    found += wrong(comm.all_reduce(own, residual=mine, sharded=True, **epilogue), reference.sharded(partials, **given)[comm.rank])
+    found += wrong(comm.reduce_scatter(own, residual=mine, **epilogue), reference.reduce_scatter(partials, **given)[comm.rank])
+    return [f"{comm} {tokens} {wire}: {text}" for text in found]
 
 
 def on_hosts(group: dist.ProcessGroup, tell: Any, sizes: Sequence[int], device: str = "cpu") -> list[str]:

@@ -58,7 +58,7 @@ class Communicator(Operations):
             depend on the split into islands, and less crosses between them. ``"rank"``: all ranks in rank order. The same on every rank.
         wire: a format in which terms travel, and are decoded from in float32: ``collogue.FP8Group(128)``, ``MXFP8("ceil")`` or
             ``FP8PerToken()``. Half the bytes and less of this step; other bits of the sum, which ``collogue.reference`` gives for the
-            same ``wire``. Default: none. The same on every rank. CPU groups only.
+            same ``wire``. Default: none. The same on every rank. On GPUs the transport is then host.
     Attributes:
         islands: the split of the ranks that sums follow, by what the machine has: ``((0, 1), (2, 3))``; ``None``: rank order.
         name: what graphs call it (``torch.ops.collogue``): the group's name and the dtype, numbered if that is taken.

@@ -200,7 +200,7 @@ def test_explain_refuses_what_a_communicator_refuses() -> None:
         (Machine.named("sm_90a"), {"transport": "peer", "world_size": 16}, "the group has 16 ranks; kernels reach 8"),
         (replace(Machine.named("sm_90a"), hosts=2), {"transport": "peer"}, "rank 0 is on host 0, rank 2 on host 1"),
         (Machine.named("sm_90a"), {"world_size": 32}, "32 terms in rank order; kernels add at most 16"),
-        (Machine.named("sm_90a"), {"wire": "mxfp8"}, "no kernel packs terms yet"),
+        (Machine.named("sm_90a"), {"wire": "mxfp8", "transport": "peer"}, "kernels that write to peers send terms as they are"),
         (Machine(), {"wire": "nvfp4"}, "expected an object of FP8Group, FP8PerToken, MXFP8"),
         (Machine(), {"wire": "fp8_group48"}, "hidden size 1024"),
         (Machine(), {"order": "host"}, "order is 'host'"),
@@ -303,12 +303,13 @@ class Recording:
 
 
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("wire", [None, FP8Group(64)], ids=str)
 @pytest.mark.parametrize("hosts", ["aaa", "aab", "aabb", "abc"])
-def test_what_is_prepared_is_what_is_run(hosts: str, algorithm: Any) -> None:
+def test_what_is_prepared_is_what_is_run(hosts: str, wire: Any, algorithm: Any) -> None:
     """The steps that ``prepare`` builds kernels for are those of the call, whatever the epilogue."""
 
     def rank(group: VirtualGroup) -> None:
-        comm = communicator(group, algorithm=algorithm)
+        comm = communicator(group, algorithm=algorithm, wire=wire)
         engine: Any = comm._engine
         seen: list[Any] = []
         engine._finisher = Recording(engine._finisher, seen)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from islands import check, check_experts, on_hosts
+from islands import check, check_experts, check_wire, on_hosts
 from ranks import HIDDEN_SIZE, communicator
 from samples import every_format
 
-from collogue.contract.quant import FP8Static
+from collogue.contract.quant import MXFP8, FP8Group, FP8PerToken, FP8Static
 from collogue.errors import CaptureError, CollogueError
 from collogue.planning.islands import split
 from collogue.testing import VirtualGroup, run_virtual
@@ -42,6 +42,25 @@ def test_virtual_ranks(hosts: str, algorithm: Any) -> None:
         return found
 
     assert [text for found in run_virtual(len(hosts), rank, device="cuda", hosts=list(hosts), timeout=300) for text in found] == []
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("hosts", ["a", "aa", "aaab", "abab"])
+def test_terms_in_fewer_bytes(hosts: str, algorithm: Any) -> None:
+    """A communicator with ``wire=`` takes the host path by itself; kernels quantize and add, and what is prepared can be captured."""
+
+    def rank(group: VirtualGroup) -> list[str]:
+        found = []
+        for wire in (FP8Group(64), FP8Group(32, "ue8m0", "column"), FP8PerToken(), MXFP8("ceil"), MXFP8("floor", "8x4")):
+            for dtype in (torch.bfloat16, torch.float32):
+                comm = communicator(group, algorithm=algorithm, max_tokens=40, hidden_size=1024, dtype=dtype, wire=wire, timeout=20)
+                assert comm.topology.transport == "host"
+                found += check_wire(comm, 5) + check_wire(comm, 40)
+                group.settle()
+                comm.close()
+        return found
+
+    assert [text for found in run_virtual(len(hosts), rank, device="cuda", hosts=list(hosts), timeout=200) for text in found] == []
 
 
 def on_gpu(group: dist.ProcessGroup, tell: Any, sizes: tuple[int, ...]) -> list[str]:

@@ -13,7 +13,7 @@ from collogue.contract.number import is_whole
 from collogue.contract.prologue import Prologue, PrologueForm, form_of
 from collogue.contract.quant import Quant, check_format, check_wire, parse
 from collogue.contract.spec import OWNING, VALUE_DTYPES, Operation, RMSNorm, as_rows, owned_rows
-from collogue.errors import ArgumentError, CapacityError, DTypeError, FormatError, ShapeError, UnsupportedError
+from collogue.errors import ArgumentError, CapacityError, DTypeError, FormatError, ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +37,6 @@ class Capacity:
         if self.dtype not in VALUE_DTYPES:
             raise DTypeError(f"dtype {self.dtype} is not supported", hint="use torch.bfloat16, torch.float16 or torch.float32")
         check_wire(self.wire, self.hidden_size)
-        if self.wire is not None and self.device.type == "cuda":
-            raise UnsupportedError(f"wire={self.wire!r} on {self.device}: no kernel packs terms yet", hint="leave wire out on GPUs")
 
     def fits(self, tokens: int, hidden_size: int | None) -> bool:
         """Whether a call of this shape is within the capacity. Raises :class:`ShapeError` for what is not a shape."""

@@ -40,7 +40,7 @@ class HostEngine:
         self.group, self.topology, self._wire = group, topology, wire
         self._link = group.connect(timeout) if isinstance(group, TorchGroup) else None
         self._number = _carried[group] = _carried.get(group, 0) + 1
-        self._rows, self._steps = Rows(group, topology, wire), Steps(topology, group.device)
+        self._rows, self._steps = Rows(group, topology, wire, self._quantized), Steps(topology, group.device)
         self._descriptions: dict[object, str] = {}
         self.timeout = timeout
         self._finisher: Finisher = self.make_finisher()
@@ -143,6 +143,14 @@ class HostEngine:
         if not isinstance(call.partial, PROLOGUES):
             return call.partial  # type: ignore[return-value]
         return self._run_alone(call.partial, call.signature.request.dtype)
+
+    def _quantized(self, term: torch.Tensor, wire: Quant) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Codes and scales of ``term``, as it travels."""
+        step = self._steps.finish(term, None, wire, keep_norm=False)
+        out = step.signature.empty()
+        self._finisher.run(step, out)
+        assert out.codes is not None
+        return out.codes, out.scales
 
     def _total(self, terms: Terms) -> torch.Tensor:
         """The float32 sum of an island's terms."""

@@ -8,7 +8,7 @@ import torch
 
 from collogue.calls.terms import Terms
 from collogue.contract.quant import Quant
-from collogue.contract.wire import pack, unpack
+from collogue.contract.wire import Quantize, pack, unpack
 from collogue.group import Group
 from collogue.planning.host import Places, gathered, owned
 from collogue.planning.islands import adder
@@ -16,10 +16,12 @@ from collogue.planning.topology import Topology
 
 
 class Rows:
-    """Moves the rows of one communicator. ``what``: of every method, the call that it is part of, which ranks compare."""
+    """Moves the rows of one communicator, terms as ``wire`` if there is one. ``what``: the call of which a step is part, which ranks
+    compare.
+    """
 
-    def __init__(self, group: Group, topology: Topology, wire: Quant | None = None) -> None:
-        self._group, self._rank, self._size = group, group.rank, group.size
+    def __init__(self, group: Group, topology: Topology, wire: Quant | None, quantize: Quantize) -> None:
+        self._group, self._rank, self._size, self._quantize = group, group.rank, group.size, quantize
         self._sums, self._wire, self._width = topology.sums, wire, 0
         self._gathered, self._owned = gathered(topology), owned(topology, group.rank)
 
@@ -79,7 +81,7 @@ class Rows:
     def _packed(self, term: torch.Tensor) -> torch.Tensor:
         """``term`` as it travels: its rows, or those of its codes and scales. This rank's own too, so that no bit depends on the owner."""
         self._width = term.shape[1]
-        return term if self._wire is None else pack(term, self._wire)
+        return term if self._wire is None else pack(term, self._wire, self._quantize)
 
     def _decoded(self, value: torch.Tensor) -> torch.Tensor:
         return value if self._wire is None or value.dtype != torch.uint8 else unpack(value, self._wire, self._width)

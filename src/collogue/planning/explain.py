@@ -121,7 +121,7 @@ class Machine:
             {b for b in range(world_size) if hosts[a] == hosts[b] and (of_gpu[a], of_gpu[b]) not in self.refused} for a in range(world_size)
         ]
         try:
-            chosen, why = choose(transport, hosts, reached, gpus=on_gpus)
+            chosen, why = choose(transport, hosts, reached, gpus=on_gpus, wire=wire)
         except PlatformError as error:  # the machine is an argument as well
             raise ArgumentError(error.message, hint=error.hint) from error
         found = find(table, device=self.device, world_size=world_size)

@@ -177,6 +177,12 @@ def _exchange(size: int, sent: Callable[[int, int], int], parts: int = 1) -> Exc
     return Exchange(tuple(tuple(0 if a == b else sent(a, b) for b in range(size)) for a in range(size)), parts)
 
 
+def _terms(dtype: torch.dtype, places: Places) -> TermsForm:
+    """What a kernel is compiled for that adds terms of ``dtype``. Sums of islands among float32 terms are nothing special."""
+    count, wide, starts = places.form
+    return TermsForm(dtype, count, 0 if dtype == torch.float32 else wide, starts)
+
+
 def steps(topology: Topology, request: Request, rank: int) -> list[Request]:
     """What the kernels of ``rank`` are asked for in such a call, one after the other."""
     plain = replace(request, operation="all_reduce", rows=None, prologue=None)
@@ -189,8 +195,13 @@ def steps(topology: Topology, request: Request, rank: int) -> list[Request]:
         return [request]
     made = [replace(sum_only, prologue=request.prologue)] if request.prologue is not None else []
     dtype = request.dtype
+    if topology.wire:  # terms are quantized here, and decoded to float32 where they are added
+        codes = {"reduced": False, "residual": False, "norm": False, "codes": True, "scales": True}
+        packs = replace(finish, norm=False, wide_weight=False, late_weight=False, quant=parse(topology.wire))
+        made.append(replace(packs, wanted=replace(finish.wanted, **codes)))
+        dtype = torch.float32
     if request.operation == "all_reduce" and by_gather(topology, request):
-        return [*made, replace(plain, prologue=TermsForm(dtype, *gathered(topology).form))]
+        return [*made, replace(plain, prologue=_terms(dtype, gathered(topology)))]
     sums = topology.sums or ()
     mine = next((island for island in sums if rank in island), ())
     own = [len(owned_rows(request.tokens, topology.world_size, owner, request.rows)) for owner in range(topology.world_size)]
@@ -198,7 +209,7 @@ def steps(topology: Topology, request: Request, rank: int) -> list[Request]:
     if far:
         made.append(replace(sum_only, dtype=torch.float32, tokens=far, prologue=TermsForm(dtype, len(mine))))
     whole = request.operation == "all_reduce"
-    add = replace(plain, tokens=own[rank], prologue=TermsForm(dtype, *owned(topology, rank).form))
+    add = replace(plain, tokens=own[rank], prologue=_terms(dtype, owned(topology, rank)))
     if whole:
         stream = {"reduced": not request.residual, "residual": request.residual, "norm": False, "codes": False, "scales": False}
         add = replace(add, norm=False, wide_weight=False, quant=None, late_weight=False, wanted=replace(add.wanted, **stream))

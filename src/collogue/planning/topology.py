@@ -155,7 +155,7 @@ def agree(
     check_alike(theirs["table"] for theirs in every)
     reached = reach(group, every)
     islands = island.split([theirs["host"] for theirs in every], lambda a, b: b in reached[a])
-    chosen, why = choose(transport, [theirs["host"] for theirs in every], reached, gpus=group.device.type == "cuda")
+    chosen, why = choose(transport, [theirs["host"] for theirs in every], reached, gpus=group.device.type == "cuda", wire=wire)
     _LOGGER.info("Communicator of %d ranks: transport %s (%s), %s", group.size, chosen, why, island.described(islands))
     way: dict[str, Any] = {"transport": chosen, "islands": islands, "order": order, "why": why, "wire": "" if wire is None else wire.label}
     if group.device.type == "cpu":
@@ -294,12 +294,21 @@ def check_way(transport: object, order: object) -> None:
             raise ArgumentError(f"{name} is {value!r}", hint=f"give {', '.join(map(repr, filter(None, known)))} or nothing")
 
 
-def choose(asked: Transport | None, hosts: Sequence[str], reached: Sequence[set[int]], *, gpus: bool) -> tuple[Transport, str]:
+def choose(
+    asked: Transport | None, hosts: Sequence[str], reached: Sequence[set[int]], *, gpus: bool, wire: Quant | None = None
+) -> tuple[Transport, str]:
     """The transport of ranks on ``hosts`` and why: ``peer`` where every rank has a GPU and reaches every other's memory, unless another
     is asked for. ``reached``: by rank, whose memory it reaches.
 
-    Raises :class:`PlatformError` where ``peer`` is asked for and cannot be.
+    Raises :class:`PlatformError` where ``peer`` is asked for and cannot be, :class:`UnsupportedError` where it is with ``wire``.
     """
+    if wire is not None and gpus:
+        if asked == "peer":
+            raise UnsupportedError(
+                f'wire={wire!r} with transport="peer": kernels that write to peers send terms as they are',
+                hint="leave transport out: the group then moves the terms, in that format; or leave wire out",
+            )
+        return "host", "asked for" if asked == "host" else f"terms travel as {wire.label}, which peer kernels do not send"
     problem, hint = "", 'leave transport out, or give transport="host"'
     far = next((rank for rank, host in enumerate(hosts) if host != hosts[0]), None)
     blind = next(((a, b) for a, ranks in enumerate(reached) for b in range(len(hosts)) if b not in ranks), None)

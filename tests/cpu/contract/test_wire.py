@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from islands import wrong
+from islands import check_wire, wrong
 from ranks import HIDDEN_SIZE, communicator
 from samples import DTYPES, same, wild
 
 import collogue
-from collogue import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, RMSNorm, reference
+from collogue import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant, reference
 from collogue.contract.formats import read_scales
 from collogue.contract.wire import pack, row_bytes, unpack
 from collogue.errors import ArgumentError, FormatError, UnsupportedError
+from collogue.planning.topology import choose
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.oracle import by_reference
 
@@ -81,18 +82,8 @@ def test_special_values() -> None:
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
 @pytest.mark.parametrize("hosts", ["aaa", "aab", "abab"])
 def test_groups_equal_the_reference(wire: Quant, algorithm: Any, hosts: str) -> None:
-    partials, whole = [wild(5, HIDDEN_SIZE, seed=s) for s in range(len(hosts))], wild(5, HIDDEN_SIZE, seed=9)
-    epilogue: dict[str, Any] = {"norm": RMSNorm(wild(HIDDEN_SIZE, seed=10)), "quant": NVFP4(3.0), "keep_norm": True}
-
     def rank(group: VirtualGroup) -> list[str]:
-        comm = communicator(group, algorithm=algorithm, wire=wire)
-        given: dict[str, Any] = {"residual": whole, **epilogue, "islands": comm.islands, "wire": wire}
-        mine = comm.shard(whole)
-        found = wrong(comm.all_reduce(partials[comm.rank], residual=whole, **epilogue), reference.all_reduce(partials, **given))
-        sharded = comm.all_reduce(partials[comm.rank], residual=mine, sharded=True, **epilogue)
-        found += wrong(sharded, reference.sharded(partials, **given)[comm.rank])
-        half = comm.reduce_scatter(partials[comm.rank], residual=mine, **epilogue)
-        return found + wrong(half, reference.reduce_scatter(partials, **given)[comm.rank])
+        return check_wire(communicator(group, algorithm=algorithm, wire=wire), 5)
 
     assert [text for found in run_virtual(len(hosts), rank, hosts=list(hosts)) for text in found] == []
 
@@ -137,13 +128,13 @@ def test_a_width_that_is_no_multiple_and_ranks_that_differ() -> None:
     run_virtual(2, rank)
 
 
-def test_no_gpu_packs_terms_yet() -> None:
-    def rank(group: VirtualGroup) -> None:
-        group.device = torch.device("cuda", 0)
-        with pytest.raises(UnsupportedError, match="no kernel packs terms yet\nhint: leave wire out on GPUs"):
-            communicator(group, wire=FP8PerToken())
-
-    run_virtual(2, rank)
+def test_kernels_that_write_to_peers_send_terms_as_they_are() -> None:
+    reached = [{0, 1}, {0, 1}]
+    way, why = choose(None, ["a", "a"], reached, gpus=True, wire=FP8PerToken())
+    assert (way, why) == ("host", "terms travel as fp8_per_token, which peer kernels do not send")
+    assert choose("host", ["a", "a"], reached, gpus=True, wire=FP8PerToken()) == ("host", "asked for")
+    with pytest.raises(UnsupportedError, match='with transport="peer": kernels that write to peers send terms as they are'):
+        choose("peer", ["a", "a"], reached, gpus=True, wire=FP8PerToken())
 
 
 def test_without_a_wire_nothing_changes() -> None:

@@ -43,6 +43,8 @@ ISLANDS = {
     "float32": case(TermsForm(F32, 5, 0, 0b01001), 192, quant=FP8Group(48)),
     "many in float32, several vectors": case(TermsForm(BF16, 9, 0x1F, 0x3F), 576, 64, vectors=2, rows=1, quant=NVFP4(37.5)),
     "eight islands": case(TermsForm(BF16, 15, 0x7F, 0xFF), norm=False),
+    "decoded, of a bfloat16 sum": case(TermsForm(F32, 3), dtype=BF16, quant=NVFP4(37.5)),
+    "decoded, islands": case(TermsForm(F32, 4, 0, 0b0101), 576, 64, vectors=2, rows=1, dtype=F16),
 }
 SHAPES = {
     "sum of an island": case(TermsForm(BF16, 3), dtype=F32, residual=False, norm=False),
@@ -99,6 +101,7 @@ COMPILED = [
         (TermsForm(BF16, 8), BF16, FP8PerToken()),
         (TermsForm(F16, 5, 0b00001, 0b00011), F16, None),
         (TermsForm(BF16, 8), F32, None),
+        (TermsForm(F32, 8, 0, 0b10001), BF16, None),
         (TermsForm(F32, 8), F32, MXFP8("ceil")),
         (TermsForm(BF16, MAX_TERMS, 0x7F, 0xFF), BF16, NVFP4(2.0)),
     )

@@ -237,7 +237,7 @@ def test_explain_takes_transport_order_and_wire_as_a_communicator_does() -> None
     [
         (["--device", "cpu", "--transport", "peer"], "ranks on the CPU have no memory that others reach"),
         (["--architecture", "sm_90a", "--hosts", "2", "--transport", "peer"], "the group spans several hosts"),
-        (["--architecture", "sm_90a", "--wire", "mxfp8"], "no kernel packs terms yet"),
+        (["--architecture", "sm_90a", "--wire", "mxfp8", "--transport", "peer"], "kernels that write to peers send terms as they are"),
         (["--device", "cpu", "--wire", "nvfp4"], "expected an object of FP8Group, FP8PerToken, MXFP8"),
         (["--device", "cpu", "--wire", "fp9"], "invalid value for --wire: unknown format 'fp9'"),
         (["--device", "cpu", "--transport", "nccl"], "--transport: 'nccl' is not one of peer, host"),
