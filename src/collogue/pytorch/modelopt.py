@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from collogue.errors import ArgumentError, ShapeError
-from collogue.pytorch.checkpoints import CACHE_SCALES
+from collogue.pytorch.schemes import CACHE_SCALES
 
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:

@@ -22,7 +22,7 @@ from collogue.errors import ArgumentError, CollogueError
 from collogue.group import Group, TorchGroup, as_group
 from collogue.planning.topology import Order, Transport
 from collogue.pytorch.boundaries import Boundaries, GatedMLP, Untouched, WholeNorm, check_use, partial_of
-from collogue.pytorch.checkpoints import CACHE_SCALES, QuantizedLinear, cache_of
+from collogue.pytorch.checkpoints import QuantizedLinear, cache_of
 from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, check_first, no_checkpoint
 from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
 from collogue.pytorch.generation import generate
@@ -32,6 +32,7 @@ from collogue.pytorch.products import has_product
 from collogue.pytorch.published import QuantizedCheckpoint
 from collogue.pytorch.recipes import Recipe
 from collogue.pytorch.scaled import Handover
+from collogue.pytorch.schemes import CACHE_SCALES
 
 _log = logging.getLogger("collogue")
 

@@ -33,7 +33,7 @@ from quantized_models import (
 import collogue
 from collogue.contract import calibration
 from collogue.errors import ArgumentError, CollogueError, FormatError, ScaleError, ShapeError
-from collogue.pytorch import checkpoints, products, recipes
+from collogue.pytorch import products, recipes, schemes
 from collogue.pytorch.checkpoints import is_quantized
 from collogue.pytorch.recipes import RECIPES, Recipe
 from collogue.pytorch.scaled import Linear
@@ -123,7 +123,7 @@ def test_scales_of_groups_lie_as_products_read_them(make: Callable[[], Any] | No
     by_columns = [logits(model, 1, tokens, **options) for tokens in (TOKENS, TOKENS[:, :8], TOKENS[:1, :1])]
     assert len(seen) == 3 * 14
     assert all(seen)
-    for module in (recipes, checkpoints):
+    for module in (recipes, schemes):
         monkeypatch.setattr(module, "FP8Group", lambda size, layout: collogue.FP8Group(size))
     seen.clear()
     by_rows = [logits(model, 1, tokens, **options) for tokens in (TOKENS, TOKENS[:, :8], TOKENS[:1, :1])]
