@@ -15,6 +15,7 @@ from collogue.contract.spec import RMSNorm
 from collogue.errors import ArgumentError, FormatError, ScaleError, ShapeError
 from collogue.pytorch.boundaries import check_attention
 from collogue.pytorch.checkpoints import (
+    EXPERTS,
     QuantizedExperts,
     QuantizedLinear,
     algorithm_of,
@@ -27,9 +28,11 @@ from collogue.pytorch.checkpoints import (
 )
 from collogue.pytorch.cut import Cut, OnFirst, Section
 from collogue.pytorch.forms import FORMS, WHOLE, Block, Counted, Cuts, Form
+from collogue.pytorch.origin import Origin
 from collogue.pytorch.plain import check_linear, odd_parameter, own_ways
 from collogue.pytorch.published import Published
 from collogue.pytorch.recipes import Recipe
+from collogue.pytorch.schemes import NAMES
 
 
 @dataclass(frozen=True)
@@ -276,18 +279,21 @@ class _Source:
     recipe: Recipe | None
     prefix: str
     config: Any
+    origin: Origin
 
     @classmethod
     def of(cls, model: Any, base: Any, recipe: Recipe | None) -> _Source:
         method = method_of(base.config)
         check_loaded(model, method)
-        return cls(method, recipe, "" if model is base else f"{model.base_model_prefix}.", base.config)
+        return cls(method, recipe, "" if model is base else f"{model.base_model_prefix}.", base.config, Origin(base.config))
 
     def quantized(self, linear: nn.Module, name: str) -> QuantizedLinear | None:
         """The layer's weight and input format; ``None`` where it is not quantized: a checkpoint may have been dequantized on load."""
         if is_quantized(linear):
             if self.recipe is not None:
                 raise ArgumentError(f"{name} is quantized already ({self.method})", hint="leave quant= out")
+            if self.method in ("fp8", "compressed-tensors"):  # transformers has read it
+                self.origin.check_read(linear, name, self.prefix, NAMES[self.method].quantized)
             return read(linear, name, self.method, algorithm_of(self.config, self.prefix + name))
         if self.method == "fp8" and isinstance(getattr(linear, "weight_scale_inv", None), Tensor):
             raise ArgumentError(
@@ -413,6 +419,8 @@ def _dequantized(
     held = dict(experts.named_parameters(recurse=False))
     shapes = {each: parameter.shape for each, parameter in held.items() if parameter.ndim == 3}
     transposed = cuts.get("gate_up_proj") == (2, ("pairs",))
+    if source.method == "fp8":
+        source.origin.check_read(given, f"layers.{index}.{name}", source.prefix, [each + end for each in shapes for end in EXPERTS["fp8"]])
     quantized = read_experts(given, f"layers.{index}.{name}", source.method, shapes, transposed=transposed)
     for each in set(held) - set(shapes):
         bias = getattr(given, each, None)

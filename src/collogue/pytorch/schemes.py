@@ -35,7 +35,13 @@ class Names:
     @property
     def known(self) -> set[str]:
         """All tensors that a layer may have."""
-        return {"weight", "bias", self.packed, self.weight_scale, self.weight_global, self.input_scale, self.input_global, *CACHE_SCALES}
+        return {"bias", *self.quantized, *CACHE_SCALES}
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Those that hold codes and scales."""
+        found = "weight", self.packed, self.weight_scale, self.weight_global, self.input_scale, self.input_global
+        return tuple(name for name in dict.fromkeys(found) if name)
 
 
 #: By ``quant_method`` of the model's configuration. Scales are divisors in all of them; NVFP4's global scales are not.
