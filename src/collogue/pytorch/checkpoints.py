@@ -185,7 +185,8 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
             f"{name} also has {', '.join(more)}, whose part in its product is not known",
             hint="use a checkpoint without zero points, permutations, transforms or smoothing factors inside its linear layers",
         )
-    codes = tensors.get(names.packed, tensors.get("weight"))
+    codes_name = names.packed if names.packed in tensors else "weight"
+    codes = tensors.get(codes_name)
     scales = tensors.get(names.weight_scale)
     if codes is None or scales is None:
         missing = [names.packed] * (codes is None) + [names.weight_scale] * (scales is None)
@@ -199,6 +200,13 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
         weight = weight_of(codes, scales, tensors.get(names.weight_global), names, block)
         if weight.scales is not None and weight.scales.device.type != "cpu":
             check_scales(weight.scales)
+        rows, columns = weight.shape
+        whole = getattr(linear, "out_features", rows), getattr(linear, "in_features", columns)
+        if whole != (rows, columns):
+            raise ShapeError(
+                f"{codes_name} is {[rows, columns]}, the model's {list(whole)}",
+                hint="load the checkpoint with its own configuration",
+            )
         if method == "modelopt":
             activation = of_algorithm(algorithm, weight.format, tensors, names)
         elif method == "compressed-tensors":

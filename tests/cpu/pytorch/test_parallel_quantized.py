@@ -280,6 +280,12 @@ def _break_shape(model: Any) -> None:
     _layer(model).weight_scale.data = torch.ones(5, 1)
 
 
+def _fewer_rows(model: Any) -> None:
+    for name in ("weight", "weight_scale"):
+        tensor = getattr(_layer(model), name)
+        tensor.data = tensor.data[:128].clone()
+
+
 def _dequantize_one(model: Any) -> None:
     from quantized_models import put
 
@@ -295,6 +301,7 @@ def _quantize_head(model: Any) -> None:
     [
         (_break_scale, ScaleError, "layers.1.self_attn.k_proj: .*not positive"),
         (_break_shape, CollogueError, "layers.1.self_attn.k_proj: "),
+        (_fewer_rows, ShapeError, r"layers.1.self_attn.k_proj: weight is \[128, 384\], the model's \[768, 384\]"),
         (_dequantize_one, ArgumentError, "different formats: .*k_proj none"),
         (lambda model: model.config.quantization_config.update(quant_method="gptq"), ArgumentError, "'gptq' is not known"),
         (_quantize_head, ArgumentError, "lm_head is quantized"),
