@@ -106,9 +106,9 @@ def method_of(config: Any) -> str | None:
 
 
 def _said(config: Any) -> dict[str, Any]:
-    """The quantization of a model's configuration, where it is written out."""
+    """The quantization of a model's configuration, written out."""
     said = getattr(config, "quantization_config", None)
-    return said if isinstance(said, dict) else {}
+    return said if isinstance(said, dict) else getattr(said, "to_dict", dict[str, Any])()
 
 
 def cache_of(config: Any) -> Any:

@@ -32,7 +32,7 @@ from collogue.pytorch.origin import Origin
 from collogue.pytorch.plain import check_linear, odd_parameter, own_ways
 from collogue.pytorch.published import Published
 from collogue.pytorch.recipes import Recipe
-from collogue.pytorch.schemes import NAMES
+from collogue.pytorch.schemes import CACHE_HOOKS, CACHE_SCALES, NAMES
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Decoder:
             found[name] = f"{type(module).__qualname__} {numbers}"
         for name, tensor in self.model.named_parameters():
             found[name] = f"{tensor.dtype} {list(tensor.shape)}"
-            if tensor.numel():
+            if tensor.numel() and name.rpartition(".")[2] not in CACHE_SCALES:
                 first = tensor.detach()[(0,) * (tensor.ndim - 1)].reshape(-1)[:8]
                 first = first.contiguous().view(torch.uint8) if first.element_size() == 1 else first  # codes
                 found[f"the first row of {name}"] = repr(first.tolist())
@@ -248,6 +248,10 @@ def _is_elementwise(activation: nn.Module) -> bool:
 _INTEGRATIONS = "transformers.integrations."
 
 
+#: The library that quantized a layer computes its product in its own way; here the layer is replaced.
+_LIBRARY = ("compressed_tensors.quantization.", "compressed_tensors.compressors.")
+
+
 def _check_code(base: Any, layer: nn.Module, name: str, blocks: tuple[Block, Block], fuse: bool) -> None:
     """Whether the layer, its attention, its MLP and its experts run transformers' own code for this type, and nothing beside it."""
     ours = {name} | {f"{name}.{each}" for block in blocks for each in block.modules}
@@ -263,8 +267,7 @@ def _check_code(base: Any, layer: nn.Module, name: str, blocks: tuple[Block, Blo
                 f"{inner} is a {type(module).__module__}.{type(module).__qualname__}, not an activation known to act on each element alone",
                 hint="each rank has a part of the features: use an activation of transformers or PyTorch, or collogue.nn",
             )
-        # The library that quantized a layer computes its product in its own way; here the layer is replaced.
-        known = ("compressed_tensors.quantization.", "compressed_tensors.compressors.") if is_quantized(module) else ()
+        known = _LIBRARY if is_quantized(module) else (CACHE_HOOKS,) if inner == f"{name}.self_attn" else ()
         problem = "has a forward of its own" * ("forward" in vars(module)) if module is layer else own_ways(module, known)
         if problem:
             hint = "parallelize the model without it" + "; fuse=False lets hooks on attention, MLP and norms see whole tensors" * fuse

@@ -32,7 +32,7 @@ from collogue.pytorch.products import has_product
 from collogue.pytorch.published import QuantizedCheckpoint
 from collogue.pytorch.recipes import Recipe
 from collogue.pytorch.scaled import Handover
-from collogue.pytorch.schemes import CACHE_SCALES
+from collogue.pytorch.schemes import CACHE_HOOKS, CACHE_SCALES
 
 _log = logging.getLogger("collogue")
 
@@ -199,6 +199,7 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, 
     for held in decoder.tensors:
         _cut_tensors(held, base, comm, undo)
     for layer in layers:
+        undo.drop(layer.self_attn._forward_pre_hooks, CACHE_HOOKS)
         _fewer_heads(layer.self_attn, decoder, comm, undo)
     for each in decoder.linears:
         owner, _, name = each.name.rpartition(".")

@@ -17,6 +17,9 @@ from collogue.errors import ArgumentError, FormatError, ScaleError, ShapeError
 #: Scales that a layer may have for a key-value cache in FP8. The cache is transformers' and stays as it is: they are not used.
 CACHE_SCALES = ("k_scale", "v_scale")
 
+#: Where compressed-tensors has the hook that puts its own cache in the place of transformers', to use those scales.
+CACHE_HOOKS = "compressed_tensors.modeling.kvcache"
+
 #: Dtypes of scales that are powers of two (E8M0). Scales of any other are numbers, whatever they are stored in.
 POWERS = (torch.uint8, torch.float8_e8m0fnu)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -400,6 +401,40 @@ def test_a_quantized_cache_without_scales_is_said(said: dict[str, Any], caplog: 
     (line,) = [record.message for record in caplog.records if "cache" in record.message]
     asked = next(iter(said.values()))
     assert line == f"the configuration says that the key-value cache is {asked}, which is not done: the cache is not quantized"
+
+
+@pytest.mark.parametrize("scales", [True, False])
+def test_a_quantized_cache_of_compressed_tensors_is_not_used(scales: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its hook would put a cache of its own in the place of transformers'. Scales that no file has, and nothing reads, may be anything."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    compressed_checkpoint("FP8_DYNAMIC", tmp_path)
+    file, path = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if scales:
+        names = [f"model.layers.{index}.self_attn.{each}" for index in (0, 1) for each in ("k_scale", "v_scale")]
+        save_file(load_file(file) | {name: torch.tensor([0.02]) for name in names}, file, metadata={"format": "pt"})
+    config = json.loads(path.read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    path.write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    hooks = list(model.model.layers[1].self_attn._forward_pre_hooks.values())
+    assert len(hooks) == 1
+
+    def rank(group: VirtualGroup, model: Any) -> Any:
+        mine = copy.deepcopy(model)
+        for attention in (layer.self_attn for layer in mine.model.layers if not scales and hasattr(layer.self_attn, "k_scale")):
+            attention.k_scale.data.fill_(group.rank)
+        mine = collogue.parallelize(mine, group, max_tokens=32)
+        return mine(TOKENS).logits, mine.generate(TOKENS[:1], max_new_tokens=2, do_sample=False)
+
+    with caplog.at_level(logging.INFO, "collogue"):
+        found = run_virtual(2, functools.partial(rank, model=model))
+    for each, expected in zip(found, run_virtual(2, functools.partial(rank, model=compressed("FP8_DYNAMIC"))), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(each, expected, strict=True))
+    said = {record.message for record in caplog.records if record.name == "collogue" and "cache" in record.message}
+    assert len(said) == 1
+    assert "which is not done: the cache is not quantized" in said.pop()
 
 
 def test_a_calibration_from_a_file(tmp_path: Path) -> None:
