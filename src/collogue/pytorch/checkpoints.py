@@ -105,20 +105,20 @@ def method_of(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def _said(config: Any) -> dict[str, Any]:
-    """The quantization of a model's configuration, written out."""
+def quantization_of(config: Any) -> dict[str, Any]:
+    """The quantization of a model's configuration, written out; empty where it says nothing."""
     said = getattr(config, "quantization_config", None)
     return said if isinstance(said, dict) else getattr(said, "to_dict", dict[str, Any])()
 
 
 def cache_of(config: Any) -> Any:
     """What the configuration says of the key-value cache, as compressed-tensors or ModelOpt call it; ``None`` where that is nothing."""
-    return _said(config).get("kv_cache_scheme") or _said(config).get("kv_cache_quant_algo")
+    return quantization_of(config).get("kv_cache_scheme") or quantization_of(config).get("kv_cache_quant_algo")
 
 
 def algorithm_of(config: Any, name: str) -> str | None:
     """ModelOpt's ``quant_algo`` of the layer called ``name`` in the model; ``None`` where the configuration does not say it."""
-    said = _said(config)
+    said = quantization_of(config)
     if said.get("quant_algo") == "MIXED_PRECISION":
         if not isinstance(layers := said.get("quantized_layers"), dict):
             raise ArgumentError(

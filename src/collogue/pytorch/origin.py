@@ -11,12 +11,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from collogue.errors import ArgumentError
+from collogue.pytorch.checkpoints import quantization_of
 
 #: What transformers puts on each tensor that it has read from a file. A copy of a model has it no more.
 _READ = "_is_hf_initialized"
 
 #: Data types of codes, as files call them.
 _CODES = ("F8_E4M3", "F8_E5M2", "U8", "I8")
+
+
+def dequantized(config: Any) -> str:
+    """That a model without codes is of a checkpoint with some, and what that asks, in words; empty where the checkpoint has none.
+
+    transformers deletes what the configuration says when it dequantizes a model on load: then the file is read.
+    """
+    said = quantization_of(config) or Origin(config).quantization
+    inputs = str(said.get("activation_scheme", ""))
+    for group in said.get("config_groups", {}).values():
+        given = group.get("input_activations") if isinstance(group, dict) else None
+        inputs = inputs if given is None else "dynamic" if given.get("dynamic") else "static"
+    asked = f"{said.get('quant_method')!r}" + f" with {inputs} scales of inputs" * bool(inputs)
+    how = "transformers may have dequantized them on load"
+    return f"the checkpoint's quantization method is {asked}, but no layer of the model has codes ({how})" if said else ""
 
 
 class Origin:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,34 @@ def test_experts_without_scales_are_named(tmp_path: Path, monkeypatch: pytest.Mo
     model = _loaded(tmp_path, ".down_proj.weight_scale_inv")
     with pytest.raises(ArgumentError, match=r"layers\.0\.mlp\.experts: the checkpoint has no down_proj_scale_inv"):
         _parallel(model)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors"])
+def test_a_checkpoint_that_was_dequantized_on_load_is_said(method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By transformers, as there is no GPU here, or as the caller asks: the configuration that is left says nothing."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    if method == "fp8":
+        publish(tmp_path, method)
+    else:
+        compressed_checkpoint("FP8", tmp_path)
+    options = {} if method == "fp8" else {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **options)
+    assert getattr(model.config, "quantization_config", None) is None
+    with caplog.at_level(logging.INFO, "collogue"):
+        _parallel(model)
+    how = "dynamic" if method == "fp8" else "static"
+    (said,) = [record.message for record in caplog.records if "no layer of the model has codes" in record.message]
+    assert said.startswith(f"the checkpoint's quantization method is '{method}' with {how} scales of inputs, but no layer")
+    assert said.endswith(": weights and inputs are in torch.float32")
+
+
+def test_experts_that_were_dequantized_on_load_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    publish(tmp_path, "compressed-tensors")
+    model = _loaded(tmp_path, "")
+    with caplog.at_level(logging.INFO, "collogue"):
+        _parallel(model)
+        _parallel(small_model("llama"))  # says nothing
+    (said,) = [record.message for record in caplog.records if "have no codes" in record.message]
+    assert said.startswith("experts of 1 layer have no codes in the model as it was loaded: weights and inputs are in torch.float32, ")
