@@ -18,6 +18,7 @@ from collogue.pytorch.schemes import (
     NAMES,
     POWERS,
     block_size,
+    check_algorithm,
     check_scheme,
     of_algorithm,
     of_fine_grained,
@@ -196,6 +197,7 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
         )
     with naming(name):
         check_scheme(getattr(getattr(linear, "quantization_scheme", None), "weights", None), codes, scales)
+        check_algorithm(algorithm, codes, scales)
         block = block_size(linear) or (128 if algorithm == "FP8_PB_WO" else None)
         weight = weight_of(codes, scales, tensors.get(names.weight_global), names, block)
         if weight.scales is not None and weight.scales.device.type != "cpu":

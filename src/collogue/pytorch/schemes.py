@@ -87,7 +87,7 @@ def weight_of(codes: Tensor, scales: Tensor, factor: Tensor | None, names: Names
         if exact.ndim == 4 and exact.shape[1] == exact.shape[3] == 1:  # ModelOpt's blocks
             exact = exact[:, 0, :, 0]
         if block is None and exact.numel() == 1 and codes.numel() != 1:
-            return QuantizedWeight(codes, None, FP8Static(float(exact)))
+            return QuantizedWeight(codes, None, FP8Static(_number(exact, names.weight_scale)))
         if block is None and exact.numel() == codes.shape[0] and 0 < exact.ndim < 3 and exact.shape[0] == codes.shape[0]:
             return QuantizedWeight(codes, exact.reshape(-1, 1), FP8PerToken())
         return QuantizedWeight(codes, exact, FP8Block(block or 128))
@@ -96,6 +96,11 @@ def weight_of(codes: Tensor, scales: Tensor, factor: Tensor | None, names: Names
             if factor is None:
                 raise ArgumentError(f"there is no {names.weight_global}", hint="NVFP4 weights have a global scale")
             return QuantizedWeight(codes, scales, NVFP4(_global(factor, names.weight_global, names), "linear"))
+        if scales.dtype in POWERS and factor is not None:
+            raise ArgumentError(
+                f"{names.weight_scale} is {scales.dtype} beside {names.weight_global}: NVFP4's block scales are torch.float8_e4m3fn",
+                hint="store the same bytes as torch.float8_e4m3fn; MXFP4 has E8M0 scales and no global one",
+            )
         if scales.dtype in POWERS:
             return QuantizedWeight(codes, scales.view(torch.float8_e8m0fnu), MXFP4("floor", "linear"))
         raise ArgumentError(
@@ -109,16 +114,21 @@ def weight_of(codes: Tensor, scales: Tensor, factor: Tensor | None, names: Names
 
 
 def _number(scale: Tensor, name: str) -> float:
-    """A scale of a whole tensor. Raises :class:`ScaleError` where it is several, or none."""
+    """A scale of a whole tensor. Raises :class:`ScaleError` where it is several, or none, or not positive."""
     if scale.numel() != 1:
         raise ScaleError(f"{name} has {scale.numel()} elements", hint="a scale of a whole tensor has one; check the checkpoint")
-    return float(scale)
+    if not 0.0 < (number := float(scale)) < math.inf:
+        raise ScaleError(f"{name} must be positive and finite, got {number}", hint="check the checkpoint")
+    return number
 
 
 def _global(scale: Tensor, name: str, names: Names) -> float:
     """The multiplier that a global scale is, or is the inverse of."""
     number = _number(scale, name)
-    return number if names.multipliers else float(1.0 / torch.tensor(number, dtype=torch.float32))
+    factor = number if names.multipliers else float(1.0 / torch.tensor(number, dtype=torch.float32))
+    if not 0.0 < factor < math.inf:
+        raise ScaleError(f"{name} is {number}, whose inverse is {factor} in float32", hint="check the checkpoint")
+    return factor
 
 
 def _one(given: Tensor | None, name: str) -> float:
@@ -152,6 +162,16 @@ def of_fine_grained(linear: Any, format: WeightFormat, powers: bool, tensors: di
 def _groups(size: int, powers: bool) -> FP8Group:
     """Groups of the input. Scales in float32 lie column by column, as products on GPUs read them."""
     return FP8Group(size, "ue8m0") if powers else FP8Group(size, layout="column")
+
+
+#: What of a weight has a scale, by ``quant_algo``: as compressed-tensors calls it, with the size of groups.
+_STRATEGIES = {"FP8": ("tensor", None), "FP8_PER_CHANNEL_PER_TOKEN": ("channel", None), "MXFP8": ("group", 32)}
+
+
+def check_algorithm(algorithm: str | None, codes: Tensor, scales: Tensor) -> None:
+    """Raise :class:`ShapeError` for scales of a ModelOpt checkpoint that do not fit its ``quant_algo``."""
+    if algorithm in _STRATEGIES:
+        _check_shape(*_STRATEGIES[algorithm], codes, scales)
 
 
 def of_algorithm(algorithm: str | None, format: WeightFormat, tensors: dict[str, Tensor], names: Names) -> Quant | None:
@@ -197,20 +217,26 @@ def check_scheme(weights: Any, codes: Tensor, scales: Tensor) -> None:
     kind = _kind(weights)
     size = weights.group_size if "group" in kind[2] else None
     if (*kind, size) in _SCHEMES and weights.symmetric and not (kind[2] == "group" and scales.element_size() > 1):
-        if codes.dtype == torch.float8_e4m3fn and codes.ndim == 2:
-            rows, columns = codes.shape
-            expected = {"tensor": [1], "channel": [rows, 1], "group": [rows, columns // (size or 1)]}.get(kind[2], list(scales.shape))
-            if scales.numel() != math.prod(expected) or (kind[2] != "tensor" and scales.shape[:1] != (expected[0],)):
-                raise ShapeError(
-                    f"weights {list(codes.shape)} quantized per {kind[2]} have scales {list(scales.shape)}, expected {expected}",
-                    hint="load the checkpoint as it was published, each weight as [output features, input features]",
-                )
+        _check_shape(kind[2], size, codes, scales)
         return
     groups = "" if size is None else f" of {size}"
     raise ArgumentError(
         f"weights quantized to {kind[1]}-bit {kind[0]} per {kind[2]}{groups}, with scales of {scales.dtype}, are not known",
         hint="known are FP8 (per tensor, channel, block), MXFP8, MXFP4 and NVFP4; else dequantize",
     )
+
+
+def _check_shape(strategy: str, size: int | None, codes: Tensor, scales: Tensor) -> None:
+    """Raise :class:`ShapeError` for scales of FP8 weights that are not as many as there are tensors, channels or groups."""
+    if codes.dtype != torch.float8_e4m3fn or codes.ndim != 2:
+        return
+    rows, columns = codes.shape
+    expected = {"tensor": [1], "channel": [rows, 1], "group": [rows, columns // (size or 1)]}.get(strategy, list(scales.shape))
+    if scales.numel() != math.prod(expected) or (strategy != "tensor" and scales.shape[:1] != (expected[0],)):
+        raise ShapeError(
+            f"weights {list(codes.shape)} quantized per {strategy} have scales {list(scales.shape)}, expected {expected}",
+            hint="load the checkpoint as it was published, each weight as [output features, input features]",
+        )
 
 
 def of_scheme(scheme: Any, format: WeightFormat, tensors: dict[str, Tensor], names: Names) -> Quant | None:

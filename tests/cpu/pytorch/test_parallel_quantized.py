@@ -466,6 +466,9 @@ def test_bad_arguments() -> None:
             run_virtual(1, lambda group, arguments=arguments: collogue.parallelize(model, group, **arguments))
     with pytest.raises(ArgumentError, match="quantized already"):
         run_virtual(1, lambda group: collogue.parallelize(compressed("FP8_DYNAMIC"), group, quant="fp8_per_token"))
+    match = r"no amax of layers\.0\.self_attn\.q_proj, but one of model\.layers\.0\.self_attn\.q_proj: .*prefix"
+    with pytest.raises(ArgumentError, match=match):
+        run_virtual(1, lambda group: collogue.parallelize(model.model, group, quant="fp8_static", calibration=seen))
 
 
 def test_compiled() -> None:
