@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,52 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collogue.contract.formats import e8m0_decode
-from collogue.contract.quant import MXFP4, MXFP8, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
-from collogue.contract.weight import FP8Block, QuantizedWeight, Slicer, WeightFormat, check_scales
-from collogue.errors import ArgumentError, CollogueError, FormatError, ScaleError, ShapeError
+from collogue.contract.quant import NVFP4, FP8PerToken, FP8Static, Quant
+from collogue.contract.weight import QuantizedWeight, Slicer, check_scales
+from collogue.errors import ArgumentError, CollogueError, ShapeError
 from collogue.pytorch.cut import Cut
-
-#: Scales that a layer may have for a key-value cache in FP8. The cache is transformers' and stays as it is: they are not used.
-CACHE_SCALES = ("k_scale", "v_scale")
-
-#: Dtypes of scales that are powers of two (E8M0). Scales of any other are numbers, whatever they are stored in.
-_POWERS = (torch.uint8, torch.float8_e8m0fnu)
-
-
-@dataclass(frozen=True)
-class Names:
-    """What one kind of checkpoint calls the tensors of a layer. ``multipliers``: NVFP4's two global scales are, not divisors."""
-
-    weight_scale: str
-    weight_global: str
-    input_scale: str
-    input_global: str
-    multipliers: bool
-    packed: str = "weight"
-
-    @property
-    def known(self) -> set[str]:
-        """All tensors that a layer may have."""
-        return {"weight", "bias", self.packed, self.weight_scale, self.weight_global, self.input_scale, self.input_global, *CACHE_SCALES}
-
-
-#: By ``quant_method`` of the model's configuration. Scales are divisors in all of them; NVFP4's global scales are not.
-NAMES = {
-    "fp8": Names("weight_scale_inv", "", "activation_scale", "", False),
-    "compressed-tensors": Names("weight_scale", "weight_global_scale", "input_scale", "input_global_scale", True, "weight_packed"),
-    "modelopt": Names("weight_scale", "weight_scale_2", "input_scale", "input_scale", False),
-}
-
-
-#: ModelOpt's ``quant_algo``: the format of weights, and that of inputs. ``None``: they are not quantized.
-ALGORITHMS: dict[str, tuple[type, type | None]] = {
-    "FP8": (FP8Static, FP8Static),
-    "FP8_PER_CHANNEL_PER_TOKEN": (FP8PerToken, FP8PerToken),
-    "FP8_PB_WO": (FP8Block, None),
-    "NVFP4": (NVFP4, NVFP4),
-    "MXFP8": (MXFP8, MXFP8),
-}
+from collogue.pytorch.schemes import (
+    NAMES,
+    POWERS,
+    block_size,
+    check_algorithm,
+    check_scheme,
+    of_algorithm,
+    of_fine_grained,
+    of_scheme,
+    per_channel,
+    weight_of,
+)
 
 
 @contextmanager
@@ -137,20 +106,20 @@ def method_of(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def _said(config: Any) -> dict[str, Any]:
-    """The quantization of a model's configuration, where it is written out."""
+def quantization_of(config: Any) -> dict[str, Any]:
+    """The quantization of a model's configuration, written out; empty where it says nothing."""
     said = getattr(config, "quantization_config", None)
-    return said if isinstance(said, dict) else {}
+    return said if isinstance(said, dict) else getattr(said, "to_dict", dict[str, Any])()
 
 
 def cache_of(config: Any) -> Any:
     """What the configuration says of the key-value cache, as compressed-tensors or ModelOpt call it; ``None`` where that is nothing."""
-    return _said(config).get("kv_cache_scheme") or _said(config).get("kv_cache_quant_algo")
+    return quantization_of(config).get("kv_cache_scheme") or quantization_of(config).get("kv_cache_quant_algo")
 
 
 def algorithm_of(config: Any, name: str) -> str | None:
     """ModelOpt's ``quant_algo`` of the layer called ``name`` in the model; ``None`` where the configuration does not say it."""
-    said = _said(config)
+    said = quantization_of(config)
     if said.get("quant_algo") == "MIXED_PRECISION":
         if not isinstance(layers := said.get("quantized_layers"), dict):
             raise ArgumentError(
@@ -202,7 +171,8 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
     ==================  ==========================  ====================  =====================================
 
     What of these is right for the input, the checkpoint says: fine-grained FP8 by ``activation_scheme`` of the layer,
-    compressed-tensors by its ``quantization_scheme``, ModelOpt by ``algorithm`` (:data:`ALGORITHMS`), else by the tensors.
+    compressed-tensors by its ``quantization_scheme``, ModelOpt by ``algorithm``
+    (:data:`collogue.pytorch.schemes.ALGORITHMS`), else by the tensors.
 
     Raises:
         ArgumentError: a method or scheme that is not known, named; a layer whose tensors are not there. ShapeError, ScaleError.
@@ -216,7 +186,8 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
             f"{name} also has {', '.join(more)}, whose part in its product is not known",
             hint="use a checkpoint without zero points, permutations, transforms or smoothing factors inside its linear layers",
         )
-    codes = tensors.get(names.packed, tensors.get("weight"))
+    codes_name = names.packed if names.packed in tensors else "weight"
+    codes = tensors.get(codes_name)
     scales = tensors.get(names.weight_scale)
     if codes is None or scales is None:
         missing = [names.packed] * (codes is None) + [names.weight_scale] * (scales is None)
@@ -225,17 +196,25 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
             hint="load the checkpoint compressed (not dequantized), with the package that wrote it",
         )
     with naming(name):
-        _check_scheme(getattr(getattr(linear, "quantization_scheme", None), "weights", None), codes, scales)
-        block = _block_size(linear) or (128 if algorithm == "FP8_PB_WO" else None)
+        check_scheme(getattr(getattr(linear, "quantization_scheme", None), "weights", None), codes, scales)
+        check_algorithm(algorithm, codes, scales)
+        block = block_size(linear) or (128 if algorithm == "FP8_PB_WO" else None)
         weight = weight_of(codes, scales, tensors.get(names.weight_global), names, block)
         if weight.scales is not None and weight.scales.device.type != "cpu":
             check_scales(weight.scales)
+        rows, columns = weight.shape
+        whole = getattr(linear, "out_features", rows), getattr(linear, "in_features", columns)
+        if whole != (rows, columns):
+            raise ShapeError(
+                f"{codes_name} is {[rows, columns]}, the model's {list(whole)}",
+                hint="load the checkpoint with its own configuration",
+            )
         if method == "modelopt":
-            activation = _of_algorithm(algorithm, weight.format, tensors, names)
+            activation = of_algorithm(algorithm, weight.format, tensors, names)
         elif method == "compressed-tensors":
-            activation = _of_scheme(getattr(linear, "quantization_scheme", None), weight.format, tensors, names)
+            activation = of_scheme(getattr(linear, "quantization_scheme", None), weight.format, tensors, names)
         else:
-            activation = _of_fine_grained(linear, weight.format, scales.dtype in _POWERS, tensors, names)
+            activation = of_fine_grained(linear, weight.format, scales.dtype in POWERS, tensors, names)
         return QuantizedLinear(per_channel(weight) if isinstance(activation, FP8PerToken) else weight, activation)
 
 
@@ -299,7 +278,7 @@ def _experts(experts: Any, name: str, codes: Tensor, scales: Tensor, shape: torc
     with naming(name):
         if scales.device.type != "cpu":
             check_scales(scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales)
-        weights = tuple(weight_of(*each, None, NAMES["modelopt"], _block_size(experts)) for each in zip(codes, scales, strict=True))
+        weights = tuple(weight_of(*each, None, NAMES["modelopt"], block_size(experts)) for each in zip(codes, scales, strict=True))
     if weights[0].shape != (rows, columns):
         raise ShapeError(
             f"{name}: each expert's weight is {list(weights[0].shape)}, the model's {[rows, columns]}",
@@ -322,200 +301,6 @@ def _laid_out(experts: Any, whole: Mapping[str, torch.Size]) -> dict[str, Tensor
 def tensors_of(linear: nn.Module) -> dict[str, Tensor]:
     """A module's own parameters and buffers, by name."""
     return {name: tensor.detach() for name, tensor in (*linear.named_parameters(recurse=False), *linear.named_buffers(recurse=False))}
-
-
-def _block_size(linear: Any) -> int | None:
-    """Rows and columns of a block of scales, where the layer says so."""
-    structure = getattr(linear, "block_size", None) or getattr(
-        getattr(getattr(linear, "quantization_scheme", None), "weights", None), "block_structure", None
-    )
-    if structure is None:
-        return None
-    if structure[0] != structure[1]:
-        raise FormatError(f"blocks of {structure[0]} x {structure[1]} weights are not known", hint="known are square blocks, usually 128")
-    return int(structure[0])
-
-
-def weight_of(codes: Tensor, scales: Tensor, factor: Tensor | None, names: Names, block: int | None) -> QuantizedWeight:
-    """Codes and scales in the form that :class:`QuantizedWeight` has: in blocks where the layer says so, else by dtypes and shapes."""
-    if codes.dtype == torch.float8_e4m3fn:
-        powers = scales.dtype in _POWERS
-        if block is None and powers and scales.ndim == 2 and scales.shape[0] == codes.shape[0]:
-            return QuantizedWeight(codes, scales.view(torch.float8_e8m0fnu), MXFP8("floor", "linear"))
-        exact = e8m0_decode(scales) if scales.dtype == torch.uint8 else scales.float()
-        if exact.ndim == 4 and exact.shape[1] == exact.shape[3] == 1:  # ModelOpt's blocks
-            exact = exact[:, 0, :, 0]
-        if block is None and exact.numel() == 1 and codes.numel() != 1:
-            return QuantizedWeight(codes, None, FP8Static(float(exact)))
-        if block is None and exact.numel() == codes.shape[0] and 0 < exact.ndim < 3 and exact.shape[0] == codes.shape[0]:
-            return QuantizedWeight(codes, exact.reshape(-1, 1), FP8PerToken())
-        return QuantizedWeight(codes, exact, FP8Block(block or 128))
-    if codes.dtype == torch.uint8:
-        if scales.dtype == torch.float8_e4m3fn:
-            if factor is None:
-                raise ArgumentError(f"there is no {names.weight_global}", hint="NVFP4 weights have a global scale")
-            return QuantizedWeight(codes, scales, NVFP4(_global(factor, names.weight_global, names), "linear"))
-        if scales.dtype in _POWERS:
-            return QuantizedWeight(codes, scales.view(torch.float8_e8m0fnu), MXFP4("floor", "linear"))
-        raise ArgumentError(
-            f"weights of {codes.dtype} with scales of {scales.dtype} {list(scales.shape)} are not known",
-            hint="known are NVFP4, with block scales of torch.float8_e4m3fn, and MXFP4, with E8M0 ones (bytes)",
-        )
-    raise ArgumentError(
-        f"weights of {codes.dtype} are not known",
-        hint="known are FP8 (per tensor, channel, block), MXFP8, MXFP4 and NVFP4; else dequantize",
-    )
-
-
-def _number(scale: Tensor, name: str) -> float:
-    """A scale of a whole tensor. Raises :class:`ScaleError` where it is several, or none."""
-    if scale.numel() != 1:
-        raise ScaleError(f"{name} has {scale.numel()} elements", hint="a scale of a whole tensor has one; check the checkpoint")
-    return float(scale)
-
-
-def _global(scale: Tensor, name: str, names: Names) -> float:
-    """The multiplier that a global scale is, or is the inverse of."""
-    number = _number(scale, name)
-    return number if names.multipliers else float(1.0 / torch.tensor(number, dtype=torch.float32))
-
-
-def _one(given: Tensor | None, name: str) -> float:
-    """The scale of an input whose scheme is static. Raises :class:`ArgumentError` where there is none."""
-    if given is None:
-        raise ArgumentError(
-            f"inputs are quantized by a static scale, but there is no {name}", hint="calibrate the model before it is saved"
-        )
-    return _number(given, name)
-
-
-def _of_fine_grained(linear: Any, format: WeightFormat, powers: bool, tensors: dict[str, Tensor], names: Names) -> Quant | None:
-    """The input's format in fine-grained FP8: static as the layer says, or as there is a scale; else like the weight's."""
-    given = tensors.get(names.input_scale)
-    scheme = getattr(linear, "activation_scheme", "dynamic" if given is None else "static")
-    if isinstance(format, NVFP4 | MXFP4):
-        raise ArgumentError(
-            f"weights of {type(format).__name__} are not known in fine-grained FP8", hint="use a checkpoint with FP8 weights, or dequantize"
-        )
-    if scheme == "static":
-        return FP8Static(_one(given, names.input_scale))
-    if scheme != "dynamic":
-        raise ArgumentError(f"activation_scheme {scheme!r} is not known", hint="known are 'static' and 'dynamic'")
-    if isinstance(format, MXFP8):
-        return MXFP8("floor")
-    if isinstance(format, FP8Block):
-        return _groups(format.size, powers)
-    return FP8PerToken()
-
-
-def _groups(size: int, powers: bool) -> FP8Group:
-    """Groups of the input. Scales in float32 lie column by column, as products on GPUs read them."""
-    return FP8Group(size, "ue8m0") if powers else FP8Group(size, layout="column")
-
-
-def _of_algorithm(algorithm: str | None, format: WeightFormat, tensors: dict[str, Tensor], names: Names) -> Quant | None:
-    """The input's format in ModelOpt's checkpoints."""
-    weights = type(format)
-    if algorithm is not None and ALGORITHMS.get(algorithm, (None,))[0] is not weights:
-        problem = f"has weights of {weights.__name__}" if algorithm in ALGORITHMS else "is not known"
-        raise ArgumentError(f"quant_algo {algorithm!r} {problem}", hint=f"known are {', '.join(ALGORITHMS)}; else dequantize")
-    if weights not in dict(ALGORITHMS.values()):
-        raise ArgumentError(f"weights of {weights.__name__} are not known in ModelOpt's checkpoints", hint="dequantize the checkpoint")
-    given = tensors.get(names.input_scale)
-    if weights is NVFP4:
-        if given is None and algorithm is None:
-            return None
-        _one(given, names.input_scale)
-        assert given is not None
-        return NVFP4(_global(given, names.input_scale, names))
-    if weights is FP8Static:
-        return FP8Static(_one(given, names.input_scale))
-    return FP8PerToken() if weights is FP8PerToken else MXFP8("floor") if weights is MXFP8 else None
-
-
-#: What compressed-tensors may do with weights: type, bits, strategy and, of groups, their size.
-_SCHEMES = (
-    ("float", 8, "tensor", None),
-    ("float", 8, "channel", None),
-    ("float", 8, "block", None),
-    ("float", 8, "group", 32),
-    ("float", 4, "group", 32),
-    ("float", 4, "tensor_group", 16),
-)
-
-
-def _kind(given: Any) -> tuple[str, int, str]:
-    """Type, bits and strategy of compressed-tensors' arguments."""
-    return str(getattr(given.type, "value", given.type)), given.num_bits, str(getattr(given.strategy, "value", given.strategy))
-
-
-def _check_scheme(weights: Any, codes: Tensor, scales: Tensor) -> None:
-    """Raise :class:`ArgumentError` for weights that compressed-tensors quantizes in a way that is not known, or whose scales do not fit."""
-    if weights is None:
-        return
-    kind = _kind(weights)
-    size = weights.group_size if "group" in kind[2] else None
-    if (*kind, size) in _SCHEMES and weights.symmetric and not (kind[2] == "group" and scales.element_size() > 1):
-        if codes.dtype == torch.float8_e4m3fn and codes.ndim == 2:
-            rows, columns = codes.shape
-            expected = {"tensor": [1], "channel": [rows, 1], "group": [rows, columns // (size or 1)]}.get(kind[2], list(scales.shape))
-            if scales.numel() != math.prod(expected) or (kind[2] != "tensor" and scales.shape[:1] != (expected[0],)):
-                raise ShapeError(
-                    f"weights {list(codes.shape)} quantized per {kind[2]} have scales {list(scales.shape)}, expected {expected}",
-                    hint="load the checkpoint as it was published, each weight as [output features, input features]",
-                )
-        return
-    groups = "" if size is None else f" of {size}"
-    raise ArgumentError(
-        f"weights quantized to {kind[1]}-bit {kind[0]} per {kind[2]}{groups}, with scales of {scales.dtype}, are not known",
-        hint="known are FP8 (per tensor, channel, block), MXFP8, MXFP4 and NVFP4; else dequantize",
-    )
-
-
-def _of_scheme(scheme: Any, format: WeightFormat, tensors: dict[str, Tensor], names: Names) -> Quant | None:
-    """The input's format that compressed-tensors' arguments describe."""
-    if scheme is None:
-        raise ArgumentError("there is no quantization_scheme", hint="load the checkpoint compressed, with compressed-tensors")
-    if (outputs := getattr(scheme, "output_activations", None)) is not None:
-        kind = _kind(outputs)
-        raise ArgumentError(
-            f"outputs quantized to {kind[1]}-bit {kind[0]} per {kind[2]} are not known",
-            hint="use a checkpoint whose scheme has weights and input_activations alone, or dequantize",
-        )
-    given = scheme.input_activations
-    if given is None:
-        return None
-    kind, size = _kind(given), given.group_size
-    scale, factor = tensors.get(names.input_scale), tensors.get(names.input_global)
-    said = getattr(given, "scale_dtype", None)
-    powers = isinstance(format, MXFP8 | MXFP4) if said is None else said in _POWERS
-    if not given.symmetric:
-        kind = kind[0], kind[1], f"{kind[2]} with zero points"
-    if kind == ("float", 8, "tensor") and not given.dynamic:
-        return FP8Static(_one(scale, names.input_scale))
-    if kind == ("float", 8, "token") and given.dynamic:
-        return FP8PerToken()
-    if kind == ("float", 8, "group") and given.dynamic:
-        return MXFP8("floor") if powers and size == 32 else _groups(size, powers)
-    if kind == ("float", 4, "tensor_group") and size == 16:
-        if factor is None:
-            raise ArgumentError(f"there is no {names.input_global}", hint="calibrate it before it is saved")
-        return NVFP4(_global(factor, names.input_global, names))
-    if kind == ("float", 4, "group") and size == 32 and given.dynamic and powers:
-        return MXFP4("floor")
-    how = "dynamic" if given.dynamic else "static"
-    raise ArgumentError(
-        f"inputs quantized to {kind[1]}-bit {kind[0]} per {kind[2]}, {how}, are not known",
-        hint="known are FP8 static per tensor, per token, per group; MXFP8; MXFP4; NVFP4",
-    )
-
-
-def per_channel(weight: QuantizedWeight) -> QuantizedWeight:
-    """The same weight with its one scale repeated for every output feature: what a product with per-token activations takes."""
-    if not isinstance(weight.format, FP8Static):
-        return weight
-    scales = torch.full((weight.shape[0], 1), float(weight.format.scale), dtype=torch.float32, device=weight.codes.device)
-    return replace(weight, scales=scales, format=FP8PerToken())
 
 
 def shared_input(layers: dict[str, QuantizedLinear | None]) -> Quant | None:

@@ -15,6 +15,7 @@ from collogue.contract.spec import RMSNorm
 from collogue.errors import ArgumentError, FormatError, ScaleError, ShapeError
 from collogue.pytorch.boundaries import check_attention
 from collogue.pytorch.checkpoints import (
+    EXPERTS,
     QuantizedExperts,
     QuantizedLinear,
     algorithm_of,
@@ -27,9 +28,11 @@ from collogue.pytorch.checkpoints import (
 )
 from collogue.pytorch.cut import Cut, OnFirst, Section
 from collogue.pytorch.forms import FORMS, WHOLE, Block, Counted, Cuts, Form
+from collogue.pytorch.origin import Origin
 from collogue.pytorch.plain import check_linear, odd_parameter, own_ways
 from collogue.pytorch.published import Published
 from collogue.pytorch.recipes import Recipe
+from collogue.pytorch.schemes import CACHE_HOOKS, CACHE_SCALES, NAMES
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Decoder:
             found[name] = f"{type(module).__qualname__} {numbers}"
         for name, tensor in self.model.named_parameters():
             found[name] = f"{tensor.dtype} {list(tensor.shape)}"
-            if tensor.numel():
+            if tensor.numel() and name.rpartition(".")[2] not in CACHE_SCALES:
                 first = tensor.detach()[(0,) * (tensor.ndim - 1)].reshape(-1)[:8]
                 first = first.contiguous().view(torch.uint8) if first.element_size() == 1 else first  # codes
                 found[f"the first row of {name}"] = repr(first.tolist())
@@ -245,6 +248,10 @@ def _is_elementwise(activation: nn.Module) -> bool:
 _INTEGRATIONS = "transformers.integrations."
 
 
+#: The library that quantized a layer computes its product in its own way; here the layer is replaced.
+_LIBRARY = ("compressed_tensors.quantization.", "compressed_tensors.compressors.")
+
+
 def _check_code(base: Any, layer: nn.Module, name: str, blocks: tuple[Block, Block], fuse: bool) -> None:
     """Whether the layer, its attention, its MLP and its experts run transformers' own code for this type, and nothing beside it."""
     ours = {name} | {f"{name}.{each}" for block in blocks for each in block.modules}
@@ -260,8 +267,7 @@ def _check_code(base: Any, layer: nn.Module, name: str, blocks: tuple[Block, Blo
                 f"{inner} is a {type(module).__module__}.{type(module).__qualname__}, not an activation known to act on each element alone",
                 hint="each rank has a part of the features: use an activation of transformers or PyTorch, or collogue.nn",
             )
-        # The library that quantized a layer computes its product in its own way; here the layer is replaced.
-        known = ("compressed_tensors.quantization.", "compressed_tensors.compressors.") if is_quantized(module) else ()
+        known = _LIBRARY if is_quantized(module) else (CACHE_HOOKS,) if inner == f"{name}.self_attn" else ()
         problem = "has a forward of its own" * ("forward" in vars(module)) if module is layer else own_ways(module, known)
         if problem:
             hint = "parallelize the model without it" + "; fuse=False lets hooks on attention, MLP and norms see whole tensors" * fuse
@@ -276,18 +282,21 @@ class _Source:
     recipe: Recipe | None
     prefix: str
     config: Any
+    origin: Origin
 
     @classmethod
     def of(cls, model: Any, base: Any, recipe: Recipe | None) -> _Source:
         method = method_of(base.config)
         check_loaded(model, method)
-        return cls(method, recipe, "" if model is base else f"{model.base_model_prefix}.", base.config)
+        return cls(method, recipe, "" if model is base else f"{model.base_model_prefix}.", base.config, Origin(base.config))
 
     def quantized(self, linear: nn.Module, name: str) -> QuantizedLinear | None:
         """The layer's weight and input format; ``None`` where it is not quantized: a checkpoint may have been dequantized on load."""
         if is_quantized(linear):
             if self.recipe is not None:
                 raise ArgumentError(f"{name} is quantized already ({self.method})", hint="leave quant= out")
+            if self.method in ("fp8", "compressed-tensors"):  # transformers has read it
+                self.origin.check_read(linear, name, self.prefix, NAMES[self.method].quantized)
             return read(linear, name, self.method, algorithm_of(self.config, self.prefix + name))
         if self.method == "fp8" and isinstance(getattr(linear, "weight_scale_inv", None), Tensor):
             raise ArgumentError(
@@ -413,6 +422,8 @@ def _dequantized(
     held = dict(experts.named_parameters(recurse=False))
     shapes = {each: parameter.shape for each, parameter in held.items() if parameter.ndim == 3}
     transposed = cuts.get("gate_up_proj") == (2, ("pairs",))
+    if source.method == "fp8":
+        source.origin.check_read(given, f"layers.{index}.{name}", source.prefix, [each + end for each in shapes for end in EXPERTS["fp8"]])
     quantized = read_experts(given, f"layers.{index}.{name}", source.method, shapes, transposed=transposed)
     for each in set(held) - set(shapes):
         bias = getattr(given, each, None)

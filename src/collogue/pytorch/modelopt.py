@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from collogue.errors import ArgumentError, ShapeError
-from collogue.pytorch.checkpoints import CACHE_SCALES
+from collogue.pytorch.schemes import CACHE_SCALES
 
 
 def load(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -90,8 +90,10 @@ def _fill(model: nn.Module, owner: str, tensors: dict[str, Tensor], dtype: torch
                 hint="known are checkpoints whose linear layers alone are quantized; load others dequantized",
             )
         outer, _, last = owner.rpartition(".")
-        layer = nn.Module()
+        layer: Any = nn.Module()
+        layer.out_features, layer.in_features = module.out_features, module.in_features
         for name, tensor in tensors.items():
+            _check_shape(module, owner, name, tensor)
             layer.register_parameter(name, nn.Parameter(tensor.to(dtype) if name == "bias" else tensor, False))
         setattr(model.get_submodule(outer), last, layer)
         return
@@ -100,10 +102,7 @@ def _fill(model: nn.Module, owner: str, tensors: dict[str, Tensor], dtype: torch
             continue
         place = getattr(module, name, None)
         if not isinstance(place, Tensor) or place.shape != tensor.shape:
-            raise ShapeError(
-                f"{owner}.{name} is {list(tensor.shape)}, the model's {list(place.shape) if isinstance(place, Tensor) else 'none'}",
-                hint="load the checkpoint with its own configuration",
-            )
+            raise _other_shape(f"{owner}.{name}", tensor, list(place.shape) if isinstance(place, Tensor) else None)
         whole = f"{owner}.{name}"
         if (other := filled.setdefault(id(place), whole)) != whole and not torch.equal(place, tensor.to(place.dtype)):
             raise ArgumentError(
@@ -111,3 +110,21 @@ def _fill(model: nn.Module, owner: str, tensors: dict[str, Tensor], dtype: torch
                 hint="set tie_word_embeddings to false in config.json, or delete the one that is not meant",
             )
         place.data = tensor.to(place.dtype)
+
+
+def _check_shape(module: nn.Linear, owner: str, name: str, tensor: Tensor) -> None:
+    """Raise where codes or a bias are not of the model's layer. A byte holds two FP4 codes; scales are compared with codes later."""
+    expected = {"weight": [module.out_features, module.in_features], "bias": [module.out_features]}.get(name)
+    if expected is None:
+        return
+    if tensor.dtype == torch.uint8 and name == "weight":
+        expected[1] //= 2
+    if list(tensor.shape) != expected or (name == "bias" and module.bias is None):
+        raise _other_shape(f"{owner}.{name}", tensor, None if name == "bias" and module.bias is None else expected)
+
+
+def _other_shape(name: str, tensor: Tensor, shape: list[int] | None) -> ShapeError:
+    return ShapeError(
+        f"{name} is {list(tensor.shape)}, the model's {'none' if shape is None else shape}",
+        hint="load the checkpoint with its own configuration",
+    )

@@ -22,16 +22,18 @@ from collogue.errors import ArgumentError, CollogueError
 from collogue.group import Group, TorchGroup, as_group
 from collogue.planning.topology import Order, Transport
 from collogue.pytorch.boundaries import Boundaries, GatedMLP, Untouched, WholeNorm, check_use, partial_of
-from collogue.pytorch.checkpoints import CACHE_SCALES, QuantizedLinear, cache_of
+from collogue.pytorch.checkpoints import QuantizedLinear, cache_of, is_quantized
 from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, check_first, no_checkpoint
 from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
 from collogue.pytorch.generation import generate
 from collogue.pytorch.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear
+from collogue.pytorch.origin import dequantized
 from collogue.pytorch.plain import home
 from collogue.pytorch.products import has_product
 from collogue.pytorch.published import QuantizedCheckpoint
 from collogue.pytorch.recipes import Recipe
 from collogue.pytorch.scaled import Handover
+from collogue.pytorch.schemes import CACHE_HOOKS, CACHE_SCALES
 
 _log = logging.getLogger("collogue")
 
@@ -198,6 +200,7 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, 
     for held in decoder.tensors:
         _cut_tensors(held, base, comm, undo)
     for layer in layers:
+        undo.drop(layer.self_attn._forward_pre_hooks, CACHE_HOOKS)
         _fewer_heads(layer.self_attn, decoder, comm, undo)
     for each in decoder.linears:
         owner, _, name = each.name.rpartition(".")
@@ -285,6 +288,10 @@ def _cut_tensors(each: TensorPlan, base: Any, comm: Communicator, undo: _Undo) -
     )
 
 
+def _has_codes(decoder: Decoder) -> bool:
+    return any(is_quantized(each.linear) for each in decoder.linears) or any(each.quantized for each in decoder.tensors)
+
+
 def _say_linears(decoder: Decoder, device: torch.device) -> None:
     """One line about linear layers whose weights were decoded, and what it costs; one about scales that are not used."""
     plans = [each for each in decoder.linears if each.quantized is not None]
@@ -303,6 +310,8 @@ def _say_linears(decoder: Decoder, device: torch.device) -> None:
             f"and take {taken / 2**20:.1f} MiB on this rank in place of {packed / 2**20:.1f} MiB, because {device.type} has no product of "
             "their formats that is used here; keep_packed=True keeps them, and decodes them in every call"
         )
+    if not _has_codes(decoder) and (said := dequantized(decoder.base.config)):
+        _log.info(f"{said}: weights and inputs are in {dtype}{', but for what quant= quantizes' * bool(plans)}")
     cached = sum(any(hasattr(each.linear, name) for name in CACHE_SCALES) for each in plans)
     if cached:
         _log.info(f"{cached} linear layers have scales for a key-value cache in FP8, which are not used: the cache is not quantized")
@@ -325,6 +334,8 @@ def _say_experts(decoder: Decoder, world_size: int, quant: str | None) -> None:
             f"{have}: {', '.join(labels)} weights are decoded once, with keep_packed=True as well, and take {mib:.1f} MiB on this rank "
             f"in place of {packed:.1f} MiB; they are multiplied with inputs in {dtype}{given}: no grouped product of codes is used here"
         )
+    elif plans and _has_codes(decoder):
+        _log.info(f"{have} have no codes in the model as it was loaded: weights and inputs are in {dtype}, {mib:.1f} MiB on this rank")
     elif plans and quant is not None:
         _log.info(f"{have}: quant={quant!r} leaves weights and inputs in {dtype}, {mib:.1f} MiB on this rank")
 

@@ -13,9 +13,10 @@ from collogue.communicator import Communicator
 from collogue.contract.quant import NVFP4, FP8PerToken, FP8Static
 from collogue.contract.weight import FP8Block, QuantizedWeight
 from collogue.errors import ArgumentError, ScaleError
-from collogue.pytorch.checkpoints import NAMES, Names, QuantizedLinear, naming, per_channel, tensors_of, weight_of
+from collogue.pytorch.checkpoints import QuantizedLinear, naming, tensors_of
 from collogue.pytorch.cut import Checkpoint, Cut, gathered
 from collogue.pytorch.scaled import Linear, check_like, factor_of
+from collogue.pytorch.schemes import NAMES, Names, per_channel, weight_of
 
 
 @dataclass

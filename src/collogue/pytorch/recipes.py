@@ -87,5 +87,12 @@ class Recipe:
     def _scale(self, name: str, suffix: str) -> float:
         found: Any = self.scales.get(f"{name}.{suffix}")
         if found is None:
-            raise ArgumentError(f"the calibration has no amax of {name}", hint="calibrate every linear layer inside decoder layers")
+            known = (each.removesuffix(f".{suffix}") for each in self.scales)
+            other = next((each for each in known if f".{each}".endswith(f".{name}") or name.endswith(f".{each}")), None)
+            if other is None:
+                raise ArgumentError(f"the calibration has no amax of {name}", hint="calibrate every linear layer inside decoder layers")
+            raise ArgumentError(
+                f"the calibration has no amax of {name}, but one of {other}: a whole model's names have the base model's prefix",
+                hint="calibrate and parallelize the same of the two",
+            )
         return float(found)

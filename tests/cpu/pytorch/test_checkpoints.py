@@ -213,6 +213,15 @@ _NVFP4 = {
         ),
         ("modelopt", _NVFP4 | {"input_scale": torch.ones(0)}, ScaleError, "layer: input_scale has 0 elements"),
         ("modelopt", _NVFP4 | {"weight_scale_2": torch.ones(2)}, ScaleError, "layer: weight_scale_2 has 2 elements"),
+        ("modelopt", _NVFP4 | {"input_scale": torch.tensor(0.0)}, ScaleError, r"layer: input_scale must be positive and finite, got 0\.0"),
+        ("modelopt", _NVFP4 | {"weight_scale_2": torch.tensor(0.0)}, ScaleError, r"layer: weight_scale_2 must .*, got 0\.0"),
+        ("modelopt", _NVFP4 | {"weight_scale_2": torch.tensor(1e-40)}, ScaleError, "layer: weight_scale_2 is .*, whose inverse is inf"),
+        (
+            "modelopt",
+            _NVFP4 | {"weight_scale": torch.ones(OUT, IN // 16, dtype=torch.uint8)},
+            ArgumentError,
+            "layer: weight_scale is torch.uint8 beside weight_scale_2: NVFP4's",
+        ),
         (
             "modelopt",
             _NVFP4 | {"weight_scale": torch.ones(OUT, IN // 16)},
@@ -275,10 +284,13 @@ def test_modelopts_algorithms(algorithm: str | None, tensors: dict[str, torch.Te
         ("NVFP4", _static(), "quant_algo 'NVFP4' has weights of FP8Static"),
         ("FP8", {"weight": _CODES, "weight_scale": torch.tensor(1.0)}, "no input_scale"),
         ("NVFP4", _NVFP4, "no input_scale"),
+        ("FP8_PER_CHANNEL_PER_TOKEN", {"weight": _CODES, "weight_scale": torch.ones(6, 3)}, r"scales \[6, 3\], expected \[128, 1\]"),
+        ("FP8_PER_CHANNEL_PER_TOKEN", {"weight": _CODES, "weight_scale": torch.ones(64)}, r"scales \[64\], expected \[128, 1\]"),
+        ("MXFP8", {"weight": _CODES, "weight_scale": _BYTES[:, :4]}, r"scales \[128, 4\], expected \[128, 8\]"),
     ],
 )
 def test_algorithms_that_do_not_fit(algorithm: str, tensors: dict[str, torch.Tensor], match: str) -> None:
-    with pytest.raises(ArgumentError, match=f"layer: .*{match}") as caught:
+    with pytest.raises((ArgumentError, ShapeError), match=f"layer: .*{match}") as caught:
         read(_layer(**tensors), "layer", "modelopt", algorithm)
     assert caught.value.hint
 

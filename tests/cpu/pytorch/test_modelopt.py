@@ -74,6 +74,29 @@ def _tensors(folder: Path, **said: Any) -> None:
     save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
 
 
+LAYER = "model__layers__1__self_attn__k_proj"
+
+
+def _cut(folder: Path) -> None:
+    """The first rows of a layer's codes."""
+    state = load_file(folder / "model.safetensors")
+    _tensors(
+        folder,
+        **{name.replace(".", "__"): tensor[:128].clone() for name, tensor in state.items() if name.endswith("1.self_attn.k_proj.weight")},
+    )
+
+
+@pytest.mark.parametrize("fp4", [False, True])
+def test_codes_of_another_shape_are_named(fp4: bool, tmp_path: Path) -> None:
+    """Of FP4 a byte holds two codes."""
+    save(modelopt(fp4), tmp_path, SAID)
+    _cut(tmp_path)
+    columns = 192 if fp4 else 384
+    match = rf"model\.layers\.1\.self_attn\.k_proj\.weight is \[128, {columns}\], the model's \[768, {columns}\]"
+    with pytest.raises(ShapeError, match=match):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "match"),
     [
@@ -86,6 +109,11 @@ def _tensors(folder: Path, **said: Any) -> None:
             lambda folder: _tensors(folder, model__embed_tokens__weight=torch.ones(128, 384).to(torch.float8_e4m3fn)),
             ArgumentError,
             r"model\.embed_tokens\.weight is torch\.float8_e4m3fn \(Embedding\)",
+        ),
+        (
+            lambda folder: _tensors(folder, **{f"{LAYER}__bias": torch.ones(768)}),
+            ShapeError,
+            r"k_proj\.bias is \[768\], the model's none",
         ),
         (lambda folder: _tensors(folder, model__other__weight=torch.ones(3)), ArgumentError, r"the model has no model\.other"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ from quantized_models import (
 import collogue
 from collogue.contract import calibration
 from collogue.errors import ArgumentError, CollogueError, FormatError, ScaleError, ShapeError
-from collogue.pytorch import checkpoints, products, recipes
+from collogue.pytorch import products, recipes, schemes
 from collogue.pytorch.checkpoints import is_quantized
 from collogue.pytorch.recipes import RECIPES, Recipe
 from collogue.pytorch.scaled import Linear
@@ -123,7 +124,7 @@ def test_scales_of_groups_lie_as_products_read_them(make: Callable[[], Any] | No
     by_columns = [logits(model, 1, tokens, **options) for tokens in (TOKENS, TOKENS[:, :8], TOKENS[:1, :1])]
     assert len(seen) == 3 * 14
     assert all(seen)
-    for module in (recipes, checkpoints):
+    for module in (recipes, schemes):
         monkeypatch.setattr(module, "FP8Group", lambda size, layout: collogue.FP8Group(size))
     seen.clear()
     by_rows = [logits(model, 1, tokens, **options) for tokens in (TOKENS, TOKENS[:, :8], TOKENS[:1, :1])]
@@ -280,6 +281,12 @@ def _break_shape(model: Any) -> None:
     _layer(model).weight_scale.data = torch.ones(5, 1)
 
 
+def _fewer_rows(model: Any) -> None:
+    for name in ("weight", "weight_scale"):
+        tensor = getattr(_layer(model), name)
+        tensor.data = tensor.data[:128].clone()
+
+
 def _dequantize_one(model: Any) -> None:
     from quantized_models import put
 
@@ -295,6 +302,7 @@ def _quantize_head(model: Any) -> None:
     [
         (_break_scale, ScaleError, "layers.1.self_attn.k_proj: .*not positive"),
         (_break_shape, CollogueError, "layers.1.self_attn.k_proj: "),
+        (_fewer_rows, ShapeError, r"layers.1.self_attn.k_proj: weight is \[128, 384\], the model's \[768, 384\]"),
         (_dequantize_one, ArgumentError, "different formats: .*k_proj none"),
         (lambda model: model.config.quantization_config.update(quant_method="gptq"), ArgumentError, "'gptq' is not known"),
         (_quantize_head, ArgumentError, "lm_head is quantized"),
@@ -395,6 +403,40 @@ def test_a_quantized_cache_without_scales_is_said(said: dict[str, Any], caplog: 
     assert line == f"the configuration says that the key-value cache is {asked}, which is not done: the cache is not quantized"
 
 
+@pytest.mark.parametrize("scales", [True, False])
+def test_a_quantized_cache_of_compressed_tensors_is_not_used(scales: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its hook would put a cache of its own in the place of transformers'. Scales that no file has, and nothing reads, may be anything."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    compressed_checkpoint("FP8_DYNAMIC", tmp_path)
+    file, path = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if scales:
+        names = [f"model.layers.{index}.self_attn.{each}" for index in (0, 1) for each in ("k_scale", "v_scale")]
+        save_file(load_file(file) | {name: torch.tensor([0.02]) for name in names}, file, metadata={"format": "pt"})
+    config = json.loads(path.read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    path.write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    hooks = list(model.model.layers[1].self_attn._forward_pre_hooks.values())
+    assert len(hooks) == 1
+
+    def rank(group: VirtualGroup, model: Any) -> Any:
+        mine = copy.deepcopy(model)
+        for attention in (layer.self_attn for layer in mine.model.layers if not scales and hasattr(layer.self_attn, "k_scale")):
+            attention.k_scale.data.fill_(group.rank)
+        mine = collogue.parallelize(mine, group, max_tokens=32)
+        return mine(TOKENS).logits, mine.generate(TOKENS[:1], max_new_tokens=2, do_sample=False)
+
+    with caplog.at_level(logging.INFO, "collogue"):
+        found = run_virtual(2, functools.partial(rank, model=model))
+    for each, expected in zip(found, run_virtual(2, functools.partial(rank, model=compressed("FP8_DYNAMIC"))), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(each, expected, strict=True))
+    said = {record.message for record in caplog.records if record.name == "collogue" and "cache" in record.message}
+    assert len(said) == 1
+    assert "which is not done: the cache is not quantized" in said.pop()
+
+
 def test_a_calibration_from_a_file(tmp_path: Path) -> None:
     model = small_model("llama", **SIZES)
     seen = calibrated(model)
@@ -424,6 +466,9 @@ def test_bad_arguments() -> None:
             run_virtual(1, lambda group, arguments=arguments: collogue.parallelize(model, group, **arguments))
     with pytest.raises(ArgumentError, match="quantized already"):
         run_virtual(1, lambda group: collogue.parallelize(compressed("FP8_DYNAMIC"), group, quant="fp8_per_token"))
+    match = r"no amax of layers\.0\.self_attn\.q_proj, but one of model\.layers\.0\.self_attn\.q_proj: .*prefix"
+    with pytest.raises(ArgumentError, match=match):
+        run_virtual(1, lambda group: collogue.parallelize(model.model, group, quant="fp8_static", calibration=seen))
 
 
 def test_compiled() -> None:
