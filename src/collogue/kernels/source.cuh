@@ -374,7 +374,8 @@ struct TermsSource {
       for (int k = 0; k < kTerms; k++) load(held, k, i);
       return held;
     } else {
-      constexpr int kBatch = kMostHeld / Held::kEach;
+      // Of float32 terms beside the sums of four vectors so many: registers of sm_80 hold no more.
+      constexpr int kBatch = C::kVectors > 2 && Held::kEach > 1 ? 2 : kMostHeld / Held::kEach;
       OrderedSum<kTerms, kStarts> total;
       float f[8];
 #pragma unroll
