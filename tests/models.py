@@ -176,10 +176,10 @@ def state_rank(group: dist.ProcessGroup, tell: Any, folder: str, peft_folder: st
     told["own generators"] = rank == 0 or torch.equal(torch.get_rng_state(), before)
     tell("unfused")
     told["unfused"] = _unfused(group, tokens, peft_folder)
-    tell("compiled")
     with torch.no_grad():
         told["compiled"] = True
         for kind in ("llama", *OTHER_FORMS, *EXPERTS):
+            tell(f"compiled: {kind}")
             torch.compiler.reset()
             model = collogue.parallelize(small_model(kind), group, max_tokens=16)
             step = torch.compile(model, backend="eager", fullgraph=True)

@@ -19,17 +19,22 @@ class Kept:
     """A module that was put in by parallelize: its class, and the shapes of its parameters."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self._module, self._name, self._class, self._shapes = module, name, type(module), _shapes(module)
+        self._module, self._name, self._class = module, name, type(module)
+        self._shapes = [(each, parameter.shape) for each, parameter in module._parameters.items() if parameter is not None]
 
     def check(self) -> None:
         """Raise :class:`ArgumentError` where it is of another class, or a parameter of another shape."""
         if type(self._module) is not self._class:
             _reject(f"{self._name} was made a {type(self._module).__qualname__}")
-        if (now := _shapes(self._module)) != self._shapes:
-            raise ArgumentError(
-                f"the parameters of {self._name} are {now} after parallelize; this rank's part has {self._shapes}",
-                hint="use load_state_dict, which cuts whole tensors, or change the model before parallelize",
-            )
+        held = self._module._parameters
+        for name, shape in self._shapes:
+            parameter = held.get(name)
+            if parameter is None or parameter.shape != shape:
+                now = None if parameter is None else [*parameter.shape]
+                raise ArgumentError(
+                    f"{name} of {self._name} is {now} after parallelize; this rank's part is {[*shape]}",
+                    hint="use load_state_dict, which cuts whole tensors, or change the model before parallelize",
+                )
 
 
 class Code:
@@ -205,10 +210,6 @@ def _places(module: nn.Module, prefix: str) -> Iterator[tuple[dict[str, Any], st
         if child is not None:
             yield module._modules, prefix + name, child
             yield from _places(child, f"{prefix}{name}.")
-
-
-def _shapes(module: nn.Module) -> dict[str, list[int]]:
-    return {name: [*each.shape] for name, each in module._parameters.items() if each is not None}
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
