@@ -162,20 +162,24 @@ def state_rank(group: dist.ProcessGroup, tell: Any, folder: str, peft_folder: st
             told[what] = told.get(what, True) and right
     tell("sampling")
     model, unsharded = collogue.parallelize(small_model("llama"), group, max_tokens=16), small_model("llama")
-    for name, options in ("sampled", {}), ("beams", {"num_beams": 2}):
+    assistant = collogue.parallelize(small_model("llama", num_hidden_layers=1), group, max_tokens=16)
+    for name, options in ("sampled", {}), ("beams", {"num_beams": 2}), ("assisted", {"assistant_model": assistant}):
         options |= {"do_sample": True, "max_new_tokens": 6, "min_new_tokens": 6, "attention_mask": torch.ones_like(tokens)}
+        if name == "assisted":  # of one row at a time
+            tokens, options["attention_mask"] = tokens[:1], torch.ones_like(tokens[:1])
+        alone = {"assistant_model": small_model("llama", num_hidden_layers=1)} if name == "assisted" else {}
         torch.manual_seed(7)
-        expected = unsharded.generate(tokens, **options)
+        expected = unsharded.generate(tokens, **options | alone)
         torch.manual_seed(7 + 50 * rank)
         before = torch.get_rng_state()
         told[name] = torch.equal(model.generate(tokens, **options), expected)
     told["own generators"] = rank == 0 or torch.equal(torch.get_rng_state(), before)
     tell("unfused")
     told["unfused"] = _unfused(group, tokens, peft_folder)
-    tell("compiled")
     with torch.no_grad():
         told["compiled"] = True
         for kind in ("llama", *OTHER_FORMS, *EXPERTS):
+            tell(f"compiled: {kind}")
             torch.compiler.reset()
             model = collogue.parallelize(small_model(kind), group, max_tokens=16)
             step = torch.compile(model, backend="eager", fullgraph=True)
@@ -226,7 +230,7 @@ def _error(call: Any) -> str:
 
 def _unfused(group: dist.ProcessGroup, tokens: torch.Tensor, peft_folder: str | None) -> bool:
     """Whether ``fuse=False`` gives the unsharded logits, with hooks on whole tensors, and with LoRA."""
-    model, whole, right = collogue.parallelize(small_model("llama"), group, max_tokens=16, fuse=False), small_model("llama"), True
+    model, whole = collogue.parallelize(small_model("llama"), group, max_tokens=16, fuse=False), small_model("llama")
     seen: list[list[torch.Tensor]] = [[], []]
     for each, found in zip((model, whole), seen, strict=True):
         for name in ("mlp", "post_attention_layernorm"):
@@ -235,6 +239,9 @@ def _unfused(group: dist.ProcessGroup, tokens: torch.Tensor, peft_folder: str | 
     right = all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*seen, strict=True))
     model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, a, out: None)
     right &= "mlp.down_proj of a decoder layer has a forward hook" in _error(lambda: model(tokens))
+    trained = collogue.parallelize(small_model("llama"), group, max_tokens=16, fuse=False)
+    with torch.enable_grad():
+        right &= "the partial requires grad" in _error(lambda: trained(inputs_embeds=torch.zeros(1, 4, 64, requires_grad=True)))
     for kind in (*OTHER_FORMS, *EXPERTS):
         options = {"residual_multiplier": 0.22} if kind == "granite" else {}
         model, whole = collogue.parallelize(small_model(kind, **options), group, max_tokens=16, fuse=False), small_model(kind, **options)

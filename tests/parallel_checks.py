@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections.abc import Callable
@@ -64,6 +65,32 @@ def check_refused(model: Any, message: str, world_size: int = 2, error: type[Col
         assert mine.state_dict()
 
     run_virtual(world_size, rank)
+
+
+def parallel(model: Any, then: Callable[[Any], Any], world_size: int = 2, **options: Any) -> list[Any]:
+    """What ``then`` returns of the parallel model, on every rank."""
+
+    def rank(group: VirtualGroup) -> Any:
+        return then(collogue.parallelize(copy.deepcopy(model), group, **{"max_tokens": TOKENS.numel()} | options))
+
+    return run_virtual(world_size, rank)
+
+
+def check_same(model: Any, change: Callable[[Any], Any], mode: Any = torch.no_grad) -> None:
+    """The same change to the unsharded model gives the same logits. ``mode``: a thread's own, so every rank enters it."""
+
+    def then(mine: Any) -> torch.Tensor:
+        change(mine)
+        with mode():
+            logits: torch.Tensor = mine(TOKENS).logits
+        return logits.clone()
+
+    found = parallel(model, then)
+    change(model)
+    with mode():
+        expected = model(TOKENS).logits
+    for logits in found:
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def replace(model: Any, wrap: Callable[[Any], nn.Module], *names: str) -> Any:

@@ -136,6 +136,7 @@ def test_forward_mode_is_refused() -> None:
     refused(attempt, ArgumentError, "partial has a forward-mode tangent")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_tensors_that_are_not_their_memory_are_refused() -> None:
     def distributed(comm: Communicator, x: torch.Tensor) -> None:
         class DTensor(torch.Tensor):
@@ -157,6 +158,14 @@ def test_tensors_that_are_not_their_memory_are_refused() -> None:
     weight = torch.ones(H, dtype=torch.float32)
     refused(lambda comm, x: comm.all_reduce(x, norm=RMSNorm(torch._neg_view(weight))), LayoutError, "RMSNorm.weight is a lazy negation")
     refused(lambda comm, x: comm.all_reduce(x.to_sparse()), LayoutError, "sparse")
+    refused(lambda comm, x: comm.all_reduce(torch._nested_tensor_from_tensor_list([x, x])), LayoutError, "partial is a nested tensor")
+    refused(lambda comm, x: comm.all_reduce(_freed(x)), LayoutError, "partial has no memory: its storage was freed")
+
+
+def _freed(x: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
 
 
 def test_inference_tensors_are_no_outputs_outside_of_inference_mode() -> None:

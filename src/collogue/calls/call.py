@@ -257,6 +257,8 @@ def check_ordinary(name: str, tensor: torch.Tensor) -> None:
         raise ArgumentError(f"{name} is inside torch.func.vmap, jvp or grad", hint="make the call outside of the transform")
     if torch._C._get_tracing_state() is not None:
         raise ArgumentError(f"{name} is traced by torch.jit.trace", hint="use torch.compile or torch.export, which know collogue's calls")
+    if tensor.is_nested:
+        raise LayoutError(f"{name} is a nested tensor", hint=f"pass {name}.values(), or rows of one length")
     if tensor.layout is not torch.strided:
         raise LayoutError(f"{name} has layout {tensor.layout}; expected: torch.strided", hint=f"pass {name}.to_dense()")
     if tensor.is_neg():
@@ -270,8 +272,11 @@ def check_device(name: str, tensor: torch.Tensor, device: torch.device, whose: s
 
 
 def check_alignment(name: str, tensor: torch.Tensor) -> None:
-    """Raise :class:`LayoutError` unless ``tensor`` starts where kernels can read and write."""
-    if tensor.data_ptr() % ALIGNMENT:
+    """Raise :class:`LayoutError` unless ``tensor`` has memory, and starts where kernels can read and write."""
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise LayoutError(f"{name} has no memory: its storage was freed", hint="make the call before untyped_storage().resize_(0)")
+    if address % ALIGNMENT:
         raise LayoutError(
             f"{name} starts at an address that is not a multiple of {ALIGNMENT} bytes", hint=f"pass {name}.clone(), or slice at a row"
         )

@@ -171,7 +171,8 @@ def _refuse(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     if not getattr(_gathering, "now", False):
         raise ArgumentError(
             "state_dict() of a parallel model: each rank holds a part of the weights",
-            hint="call collogue.full_state_dict(model) on every rank, and pass what it returns, e.g. save_pretrained(path, state_dict=)",
+            hint="call collogue.full_state_dict(model) on every rank, and pass what it returns, e.g. save_pretrained(path, state_dict=); "
+            "an adapter's weights are loaded by load_state_dict(weights, strict=False), by the names that full_state_dict has",
         )
 
 

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from collogue.communicator import Communicator
-from collogue.contract import reference
 from collogue.contract.quant import Quant
-from collogue.contract.spec import RMSNorm
 from collogue.errors import ArgumentError, FormatError, ScaleError, ShapeError
-from collogue.pytorch.boundaries import check_attention
 from collogue.pytorch.checkpoints import (
     EXPERTS,
     QuantizedExperts,
@@ -26,13 +23,16 @@ from collogue.pytorch.checkpoints import (
     read_experts,
     shared_input,
 )
+from collogue.pytorch.checksum import checksums
 from collogue.pytorch.cut import Cut, OnFirst, Section
-from collogue.pytorch.forms import FORMS, WHOLE, Block, Counted, Cuts, Form
+from collogue.pytorch.forms import FORMS, WHOLE, Counted, Cuts, Form
+from collogue.pytorch.layer_code import ACTIVATIONS, INTEGRATIONS, check_code, check_norm
 from collogue.pytorch.origin import Origin
-from collogue.pytorch.plain import check_linear, odd_parameter, own_ways
+from collogue.pytorch.plain import check_linear, odd_parameter
 from collogue.pytorch.published import Published
 from collogue.pytorch.recipes import Recipe
-from collogue.pytorch.schemes import CACHE_HOOKS, CACHE_SCALES, NAMES
+from collogue.pytorch.schemes import CACHE_SCALES, NAMES
+from collogue.pytorch.untouched import check_attention
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Decoder:
 
     @property
     def summary(self) -> dict[str, str]:
-        """What ranks must agree on, in words: configuration, kind and numbers of every module, shape and first elements of every tensor."""
+        """What ranks must agree on, in words: configuration, kind and numbers of every module, shape and elements of every tensor."""
         config = {f"config.{key}": repr(value) for key, value in self.base.config.to_dict().items() if key not in _OF_ONE_RANK}
         found = config | {"dtype": str(self.base.dtype), "norms": repr(self.norms), "tied embeddings": repr(self.tied)}
         for name, module in self.base.named_modules():
@@ -104,12 +104,10 @@ class Decoder:
                 key: value for key, value in vars(module).items() if isinstance(value, int | float | str) and key not in _OF_ONE_RANK
             }
             found[name] = f"{type(module).__qualname__} {numbers}"
-        for name, tensor in self.model.named_parameters():
-            found[name] = f"{tensor.dtype} {list(tensor.shape)}"
-            if tensor.numel() and name.rpartition(".")[2] not in CACHE_SCALES:
-                first = tensor.detach()[(0,) * (tensor.ndim - 1)].reshape(-1)[:8]
-                first = first.contiguous().view(torch.uint8) if first.element_size() == 1 else first  # codes
-                found[f"the first row of {name}"] = repr(first.tolist())
+        named = (*self.model.named_parameters(), *self.model.named_buffers())
+        tensors = {name: tensor for name, tensor in named if name.rpartition(".")[2] not in CACHE_SCALES}
+        found |= {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+        found |= {f"the checksum of {name}": sum for name, sum in checksums(tensors).items()}
         for each in self.linears:
             found[f"{each.name}, cut"] = f"{each.cut}, {each.quantized and each.quantized.label}"
         for held in self.tensors:
@@ -156,7 +154,7 @@ def plan(model: Any, world_size: int, *, fuse: bool, recipe: Recipe | None = Non
     gated: dict[str, tuple[str, ...]] = {}
     for index, layer in enumerate(base.layers):
         prefix, blocks = f"layers.{index}.", form.blocks(layer)
-        _check_code(base, layer, f"layers.{index}", blocks, fuse)
+        check_code(base, layer, f"layers.{index}", form, fuse)
         for block, norm in zip(blocks, (form.attention_in, form.mlp_in), strict=True):
             columns = {name: _linear(base, prefix + name, True, counted, ranks, source) for name, counted in block.columns.items()}
             if block.alone:
@@ -173,9 +171,9 @@ def plan(model: Any, world_size: int, *, fuse: bool, recipe: Recipe | None = Non
             sums += [prefix + block.sums] if block.sums is not None else []
         _check_all_planned(layer, prefix, {each.name for each in linears} | {each.name for each in tensors})
         for name in form.norms if fuse else ():
-            norms[prefix + name] = _norm(getattr(layer, name), prefix + name)
+            norms[prefix + name] = check_norm(getattr(layer, name), prefix + name)
     if fuse:
-        norms["norm"] = _norm(base.norm, "norm")
+        norms["norm"] = check_norm(base.norm, "norm")
     heads = queries // world_size, max(1, keys // world_size)
     return Decoder(
         whole, base, form, tuple(linears), tuple(tensors), tuple(sums), norms, inputs, gated, *heads, _head(whole, base, world_size)
@@ -231,47 +229,6 @@ def _find(model: Any) -> tuple[Any, Any]:
         if tensor.is_meta:
             raise ArgumentError(f"{name} is not loaded (it is on the meta device)", hint="load the model without offloading")
     return model, base
-
-
-#: What models call the activation of their MLP.
-_ACTIVATIONS = ("act_fn", "activation_fn")
-_OF_SEVERAL = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.MultiheadAttention)
-
-
-def _is_elementwise(activation: nn.Module) -> bool:
-    """Whether it is one of transformers' or PyTorch's that acts on each element alone, whichever features it is given."""
-    known = type(activation).__module__ in ("transformers.activations", "torch.nn.modules.activation")
-    return known and not isinstance(activation, _OF_SEVERAL) and all(tensor.numel() == 1 for tensor in activation.parameters())
-
-
-#: Where transformers has the classes that it puts in the place of experts, and of what holds them, in quantized models.
-_INTEGRATIONS = "transformers.integrations."
-
-
-#: The library that quantized a layer computes its product in its own way; here the layer is replaced.
-_LIBRARY = ("compressed_tensors.quantization.", "compressed_tensors.compressors.")
-
-
-def _check_code(base: Any, layer: nn.Module, name: str, blocks: tuple[Block, Block], fuse: bool) -> None:
-    """Whether the layer, its attention, its MLP and its experts run transformers' own code for this type, and nothing beside it."""
-    ours = {name} | {f"{name}.{each}" for block in blocks for each in block.modules}
-    home = f"transformers.models.{base.config.model_type.removesuffix('_text')}."
-    for inner, module in layer.named_modules(prefix=name):
-        if inner in ours and not str(type(module).forward.__module__).startswith((home, _INTEGRATIONS)):
-            raise ArgumentError(
-                f"{inner} is a {type(module).__module__}.{type(module).__qualname__} with a forward that is not transformers'",
-                hint="pass the model as transformers made it; use collogue.nn or collogue.compile for layers of your own",
-            )
-        if inner.rpartition(".")[2] in _ACTIVATIONS and not _is_elementwise(module):
-            raise ArgumentError(
-                f"{inner} is a {type(module).__module__}.{type(module).__qualname__}, not an activation known to act on each element alone",
-                hint="each rank has a part of the features: use an activation of transformers or PyTorch, or collogue.nn",
-            )
-        known = _LIBRARY if is_quantized(module) else (CACHE_HOOKS,) if inner == f"{name}.self_attn" else ()
-        problem = "has a forward of its own" * ("forward" in vars(module)) if module is layer else own_ways(module, known)
-        if problem:
-            hint = "parallelize the model without it" + "; fuse=False lets hooks on attention, MLP and norms see whole tensors" * fuse
-            raise ArgumentError(f"{inner} {problem}", hint=hint + "; hooks on a decoder layer are fine")
 
 
 @dataclass(frozen=True)
@@ -362,7 +319,7 @@ def _linear(base: nn.Module, name: str, column: bool, counted: Counted, ranks: _
 def _is_gated(mlp: nn.Module, rows: list[LinearPlan], world_size: int) -> bool:
     """Whether the MLP's activation is silu, and each rank's part of what it gives its last layer is quantized."""
     (down,) = rows
-    activation = next((child for name, child in mlp.named_children() if name in _ACTIVATIONS), None)
+    activation = next((child for name, child in mlp.named_children() if name in ACTIVATIONS), None)
     quantized = down.quantized is not None and down.quantized.activation is not None
     return quantized and type(activation).__name__ in ("SiLU", "SiLUActivation") and down.cut.size // world_size % 8 == 0
 
@@ -382,7 +339,7 @@ def _tensors(base: Any, index: int, name: str, cuts: Cuts, ranks: _Ranks, source
     layer, whole_name, around = base.layers[index], f"layers.{index}.{name}", None
     given: Any = _submodule(base, whole_name)
     module, quantized = given, dict[str, QuantizedExperts]()
-    if is_quantized(given) or type(given).__module__.startswith(_INTEGRATIONS):
+    if is_quantized(given) or type(given).__module__.startswith(INTEGRATIONS):
         module, around, quantized = _dequantized(base, layer, index, name, cuts, source)
     held = dict(module.named_parameters(recurse=False))
     implementation = getattr(module.config, "_experts_implementation", None)
@@ -390,8 +347,6 @@ def _tensors(base: Any, index: int, name: str, cuts: Cuts, ranks: _Ranks, source
     problem = next(odd, "")
     if set(held) != set(cuts):
         problem = f"parameters {', '.join(held) or 'none'}, not {', '.join(cuts)}"
-    elif not str(getattr(given, "_apply_gate", nn.Module.forward).__module__).startswith(("transformers.", "torch.")):
-        problem = "a gate of its own"
     elif getattr(given, "_is_expert_parallel", False) or getattr(given, "has_post_expert_norm", False):
         problem = "experts that are parallel already, or a norm behind each"
     elif implementation not in _IMPLEMENTATIONS:
@@ -460,24 +415,6 @@ def _check_lora(linear: Any, name: str) -> None:
     for kind in ("lora_A", "lora_B"):
         for adapter, factor in getattr(linear, kind).items():
             check_linear(factor, f"{name}.{kind}.{adapter}")
-
-
-def _norm(module: Any, name: str) -> tuple[float, float]:
-    """Eps and weight offset. What the module computes is tried on a row, which also tells the offset."""
-    weight = module._parameters.get("weight")
-    problem = "has no weight of its own" if not isinstance(weight, Tensor) else own_ways(module)
-    if problem:
-        raise ArgumentError(f"{name} {problem}", hint="parallelize the model as transformers made it, or with fuse=False")
-    weight = weight.detach()
-    eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
-    probe = torch.linspace(-2.0, 3.0, len(weight), device=weight.device).to(weight.dtype)[None]
-    with torch.no_grad():
-        found = module(probe).float()
-    for offset in (0.0, 1.0):
-        expected = reference.rms_norm(probe, RMSNorm(weight, eps, offset)).float()
-        if torch.allclose(found, expected, rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-5):
-            return eps, offset
-    raise ArgumentError(f"{name}: {type(module).__name__} is not an RMSNorm that Collogue knows", hint="use collogue.compile instead")
 
 
 def _head(model: Any, base: Any, world_size: int) -> Cut | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from typing import Any
 
 import torch
@@ -11,16 +12,21 @@ from torch import Tensor
 from collogue.communicator import Communicator
 from collogue.errors import ArgumentError, CollectiveError
 
+_running = threading.local()
+
 
 def generate(model: Any, comm: Communicator, *args: Any, **kwargs: Any) -> Any:
     """``generate`` of the model's class, with the random numbers of rank 0 on every rank.
 
-    The other ranks' generators are afterwards where they were before. Collective.
+    The other ranks' generators are afterwards where they were before: after the outermost call, where a model is another's assistant.
+    Collective.
 
     Raises:
         ArgumentError: ranks have different tensors among the arguments. CollectiveError: ranks chose different tokens, which takes a
         source of random numbers other than PyTorch's default generators.
     """
+    if getattr(_running, "now", False):
+        return type(model).generate(model, *args, **kwargs)
     state = _random_state(comm.device) if comm.rank == 0 else None
     every = comm._group.all_gather_object((state, _digest(*args, *kwargs.values())))
     _compare(every, ArgumentError, "ranks 0 and {} call generate with different tensors", "pass the same tokens on every rank")
@@ -28,7 +34,11 @@ def generate(model: Any, comm: Communicator, *args: Any, **kwargs: Any) -> Any:
     with torch.random.fork_rng(devices, enabled=comm.rank != 0):
         if comm.rank != 0:
             _set_random_state(comm.device, every[0][0])
-        chosen = type(model).generate(model, *args, **kwargs)
+        _running.now = True
+        try:
+            chosen = type(model).generate(model, *args, **kwargs)
+        finally:
+            _running.now = False
     tokens = getattr(chosen, "sequences", chosen)
     every = comm._group.all_gather_object((None, _digest(tokens)))
     hint = "use PyTorch's default generators for everything that samples, and one process for each rank"

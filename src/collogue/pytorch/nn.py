@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collogue.calls.call import ALIGNMENT
+from collogue.calls.call import ALIGNMENT, check_no_grad
 from collogue.communicator import Communicator
 from collogue.contract.prologue import PROLOGUES, Prologue
 from collogue.contract.quant import Quant
@@ -166,7 +166,8 @@ class FusedRMSNorm(nn.Module):
 
     :func:`finish` takes it as ``norm=`` and may hand the result over (``hand_over=True``); the module then returns it when it is
     called with the very stream tensor that belongs to it. Called with anything else, or with that tensor changed in place since, it
-    takes the norm itself, with the contract's bits. PyTorch counts such changes, but not in inference mode or under ``torch.compile``.
+    takes the norm itself, with the contract's bits. PyTorch counts such changes, but not under ``torch.compile``, nor of tensors made in
+    inference mode.
 
     With :attr:`handover`, the norm is quantized: what it returns are codes, for the layers that share the hand-over.
     """
@@ -228,9 +229,11 @@ def _changes(tensor: Tensor) -> int | None:
 
 
 def gather_columns(x: Tensor, comm: Communicator) -> Tensor:
-    """Every rank's ``[.., O / N]`` side by side: ``[.., O]``. Collective; moves bits only."""
+    """Every rank's ``[.., O / N]`` side by side: ``[.., O]``. Collective; moves bits only. GradError: ``x`` requires grad."""
     if comm.world_size == 1:
         return x
+    if torch.is_grad_enabled():
+        check_no_grad(("the input", x))
     if is_traced():
         group: Any = comm.group_name
         from torch.distributed._functional_collectives import all_gather_tensor

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from collogue.calls.call import check_no_grad
 from collogue.communicator import Communicator
 from collogue.contract.calibration import Calibration
 from collogue.contract.quant import MXFP4, MXFP8, Quant
@@ -21,7 +22,7 @@ from collogue.contract.weight import QuantizedWeight
 from collogue.errors import ArgumentError, CollogueError
 from collogue.group import Group, TorchGroup, as_group
 from collogue.planning.topology import Order, Transport
-from collogue.pytorch.boundaries import Boundaries, GatedMLP, Untouched, WholeNorm, check_use, partial_of
+from collogue.pytorch.boundaries import Boundaries, FewerHeads, GatedMLP, WholeNorm, partial_of
 from collogue.pytorch.checkpoints import QuantizedLinear, cache_of, is_quantized
 from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, check_first, no_checkpoint
 from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
@@ -34,6 +35,7 @@ from collogue.pytorch.published import QuantizedCheckpoint
 from collogue.pytorch.recipes import Recipe
 from collogue.pytorch.scaled import Handover
 from collogue.pytorch.schemes import CACHE_HOOKS, CACHE_SCALES
+from collogue.pytorch.untouched import REFUSED, Code, Kept, Untouched, check_owner, check_use, refuse
 
 _log = logging.getLogger("collogue")
 
@@ -195,6 +197,7 @@ def _undone_by_errors(model: nn.Module) -> Iterator[_Undo]:
 
 def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, undo: _Undo) -> None:
     base, form, layers = decoder.base, decoder.form, list(decoder.base.layers)
+    code = Code([*layers, base.norm])
     # compressed-tensors decompresses a model in its first forward pass: its layers are not there any more.
     undo.drop(decoder.model._forward_pre_hooks, "compressed_tensors.")
     for held in decoder.tensors:
@@ -205,7 +208,8 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, 
     for each in decoder.linears:
         owner, _, name = each.name.rpartition(".")
         # Granite's factor on branches: the layer's own forward pass has it, the fused one leaves it to the matrix product.
-        factor = float(getattr(base.config, "residual_multiplier", 1.0)) if fuse and not each.column else 1.0
+        layer = layers[int(each.name.split(".")[1])]
+        factor = float(getattr(layer, "residual_multiplier", 1.0)) if fuse and not each.column else 1.0
         summed = not (fuse or each.column or each.name.startswith(tuple(f"{outer}." for outer in decoder.sums)))
         if each.quantized is None:
             _cut(each, base.get_submodule(owner), name, comm, factor, summed, undo)
@@ -235,11 +239,17 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, 
         for index, layer in enumerate(layers)
     ]
     undo.hooks.append(base.register_load_state_dict_pre_hook(check_first))
-    undo.hooks.append(base.register_forward_pre_hook(functools.partial(check_use, untouched, comm), with_kwargs=True))
-    if decoder.head is not None:
-        undo.set(decoder.model, "resize_token_embeddings", _no_new_size)
+    head = [Kept(decoder.model.lm_head, "lm_head")] if decoder.head is not None else []
+    heads = None if hasattr(base.config, "kv_lora_rank") else decoder.key_value_heads  # latents are whole on every rank
+    check = functools.partial(check_use, [code, *head, *untouched], comm, heads)
+    undo.hooks.append(base.register_forward_pre_hook(check, with_kwargs=True))
+    if decoder.model is base:
+        undo.hooks.append(base.register_forward_pre_hook(check_owner))
     if callable(getattr(decoder.model, "generate", None)):
         undo.set(decoder.model, "generate", functools.partial(generate, decoder.model, comm))
+    for name, (why, instead) in REFUSED.items():
+        if hasattr(decoder.model, name) and not (name == "resize_token_embeddings" and decoder.head is None):
+            undo.set(decoder.model, name, functools.partial(refuse, name, why, instead))
 
 
 def _norms_with_codes(decoder: Decoder, index: int) -> list[str]:
@@ -253,9 +263,7 @@ def _fewer_heads(attention: Any, decoder: Decoder, comm: Communicator, undo: _Un
     undo.set(attention, "num_key_value_groups", decoder.heads // decoder.key_value_heads)
     if hasattr(attention, "num_key_value_heads"):  # where q, k and v are one product, its parts are counted by these
         undo.set(attention, "num_key_value_heads", decoder.key_value_heads)
-        local = copy.copy(attention.config)
-        local.num_attention_heads = decoder.heads
-        undo.set(attention, "config", local)
+        undo.set(attention, "config", FewerHeads(attention.config, decoder.heads))
     cuts = {each.linear: each.cut for each in decoder.linears}
     for name, of in decoder.form.whole_norms.items() if comm.world_size > 1 else ():
         norm = getattr(attention, name)
@@ -398,10 +406,6 @@ def _cut_head(decoder: Decoder, cut: Cut, comm: Communicator, undo: _Undo) -> No
     undo.set(decoder.model, "lm_head", _with_checkpoint(part, comm, {"weight": cut} | ({} if bias is None else cuts)))
 
 
-def _no_new_size(*args: Any, **kwargs: Any) -> None:
-    raise ArgumentError("resize_token_embeddings of a parallel model: lm_head is cut", hint="resize the embeddings before parallelize")
-
-
 class _TiedHead(ColumnParallelLinear):
     """An output layer whose weight is the embedding's, whole on every rank: each multiplies with its own rows of it.
 
@@ -466,6 +470,8 @@ def _summing(comm: Communicator) -> Any:
 def _sum(partial: Tensor, comm: Communicator) -> Tensor:
     from torch.distributed._functional_collectives import all_reduce
 
+    if torch.is_grad_enabled():
+        check_no_grad(("the partial", partial))
     group: Any = comm.group_name
     summed: Tensor = all_reduce(partial, "sum", group)
     return summed

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
 from collogue.errors import ArgumentError
 
-#: Modules of hooks that only watch, and that this package itself puts on modules.
-_HARMLESS = ("torch.utils.", "transformers.utils.output_capturing", "collogue.")
+#: Modules of hooks that only watch, or choose an adapter, and that this package itself puts on modules.
+_HARMLESS = ("torch.utils.", "transformers.utils.output_capturing", "peft.tuners.lora.model", "collogue.")
 
 
 def home(function: Any) -> str:
@@ -20,6 +21,22 @@ def home(function: Any) -> str:
         function = function.func
     code = getattr(function, "__func__", function)
     return str(getattr(code, "__globals__", {}).get("__name__", getattr(code, "__module__", "")))
+
+
+def runs(function: Any, homes: tuple[str, ...]) -> bool:
+    """Whether ``function`` is of one of ``homes``, maybe wrapped in decorators of transformers or PyTorch."""
+    wrappers = list[str]()
+    while (inner := getattr(function, "__wrapped__", None)) is not None:
+        wrappers.append(home(function))
+        function = inner
+    return home(function).startswith(homes) and all(each.startswith(("transformers.", "torch.", "contextlib")) for each in wrappers)
+
+
+def functions_of(kind: type) -> list[tuple[str, Any]]:
+    """What modules of this class run: its functions, and those it inherits, but for most of ``nn.Module``'s."""
+    names = {name for each in kind.__mro__ if each not in (nn.Module, object) for name in vars(each)} | {"forward", "__call__"}
+    found = ((name, getattr(kind, name, None)) for name in sorted(names))
+    return [(name, each) for name, each in found if isinstance(getattr(each, "__func__", each), FunctionType) or name == "forward"]
 
 
 def changes_what_runs(*hooks: Mapping[int, Any], harmless: tuple[str, ...] = _HARMLESS) -> bool:
@@ -51,6 +68,7 @@ def check_linear(linear: object, name: str, *, meta: bool = False) -> None:
         not isinstance(linear, nn.Linear)
         or type(linear).forward is not nn.Linear.forward
         or type(linear).__call__ is not nn.Module.__call__
+        or not runs(nn.Linear.forward, ("torch.nn.modules.linear",))
     ):
         problem = f"is a {type(linear).__module__}.{type(linear).__qualname__}, not a plain nn.Linear"
     else:

@@ -204,7 +204,7 @@ def _own_gate(experts: Any) -> nn.Module:
 
 
 ODD = {
-    "own gate": (_own_gate, "has a gate of its own"),
+    "own gate": (_own_gate, "OwnGate with a _apply_gate that is not transformers'"),
     "own class": (_own_class, r"OwnExperts with a forward that is not transformers'"),
     "other parameters": (_other_parameters, "has parameters gate_up_proj, down_proj, scale, not gate_up_proj, down_proj"),
     "of another type": (_integers, "has down_proj of another type than Tensor"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from models import small_model
-from parallel_checks import TOKENS, with_lora, with_peft
+from parallel_checks import TOKENS, check_same, parallel, with_lora, with_peft
 from torch import nn
 from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -19,32 +18,6 @@ from collogue.errors import ArgumentError, CapacityError, DTypeError
 from collogue.testing import VirtualGroup, run_virtual
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
-
-def parallel(model: Any, then: Callable[[Any], Any], world_size: int = 2, **options: Any) -> list[Any]:
-    """What ``then`` returns of the parallel model, on every rank."""
-
-    def rank(group: VirtualGroup) -> Any:
-        return then(collogue.parallelize(copy.deepcopy(model), group, **{"max_tokens": TOKENS.numel()} | options))
-
-    return run_virtual(world_size, rank)
-
-
-def check_same(model: Any, change: Callable[[Any], Any], mode: Any = torch.no_grad) -> None:
-    """The same change to the unsharded model gives the same logits. ``mode``: a thread's own, so every rank enters it."""
-
-    def then(mine: Any) -> torch.Tensor:
-        change(mine)
-        with mode():
-            logits: torch.Tensor = mine(TOKENS).logits
-        return logits.clone()
-
-    found = parallel(model, then)
-    change(model)
-    with mode():
-        expected = model(TOKENS).logits
-    for logits in found:
-        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- an output layer that is the embedding
@@ -135,7 +108,7 @@ def _other(group: VirtualGroup, what: str) -> Any:
     if what == "scaling" and group.rank:
         model.model.layers[1].self_attn.scaling *= 2
     if what == "weights" and group.rank:
-        model.model.layers[1].mlp.up_proj.weight.mul_(2)
+        model.model.layers[1].mlp.up_proj.weight[5, 3] *= 2
     return model
 
 

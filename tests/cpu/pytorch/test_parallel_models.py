@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import parallel_checks
 import pytest
 import torch
 import transformers
@@ -501,13 +502,25 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["sampled", "beams", "own generators", "whole", "saved", "refused", "loaded", "unfused", "compiled"])
+@pytest.mark.parametrize(
+    "what", ["sampled", "beams", "assisted", "own generators", "whole", "saved", "refused", "loaded", "unfused", "compiled"]
+)
 def test_in_processes(told: list[dict[str, Any]], what: str) -> None:
     for rank in told:
         assert rank[what] is True, rank[what]
 
 
 # LoRA
+
+
+@with_peft
+def test_an_adapter_for_each_row() -> None:
+    model = with_lora(small_model("llama"))
+    model.add_adapter("other", with_lora(small_model("llama")).peft_config["default"])
+    names = ["other", "__base__"]
+    expected = model(TOKENS, adapter_names=names).logits
+    for logits in parallel_checks.parallel(model, lambda mine: mine(TOKENS, adapter_names=names).logits):
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @with_peft

@@ -262,6 +262,16 @@ def test_what_holds_no_results_is_refused(text: str, tmp_path: Path) -> None:
     assert "bad.json is not a result of" in result.stderr
 
 
+@pytest.mark.parametrize("lost", ["versions", "machine", "host"])
+def test_a_file_that_is_damaged_inside_is_refused(lost: str, tmp_path: Path) -> None:
+    data = json.loads((ROOT / "benchmarks" / "results" / "latency-2xh200.json").read_text())
+    (tmp_path / "bad.json").write_text(json.dumps(data | {lost: None}))
+    for rest in ((), (str(tmp_path / "bad.json"),)):
+        result = call(str(tmp_path / "bad.json"), *rest, "--output", str(tmp_path / "page.html"))
+        assert result.exit_code == USAGE, result.output
+        assert "is damaged inside" in result.stderr
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("latency*.json")), ids=lambda f: f.name)
 def test_committed_results_make_a_page(file: Path) -> None:
     data = json.loads(file.read_text())

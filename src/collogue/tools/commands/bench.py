@@ -221,13 +221,16 @@ def report(
 
         read = [_results(file, alone=later is None) for file in (results, later) if file is not None]
         out = console(None)
-        if len(read) == 1:
-            text = page.page(read[0])
-        else:
-            changes = regression.compare(read[0], read[1])
-            if not changes:
-                raise typer.BadParameter(f"{later and later.name} and {results.name} have no call in common", param_hint="LATER")
-            text = page.page(read[1], read[0], names=(results.name, str(later and later.name)))
+        try:
+            changes = regression.compare(*read) if later else []
+            text = page.page(read[1], read[0], names=(results.name, later.name)) if later else page.page(read[0])
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            names = " or ".join(file.name for file in (results, later) if file is not None)
+            problem = f"{names} is damaged inside ({type(error).__name__}: {error}): write it again with `collogue bench --json`"
+            raise typer.BadParameter(problem, param_hint="RESULTS") from None
+        if later and not changes:
+            raise typer.BadParameter(f"{later.name} and {results.name} have no call in common", param_hint="LATER")
+        if later:
             out.print(regression.counts(changes), highlight=False)
         output.write_text(text, encoding="utf-8")
         out.print(f"wrote {output}", highlight=False, markup=False, soft_wrap=True)
