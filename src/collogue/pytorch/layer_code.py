@@ -49,7 +49,12 @@ def check_code(base: Any, layer: nn.Module, name: str, form: Form, fuse: bool) -
         if inner.rpartition(".")[2] in ACTIVATIONS:
             if not _is_elementwise(module):
                 _reject_activation(inner, f"a {type(module).__module__}.{type(module).__qualname__}")
-        elif inner not in cut | whole and not inner.startswith(tuple(f"{each}." for each in cut)) and not is_quantized(module):
+        elif (
+            inner not in cut | whole
+            and not inner.startswith(tuple(f"{each}." for each in cut))
+            and not is_quantized(module)
+            and not type(module).__module__.startswith(CACHE_HOOKS)  # called by the hook alone, which is taken out
+        ):
             _check_class(module, inner, homes if inner in ours else (*homes, "peft.tuners."))
         known = _LIBRARY if is_quantized(module) else (CACHE_HOOKS,) if inner == f"{name}.self_attn" else ()
         problem = "has a forward of its own" * ("forward" in vars(module)) if module is layer else own_ways(module, known)
