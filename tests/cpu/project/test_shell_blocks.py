@@ -170,7 +170,7 @@ def test_every_shell_block_runs_or_is_parsed(capsys: pytest.CaptureFixture[str])
         ("pip install './collogue[cli,benches]'", "benches"),
         ("COLLOGUE_TABEL=x \\\n  torchrun --nproc-per-node 2 example.py", "unknown variable COLLOGUE_TABEL"),
         ("make tests", "no such target"),
-        ("conda install collogue", "unknown program conda"),
+        ("brew upgrade x", "unknown program brew"),
     ],
 )
 def test_a_line_that_does_not_work_is_seen(line: str, said: str) -> None:
