@@ -60,6 +60,11 @@ class Plan:
     a launch uses ``workspace_bytes`` of each rank's workspace. ``measured_us`` is read off ``table``, the measured table that was
     looked at, if it holds this call. ``model``: what ``predicted_us`` and ``floor_us`` are a model of. ``term``: of the kernel in front
     that computes this rank's terms, where the one that sums them does not.
+
+    Examples:
+        >>> plan = comm.explain(4)
+        >>> (plan.algorithm, plan.bytes_sent)
+        ('reference', 0)
     """
 
     algorithm: Algorithm
