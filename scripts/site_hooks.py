@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import griffe
 
@@ -84,9 +84,8 @@ def _command(path: str, command: Any) -> Iterator[str]:
 def _option(option: Any) -> str:
     is_option = option.param_type_name == "option"
     names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts]) if is_option else f"`{option.name.upper()}`"
-    # Which of the two an option has depends on typer's version.
-    kind = getattr(getattr(option, "type_descriptor", None), "annotation", None)
-    choices = get_args(kind) if get_origin(kind) is Literal else getattr(getattr(option, "type", None), "choices", ())
+    metavar = (option.metavar or "").replace("\n", "")
+    choices = metavar[1:-1].split("|") if metavar.startswith("[") else []
     default = "" if option.default in (None, False) or callable(option.default) else f"`{option.default}`"
     text = f"{getattr(option, 'help', '') or ''} {'One of ' + ', '.join(f'`{c}`' for c in choices) + '.' if choices else ''}"
     return f"| {names} | {default} | {text.strip().replace('|', '/')} |"

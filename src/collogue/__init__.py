@@ -1,7 +1,8 @@
 """Collogue: all-reduce, residual, RMSNorm and quantization in one GPU kernel, with the same bits everywhere.
 
->>> comm = collogue.Communicator(group, max_tokens=4096, hidden_size=7168)
->>> out = comm.all_reduce(partial, residual=residual, norm=collogue.RMSNorm(weight), quant=collogue.FP8PerToken())
+Examples:
+    >>> comm = collogue.Communicator(group, max_tokens=4096, hidden_size=7168)
+    >>> out = comm.all_reduce(partial, residual=residual, norm=collogue.RMSNorm(weight), quant=collogue.FP8PerToken())
 
 Public names are imported when they are first used. ``torch.ops.collogue`` is registered by ``import collogue`` where torch has been
 imported before, else by the first public name that is used: where ``import collogue`` comes first, make the communicator (or

@@ -66,6 +66,10 @@ class Communicator(Operations):
         Making one is collective: every rank of the group, with the same arguments.
     Raises:
         GroupError, PlatformError, ArgumentError.
+    Examples:
+        >>> comm = collogue.Communicator(group, max_tokens=16, hidden_size=64)
+        >>> comm.all_reduce(partial, residual=residual, norm=collogue.RMSNorm(weight), quant=collogue.FP8PerToken())
+        Output(residual=bfloat16[4, 64], codes=float8_e4m3fn[4, 64], scales=float32[4, 1] on cpu)
     """
 
     def __init__(
@@ -122,6 +126,10 @@ class Communicator(Operations):
 
         With ``rows``, how many each rank owns: ``[S, S + rows[rank])``, ``S = rows[0] + .. + rows[rank - 1]``. Python ints from 0, the same
         list on every rank; their sum is T, and ``tokens`` may then be left out.
+
+        Examples:
+            >>> comm.owned_rows(4)
+            range(0, 4)
         """
         split = as_rows(rows, self.world_size)
         tokens = count_tokens(tokens, split)
@@ -131,7 +139,12 @@ class Communicator(Operations):
         return owned_rows(tokens, self.world_size, self.rank if rank is None else rank, split)
 
     def shard(self, x: torch.Tensor, *, rows: Sequence[int] | None = None) -> torch.Tensor:
-        """The rows of ``x`` (``[T, ..]``) that this rank owns: a view, ``[R, ..]``. ``rows`` as in :meth:`owned_rows`. No communication."""
+        """The rows of ``x`` (``[T, ..]``) that this rank owns: a view, ``[R, ..]``. ``rows`` as in :meth:`owned_rows`. No communication.
+
+        Examples:
+            >>> comm.shard(residual).shape
+            torch.Size([4, 64])
+        """
         if not isinstance(x, torch.Tensor) or x.ndim == 0:
             raise ShapeError("shard takes a tensor of rows", hint="pass [T, H], T the tokens of the whole")
         own = self.owned_rows(x.shape[0], rows=rows)
@@ -141,6 +154,10 @@ class Communicator(Operations):
         """The inverse of :meth:`shard`: ``[T, H]`` from every rank's ``[R, H]``, in the communicator's dtype, bit for bit.
 
         ``rows``, synchronization and errors are those of :meth:`all_gather`. The tensor is the caller's.
+
+        Examples:
+            >>> torch.equal(comm.unshard(comm.shard(residual), tokens=4), residual)
+            True
         """
         whole = self.all_gather(Output(residual=shard), tokens, rows=rows).residual
         assert whole is not None
@@ -172,6 +189,9 @@ class Communicator(Operations):
             prologue: what stands in the place of the partial, or its :class:`collogue.PrologueForm`.
             rows: how many rows each rank owns, as the call takes it; their sum is T, and ``tokens`` may then be left out. One kernel does
                 all lists in which the largest block is more than a grid can do at once, another those in which it is not.
+        Examples:
+            >>> norm, quant = collogue.RMSNorm(weight), collogue.FP8PerToken()
+            >>> comm.prepare([1, 2, 4, 8], norm=norm, quant=quant)
         """
         engine = self._open()
         self._refuse_capture("prepare")
@@ -212,6 +232,10 @@ class Communicator(Operations):
             None.
         Raises:
             ArgumentError (its subclasses); ClosedError.
+        Examples:
+            >>> out = comm.empty(4, residual=True)
+            >>> comm.all_reduce(partial, residual=residual, out=out) is out
+            True
         """
         self._open()
         there = isinstance(residual, torch.Tensor) or bool(residual)
@@ -225,6 +249,10 @@ class Communicator(Operations):
 
         A format's block must divide it, and on GPUs it is at most 16384 for an ``FP8Group`` whose size is not a power of two up to 256.
         Raises :class:`ShapeError` for numbers that are not whole.
+
+        Examples:
+            >>> (comm.fits(16), comm.fits(17))
+            (True, False)
         """
         return self._capacity.fits(tokens, hidden_size)
 
@@ -246,6 +274,11 @@ class Communicator(Operations):
         bytes of workspace. ``print`` shows it line by line.
 
         ``tokens``, ``operation``, ``prologue`` and ``rows`` are as in :meth:`prepare`.
+
+        Examples:
+            >>> plan = comm.explain(4, quant=collogue.FP8PerToken())
+            >>> print(plan.algorithm)
+            reference
         """
         self._open()
         request = self._capacity.request(
@@ -268,6 +301,8 @@ class Communicator(Operations):
             MismatchedCall: ranks made different calls (also where ranks time out because an earlier call differed).
             CorruptedWorkspace: something has written over the control words.
             PlatformError: the control words cannot be read.
+        Examples:
+            >>> comm.check()  # nothing has failed
         """
         self._open().check()
 
@@ -280,6 +315,11 @@ class Communicator(Operations):
         Raises:
             CollectiveTimeout: a rank has not called it.
             PlatformError: on the host path over NCCL, the group was aborted to end calls that waited. Make a new one.
+        Examples:
+            >>> try:
+            ...     out = comm.all_reduce(partial)
+            ... except collogue.CollectiveError:
+            ...     comm.reset()
         """
         engine = self._open()
         self._refuse_capture("reset")
@@ -290,18 +330,30 @@ class Communicator(Operations):
 
         Does every ``interval`` seconds what :meth:`check` does, which waits for no kernel. Stop it before :meth:`reset`:
         the returned object has ``stop()`` and is a context manager. Closing or dropping the communicator ends it too, without a failure.
+
+        Examples:
+            >>> with comm.watch(lambda error: print(error.hint)):
+            ...     out = comm.all_reduce(partial)
         """
         self._open()
         return Watch(while_alive(self.check), on_failure, interval)
 
     def journal(self) -> Journal:
-        """The last calls of every rank, read from the ranks' GPUs over a stream of its own. Waits for no kernel, is not collective."""
+        """The last calls of every rank, read from the ranks' GPUs over a stream of its own. Waits for no kernel, is not collective.
+
+        Examples:
+            >>> text = comm.journal().text(last=2)
+        """
         return self._open().journal()
 
     def close(self, *, collective: bool = True) -> None:
         """Free the workspace; later calls raise :class:`ClosedError`. Collective, unless ``collective=False``: after a rank has died.
 
         Not collective, no other rank may still be in a call that sends to this one. No graph that holds its calls may be replayed later.
+
+        Examples:
+            >>> other = collogue.Communicator(group, max_tokens=16, hidden_size=64)
+            >>> other.close()
         """
         self._refuse_capture("close")
         engine, self._engine = self._engine, None

@@ -29,6 +29,10 @@ def quantize(n: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
     Raises:
         ShapeError, DTypeError, LayoutError, FormatError, ArgumentError: a wrapper around other tensors. GradError: ``n`` requires grad, in
         grad mode. NotPrepared: under graph capture, and no such call was made before.
+    Examples:
+        >>> codes, scales = collogue.quantize(partial, collogue.FP8PerToken())
+        >>> (codes.dtype, list(scales.shape))
+        (torch.float8_e4m3fn, [4, 1])
     """
     if not isinstance(n, Tensor):
         raise ShapeError(f"n must be a tensor of shape [T, H], got {type(n).__name__}", hint="pass torch.as_tensor(n)")
@@ -45,8 +49,6 @@ def gated(gate_up: Tensor | tuple[Tensor, Tensor], quant: Quant) -> Output: ...
 def gated(gate_up: Tensor | tuple[Tensor, Tensor], quant: Quant | None = None) -> Tensor | Output:
     """A gated unit (SwiGLU), quantized in the same kernel: ``silu(gate) * up``, what an MLP gives its last layer.
 
-    >>> y = down(collogue.nn.gated(gate_up, down.activation))  # down: ScaledLinear or RowParallelLinear
-
     Args:
         gate_up: ``[.., 2 I]``, the gate's features first, or the pair ``(gate, up)``, ``[.., I]`` each; bfloat16, float16 or float32.
             Where the elements of a row do not lie beside each other, or gate and up lie differently, they are copied.
@@ -62,6 +64,10 @@ def gated(gate_up: Tensor | tuple[Tensor, Tensor], quant: Quant | None = None) -
     Raises:
         ArgumentError, ShapeError, DTypeError, LayoutError: not strided. FormatError. GradError: a tensor requires grad, in grad mode.
         NotPrepared: under graph capture, and no such call was made before.
+    Examples:
+        >>> out = collogue.nn.gated(torch.ones(4, 128), collogue.FP8PerToken())
+        >>> (out.codes.shape, out.scales.shape)
+        (torch.Size([4, 64]), torch.Size([4, 1]))
     """
     if isinstance(gate_up, Tensor):
         check_strided("gate_up", gate_up)

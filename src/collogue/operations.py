@@ -183,6 +183,9 @@ class Operations:
             inputs, scale tensors too, may be written by the preceding kernel.
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
+        Examples:
+            >>> comm.all_reduce(partial, residual=residual, norm=collogue.RMSNorm(weight), quant=collogue.FP8PerToken())
+            Output(residual=bfloat16[4, 64], codes=float8_e4m3fn[4, 64], scales=float32[4, 1] on cpu)
         """
         return self._call(
             "sharded" if sharded else "all_reduce", partial, residual, norm, quant, keep_norm, out, branch_norm, rows, write_padding
@@ -311,6 +314,9 @@ class Operations:
             Collective, as :meth:`all_reduce`; ``T = 0`` communicates nothing.
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
+        Examples:
+            >>> comm.reduce_scatter(partial, residual=comm.shard(residual))
+            Output(residual=bfloat16[4, 64] on cpu)
         """
         return self._call("reduce_scatter", partial, residual, norm, quant, keep_norm, out, branch_norm, rows, write_padding)
 
@@ -345,6 +351,10 @@ class Operations:
             Collective, as :meth:`all_reduce`: every rank's shard holds the same tensors. ``T = 0`` communicates nothing.
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared; CollectiveError.
+        Examples:
+            >>> shard = comm.reduce_scatter(partial, residual=comm.shard(residual))
+            >>> comm.all_gather(shard, tokens=4)
+            Output(residual=bfloat16[4, 64] on cpu)
         """
         if is_traced():
             split = as_rows(rows, self._capacity.world_size)
@@ -421,6 +431,9 @@ class Operations:
             captured after :meth:`prepare`.
         Raises:
             ArgumentError (its subclasses) before anything is launched; ClosedError; NotPrepared.
+        Examples:
+            >>> comm.finish(residual, norm=collogue.RMSNorm(weight), quant=collogue.FP8PerToken())
+            Output(codes=float8_e4m3fn[4, 64], scales=float32[4, 1] on cpu)
         """
         return self._call("finish", y, None, norm, quant, keep_norm, out, write_padding=write_padding)
 

@@ -57,13 +57,14 @@ class Calibration:
     ``multiplier = 1 / divisor``. ``FP8Static(scale)`` takes a divisor, ``NVFP4(global_scale)`` a multiplier: what the convention
     ``"collogue"``, the default, gives.
 
-    >>> seen = collogue.Calibration()
-    >>> with seen.observing(model):  # or seen.observe(name, x), for each batch of a calibration text
-    ...     model(tokens)
-    >>> scale = seen.scales("fp8_static")["model.layers.0.mlp.gate_proj.scale"]
-
     Args:
         amax: what is known already, by name.
+    Examples:
+        >>> seen = collogue.Calibration()
+        >>> for batch in (partial, 2 * partial):  # or, for every layer: with seen.observing(model): model(tokens)
+        ...     seen.observe("layers.0.mlp.down_proj", batch)
+        >>> seen.scales("fp8_static")
+        {'layers.0.mlp.down_proj.scale': 0.004464285913854837}
     """
 
     amax: dict[str, float] = field(default_factory=dict)

@@ -22,7 +22,12 @@ _TILE_ROWS = {"128x4": (4, 32), "8x4": (1, 8)}
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple of ``multiple`` that is not below ``value``."""
+    """The smallest multiple of ``multiple`` that is not below ``value``.
+
+    Examples:
+        >>> collogue.formats.round_up(130, 128)
+        256
+    """
     return -(-value // multiple) * multiple
 
 
@@ -30,13 +35,23 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def nan_mask(x: Tensor) -> Tensor:
-    """-1 (all bits) where ``x`` is NaN, else 0: an integer of the dtype's width. Arithmetic on these is faster than a select."""
+    """-1 (all bits) where ``x`` is NaN, else 0: an integer of the dtype's width. Arithmetic on these is faster than a select.
+
+    Examples:
+        >>> collogue.formats.nan_mask(torch.tensor([1.0, torch.nan]))
+        tensor([ 0, -1], dtype=torch.int32)
+    """
     integer, infinity = INTEGER_VIEW[x.dtype]
     return (infinity - (x.view(integer) & torch.iinfo(integer).max)) >> (torch.iinfo(integer).bits - 1)
 
 
 def canonical_nan(x: Tensor) -> Tensor:
-    """``x`` (bfloat16, float16 or float32) with every NaN replaced by 0x7FFF or 0x7FFFFFFF: what NVIDIA's hardware gives. A new tensor."""
+    """``x`` (bfloat16, float16 or float32) with every NaN replaced by 0x7FFF or 0x7FFFFFFF: what NVIDIA's hardware gives. A new tensor.
+
+    Examples:
+        >>> collogue.formats.canonical_nan(torch.tensor([-torch.nan])).view(torch.int32)
+        tensor([2147483647], dtype=torch.int32)
+    """
     integer, _ = INTEGER_VIEW[x.dtype]
     nan = nan_mask(x)
     sign = nan << (torch.iinfo(integer).bits - 1)
@@ -44,7 +59,12 @@ def canonical_nan(x: Tensor) -> Tensor:
 
 
 def round_value(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float32 ``x`` once, to nearest even, to ``dtype``; -0 becomes +0, and NaN the dtype's one NaN."""
+    """Round float32 ``x`` once, to nearest even, to ``dtype``; -0 becomes +0, and NaN the dtype's one NaN.
+
+    Examples:
+        >>> collogue.formats.round_value(torch.tensor([1.001, -0.0]), torch.bfloat16)
+        tensor([1., 0.], dtype=torch.bfloat16)
+    """
     # Adding +0 changes nothing but the sign of a zero. It follows the cast: a cast can make a negative zero.
     return canonical_nan(x.to(dtype) + 0.0)
 
@@ -93,12 +113,22 @@ def _encode(x: Tensor, element: _Element) -> Tensor:
 
 
 def e2m1_encode(x: Tensor) -> Tensor:
-    """E2M1 codes 0 to 15 of float32 ``x``, one a byte, as ``cvt.rn.satfinite.e2m1x2.f32`` rounds. NaN is 7; 8 never occurs."""
+    """E2M1 codes 0 to 15 of float32 ``x``, one a byte, as ``cvt.rn.satfinite.e2m1x2.f32`` rounds. NaN is 7; 8 never occurs.
+
+    Examples:
+        >>> collogue.formats.e2m1_encode(torch.tensor([0.5, 6.0, 100.0]))
+        tensor([1, 7, 7], dtype=torch.uint8)
+    """
     return _encode(x, _E2M1)
 
 
 def e2m1_decode(codes: Tensor) -> Tensor:
-    """float32 values of E2M1 codes 0 to 15, one a byte."""
+    """float32 values of E2M1 codes 0 to 15, one a byte.
+
+    Examples:
+        >>> collogue.formats.e2m1_decode(torch.tensor([1, 7, 15], dtype=torch.uint8))
+        tensor([ 0.5000,  6.0000, -6.0000])
+    """
     whole = codes.int()
     # Exponent and mantissa as those of a float32 number that is 2**126 times smaller, perhaps a subnormal one.
     magnitude = ((whole & 7) << 22).view(torch.float32) * 2.0**126
@@ -106,33 +136,63 @@ def e2m1_decode(codes: Tensor) -> Tensor:
 
 
 def e4m3_encode(x: Tensor) -> Tensor:
-    """E4M3 codes (uint8) of float32 ``x``. Saturates at 448, also from infinity; NaN is 0x7F; 0x80 never occurs."""
+    """E4M3 codes (uint8) of float32 ``x``. Saturates at 448, also from infinity; NaN is 0x7F; 0x80 never occurs.
+
+    Examples:
+        >>> collogue.formats.e4m3_encode(torch.tensor([1.0, 1000.0]))
+        tensor([ 56, 126], dtype=torch.uint8)
+    """
     return _encode(x, _E4M3)
 
 
 def e4m3_decode(codes: Tensor) -> Tensor:
-    """float32 values of E4M3 codes (uint8); 0x7F and 0xFF are NaN."""
+    """float32 values of E4M3 codes (uint8); 0x7F and 0xFF are NaN.
+
+    Examples:
+        >>> collogue.formats.e4m3_decode(torch.tensor([56, 126], dtype=torch.uint8))
+        tensor([  1., 448.])
+    """
     return canonical_nan(codes.view(torch.float8_e4m3fn).float())
 
 
 def e8m0_decode(codes: Tensor) -> Tensor:
-    """float32 values ``2**(code - 127)`` of E8M0 codes (uint8); code 0 is a subnormal, 0xFF is NaN."""
+    """float32 values ``2**(code - 127)`` of E8M0 codes (uint8); code 0 is a subnormal, 0xFF is NaN.
+
+    Examples:
+        >>> collogue.formats.e8m0_decode(torch.tensor([127, 130], dtype=torch.uint8))
+        tensor([1., 8.])
+    """
     bits = codes.int() << 23
     return bits.masked_fill_(codes == 0, 1 << 22).masked_fill_(codes == 0xFF, 0x7FFFFFFF).view(torch.float32)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Two codes a byte, lower nibble first: uint8 ``[..., H]`` to ``[..., H / 2]``."""
+    """Two codes a byte, lower nibble first: uint8 ``[..., H]`` to ``[..., H / 2]``.
+
+    Examples:
+        >>> collogue.formats.pack_nibbles(torch.tensor([1, 2], dtype=torch.uint8))
+        tensor([33], dtype=torch.uint8)
+    """
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
-    """The inverse of :func:`pack_nibbles`: uint8 ``[..., H / 2]`` to ``[..., H]``."""
+    """The inverse of :func:`pack_nibbles`: uint8 ``[..., H / 2]`` to ``[..., H]``.
+
+    Examples:
+        >>> collogue.formats.unpack_nibbles(torch.tensor([33], dtype=torch.uint8))
+        tensor([1, 2], dtype=torch.uint8)
+    """
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
 
 
 def code_spec(quant: Quant, tokens: int, hidden_size: int) -> tuple[tuple[int, int], torch.dtype]:
-    """Shape and dtype of ``out.codes``; row-contiguous."""
+    """Shape and dtype of ``out.codes``; row-contiguous.
+
+    Examples:
+        >>> collogue.formats.code_spec(collogue.NVFP4(1.0), 4, 64)
+        ((4, 32), torch.uint8)
+    """
     quant.check_hidden_size(hidden_size)
     if quant.element == "e2m1":
         return (tokens, hidden_size // 2), torch.uint8
@@ -144,7 +204,12 @@ def code_spec(quant: Quant, tokens: int, hidden_size: int) -> tuple[tuple[int, i
 
 @dataclass(frozen=True)
 class ScaleSpec:
-    """What ``out.scales`` looks like. ``storage`` counts the elements of the allocation, padding included."""
+    """What ``out.scales`` looks like. ``storage`` counts the elements of the allocation, padding included.
+
+    Examples:
+        >>> collogue.formats.scale_spec(collogue.FP8PerToken(), 4, 64)
+        ScaleSpec(shape=(4, 1), stride=(1, 1), dtype=torch.float32, storage=4)
+    """
 
     shape: tuple[int, int]
     stride: tuple[int, int]
@@ -166,7 +231,12 @@ class _Layout:
 
 
 def scales_per_row(quant: Quant, hidden_size: int) -> int:
-    """K: how many scales a token has; 1 where one scale spans the row, 0 where the format stores none."""
+    """K: how many scales a token has; 1 where one scale spans the row, 0 where the format stores none.
+
+    Examples:
+        >>> collogue.formats.scales_per_row(collogue.NVFP4(1.0), 64)
+        4
+    """
     if quant.scale_dtype is None:
         return 0
     return hidden_size // quant.block if quant.block else 1
@@ -203,6 +273,10 @@ def scale_spec(quant: Quant, tokens: int, hidden_size: int) -> ScaleSpec | None:
     ==========================  =======================================  =========================================
 
     All padding is zero bytes. A tile of 128x4 keeps (row r, column k) at byte ``(r % 32) * 16 + (r % 128 // 32) * 4 + k % 4``.
+
+    Examples:
+        >>> collogue.formats.scale_spec(collogue.NVFP4(1.0), 4, 64).shape
+        (128, 4)
     """
     quant.check_hidden_size(hidden_size)
     dtype = quant.scale_dtype
@@ -225,23 +299,46 @@ def _required(quant: Quant, tokens: int, hidden_size: int) -> ScaleSpec:
 
 
 def empty_scales(quant: Quant, tokens: int, hidden_size: int, device: torch.device | str) -> Tensor:
-    """An uninitialized scale tensor: a strided view of a flat storage that holds the padding too."""
+    """An uninitialized scale tensor: a strided view of a flat storage that holds the padding too.
+
+    Examples:
+        >>> collogue.formats.empty_scales(collogue.FP8PerToken(), 4, 64, "cpu").shape
+        torch.Size([4, 1])
+    """
     spec = _required(quant, tokens, hidden_size)
     return torch.empty(spec.storage, dtype=spec.dtype, device=device).as_strided(spec.shape, spec.stride)
 
 
 def scale_storage(scales: Tensor) -> Tensor:
-    """All bytes of a scale tensor, the padding of column-major layouts included: a flat uint8 view."""
+    """All bytes of a scale tensor, the padding of column-major layouts included: a flat uint8 view.
+
+    Examples:
+        >>> scales = collogue.formats.empty_scales(collogue.FP8PerToken(), 4, 64, "cpu")
+        >>> collogue.formats.scale_storage(scales).shape
+        torch.Size([16])
+    """
     return scales.as_strided((scale_elements(scales),), (1,)).view(torch.uint8)
 
 
 def scale_elements(scales: Tensor) -> int:
-    """How many elements the memory under a scale tensor has, the padding of column-major layouts included."""
+    """How many elements the memory under a scale tensor has, the padding of column-major layouts included.
+
+    Examples:
+        >>> scales = collogue.formats.empty_scales(collogue.FP8Group(32, layout="column"), 5, 64, "cpu")
+        >>> (scales.numel(), collogue.formats.scale_elements(scales))
+        (10, 16)
+    """
     return max(scales.numel(), scales.size(1) * scales.stride(1)) if scales.numel() else 0
 
 
 def place_scales(values: Tensor, quant: Quant, tokens: int, hidden_size: int) -> Tensor:
-    """Lay ``values`` [T, K] (raw bytes as uint8, or float32) out as ``out.scales``. A new tensor; every padding byte is 0."""
+    """Lay ``values`` [T, K] (raw bytes as uint8, or float32) out as ``out.scales``. A new tensor; every padding byte is 0.
+
+    Examples:
+        >>> values = torch.ones(4, 4, dtype=torch.uint8)
+        >>> collogue.formats.place_scales(values, collogue.NVFP4(1.0), 4, 64).shape
+        torch.Size([128, 4])
+    """
     spec = _required(quant, tokens, hidden_size)
     columns = scales_per_row(quant, hidden_size)
     layout = _layout(quant, tokens, columns)
@@ -252,7 +349,14 @@ def place_scales(values: Tensor, quant: Quant, tokens: int, hidden_size: int) ->
 
 
 def read_scales(scales: Tensor, quant: Quant, tokens: int, hidden_size: int) -> Tensor:
-    """The inverse of :func:`place_scales`: [T, K] raw bytes (uint8) or float32."""
+    """The inverse of :func:`place_scales`: [T, K] raw bytes (uint8) or float32.
+
+    Examples:
+        >>> quant, values = collogue.NVFP4(1.0), torch.ones(4, 4, dtype=torch.uint8)
+        >>> placed = collogue.formats.place_scales(values, quant, 4, 64)
+        >>> torch.equal(collogue.formats.read_scales(placed, quant, 4, 64), values)
+        True
+    """
     spec = _required(quant, tokens, hidden_size)
     if tuple(scales.shape) != spec.shape or scales.dtype != spec.dtype:
         raise ShapeError(

@@ -29,6 +29,12 @@ class PrologueForm:
 
     ``weights``: ``"value"`` are of the communicator's dtype. ``shared``: a shared expert is given (of ``expert_reduce``, always).
     ``PrologueForm("gated", "none")`` has neither.
+
+    Examples:
+        >>> form = collogue.PrologueForm.parse("expert_combine/float32/shared")
+        >>> print(form)
+        expert_combine, float32 weights, shared expert
+        >>> comm.prepare(4, prologue=form)
     """
 
     kind: Kind
@@ -92,6 +98,12 @@ class ExpertCombine:
         shared expert and scaling are each rank's own, as the values of a partial are.
     Raises:
         ShapeError, DTypeError, LayoutError, ScaleError, ArgumentError.
+    Examples:
+        >>> expert_output = torch.ones(6, 64).bfloat16()  # rows of this rank's experts
+        >>> index = torch.tensor([[0, 1], [2, 3], [4, 5], [0, -1]], dtype=torch.int32)  # -1: on another rank
+        >>> term = collogue.ExpertCombine(expert_output, index, torch.ones(4, 2))
+        >>> comm.all_reduce(term, residual=residual).residual[:, 0]
+        tensor([2., 2., 2., 1.], dtype=torch.bfloat16)
     """
 
     expert_output: torch.Tensor
@@ -181,6 +193,11 @@ class ExpertReduce:
         As :class:`ExpertCombine`; E is each rank's own.
     Raises:
         ShapeError, DTypeError, LayoutError.
+    Examples:
+        >>> expert_output = torch.ones(2, 4, 64).bfloat16()  # two experts, four tokens
+        >>> term = collogue.ExpertReduce(expert_output, torch.ones(2, 4), token_input=torch.zeros(4, 64).bfloat16())
+        >>> comm.all_reduce(term, residual=residual).residual[:, 0]
+        tensor([2., 2., 2., 2.], dtype=torch.bfloat16)
     """
 
     expert_output: torch.Tensor
@@ -250,6 +267,10 @@ class Gated:
         Both are read with the inputs: the preceding kernel may have written them.
     Raises:
         ShapeError, DTypeError, LayoutError.
+    Examples:
+        >>> gate_up = torch.ones(4, 128).bfloat16()
+        >>> comm.finish(collogue.Gated.of(gate_up), quant=collogue.FP8PerToken())
+        Output(codes=float8_e4m3fn[4, 64], scales=float32[4, 1] on cpu)
     """
 
     gate: torch.Tensor

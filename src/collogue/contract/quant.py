@@ -67,7 +67,13 @@ def _check_smallest(kind: str, value: float) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Quant:
-    """Base of the quantization formats. ``block`` elements of a row share one scale (0: the format has other scales)."""
+    """Base of the quantization formats. ``block`` elements of a row share one scale (0: the format has other scales).
+
+    Examples:
+        >>> quant = collogue.FP8Group(32)
+        >>> (quant.block, quant.element, quant.scale_dtype)
+        (32, 'e4m3', torch.float32)
+    """
 
     #: ``"e4m3"`` (one byte an element) or ``"e2m1"`` (two codes a byte, lower nibble first).
     element: ClassVar[Literal["e4m3", "e2m1"]]
@@ -113,6 +119,10 @@ class NVFP4(Quant):
             A tensor is read with the inputs: the kernel just before may write it.
         layout: of the scales: ``"128x4"``, ``"8x4"`` or ``"linear"``.
         validate: also read a CUDA tensor's value (synchronizes) and reject one that is not positive and finite.
+    Examples:
+        >>> amax = partial.abs().amax()
+        >>> comm.all_reduce(partial, quant=collogue.NVFP4(448 * 6 / float(amax)))
+        Output(reduced=bfloat16[4, 64], codes=uint8[4, 32], scales=float8_e4m3fn[128, 4] on cpu)
     """
 
     global_scale: float | torch.Tensor
@@ -163,6 +173,9 @@ class MXFP8(_MX):
     Args:
         rounding: ``"floor"``: ``k = floor(log2 amax) - 8`` (OCP text); ``"ceil"``: smallest power of two not below ``amax / 448`` (RCEIL).
         layout: of the scales: ``"128x4"``, ``"8x4"`` or ``"linear"``.
+    Examples:
+        >>> comm.all_reduce(partial, quant=collogue.MXFP8("ceil", layout="linear"))
+        Output(reduced=bfloat16[4, 64], codes=float8_e4m3fn[4, 64], scales=float8_e8m0fnu[4, 2] on cpu)
     """
 
     element: ClassVar[Literal["e4m3", "e2m1"]] = "e4m3"
@@ -176,6 +189,10 @@ class MXFP4(_MX):
     Args:
         rounding: ``"floor"``: ``k = floor(log2 amax) - 2`` (OCP text); ``"ceil"``: smallest power of two not below ``amax / 6`` (RCEIL).
         layout: of the scales: ``"128x4"``, ``"8x4"`` or ``"linear"``.
+    Examples:
+        >>> codes, scales = collogue.quantize(partial, collogue.MXFP4("floor"))
+        >>> (list(codes.shape), list(scales.shape))
+        ([4, 32], [128, 4])
     """
 
     element: ClassVar[Literal["e4m3", "e2m1"]] = "e2m1"
@@ -190,6 +207,9 @@ class FP8Static(Quant):
         scale: a **divisor**. Number or one-element float32 tensor. ``out.scales`` is ``None``: the caller has it.
             A tensor is read with the inputs: the kernel just before may write it.
         validate: also read a CUDA tensor's value (synchronizes) and reject one that is not positive and finite.
+    Examples:
+        >>> comm.all_reduce(partial, quant=collogue.FP8Static(scale=0.5))
+        Output(reduced=bfloat16[4, 64], codes=float8_e4m3fn[4, 64] on cpu)
     """
 
     scale: float | torch.Tensor
@@ -210,6 +230,10 @@ class FP8PerToken(Quant):
     """E4M3 codes, one float32 scale (a **divisor**) per token.
 
     ``scale = max(amax / 448, smallest)``, ``code = e4m3_sat(n / scale)``.
+
+    Examples:
+        >>> comm.all_reduce(partial, quant=collogue.FP8PerToken())
+        Output(reduced=bfloat16[4, 64], codes=float8_e4m3fn[4, 64], scales=float32[4, 1] on cpu)
     """
 
     smallest: float = SMALLEST_SCALE
@@ -236,6 +260,10 @@ class FP8Group(Quant):
         layout: ``"row"``: ``[T, H / group_size]`` row-major. ``"column"``: column-major with the columns
             ``round_up(T, 4)`` apart (TMA-aligned); ``"ue8m0"`` then packs four exponents in an int32.
         smallest: lower bound of the scale, from ``2**-126`` to 1.
+    Examples:
+        >>> codes, scales = collogue.quantize(partial, collogue.FP8Group(32, layout="column"))
+        >>> (list(scales.shape), scales.stride())
+        ([4, 2], (1, 4))
     """
 
     group_size: int = 128

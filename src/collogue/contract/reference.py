@@ -76,7 +76,13 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
 
 
 def expert_combine(given: ExpertCombine) -> Tensor:
-    """The term [T, H] of :class:`collogue.ExpertCombine`: ``a = +0; a = a + x[index[t, k]] * w[t, k]``, ``a * scaling``, ``a + shared``."""
+    """The term [T, H] of :class:`collogue.ExpertCombine`: ``a = +0; a = a + x[index[t, k]] * w[t, k]``, ``a * scaling``, ``a + shared``.
+
+    Examples:
+        >>> index = torch.tensor([[0, 1]], dtype=torch.int32)
+        >>> collogue.reference.expert_combine(collogue.ExpertCombine(partial, index, torch.ones(1, 2)))[:, 0]
+        tensor([2.], dtype=torch.bfloat16)
+    """
     total = torch.zeros(given.tokens, given.hidden_size, dtype=torch.float32, device=given.expert_output.device)
     for k in range(given.count):
         rows = given.index[:, k].long()
@@ -93,7 +99,13 @@ def expert_combine(given: ExpertCombine) -> Tensor:
 
 
 def expert_reduce(given: ExpertReduce) -> Tensor:
-    """The term [T, H] of :class:`collogue.ExpertReduce`: ``a = +0; a = a + x[e, t] * w[e, t]`` where ``w != 0``, ``a + token_input``."""
+    """The term [T, H] of :class:`collogue.ExpertReduce`: ``a = +0; a = a + x[e, t] * w[e, t]`` where ``w != 0``, ``a + token_input``.
+
+    Examples:
+        >>> given = collogue.ExpertReduce(torch.ones(2, 4, 64).bfloat16(), torch.ones(2, 4), partial)
+        >>> collogue.reference.expert_reduce(given)[:, 0]
+        tensor([3., 3., 3., 3.], dtype=torch.bfloat16)
+    """
     total = torch.zeros(given.tokens, given.hidden_size, dtype=torch.float32, device=given.expert_output.device)
     for rows, weights in zip(given.expert_output, given.weights, strict=True):
         used = (weights != 0).nonzero()[:, 0]
@@ -117,6 +129,9 @@ def silu(g: Tensor) -> Tensor:
     Order and rounding:
         ``x = max(-g, -32)``, ``n = rint(x * log2e)``, ``r = (x - n * ln2_high) - n * ln2_low``; ``p = c6; p = p * r + c5; ..; p = p * r +
         c0``; ``e = p * 2**n``. Each operation is rounded by itself.
+    Examples:
+        >>> collogue.reference.silu(torch.tensor([-100.0, 0.0, 40.0]))
+        tensor([ 0.,  0., 40.])
     """
     x = (-g).clamp_(min=-_SILU_MOST)
     n = (x * _PER_LN2).round_()
@@ -129,12 +144,22 @@ def silu(g: Tensor) -> Tensor:
 
 
 def gated(given: Gated) -> Tensor:
-    """The term [T, H] of :class:`collogue.Gated`: ``silu(gate) * up``, rounded once."""
+    """The term [T, H] of :class:`collogue.Gated`: ``silu(gate) * up``, rounded once.
+
+    Examples:
+        >>> collogue.reference.gated(collogue.Gated(partial, partial)).shape
+        torch.Size([4, 64])
+    """
     return round_value(silu(given.gate.float()) * given.up.float(), given.gate.dtype)
 
 
 def term_of(given: Tensor | Prologue) -> Tensor:
-    """A rank's term [T, H]: a partial as it is, a prologue computed."""
+    """A rank's term [T, H]: a partial as it is, a prologue computed.
+
+    Examples:
+        >>> collogue.reference.term_of(partial) is partial
+        True
+    """
     if isinstance(given, ExpertCombine):
         return expert_combine(given)
     if isinstance(given, Gated):
@@ -160,7 +185,12 @@ def _kind_of(given: Tensor | Prologue) -> str:
 
 
 def sum_partials(partials: Sequence[Tensor], islands: Sequence[Sequence[int]] | None = None) -> Tensor:
-    """``s = +0; s = s + x_r`` for rank 0, 1, ...: float32, same shape. With ``islands``: so for each island, then so for their sums."""
+    """``s = +0; s = s + x_r`` for rank 0, 1, ...: float32, same shape. With ``islands``: so for each island, then so for their sums.
+
+    Examples:
+        >>> collogue.reference.sum_partials([partial, partial])[0, :2]
+        tensor([2., 2.])
+    """
     if islands is not None:
         partials = [sum_partials([partials[rank] for rank in island]) for island in islands]
     total = torch.zeros_like(partials[0], dtype=torch.float32)
@@ -176,6 +206,9 @@ def mean_square(y: Tensor) -> Tensor:
         A lane adds the squares of 8 consecutive elements, one after the other. 32 lane sums are folded by halves
         (``v[i] += v[i + 16]``, then 8, 4, 2, 1). The sums of the blocks of 256 are added in index order, from +0. A short
         last block is padded with zeros. The total is divided by H.
+    Examples:
+        >>> collogue.reference.mean_square(2 * partial)
+        tensor([4., 4., 4., 4.])
     """
     tokens, hidden_size = y.shape
     blocks = round_up(hidden_size, BLOCK) // BLOCK
@@ -202,7 +235,12 @@ def _sqrt(x: Tensor) -> Tensor:
 
 
 def rms_norm(y: Tensor, norm: RMSNorm) -> Tensor:
-    """``n = round_D((y * rstd) * w)``, ``rstd = 1 / sqrt(mean_square + eps)``, ``w = float(weight) + weight_offset``."""
+    """``n = round_D((y * rstd) * w)``, ``rstd = 1 / sqrt(mean_square + eps)``, ``w = float(weight) + weight_offset``.
+
+    Examples:
+        >>> collogue.reference.rms_norm(partial, collogue.RMSNorm(weight, eps=0.0))[0, :2]
+        tensor([1., 1.], dtype=torch.bfloat16)
+    """
     rstd = _scalar(1.0, y.device) / _sqrt(mean_square(y) + _scalar(norm.eps, y.device))
     weight = norm.weight.float() + _scalar(norm.weight_offset, y.device)
     return round_value((y.float() * rstd[:, None]).mul_(weight), y.dtype)
@@ -246,6 +284,10 @@ def quantize(n: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
         blocks the exponent 128 of its bits, and UE8M0 groups the scale of the largest finite number.
     Raises:
         ShapeError, DTypeError, LayoutError: not rows of values. FormatError: no format, or a block that does not divide H.
+    Examples:
+        >>> codes, scales = collogue.reference.quantize(partial, collogue.MXFP8("ceil", layout="linear"))
+        >>> (codes.dtype, list(scales.shape))
+        (torch.float8_e4m3fn, [4, 2])
     """
     _check_rows(n)
     check_format("quant", quant)
@@ -306,6 +348,11 @@ def dequantize(codes: Tensor, scales: Tensor | None, quant: Quant, *, hidden_siz
 
     Raises:
         ShapeError: codes or scales that are not those of this format, scales that are missing or one too many. FormatError: no format.
+    Examples:
+        >>> quant = collogue.FP8PerToken()
+        >>> codes, scales = collogue.quantize(partial, quant)
+        >>> collogue.dequantize(codes, scales, quant, hidden_size=64)[0, :2]
+        tensor([1., 1.])
     """
     check_format("quant", quant)
     for name, tensor in (("codes", codes), ("scales", scales)):
@@ -340,7 +387,14 @@ def dequantize(codes: Tensor, scales: Tensor | None, quant: Quant, *, hidden_siz
 
 
 def finished(y: Tensor, norm: RMSNorm | None, quant: Quant | None, wanted: Wanted) -> Output:
-    """What follows the prenorm ``y`` [T, H]: norm and quantization, each output where it was asked for."""
+    """What follows the prenorm ``y`` [T, H]: norm and quantization, each output where it was asked for.
+
+    Examples:
+        >>> from collogue.contract.spec import Wanted
+        >>> wanted = Wanted.of(has_residual=False, has_norm=True, quant=None, keep_norm=True)
+        >>> collogue.reference.finished(partial, collogue.RMSNorm(weight), None, wanted)
+        Output(residual=bfloat16[4, 64], norm=bfloat16[4, 64] on cpu)
+    """
     _check_arithmetic()
     n = y if norm is None else rms_norm(y, norm)
     codes, scales = (None, None) if quant is None else quantize(n, quant)
@@ -418,6 +472,9 @@ def all_reduce(
     Raises:
         ShapeError, DTypeError: tensors that do not fit together. ArgumentError: islands that do not split the ranks, ranks that give terms
         of different kinds or a different K.
+    Examples:
+        >>> collogue.reference.all_reduce([partial, partial], residual=residual).residual[0, :2]
+        tensor([2., 2.], dtype=torch.bfloat16)
     """
     terms = _terms(partials)
     islands = as_islands(islands, len(terms))
@@ -440,7 +497,12 @@ def _over(term: Tensor, wire: Quant) -> Tensor:
 
 
 def stream(total: Tensor, dtype: torch.dtype, residual: Tensor | None = None, branch_norm: RMSNorm | None = None) -> Tensor:
-    """``y`` [T, H] in ``dtype`` from a float32 sum: ``round(total + residual)``, with ``branch_norm`` ``round(residual + its norm)``."""
+    """``y`` [T, H] in ``dtype`` from a float32 sum: ``round(total + residual)``, with ``branch_norm`` ``round(residual + its norm)``.
+
+    Examples:
+        >>> collogue.reference.stream(partial.float(), torch.bfloat16, residual).dtype
+        torch.bfloat16
+    """
     _check_arithmetic()
     if branch_norm is not None:
         total = rms_norm(round_value(total, dtype), branch_norm).float()
@@ -463,6 +525,11 @@ def sharded(
 
     Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first. ``rows``: how many
     each rank owns, in place of equal blocks; their sum is T. ``islands`` and ``wire`` as there.
+
+    Examples:
+        >>> by_rank = collogue.reference.sharded([partial, partial], residual=residual, norm=collogue.RMSNorm(weight))
+        >>> [(list(out.residual.shape), list(out.norm.shape)) for out in by_rank]
+        [([2, 64], [4, 64]), ([2, 64], [4, 64])]
     """
     terms = _terms(partials)
     epilogue = {"norm": norm, "quant": quant, "keep_norm": keep_norm, "branch_norm": branch_norm, "islands": islands, "wire": wire}
@@ -493,6 +560,10 @@ def reduce_scatter(
 
     Arguments and errors are those of :func:`all_reduce`; ``residual`` [T, H] is the shards of all ranks, rank 0 first. ``rows``: how many
     each rank owns, in place of equal blocks; their sum is T. ``islands`` and ``wire`` as there.
+
+    Examples:
+        >>> [list(out.reduced.shape) for out in collogue.reference.reduce_scatter([partial, partial], rows=[1, 3])]
+        [[1, 64], [3, 64]]
     """
     terms = _terms(partials)
     _check_partials(terms, residual, norm)
@@ -528,6 +599,10 @@ def all_gather(shards: Sequence[Output], *, quant: Quant | None = None, rows: Se
         rows: how many each rank owns, in place of equal blocks.
     Raises:
         ShapeError, FormatError: shards that do not fit together, codes without a format.
+    Examples:
+        >>> shards = collogue.reference.reduce_scatter([partial, partial])
+        >>> collogue.reference.all_gather(shards).reduced.shape
+        torch.Size([4, 64])
     """
     if quant is not None:
         check_format("quant", quant)
@@ -555,7 +630,12 @@ def all_gather(shards: Sequence[Output], *, quant: Quant | None = None, rows: Se
 
 
 def finish_alone(y: Tensor | Gated, quant: Quant | None) -> Output:
-    """What :func:`collogue.quantize` and :func:`collogue.nn.gated` return: codes and scales; without a format the values (``reduced``)."""
+    """What :func:`collogue.quantize` and :func:`collogue.nn.gated` return: codes and scales; without a format the values (``reduced``).
+
+    Examples:
+        >>> collogue.reference.finish_alone(partial, collogue.FP8PerToken())
+        Output(codes=float8_e4m3fn[4, 64], scales=float32[4, 1] on cpu)
+    """
     if quant is None:
         return Output(reduced=term_of(y))
     codes, scales = quantize(term_of(y), quant)
@@ -567,6 +647,9 @@ def finish(y: Tensor | Gated, *, norm: RMSNorm | None = None, quant: Quant | Non
 
     Raises:
         ArgumentError: experts, which are terms of a sum. ShapeError, DTypeError, FormatError.
+    Examples:
+        >>> collogue.reference.finish(partial, norm=collogue.RMSNorm(weight))
+        Output(norm=bfloat16[4, 64] on cpu)
     """
     if not isinstance(y, Tensor | Gated):
         name = f"{type(y).__module__.partition('.')[0]}.{type(y).__name__}".removeprefix("builtins.")

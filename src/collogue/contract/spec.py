@@ -34,6 +34,10 @@ class RMSNorm:
             must have been written by a kernel that another kernel *between* it and this call has waited for (or long before, as
             weights are). ``False``: the weight is read with the inputs, so the preceding kernel may have written it. Never changes a
             bit of a result, and may differ between ranks.
+    Examples:
+        >>> norm = collogue.RMSNorm(weight, eps=1e-5)
+        >>> comm.all_reduce(partial, norm=norm)
+        Output(residual=bfloat16[4, 64], norm=bfloat16[4, 64] on cpu)
     """
 
     weight: torch.Tensor
@@ -79,6 +83,13 @@ class Output(Generic[_Reduced, _Residual, _Norm, _Codes, _Scales]):
     ``reduced``: the sum, when neither residual nor norm is given. ``residual``: the new residual stream ``y``.
     ``norm``: the norm in the communicator's dtype. ``codes``, ``scales``: the quantized norm (or ``y``).
     Each holds all T rows or, as a shard, the rows that this rank owns.
+
+    Examples:
+        >>> out = comm.all_reduce(partial, residual=residual)
+        >>> out
+        Output(residual=bfloat16[4, 64] on cpu)
+        >>> [name for name, tensor in out.items()]
+        ['residual']
     """
 
     reduced: _Reduced = None  # type: ignore[assignment]

@@ -25,6 +25,9 @@ class FP8Block:
 
     Args:
         size: a multiple of 16, usually 128.
+    Examples:
+        >>> collogue.nn.QuantizedWeight.of(torch.ones(256, 128), collogue.nn.FP8Block()).scales.shape
+        torch.Size([2, 1])
     """
 
     size: int = 128
@@ -72,6 +75,10 @@ class QuantizedWeight:
     Raises:
         ShapeError: codes or scales of another shape or dtype. FormatError: another format or layout, or a block that does not divide I.
         ScaleError: scales that are negative, infinite or NaN, or zero where they are float32 (read on the CPU only).
+    Examples:
+        >>> held = collogue.nn.QuantizedWeight.of(torch.ones(32, 64), collogue.FP8PerToken())
+        >>> (held.shape, held.nbytes)
+        ((32, 64), 2176)
     """
 
     codes: Tensor

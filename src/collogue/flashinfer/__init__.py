@@ -1,15 +1,17 @@
 """FlashInfer's communication calls, served by Collogue: the same names and arguments, Collogue's kernels and bits.
 
->>> import collogue.flashinfer as comm  # was: import flashinfer.comm as comm
->>> workspace = comm.create_allreduce_fusion_workspace(
-...     backend="auto", world_size=8, rank=rank, max_token_num=4096, hidden_dim=7168, dtype=torch.bfloat16, group=group
-... )
->>> comm.allreduce_fusion(
-...     input=partial, workspace=workspace, pattern=comm.AllReduceFusionPattern.kARResidualRMSNorm,
-...     residual_in=residual, residual_out=residual_out, norm_out=norm_out, rms_gamma=weight,
-... )
-
 :func:`install` does the same for code that says ``import flashinfer.comm``. What differs from FlashInfer is in docs/engines.md.
+
+Examples:
+    >>> import collogue.flashinfer as comm  # was: import flashinfer.comm as comm
+    >>> workspace = comm.create_allreduce_fusion_workspace(
+    ...     backend="auto", world_size=1, rank=0, max_token_num=4096, hidden_dim=7168, dtype=torch.bfloat16, group=group
+    ... )
+    >>> norm = comm.allreduce_fusion(
+    ...     input=partial, workspace=workspace, pattern=comm.AllReduceFusionPattern.kARResidualRMSNorm,
+    ...     residual_in=residual, residual_out=residual, rms_gamma=weight,
+    ... )
+    >>> workspace.destroy()
 """
 
 from __future__ import annotations
@@ -82,11 +84,14 @@ def install() -> Installation:
     Where it is, workspaces that FlashInfer itself made, and ``backend="mnnvl-cutedsl"``, still go to FlashInfer. Where it is not, a
     stand-in takes its place that holds the served names, ``flashinfer.comm.mnnvl.TorchDistBackend`` and nothing else.
 
-    >>> collogue.flashinfer.install()          # from now on
-    >>> with collogue.flashinfer.install():    # for a block
-    ...     import flashinfer.comm as comm
-
     Names that other modules have imported one by one (``from flashinfer.comm import allreduce_fusion``) before stay FlashInfer's.
     Installing twice changes nothing, and only the first one's :meth:`Installation.uninstall` takes it away.
+
+    Examples:
+        >>> installation = collogue.flashinfer.install()  # from now on; or, for a block, as a context manager
+        >>> import flashinfer.comm
+        >>> flashinfer.comm.allreduce_fusion is collogue.flashinfer.allreduce_fusion
+        True
+        >>> installation.uninstall()
     """
     return replace({name: globals()[name] for name in SERVED})

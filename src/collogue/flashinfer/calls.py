@@ -79,6 +79,11 @@ def allreduce_fusion(
         As :meth:`collogue.Communicator.all_reduce`. For a CUDA graph, make each call once before the capture.
     Raises:
         UnsupportedError: codes of pattern 7. ArgumentError and its subclasses before anything is launched; CollectiveError.
+    Examples:
+        >>> workspace = collogue.flashinfer.create_allreduce_fusion_workspace("auto", 1, 0, 16, 64, torch.bfloat16, group=group)
+        >>> pattern = collogue.flashinfer.AllReduceFusionPattern.kARResidualRMSNorm
+        >>> norm = collogue.flashinfer.allreduce_fusion(partial, workspace, pattern, residual_in=residual, rms_gamma=weight)
+        >>> workspace.destroy()
     """
     if not isinstance(workspace, TRTLLMAllReduceFusionWorkspace):
         raise NotOursError(
@@ -153,6 +158,13 @@ def trtllm_allreduce_fusion(
 
     ``workspace_ptrs`` is the tensor of :func:`trtllm_create_ipc_workspace_for_all_reduce_fusion`; ``metadata`` is not needed, the
     capacity is checked without it. ``None`` for ``rms_eps`` and ``weight_bias`` is 0.
+
+    Examples:
+        >>> handles, pointers = collogue.flashinfer.trtllm_create_ipc_workspace_for_all_reduce_fusion(0, 1, 16, 64, group=group)
+        >>> calls = [True, True, True, 1, None]  # pdl, trigger, fp32_acc, pattern, use_oneshot
+        >>> outputs = [None, residual, torch.empty_like(partial), torch.empty_like(partial), None, None]  # all-reduce .. scales
+        >>> collogue.flashinfer.trtllm_allreduce_fusion(partial, 1, 0, 4, 64, pointers, *calls, *outputs, weight, 1e-6, None, None)
+        >>> collogue.flashinfer.trtllm_destroy_ipc_workspace_for_all_reduce_fusion(handles)
     """
     workspace = workspace_of_rank(workspace_ptrs, world_size, world_rank)
     form = form_of(pattern_code)
@@ -174,5 +186,10 @@ def trtllm_allreduce_fusion(
 
 
 def compute_fp4_swizzled_layout_sf_size(total_row: int, total_column: int) -> int:
-    """Elements of a scale tensor in the 128x4 layout: rows padded to 128, columns to 4."""
+    """Elements of a scale tensor in the 128x4 layout: rows padded to 128, columns to 4.
+
+    Examples:
+        >>> collogue.flashinfer.compute_fp4_swizzled_layout_sf_size(4, 64 // 16)
+        512
+    """
     return round_up(total_row, 128) * round_up(total_column, 4)

@@ -166,6 +166,12 @@ def trtllm_moe_allreduce_fusion(
         quant_out, scale_out: NVFP4 by ``scale_factor``, a multiplier and a float, in the layout of ``layout_code``.
     Raises:
         ArgumentError and its subclasses before anything is launched; CollectiveError.
+    Examples:
+        >>> handles, pointers = collogue.flashinfer.trtllm_create_ipc_workspace_for_all_reduce_fusion(0, 1, 16, 64, group=group)
+        >>> experts = [2, torch.ones(2, 4), torch.ones(2, 4, 64).bfloat16(), partial]  # E, weights, outputs, shared expert
+        >>> outputs = [None, None, None, torch.empty_like(partial), None, None]  # layout, sum, residual, norm, codes, scales
+        >>> collogue.flashinfer.trtllm_moe_allreduce_fusion(1, 0, 4, 64, pointers, True, residual, weight, 1e-6, 1.0, *experts, *outputs)
+        >>> collogue.flashinfer.trtllm_destroy_ipc_workspace_for_all_reduce_fusion(handles)
     """
     workspace = workspace_of_rank(workspace_ptrs, world_size, world_rank)
     check_backend("backend", backend)
@@ -214,6 +220,14 @@ def trtllm_moe_finalize_allreduce_fusion(
         norm_out: required. quant_out, scale_out: must be ``None``, because FlashInfer gives its codes no global scale.
     Raises:
         UnsupportedError: ``quant_out`` or ``scale_out``. ArgumentError and its subclasses before anything is launched; CollectiveError.
+    Examples:
+        >>> handles, pointers = collogue.flashinfer.trtllm_create_ipc_workspace_for_all_reduce_fusion(0, 1, 16, 64, group=group)
+        >>> index, norm = torch.tensor([[0, 1], [2, 3], [3, 0], [1, 2]], dtype=torch.int32), torch.empty_like(partial)
+        >>> outputs = [norm, None, None, None]  # norm, residual, codes, scales
+        >>> collogue.flashinfer.trtllm_moe_finalize_allreduce_fusion(
+        ...     partial, residual, weight, index, *outputs, pointers, True, 0, 1, 1e-6, None, torch.ones(4, 2), None
+        ... )
+        >>> collogue.flashinfer.trtllm_destroy_ipc_workspace_for_all_reduce_fusion(handles)
     """
     workspace = workspace_of_rank(workspace_ptrs, world_size, world_rank)
     check_backend("backend", backend)

@@ -12,7 +12,12 @@ from collogue.errors import ArgumentError, FormatError, ScaleError
 
 
 class AllReduceFusionPattern:
-    """Codes of the fusion patterns, as ``flashinfer.comm`` numbers them."""
+    """Codes of the fusion patterns, as ``flashinfer.comm`` numbers them.
+
+    Examples:
+        >>> collogue.flashinfer.AllReduceFusionPattern.kARResidualRMSNorm
+        1
+    """
 
     kAllReduce = 0
     kARResidualRMSNorm = 1
@@ -32,7 +37,12 @@ class AllReduceFusionPattern:
 
 
 class QuantizationSFLayout:
-    """Codes of the layouts of NVFP4's block scales."""
+    """Codes of the layouts of NVFP4's block scales.
+
+    Examples:
+        >>> collogue.flashinfer.QuantizationSFLayout.SWIZZLED_128x4
+        0
+    """
 
     SWIZZLED_128x4 = 0
     SWIZZLED_8x4 = 1

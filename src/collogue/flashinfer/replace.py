@@ -21,7 +21,12 @@ _active: Installation | None = None
 
 
 class Installation:
-    """What :func:`install` changed. :meth:`uninstall`, or the end of a ``with`` block, puts it back."""
+    """What :func:`install` changed. :meth:`uninstall`, or the end of a ``with`` block, puts it back.
+
+    Examples:
+        >>> installation = collogue.flashinfer.install()
+        >>> installation.uninstall()
+    """
 
     def __init__(self, undo: list[Callable[[], None]]) -> None:
         self._undo = undo
@@ -42,7 +47,11 @@ class Installation:
 
 
 def flashinfer_present() -> bool:
-    """Whether FlashInfer itself is installed (or already imported), a stand-in aside."""
+    """Whether FlashInfer itself is installed (or already imported), a stand-in aside.
+
+    Examples:
+        >>> present = collogue.flashinfer.flashinfer_present()
+    """
     module = sys.modules.get("flashinfer")
     if module is not None:
         return not getattr(module, "__collogue__", False)

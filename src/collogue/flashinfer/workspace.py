@@ -37,13 +37,24 @@ class NotOursError(UnsupportedError):
 
 
 class CommBackend:
-    """What carries objects between ranks while a workspace is made. Only its process group is used."""
+    """What carries objects between ranks while a workspace is made. Only its process group is used.
+
+    Examples:
+        >>> issubclass(collogue.flashinfer.TorchDistBackend, collogue.flashinfer.CommBackend)
+        True
+    """
 
     _group: Any = None
 
 
 class TorchDistBackend(CommBackend):
-    """The ranks of a ``torch.distributed`` process group; ``None`` is the default group."""
+    """The ranks of a ``torch.distributed`` process group; ``None`` is the default group.
+
+    Examples:
+        >>> backend = collogue.flashinfer.TorchDistBackend(group)
+        >>> workspace = collogue.flashinfer.create_allreduce_fusion_workspace("auto", 1, 0, 16, 64, torch.bfloat16, comm_backend=backend)
+        >>> workspace.destroy()
+    """
 
     def __init__(self, group: Any | None = None) -> None:
         self._group = group
@@ -55,6 +66,11 @@ class AllReduceFusionWorkspace(ABC):
     Attributes:
         world_size, rank: of the tensor-parallel group.
         backend: the name of the FlashInfer backend that the caller asked for, ``"trtllm"`` for ``"auto"``. It chooses nothing here.
+    Examples:
+        >>> workspace = collogue.flashinfer.create_allreduce_fusion_workspace("auto", 1, 0, 16, 64, torch.bfloat16, group=group)
+        >>> (workspace.world_size, workspace.rank, workspace.backend)
+        (1, 0, 'trtllm')
+        >>> workspace.destroy()
     """
 
     def __init__(self, world_size: int, rank: int) -> None:
@@ -89,6 +105,11 @@ class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
         here: it makes a communicator of its own, which takes memory and cannot be done while a CUDA graph is captured.
     Raises:
         GroupError, PlatformError, ArgumentError.
+    Examples:
+        >>> workspace = collogue.flashinfer.TRTLLMAllReduceFusionWorkspace(1, 0, 16, 64, torch.bfloat16, group=group)
+        >>> workspace.is_buffer_size_sufficient(1, 32, 64, torch.bfloat16)
+        False
+        >>> workspace.destroy()
     """
 
     #: FlashInfer's ``"mnnvl"`` workspaces hold a multicast address here, and engines throw a workspace away that has none. Not an address.
@@ -283,6 +304,11 @@ def create_allreduce_fusion_workspace(
         use_fp32_lamport: the same; SGLang passes it for float32, FlashInfer itself has no such argument.
     Raises:
         UnsupportedError: ``backend="mnnvl-cutedsl"``, and the keyword-only arguments, which belong to it.
+    Examples:
+        >>> workspace = collogue.flashinfer.create_allreduce_fusion_workspace(
+        ...     world_size=1, rank=0, max_token_num=16, hidden_dim=64, dtype=torch.bfloat16, group=group
+        ... )
+        >>> workspace.destroy()
     """
     options = {
         "top_k": top_k,
@@ -327,7 +353,12 @@ def is_mnnvl_cutedsl_supported(
     config: Any | None = None,
     device: torch.device | int | str | None = None,
 ) -> bool:
-    """``False``: ``backend="mnnvl-cutedsl"`` is not served."""
+    """``False``: ``backend="mnnvl-cutedsl"`` is not served.
+
+    Examples:
+        >>> collogue.flashinfer.is_mnnvl_cutedsl_supported(8, 7168, torch.bfloat16, max_token_num=128)
+        False
+    """
     return False
 
 
@@ -347,6 +378,9 @@ def trtllm_create_ipc_workspace_for_all_reduce_fusion(
     Returns:
         ``(ipc_handles, workspace_tensor)``; with ``create_metadata`` also the metadata, and with ``use_symm_dev_mem`` an empty list of
         memory handles before it. The workspace lives until it is destroyed.
+    Examples:
+        >>> handles, pointers = collogue.flashinfer.trtllm_create_ipc_workspace_for_all_reduce_fusion(0, 1, 16, 64, group=group)
+        >>> collogue.flashinfer.trtllm_destroy_ipc_workspace_for_all_reduce_fusion(handles)
     """
     if use_symm_dev_mem and not create_metadata:
         raise ArgumentError("use_symm_dev_mem without create_metadata", hint="pass create_metadata=True, as FlashInfer demands")
@@ -361,7 +395,12 @@ def trtllm_create_ipc_workspace_for_all_reduce_fusion(
 
 
 def trtllm_destroy_ipc_workspace_for_all_reduce_fusion(workspace: list[list[int]], group: Any | None = None) -> None:
-    """Destroy the workspace whose ``ipc_handles`` these are. ``group`` has no meaning. Not collective, harmless when repeated."""
+    """Destroy the workspace whose ``ipc_handles`` these are. ``group`` has no meaning. Not collective, harmless when repeated.
+
+    Examples:
+        >>> handles, pointers = collogue.flashinfer.trtllm_create_ipc_workspace_for_all_reduce_fusion(0, 1, 16, 64, group=group)
+        >>> collogue.flashinfer.trtllm_destroy_ipc_workspace_for_all_reduce_fusion(handles)
+    """
     if not isinstance(workspace, _Handles):
         raise NotOursError("not handles of a workspace of Collogue's", hint="pass the first thing that the creating function returned")
     workspace.workspace.destroy()
@@ -369,7 +408,12 @@ def trtllm_destroy_ipc_workspace_for_all_reduce_fusion(workspace: list[list[int]
 
 
 def trtllm_destroy_ipc_workspace_for_all_reduce(workspace: list[list[int]], group: Any | None = None) -> None:
-    """The same as :func:`trtllm_destroy_ipc_workspace_for_all_reduce_fusion`, under its older name."""
+    """The same as :func:`trtllm_destroy_ipc_workspace_for_all_reduce_fusion`, under its older name.
+
+    Examples:
+        >>> handles, pointers = collogue.flashinfer.trtllm_create_ipc_workspace_for_all_reduce_fusion(0, 1, 16, 64, group=group)
+        >>> collogue.flashinfer.trtllm_destroy_ipc_workspace_for_all_reduce(handles)
+    """
     trtllm_destroy_ipc_workspace_for_all_reduce_fusion(workspace, group)
 
 

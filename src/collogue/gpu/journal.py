@@ -25,6 +25,11 @@ class Journal:
     says, or ``None``. A rank whose calls end before the others' is the late one. The stage of a call says how far it has come, as far as
     can be known: ``finished`` if its rank has started a later one; of a rank's last call what this rank's failure record, or the other
     rank's abort flag and what it had found, say, else ``started``.
+
+    Examples:
+        >>> journal = comm.journal()
+        >>> (journal.rank, journal.world_size, journal.failure)
+        (0, 1, None)
     """
 
     rank: int

@@ -60,6 +60,11 @@ class Plan:
     a launch uses ``workspace_bytes`` of each rank's workspace. ``measured_us`` is read off ``table``, the measured table that was
     looked at, if it holds this call. ``model``: what ``predicted_us`` and ``floor_us`` are a model of. ``term``: of the kernel in front
     that computes this rank's terms, where the one that sums them does not.
+
+    Examples:
+        >>> plan = comm.explain(4)
+        >>> (plan.algorithm, plan.bytes_sent)
+        ('reference', 0)
     """
 
     algorithm: Algorithm
@@ -152,7 +157,7 @@ def make_plan(topology: Topology, request: Request) -> Plan:
     predicted, floor = cost.predict(algorithm, world, sent if busiest is None else busiest)
     table = "none" if topology.table is None else topology.table.about(request.hidden_size, request.operation)
     if topology.architecture is None:
-        why = f"a CPU group works out the reference; on GPUs: {algorithm}, {why}"
+        why = f"a CPU group computes the reference; on GPUs: {algorithm}, {why}"
         return Plan("reference", why, None, sent, predicted, floor, table=table)
     if not topology.has_clusters:
         why += f"; {topology.architecture} has no clusters: one CTA per row, no PDL"

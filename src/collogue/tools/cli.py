@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 
 import typer
 from rich.console import Console
@@ -40,6 +40,7 @@ from collogue.tools.commands.options import (
     WorldSizes,
     check_target,
     check_word,
+    choices,
     console,
     exit_codes,
     format_words,
@@ -121,7 +122,7 @@ def _options(
 
 @app.command(epilog=EXIT_CODES)
 def demo(
-    device: Annotated[DeviceOrAuto, typer.Option(help="cuda: one GPU per rank.")] = "auto",
+    device: Annotated[DeviceOrAuto, typer.Option(metavar=choices(*get_args(DeviceOrAuto)), help="cuda: one GPU per rank.")] = "auto",
     world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks.")] = 3,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text that the perplexity is of.")] = 1024,
     format: Formats = None,
@@ -152,7 +153,9 @@ def check(
     dtype: DTypes = None,
     format: Formats = None,
     operation: Operations = None,
-    sweep: Annotated[Literal["default", "full"], typer.Option(help="Only where no list is given.")] = "default",
+    sweep: Annotated[
+        Literal["default", "full"], typer.Option(metavar=choices("default", "full"), help="Only where no list is given.")
+    ] = "default",
     every: Annotated[int, typer.Option(min=1, help="Take every n-th case only.")] = 1,
     emulate: Annotated[bool, typer.Option("--emulate", help="Also run the kernels' sources on the CPU; needs g++, takes seconds.")] = False,
     commit: Commit = None,
@@ -270,7 +273,8 @@ def doctor(
     svg: Annotated[Path | None, typer.Option(help="Draw the ranks, their links and islands here, as .svg.")] = None,
     group: Annotated[bool, typer.Option("--group", help="Only draw the ranks of a job: torchrun .. -m collogue doctor --group.")] = False,
     engine: Annotated[
-        Literal["vllm", "sglang"] | None, typer.Option(help="Say instead what of this engine will be served, and what stands in the way.")
+        Literal["vllm", "sglang"] | None,
+        typer.Option(metavar=choices("vllm", "sglang"), help="Say instead what of this engine will be served, and what stands in the way."),
     ] = None,
 ) -> None:
     """Say what this machine has, what Collogue will use, and what to do about what is missing; draw how the GPUs are linked.

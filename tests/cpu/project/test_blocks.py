@@ -59,7 +59,7 @@ def names_of_the_reader(group: dist.ProcessGroup, page: str, clean: ExitStack) -
         "global_scale": 100.0,
         "x": rows,
         "my_model": _summing_model,
-        "mlp": SimpleNamespace(down_proj=torch.nn.Linear(HIDDEN, HIDDEN).bfloat16()),
+        "mlp": SimpleNamespace(**{name: torch.nn.Linear(HIDDEN, HIDDEN).bfloat16() for name in ("up_proj", "down_proj")}),
         "graph": SimpleNamespace(replay=lambda: None),
         "AutoModelForCausalLM": SimpleNamespace(from_pretrained=lambda name, dtype: _llama()),
         "other": _llama(),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import collogue.tools.check
@@ -37,6 +38,60 @@ def test_every_command_has_help_with_its_exit_codes(command: str) -> None:
     assert "--json" in result.stdout
     assert "Exit codes: 0" in result.stdout
     assert command in call("--help").stdout
+
+
+def every_command() -> dict[str, Any]:
+    """All commands and parts of commands, by what is typed for them."""
+    found: dict[str, Any] = {}
+
+    def add(path: str, command: Any) -> None:
+        found[path] = command
+        for name, child in getattr(command, "commands", {}).items():
+            add(f"{path} {name}".strip(), child)
+
+    add("", typer.main.get_command(app))
+    return found
+
+
+def test_help_shows_choices_and_cuts_nothing_at_80_columns() -> None:
+    seen = 0
+    for path, command in every_command().items():
+        shown = call(*path.split(), "--help").stdout
+        assert "…" not in shown
+        assert max(map(len, shown.splitlines())) <= 80
+        for option in command.params:
+            # Which of the two an option has depends on typer's version.
+            kind = getattr(option, "type_descriptor", None) or option.type
+            one_of = "Literal" in str(getattr(kind, "annotation", "")) or bool(getattr(kind, "choices", None))
+            listed = (option.metavar or "").removeprefix("[").removesuffix("]").replace("\n", "").split("|")
+            assert not one_of or len(listed) > 1, f"{path} {option.name} does not show its choices"
+            if len(listed) > 1:
+                seen += 1
+                assert all(re.search(rf"[\[| ]{re.escape(word)}[\]| ]", shown) for word in listed), f"{path} {option.name}"
+            assert not option.multiple or option.metavar, f"{path} {option.name} shows a type of Python"
+    assert seen > 30
+
+
+def test_words_of_the_benchmarks_are_those_that_they_know() -> None:
+    """They are written out, because --help imports no benchmark."""
+    from collogue.planning.architecture import COVERED
+    from collogue.pytorch.recipes import RECIPES
+    from collogue.tools.bench import cases, generate, model
+    from collogue.tools.reliability import main as reliability
+
+    known = {
+        ("bench", "suite"): cases.SUITES,
+        ("bench model", "name"): model.MODELS,
+        ("bench serving", "model"): model.MODELS,
+        ("bench generate", "model"): generate.MODELS,
+        ("bench generate", "scheme"): RECIPES,
+        ("resources", "architecture"): COVERED,
+        ("reliability", "only"): reliability.SECTIONS,
+    }
+    commands = every_command()
+    for (path, name), words in known.items():
+        option = next(option for option in commands[path].params if option.name == name)
+        assert set(option.metavar[1:-1].replace("\n", "").split("|")) == set(words), (path, name)
 
 
 def test_paragraphs_of_help_are_wrapped_once() -> None:
@@ -394,6 +449,8 @@ def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: py
         ("explain --wire fp8", {"fp8_group", "fp8_per_token"}),
         ("check --format nvfp4,mx", {"nvfp4,mxfp4", "nvfp4,mxfp8"}),
         ("calibrate --convention m", {"modelopt"}),
+        ("bench model --model qw", {"qwen3-32b"}),
+        ("reliability --only cost,s", {"cost,soak"}),
         ("res", {"resources"}),
     ],
 )

@@ -26,7 +26,7 @@ from collogue.tools.commands.options import (
 from collogue.tools.commands.resources import Architectures
 from collogue.tools.packages import require_compiler
 
-Switches = Annotated[Many, many("--switch", "Which ones; default: all. `collogue ablate --list` names them.")]
+Switches = Annotated[Many, many("--switch", "Which ones; default: all. `collogue ablate --list` names them.", metavar="NAME")]
 
 
 def ablate(

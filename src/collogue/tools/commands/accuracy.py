@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
 from collogue.tools.commands.options import (
     DTYPE_NAMES,
     Commit,
-    DeviceName,
+    Device,
     DTypeName,
     Formats,
     Json,
     check_target,
+    choices,
     console,
     exit_codes,
     format_words,
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
     from collogue.tools.accuracy.models import Model
 
 Convention = Literal["collogue", "modelopt", "compressed-tensors", "torchao"]
-ModelName = Annotated[Literal["smollm2", "random"], typer.Option("--model", help="random: weights with outlier channels.")]
-Device = Annotated[DeviceName, typer.Option(help="Where the ranks are.")]
+ModelName = Annotated[
+    Literal["smollm2", "random"],
+    typer.Option("--model", metavar=choices("smollm2", "random"), help="random: weights with outlier channels."),
+]
 Layers = Annotated[int, typer.Option(min=1, help="Layers of --model random.")]
 Width = Annotated[int, typer.Option("--hidden-size", min=32, help="Hidden size of --model random, a multiple of 32.")]
-DType = Annotated[DTypeName, typer.Option("--dtype", metavar="DTYPE", help=f"{', '.join(DTYPE_NAMES)}: of activations and partial sums.")]
+DType = Annotated[DTypeName, typer.Option("--dtype", metavar=choices(*DTYPE_NAMES), help="Of activations and partial sums.")]
 
 
 def accuracy(
@@ -72,8 +75,10 @@ def accuracy(
 
 def calibrate(
     output: Annotated[Path, typer.Argument(help="Where to: .json or .safetensors.")],
-    format: Annotated[Literal["fp8_static", "nvfp4"], typer.Option(help="Of the scales.")] = "nvfp4",
-    convention: Annotated[Convention, typer.Option(metavar="NAME", help="collogue, modelopt, compressed-tensors or torchao.")] = "collogue",
+    format: Annotated[
+        Literal["fp8_static", "nvfp4"], typer.Option(metavar=choices("fp8_static", "nvfp4"), help="Of the scales.")
+    ] = "nvfp4",
+    convention: Annotated[Convention, typer.Option(metavar=choices(*get_args(Convention)), help="Whose names.")] = "collogue",
     model: ModelName = "smollm2",
     world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks (threads of this process).")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the calibration text.")] = 512,

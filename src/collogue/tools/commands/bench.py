@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -24,6 +24,8 @@ from collogue.tools.commands.options import (
     WorldSizes,
     check_target,
     check_word,
+    choices,
+    completed,
     console,
     exit_codes,
     lists,
@@ -36,10 +38,14 @@ from collogue.tools.commands.options import (
 from collogue.tools.packages import require
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
-_SCHEMES = "fp8_static, fp8_per_token, fp8_block, mxfp8, nvfp4"
-_LIBRARIES = "nccl, symm_mem, vllm, flashinfer"
-_SUITES = "latency, bandwidth, epilogues, hidden, world, eager, sms; default: latency, hidden, bandwidth."
-Suites = Annotated[Many, many("--suite", _SUITES)]
+_SCHEMES = ("fp8_static", "fp8_per_token", "fp8_block", "mxfp8", "nvfp4")
+_LIBRARIES = ("nccl", "symm_mem", "vllm", "flashinfer")
+_SUITES = ("latency", "bandwidth", "epilogues", "hidden", "world", "eager", "sms")
+_MODELS = ("llama-3.1-8b", "llama-3.1-70b", "qwen3-32b", "deepseek-v3-dense", "deepseek-v3-shared")
+_DECODERS = ("llama-3.1-8b", "qwen3-8b")
+_WITHOUT_GPU = "cpu tries it without a GPU; its times mean nothing."
+Suites = Annotated[Many, many("--suite", "Default: latency, hidden, bandwidth.", *_SUITES)]
+DeviceOfBench = Annotated[DeviceName, typer.Option(metavar=choices(*get_args(DeviceName)), help=_WITHOUT_GPU)]
 _Results = typer.Argument(metavar="RESULTS", exists=True, dir_okay=False, readable=True)
 _Later = typer.Argument(metavar="LATER", exists=True, dir_okay=False, readable=True)
 
@@ -54,8 +60,8 @@ def bench(
     dtype: DTypes = None,
     format: Formats = None,
     chains: Annotated[bool, typer.Option(help="Also time other libraries' chains; compiling them takes most of a minute.")] = True,
-    baselines: Annotated[Many, many("--baselines", f"Other libraries: {_LIBRARIES}.", *_LIBRARIES.split(", "))] = None,
-    virtual: Annotated[Many, many("--virtual", "Ranks of one process on one GPU, beside FlashInfer: 2, 4, 8.", "2", "4", "8")] = None,
+    baselines: Annotated[Many, many("--baselines", "Other libraries.", *_LIBRARIES)] = None,
+    virtual: Annotated[Many, many("--virtual", "Ranks of one process on one GPU, beside FlashInfer.", "2", "4", "8")] = None,
     cta_threads: Annotated[int | None, typer.Option(help="Maximum number of threads of a CTA, in every call.")] = None,
     commit: Commit = None,
     json: Json = None,
@@ -75,7 +81,7 @@ def bench(
         _virtual(numbers("--virtual", virtual, low=2, high=8, step=2), given, commit, json)
         return
     for word in words(baselines):
-        check_word("--baselines", word, *_LIBRARIES.split(", "))
+        check_word("--baselines", word, *_LIBRARIES)
     if suite and set(given) - {"world_size"}:
         raise typer.BadParameter("suites have shapes and formats of their own", param_hint="--suite")
     if suite:
@@ -109,13 +115,14 @@ def _virtual(worlds: list[int], given: dict[str, Any], commit: str | None, json:
 
 @app.command(epilog=EXIT_CODES)
 def model(
-    name: Annotated[Many, many("--model", "llama-3.1-8b, llama-3.1-70b, qwen3-32b, deepseek-v3-dense, deepseek-v3-shared.")] = None,
+    name: Annotated[Many, many("--model", "Default: all.", *_MODELS)] = None,
     world_size: WorldSizes = None,
     tokens: Tokens = None,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the stack that is timed.")] = 4,
     replays: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 20,
     scales: Annotated[
-        Literal["static", "token"], typer.Option(help="Of FP8 activations: static (one), or token (one for each).")
+        Literal["static", "token"],
+        typer.Option(metavar=choices("static", "token"), help="Of FP8 activations: static (one), or token (one for each)."),
     ] = "static",
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the speed-ups: .png, .svg or .pdf.")] = None,
     commit: Commit = None,
@@ -141,15 +148,15 @@ def model(
 
 @app.command(epilog=EXIT_CODES)
 def generate(
-    model: Annotated[Many, many("--model", "llama-3.1-8b, qwen3-8b.", "llama-3.1-8b", "qwen3-8b")] = None,
-    scheme: Annotated[Many, many("--scheme", f"{_SCHEMES}; default: the first three. bfloat16 always.", *_SCHEMES.split(", "))] = None,
+    model: Annotated[Many, many("--model", "Default: both.", *_DECODERS)] = None,
+    scheme: Annotated[Many, many("--scheme", "Default: the first three. bfloat16 always.", *_SCHEMES)] = None,
     batch: Annotated[Many, many("--batch", "Sequences of a decode step; default: 1, 8, 64.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers of each model; default: all.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=3, help="Decode steps that are timed in a row.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the ways take turns.")] = 5,
     world_size: Annotated[int, typer.Option(min=1, max=8, help="Ranks, one per GPU.")] = 1,
-    device: Annotated[DeviceName, typer.Option(help="cpu tries it without a GPU; its times mean nothing.")] = "cuda",
+    device: DeviceOfBench = "cuda",
     commit: Commit = None,
     json: Json = None,
 ) -> None:
@@ -180,12 +187,16 @@ def serving(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens made for each prompt.")] = 1000,
     concurrency: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 60,
     prefill_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of one prefill.")] = 8192,
-    model: Annotated[str, typer.Option(help="As in `collogue bench model`.")] = "deepseek-v3-dense",
+    model: Annotated[
+        str, typer.Option(metavar=choices(*_MODELS), help="The shapes.", autocompletion=completed(*_MODELS))
+    ] = "deepseek-v3-dense",
     layers: Annotated[int | None, typer.Option(min=1, help="Layers that are held and run; default: all, as far as memory allows.")] = None,
-    ways: Annotated[Many, many("--ways", "collogue eager, collogue sharded, nccl (the default); and the others of bench model.")] = None,
+    ways: Annotated[
+        Many, many("--ways", "collogue eager, collogue sharded, nccl (the default); and the others of bench model.", metavar="NAME")
+    ] = None,
     chunks: Annotated[int | None, typer.Option(min=1, help="Parts of the prompts, between which the ways take turns.")] = None,
     world_size: Annotated[int | None, typer.Option(min=2, max=8, help="Ranks; default: 8, 4 or 2, as GPUs allow.")] = None,
-    device: Annotated[DeviceName, typer.Option(help="cpu tries the loop without a GPU; its times mean nothing.")] = "cuda",
+    device: DeviceOfBench = "cuda",
     commit: Commit = None,
     json: Json = None,
 ) -> None:

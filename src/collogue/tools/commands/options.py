@@ -26,6 +26,8 @@ __all__ = ["EXIT_CODES", "FAILED", "IMPOSSIBLE", "OK", "USAGE"]  # for the comma
 PICTURES = (".png", ".svg", ".pdf")
 #: Of progress, where stderr is no terminal.
 SECONDS_BETWEEN_LINES = 10.0
+#: Of a line of choices in ``--help``: a word and its stroke, and both brackets.
+CHOICES_WIDTH = 20
 
 Many = list[str] | None
 Commit = Annotated[str | None, typer.Option(help="The commit to record; default: what git says.")]
@@ -52,24 +54,35 @@ def completed(*words: str) -> Callable[[str], list[str]]:
     return offered
 
 
-def many(flag: str, what: str, *words: str) -> Any:
+def choices(*words: str) -> str:
+    """``[a|b|c]``, what ``--help`` shows of an option; in lines of :data:`CHOICES_WIDTH`, so that a terminal breaks no word."""
+    lines = [""]
+    for word in (*(f"{word}|" for word in words[:-1]), words[-1]):
+        if len(lines[-1]) + len(word) > CHOICES_WIDTH - 2:
+            lines.append("")
+        lines[-1] += word
+    return "[" + "\n".join(lines) + "]"
+
+
+def many(flag: str, what: str, *words: str, metavar: str = "N") -> Any:
     """An option that takes a list; ``words``: what may be in it, where that is known."""
-    return typer.Option(flag, help=f"{what} May be repeated, or comma-separated.", show_default=False, autocompletion=completed(*words))
+    text = f"{what} May be repeated, or comma-separated.".strip()
+    shown = choices(*words) if words else metavar
+    return typer.Option(flag, metavar=shown, help=text, show_default=False, autocompletion=completed(*words))
 
 
-Devices = Annotated[Many, many("--device", "cpu, cuda.", *get_args(DeviceName))]
+Device = Annotated[DeviceName, typer.Option(metavar=choices(*get_args(DeviceName)), help="Where the ranks are.")]
+Devices = Annotated[Many, many("--device", "", *get_args(DeviceName))]
 WorldSizes = Annotated[Many, many("--world-size", "Ranks, 1 to 8.")]
 Tokens = Annotated[Many, many("--tokens", "Rows T.")]
 HiddenSizes = Annotated[Many, many("--hidden-size", "Row length H, a multiple of 8.")]
-DTypes = Annotated[Many, many("--dtype", "bfloat16, float16, float32.", *DTYPE_NAMES)]
-FORMAT_NAMES = "none, nvfp4, mxfp4, mxfp8, fp8_static, fp8_per_token, fp8_group; options follow, as in nvfp4/8x4 or fp8_group64/column."
+DTypes = Annotated[Many, many("--dtype", "", *DTYPE_NAMES)]
 WIRES = ("fp8_group", "fp8_per_token", "mxfp8")
-WIRE_NAMES = f"Terms travel in this format: {', '.join(WIRES)}; options follow, as in fp8_group64. On GPUs: transport host."
-PROLOGUE_NAMES = "The term: gated, expert_combine, expert_reduce; options follow, as in expert_combine/float32/shared."
 PROLOGUES = ("gated", "expert_combine", "expert_reduce")
-FAMILIES = tuple(FORMAT_NAMES.partition(";")[0].split(", "))
-Formats = Annotated[Many, many("--format", FORMAT_NAMES, *FAMILIES)]
-Operations = Annotated[Many, many("--operation", f"{', '.join(OPERATION_NAMES)}.", *OPERATION_NAMES)]
+FAMILIES = ("none", "nvfp4", "mxfp4", "mxfp8", "fp8_static", "fp8_per_token", "fp8_group")
+FORMAT_OPTIONS = "Options follow, as in nvfp4/8x4 or fp8_group64/column."
+Formats = Annotated[Many, many("--format", FORMAT_OPTIONS, *FAMILIES)]
+Operations = Annotated[Many, many("--operation", "", *OPERATION_NAMES)]
 _FORMAT_NAME = re.compile("|".join(FAMILIES) + "[0-9]*")
 
 
@@ -101,7 +114,7 @@ def format_words(values: Many, flag: str = "--format") -> list[str]:
     found = words(values)
     for word in found:
         if not _FORMAT_NAME.fullmatch(word.partition("/")[0]):
-            raise typer.BadParameter(f"unknown format {word!r}; expected {FORMAT_NAMES}", param_hint=flag)
+            raise typer.BadParameter(f"unknown format {word!r}; expected {', '.join(FAMILIES)}; {FORMAT_OPTIONS.lower()}", param_hint=flag)
     return found
 
 

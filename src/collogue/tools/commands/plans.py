@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -11,12 +11,10 @@ from collogue.tools.commands.options import (
     DTYPE_NAMES,
     FAILED,
     FAMILIES,
-    FORMAT_NAMES,
+    FORMAT_OPTIONS,
     OK,
     OPERATION_NAMES,
-    PROLOGUE_NAMES,
     PROLOGUES,
-    WIRE_NAMES,
     WIRES,
     Commit,
     DeviceOrAuto,
@@ -30,6 +28,7 @@ from collogue.tools.commands.options import (
     Tokens,
     TransportName,
     check_target,
+    choices,
     completed,
     console,
     exit_codes,
@@ -79,19 +78,22 @@ def explain(
     tokens: Annotated[int | None, typer.Option(min=1, help="Rows T of the call; default: 1, or all --rows.")] = None,
     hidden_size: Annotated[int, typer.Option(min=8, help="Row length H, a multiple of 8.")] = 7168,
     world_size: Annotated[int, typer.Option(min=1, max=64, help="Ranks, those of all hosts together.")] = 2,
-    dtype: Annotated[DTypeName, typer.Option(metavar="DTYPE", help=f"{', '.join(DTYPE_NAMES)}.")] = "bfloat16",
-    format: Annotated[str, typer.Option(help=FORMAT_NAMES, autocompletion=completed(*FAMILIES))] = "none",
-    operation: Annotated[OperationName, typer.Option(metavar="NAME", help=f"{', '.join(OPERATION_NAMES)}.")] = "all_reduce",
+    dtype: Annotated[DTypeName, typer.Option(metavar=choices(*DTYPE_NAMES), help="Of the terms.")] = "bfloat16",
+    format: Annotated[str, typer.Option(metavar=choices(*FAMILIES), help=FORMAT_OPTIONS, autocompletion=completed(*FAMILIES))] = "none",
+    operation: Annotated[OperationName, typer.Option(metavar=choices(*OPERATION_NAMES), help="The call.")] = "all_reduce",
     residual: Annotated[bool, typer.Option(help="Whether the call adds a residual.")] = True,
     norm: Annotated[bool, typer.Option(help="Whether the call has an RMSNorm.")] = True,
     keep_norm: Annotated[bool, typer.Option(help="Whether the norm is also returned beside its codes.")] = False,
     prologue: Annotated[
-        str | None, typer.Option(metavar="NAME", help=PROLOGUE_NAMES, autocompletion=completed(*PROLOGUES), show_default=False)
+        str | None,
+        typer.Option(
+            metavar=choices(*PROLOGUES), help="The term; options follow.", autocompletion=completed(*PROLOGUES), show_default=False
+        ),
     ] = None,
     branch_norm: Annotated[bool, typer.Option("--branch-norm", help="The sum is normed before the residual is added.")] = False,
     rows: Annotated[Many, many("--rows", "Rows that each rank owns, in place of equal blocks, as in 3,0,5.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Capacity of the communicator; default: this call.")] = None,
-    device: Annotated[DeviceOrAuto, typer.Option(help="Of this machine.")] = "auto",
+    device: Annotated[DeviceOrAuto, typer.Option(metavar=choices(*get_args(DeviceOrAuto)), help="Of this machine.")] = "auto",
     architecture: Annotated[str | None, typer.Option(help="Plan for GPUs that need not be here, such as sm_90a.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Predict for GPUs that need not be here: A100, H100, H200, B200, GB200, L40S ...")] = None,
     hosts: Annotated[int, typer.Option(min=1, help="Hosts that the ranks are on, as many on each, in rank order.")] = 1,
@@ -100,11 +102,18 @@ def explain(
         typer.Option(help="With --gpu: Gb/s of a GPU to other hosts, each way; default: docs/machines.md.", show_default=False),
     ] = None,
     transport: Annotated[
-        TransportName | None, typer.Option(metavar="NAME", help="peer, host; default: that of a communicator.", show_default=False)
+        TransportName | None,
+        typer.Option(metavar=choices(*get_args(TransportName)), help="Default: that of a communicator.", show_default=False),
     ] = None,
-    order: Annotated[OrderName, typer.Option(metavar="NAME", help="How terms are added: islands, rank.")] = "islands",
+    order: Annotated[OrderName, typer.Option(metavar=choices(*get_args(OrderName)), help="How terms are added.")] = "islands",
     wire: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help=WIRE_NAMES, autocompletion=completed(*WIRES), show_default=False)
+        str | None,
+        typer.Option(
+            metavar=choices(*WIRES),
+            help="Terms travel in this format; options follow, as in fp8_group64. On GPUs: transport host.",
+            autocompletion=completed(*WIRES),
+            show_default=False,
+        ),
     ] = None,
     table: Annotated[str | None, typer.Option(metavar="FILE", help="A measured table; default: that of a communicator.")] = None,
     json: Json = None,
@@ -112,6 +121,8 @@ def explain(
     """Show the plan of a call: algorithm, why, launch shape and launches, predicted, least and measured time, bytes.
 
     Without --architecture and --gpu: on this machine. With --gpu the times are of a model of that machine (docs/machines.md).
+
+    Options of --prologue follow its name, as in expert_combine/float32/shared.
     """
     check_target(json)
     format_words([format])

@@ -13,6 +13,7 @@ from collogue.tools.commands.options import (
     Json,
     Many,
     check_target,
+    check_word,
     console,
     exit_codes,
     many,
@@ -21,7 +22,8 @@ from collogue.tools.commands.options import (
     write_json,
 )
 
-Sections = Annotated[Many, many("--only", "cost, soak, faults; default: all.")]
+SECTIONS = ("cost", "soak", "faults")
+Sections = Annotated[Many, many("--only", "Default: all.", *SECTIONS)]
 Calls = Annotated[int, typer.Option("--soak", min=0, help="One-shot calls of the soak.")]
 LargeCalls = Annotated[int, typer.Option("--soak-large", min=0, help="Two-shot calls of the soak.")]
 OtherCalls = Annotated[int, typer.Option("--soak-other", min=0, help="Calls of each other part of the soak.")]
@@ -44,8 +46,7 @@ def reliability(
     """
     check_target(json)
     for word in words(only):
-        if word not in ("cost", "soak", "faults"):
-            raise typer.BadParameter(f"{word!r} is not one of cost, soak, faults", param_hint="--only")
+        check_word("--only", word, *SECTIONS)
     with exit_codes():
         from collogue.testing import environment
 

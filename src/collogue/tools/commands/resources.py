@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collogue.tools.resources.compare import Comparison
     from collogue.tools.resources.measure import Row
 
-Architectures = Annotated[Many, many("--architecture", "sm_80, sm_90a, sm_100a, sm_103a, sm_120a.")]
+Architectures = Annotated[Many, many("--architecture", "", "sm_80", "sm_90a", "sm_100a", "sm_103a", "sm_120a")]
 #: Rows that a terminal shows; the JSON has all.
 _SHOWN = 40
 
