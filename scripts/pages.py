@@ -182,6 +182,13 @@ def _experts(data: Data) -> Iterator[Sequence[str]]:
         yield [tokens, *(f"{value:.2f}" for value in (*ours, theirs, us["ratio"], us["plain"]))]
 
 
+def _experts_alone(data: Data) -> Iterator[Sequence[str]]:
+    ways = list(next(iter(data["us"].values())))
+    yield "tokens", "H", "slots", *ways
+    for case, us in data["us"].items():
+        yield *case.split(), *(f"{us[way]:.2f}" for way in ways)
+
+
 def _branch(data: Data) -> Iterator[Sequence[str]]:
     yield ["call", "one call", "two calls and an addition", "ratio"]
     for call, us in data["us"].items():
@@ -310,6 +317,7 @@ TABLES: dict[str, Callable[[Data], Iterator[Sequence[str]]]] = {
     "few-sms": _few_sms,
     "products": _products,
     "experts": _experts,
+    "experts-alone": _experts_alone,
     "branch-norm": _branch,
     "generate": _generate,
     "generate-sizes": _sizes,
