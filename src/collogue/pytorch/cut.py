@@ -191,6 +191,11 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ArgumentError: ``model`` is not a module, or has quantized weights that were decoded, quantized experts, or scales that hold a
             factor of the model (Granite). CollectiveError.
+    Examples:
+        >>> names = set(model.state_dict())
+        >>> whole = collogue.full_state_dict(collogue.parallelize(model, group, max_tokens=16))
+        >>> set(whole) == names
+        True
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"expected a module, got {type(model).__name__}", hint="pass the model that parallelize returned")

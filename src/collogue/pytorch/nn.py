@@ -71,6 +71,10 @@ class ColumnParallelLinear(_Parallel):
         gather: put the ranks' features together (collective). Needs a ``torch.distributed`` group.
         activation: the format of ``x``, as in :class:`ScaledLinear`; ``None``: it is not quantized.
         dtype: of the result where ``x`` is an :class:`collogue.Output`.
+    Examples:
+        >>> up = collogue.nn.ColumnParallelLinear.of(torch.nn.Linear(64, 128, dtype=torch.bfloat16), comm)
+        >>> up(torch.ones(4, 64).bfloat16()).shape[1] == 128 // comm.world_size
+        True
     """
 
     def __init__(
@@ -118,6 +122,12 @@ class RowParallelLinear(_Parallel):
         weight: ``[H, I / N]``, this rank's columns, quantized or not. bias: ``[H]`` or ``None``, the same on every rank; rank 0 adds it
             to its partial.
         activation: the format of ``x``, as in :class:`ScaledLinear`; ``None``: it is not quantized.
+    Examples:
+        >>> down = collogue.nn.RowParallelLinear.of(torch.nn.Linear(128, 64, dtype=torch.bfloat16), comm)
+        >>> mine = torch.ones(4, 128 // comm.world_size).bfloat16()
+        >>> out = down(mine, residual=residual, norm=collogue.RMSNorm(weight))
+        >>> (list(out.residual.shape), list(out.norm.shape))
+        ([4, 64], [4, 64])
     """
 
     def __init__(
@@ -170,6 +180,12 @@ class FusedRMSNorm(nn.Module):
     inference mode.
 
     With :attr:`handover`, the norm is quantized: what it returns are codes, for the layers that share the hand-over.
+
+    Examples:
+        >>> norm = collogue.nn.FusedRMSNorm(weight, comm)
+        >>> out = collogue.nn.finish(comm, partial, residual=residual, norm=norm, hand_over=True)
+        >>> torch.equal(norm(out.residual), out.norm)  # handed over: nothing is computed
+        True
     """
 
     def __init__(self, weight: Tensor, comm: Communicator, eps: float = 1e-6, weight_offset: float = 0.0, prefetch: bool = True) -> None:
@@ -229,7 +245,12 @@ def _changes(tensor: Tensor) -> int | None:
 
 
 def gather_columns(x: Tensor, comm: Communicator) -> Tensor:
-    """Every rank's ``[.., O / N]`` side by side: ``[.., O]``. Collective; moves bits only. GradError: ``x`` requires grad."""
+    """Every rank's ``[.., O / N]`` side by side: ``[.., O]``. Collective; moves bits only. GradError: ``x`` requires grad.
+
+    Examples:
+        >>> collogue.nn.gather_columns(partial, comm).shape[1] == 64 * comm.world_size
+        True
+    """
     if comm.world_size == 1:
         return x
     if torch.is_grad_enabled():
@@ -260,6 +281,11 @@ def finish(
 
     ``partial`` may be a prologue; the leading dimensions are then those of ``residual``. ``hand_over`` gives the result to ``norm``,
     a :class:`FusedRMSNorm`, for its next call. Such a norm also says the format, where it has one.
+
+    Examples:
+        >>> out = collogue.nn.finish(comm, partial.view(2, 2, 64), norm=collogue.RMSNorm(weight))
+        >>> list(out.norm.shape)
+        [2, 2, 64]
     """
     taker = norm if hand_over and isinstance(norm, FusedRMSNorm) else None
     if isinstance(norm, FusedRMSNorm) and norm.quant is not None:

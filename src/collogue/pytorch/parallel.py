@@ -96,6 +96,10 @@ def parallelize(
         differ between ranks. ShapeError: features that do not divide. ScaleError: scales that are none. After these, ``model`` is as it
         was, on every rank. Forward passes raise ArgumentError where modules inside a layer were replaced, patched or hooked since, and
         for ``output_attentions``.
+    Examples:
+        >>> model = collogue.parallelize(model, group, max_tokens=16)  # a LlamaForCausalLM, say
+        >>> list(model(torch.tensor([[1, 2, 3]])).logits.shape) == [1, 3, model.config.vocab_size]
+        True
     """
     known = as_group(group, device)
     if not fuse and (wire is not None or transport is not None):

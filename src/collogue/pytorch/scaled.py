@@ -248,10 +248,6 @@ class Linear(nn.Module):
 class ScaledLinear(Linear):
     """``y = decode(x) decode(W)^T + b`` for quantized weights, and for quantized activations where the format has them.
 
-    >>> out = comm.all_reduce(partial, residual=residual, norm=norm, quant=collogue.FP8PerToken())
-    >>> layer = collogue.nn.ScaledLinear.of(linear, collogue.FP8PerToken(), activation=collogue.FP8PerToken())
-    >>> y = layer(out)  # reads out.codes and out.scales; nothing is quantized twice
-
     Args:
         weight: ``[O, I]`` codes and scales. bias: ``[O]`` or ``None``.
         activation: the format of ``x``; ``None``: weights alone are quantized. An :class:`collogue.Output` must be of a call with this very
@@ -276,6 +272,12 @@ class ScaledLinear(Linear):
         device, or is not strided. FormatError: no format, a block that does not divide, scales that the
         activation format does not have. Loading a state also ScaleError: another static scale of the input, scales that are not positive
         and finite; ShapeError, DTypeError: tensors of another scheme.
+    Examples:
+        >>> linear = torch.nn.Linear(64, 128, dtype=torch.bfloat16)
+        >>> layer = collogue.nn.ScaledLinear.of(linear, collogue.FP8PerToken(), activation=collogue.FP8PerToken())
+        >>> out = comm.all_reduce(partial, residual=residual, norm=collogue.RMSNorm(weight), quant=layer.activation)
+        >>> list(layer(out).shape)  # reads out.codes and out.scales: nothing is quantized twice
+        [4, 128]
     """
 
     def __init__(
