@@ -38,7 +38,7 @@ class Communicator(Operations):
         hidden_size: largest ``H`` of a call; a multiple of 8. Calls may be narrower.
         dtype: of partials, residual and norm: bfloat16, float16 or float32.
         device: the device of every tensor; default: this process's CUDA device if the group has NCCL, else the CPU.
-        timeout: seconds that a kernel waits for a peer before it gives up; at most 4,500,000, and the same on every rank.
+        timeout: seconds that a call waits for a peer before it gives up; at most 4,500,000, and the same on every rank.
         algorithm: ``"one_shot"`` or ``"two_shot"`` for every ``all_reduce`` that the workspace has room for; default: what the
             plan expects to be faster. Never changes a bit.
         max_sms: maximum number of SMs that a call may use, to leave the others to a GEMM; default: all. Never changes a bit.
@@ -63,7 +63,8 @@ class Communicator(Operations):
         islands: the split of the ranks that sums follow, by what the machine has: ``((0, 1), (2, 3))``; ``None``: rank order.
         name: what graphs call it (``torch.ops.collogue``): the group's name and the dtype, numbered if that is taken.
     Synchronization:
-        Making one is collective: every rank of the group, with the same arguments.
+        Making one is collective: every rank of the group, with the same arguments. It waits for the others as long as the process
+        group does (``init_process_group(timeout=)``), not ``timeout``: ranks may have loaded for minutes before.
     Raises:
         GroupError, PlatformError, ArgumentError.
     Examples:
