@@ -168,7 +168,7 @@ class Calibration:
 
 
 def _check(name: str, amax: object) -> None:
-    """Raise :class:`ScaleError` where an amax is no number."""
+    """Raise :class:`ScaleError` where an amax is not a number."""
     if not is_number(amax):
         raise ScaleError(f"{name} has amax {amax!r}, a {type(amax).__name__}", hint="pass max(|x|) as a float: float(tensor)")
 

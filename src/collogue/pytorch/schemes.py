@@ -82,7 +82,7 @@ def weight_of(codes: Tensor, scales: Tensor, factor: Tensor | None, names: Names
     if codes.dtype == torch.float8_e4m3fn:
         powers = scales.dtype in POWERS
         if block is None and powers and scales.ndim == 2 and scales.shape[0] == codes.shape[0]:
-            return QuantizedWeight(codes, scales.view(torch.float8_e8m0fnu), MXFP8("floor", "linear"))
+            return QuantizedWeight(codes, scales.view(torch.float8_e8m0fnu), MXFP8("ceil", "linear"))
         exact = e8m0_decode(scales) if scales.dtype == torch.uint8 else scales.float()
         if exact.ndim == 4 and exact.shape[1] == exact.shape[3] == 1:  # ModelOpt's blocks
             exact = exact[:, 0, :, 0]
@@ -153,7 +153,7 @@ def of_fine_grained(linear: Any, format: WeightFormat, powers: bool, tensors: di
     if scheme != "dynamic":
         raise ArgumentError(f"activation_scheme {scheme!r} is not known", hint="known are 'static' and 'dynamic'")
     if isinstance(format, MXFP8):
-        return MXFP8("floor")
+        return MXFP8("ceil")
     if isinstance(format, FP8Block):
         return _groups(format.size, powers)
     return FP8PerToken()
@@ -191,7 +191,7 @@ def of_algorithm(algorithm: str | None, format: WeightFormat, tensors: dict[str,
         return NVFP4(_global(given, names.input_scale, names))
     if weights is FP8Static:
         return FP8Static(_one(given, names.input_scale))
-    return FP8PerToken() if weights is FP8PerToken else MXFP8("floor") if weights is MXFP8 else None
+    return FP8PerToken() if weights is FP8PerToken else MXFP8("ceil") if weights is MXFP8 else None
 
 
 #: What compressed-tensors may do with weights: type, bits, strategy and, of groups, their size.
@@ -263,7 +263,7 @@ def of_scheme(scheme: Any, format: WeightFormat, tensors: dict[str, Tensor], nam
     if kind == ("float", 8, "token") and given.dynamic:
         return FP8PerToken()
     if kind == ("float", 8, "group") and given.dynamic:
-        return MXFP8("floor") if powers and size == 32 else _groups(size, powers)
+        return MXFP8("ceil") if powers and size == 32 else _groups(size, powers)
     if kind == ("float", 4, "tensor_group") and size == 16:
         if factor is None:
             raise ArgumentError(f"there is no {names.input_global}", hint="calibrate it before it is saved")
