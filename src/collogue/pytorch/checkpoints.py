@@ -19,6 +19,7 @@ from collogue.pytorch.schemes import (
     POWERS,
     block_size,
     check_algorithm,
+    check_known,
     check_scheme,
     of_algorithm,
     of_fine_grained,
@@ -148,6 +149,21 @@ def check_loaded(model: nn.Module, method: str | None) -> None:
     )
 
 
+def check_compressed(module: nn.Module, name: str) -> None:
+    """Raise :class:`ArgumentError` where a weight that compressed-tensors quantizes is not codes, or not any more."""
+    scheme, weight = getattr(module, "quantization_scheme", None), module._parameters.get("weight")
+    if getattr(scheme, "weights", None) is None or weight is None or weight.element_size() == 1 or not weight.is_floating_point():
+        return
+    status = getattr(module, "quantization_status", None)
+    status = getattr(status, "value", status)
+    hint = (
+        "a forward pass of the model has decompressed it: load it again, and parallelize it before the first one"
+        if status == "decompressed"
+        else "where its file holds codes, set quantization_status in config.json to 'compressed' and load it again; else compress the model"
+    )
+    raise ArgumentError(f"{name}: quantization_status is {status!r}, so its weight is {weight.dtype}, not codes", hint=hint)
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Whether a layer holds codes: numbers of one byte under any name, or a weight of integers."""
     return any(
@@ -180,6 +196,8 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
     if method not in NAMES:
         raise ArgumentError(f"{name}: quantization method {method!r} is not known", hint=f"known are {', '.join(NAMES)}")
     names, tensors = NAMES[method], tensors_of(linear)
+    with naming(name):
+        check_known(getattr(getattr(linear, "quantization_scheme", None), "weights", None))
     more = sorted(set(tensors) - names.known) + [f"a module {child}" for child, _ in linear.named_children()]
     if more:
         raise ArgumentError(

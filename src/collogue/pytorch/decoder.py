@@ -28,7 +28,7 @@ from collogue.pytorch.cut import Cut, OnFirst, Section
 from collogue.pytorch.forms import FORMS, WHOLE, Counted, Cuts, Form
 from collogue.pytorch.layer_code import ACTIVATIONS, INTEGRATIONS, check_code, check_norm
 from collogue.pytorch.origin import Origin
-from collogue.pytorch.plain import check_linear, odd_parameter
+from collogue.pytorch.plain import check_dtype, check_linear, odd_parameter
 from collogue.pytorch.published import Published
 from collogue.pytorch.recipes import Recipe
 from collogue.pytorch.schemes import CACHE_SCALES, NAMES
@@ -136,6 +136,7 @@ def plan(model: Any, world_size: int, *, fuse: bool, recipe: Recipe | None = Non
     if isinstance(getattr(whole, "comm", None), Communicator):
         raise ArgumentError("the model is parallel already", hint="load it again to cut it in another way")
     check_attention(base.config)
+    check_dtype(base.dtype)
     form, config = FORMS[base.config.model_type], base.config
     if getattr(whole, "_tp_size", None) is not None:
         raise ArgumentError("transformers has made the model tensor-parallel", hint="load it without tp_plan=, or use collogue.compile")
@@ -262,6 +263,10 @@ class _Source:
             )
         if self.recipe is None:
             return None
+        if _is_lora(linear):
+            raise ArgumentError(
+                f"{name} has an adapter, and quant= quantizes plain weights alone", hint="merge it first: model = model.merge_and_unload()"
+            )
         check_linear(linear, name)
         assert isinstance(linear, nn.Linear)
         try:
@@ -308,7 +313,7 @@ def _linear(base: nn.Module, name: str, column: bool, counted: Counted, ranks: _
         source.check_part(quantized, cut, ranks.size, name)
         published = Published.of(linear, source.method if is_quantized(linear) else None, quantized)
         return LinearPlan(name, linear, column, cut, quantized, published)
-    lora = f"{type(linear).__module__}.{type(linear).__qualname__}" == "peft.tuners.lora.layer.Linear"
+    lora = _is_lora(linear)
     if lora:
         _check_lora(linear, name)
     plain: Any = getattr(linear, "base_layer", linear) if lora else linear
@@ -403,6 +408,11 @@ def _check_grouped(dtype: torch.dtype, cut: Cut | OnFirst, name: str, world_size
             f"{name}: {cut.size} features among {world_size} ranks are rows of {row} bytes, no multiple of 16, which grouped_mm needs",
             hint='use a smaller world size, or model.set_experts_implementation("batched_mm")',
         )
+
+
+def _is_lora(linear: nn.Module) -> bool:
+    """Whether it is peft's wrapper around a linear layer."""
+    return f"{type(linear).__module__}.{type(linear).__qualname__}" == "peft.tuners.lora.layer.Linear"
 
 
 def _check_lora(linear: Any, name: str) -> None:

@@ -210,20 +210,29 @@ def _kind(given: Any) -> tuple[str, int, str]:
     return str(getattr(given.type, "value", given.type)), given.num_bits, str(getattr(given.strategy, "value", given.strategy))
 
 
-def check_scheme(weights: Any, codes: Tensor, scales: Tensor) -> None:
-    """Raise :class:`ArgumentError` for weights that compressed-tensors quantizes in a way that is not known, or whose scales do not fit."""
+def check_known(weights: Any, more: str = "") -> None:
+    """Raise :class:`ArgumentError` for weights that compressed-tensors quantizes in a way that is not known, ``more`` of it or any."""
     if weights is None:
         return
     kind = _kind(weights)
     size = weights.group_size if "group" in kind[2] else None
-    if (*kind, size) in _SCHEMES and weights.symmetric and not (kind[2] == "group" and scales.element_size() > 1):
-        _check_shape(kind[2], size, codes, scales)
+    if (*kind, size) in _SCHEMES and weights.symmetric and not more:
         return
     groups = "" if size is None else f" of {size}"
+    more += "" if weights.symmetric else ", with zero points,"
     raise ArgumentError(
-        f"weights quantized to {kind[1]}-bit {kind[0]} per {kind[2]}{groups}, with scales of {scales.dtype}, are not known",
+        f"weights quantized to {kind[1]}-bit {kind[0]} per {kind[2]}{groups}{more} are not known",
         hint="known are FP8 (per tensor, channel, block), MXFP8, MXFP4 and NVFP4; else dequantize",
     )
+
+
+def check_scheme(weights: Any, codes: Tensor, scales: Tensor) -> None:
+    """Raise :class:`ArgumentError` for tensors that are not those of compressed-tensors' scheme for weights, :class:`ShapeError` too."""
+    if weights is None:
+        return
+    _, _, strategy = _kind(weights)
+    check_known(weights, f", with scales of {scales.dtype}," * (strategy == "group" and scales.element_size() > 1))
+    _check_shape(strategy, weights.group_size if strategy == "group" else None, codes, scales)
 
 
 def _check_shape(strategy: str, size: int | None, codes: Tensor, scales: Tensor) -> None:

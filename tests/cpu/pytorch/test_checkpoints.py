@@ -422,6 +422,29 @@ def test_weight_schemes_that_are_not_known_are_named(weights: dict[str, Any], co
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("weights", "tensors", "match"),
+    [
+        (
+            {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128},
+            {"weight_packed": torch.zeros(OUT, IN // 8, dtype=torch.int32), "weight_shape": torch.tensor([OUT, IN])},
+            "4-bit int per group of 128 are",
+        ),
+        (
+            {"type": "int", "strategy": "channel", "symmetric": False},
+            {"weight": torch.zeros(OUT, IN, dtype=torch.int8), "weight_zero_point": torch.zeros(OUT, 1, dtype=torch.int8)},
+            "8-bit int per channel, with zero points, are",
+        ),
+    ],
+)
+def test_schemes_are_named_before_tensors_are_looked_at(weights: dict[str, Any], tensors: dict[str, torch.Tensor], match: str) -> None:
+    layer: Any = _layer(**tensors)
+    layer.quantization_scheme = _scheme(weights, None)
+    with pytest.raises(ArgumentError, match=f"layer: weights quantized to {match} not known") as caught:
+        read(layer, "layer", "compressed-tensors")
+    assert "known are FP8" in caught.value.hint
+
+
 def test_the_method_of_a_configuration() -> None:
     class Config:
         quantization_config: Any = None
