@@ -118,17 +118,33 @@ def cache_of(config: Any) -> Any:
     return quantization_of(config).get("kv_cache_scheme") or quantization_of(config).get("kv_cache_quant_algo")
 
 
+def quantizes_cache_alone(config: Any) -> bool:
+    """Whether the configuration says how the key-value cache is quantized, and that no layer is."""
+    said = quantization_of(config)
+    return bool(cache_of(config)) and not any(said.get(key) for key in ("quant_algo", "config_groups", "quantized_layers"))
+
+
+def layer_of(said: dict[str, Any], name: str) -> dict[str, Any]:
+    """What ModelOpt's configuration says of the layer called ``name`` in the model, which has codes."""
+    if said.get("quant_algo") != "MIXED_PRECISION":
+        return said
+    if not isinstance(layers := said.get("quantized_layers"), dict):
+        raise ArgumentError(
+            f"{name}: quant_algo is 'MIXED_PRECISION', but the configuration has no quantized_layers",
+            hint="copy quantized_layers from hf_quant_config.json into config.quantization_config",
+        )
+    found = layers.get(name)
+    if not isinstance(found, dict) or not found.get("quant_algo"):
+        raise ArgumentError(
+            f"{name}: quant_algo is 'MIXED_PRECISION', and quantized_layers does not have it, but its weight is codes",
+            hint="load the checkpoint with its own config.json and hf_quant_config.json",
+        )
+    return found
+
+
 def algorithm_of(config: Any, name: str) -> str | None:
     """ModelOpt's ``quant_algo`` of the layer called ``name`` in the model; ``None`` where the configuration does not say it."""
-    said = quantization_of(config)
-    if said.get("quant_algo") == "MIXED_PRECISION":
-        if not isinstance(layers := said.get("quantized_layers"), dict):
-            raise ArgumentError(
-                f"{name}: quant_algo is 'MIXED_PRECISION', but the configuration has no quantized_layers",
-                hint="copy quantized_layers from hf_quant_config.json into config.quantization_config",
-            )
-        said = layers.get(name, {})
-    algorithm = said.get("quant_algo")
+    algorithm = layer_of(quantization_of(config), name).get("quant_algo")
     return None if algorithm is None else str(algorithm)
 
 

@@ -19,6 +19,7 @@ from collogue.pytorch.checkpoints import (
     check_loaded,
     is_quantized,
     method_of,
+    quantizes_cache_alone,
     read,
     read_experts,
     shared_input,
@@ -32,6 +33,7 @@ from collogue.pytorch.plain import check_dtype, check_linear, odd_parameter
 from collogue.pytorch.published import Published
 from collogue.pytorch.recipes import Recipe
 from collogue.pytorch.schemes import CACHE_SCALES, NAMES
+from collogue.pytorch.stated import check_stated, check_transforms
 from collogue.pytorch.untouched import check_attention
 
 
@@ -234,19 +236,26 @@ def _find(model: Any) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where quantized weights come from: the checkpoint's ``method``, or a ``recipe``; or from nowhere. ``prefix``: of the base model."""
+    """Where quantized weights come from: the checkpoint's ``method``, or a ``recipe``; or from nowhere. ``prefix``: of the base model.
+
+    ``outer``: the same in checkpoints, where the base model alone was passed too.
+    """
 
     method: str | None
     recipe: Recipe | None
     prefix: str
     config: Any
     origin: Origin
+    outer: str
 
     @classmethod
     def of(cls, model: Any, base: Any, recipe: Recipe | None) -> _Source:
         method = method_of(base.config)
-        check_loaded(model, method)
-        return cls(method, recipe, "" if model is base else f"{model.base_model_prefix}.", base.config, Origin(base.config))
+        outer, origin = f"{model.base_model_prefix}.", Origin(base.config)
+        check_transforms(base.config, origin)
+        if not quantizes_cache_alone(base.config) or origin.has_codes:
+            check_loaded(model, method)
+        return cls(method, recipe, "" if model is base else outer, base.config, origin, outer)
 
     def quantized(self, linear: nn.Module, name: str) -> QuantizedLinear | None:
         """The layer's weight and input format; ``None`` where it is not quantized: a checkpoint may have been dequantized on load."""
@@ -255,7 +264,11 @@ class _Source:
                 raise ArgumentError(f"{name} is quantized already ({self.method})", hint="leave quant= out")
             if self.method in ("fp8", "compressed-tensors"):  # transformers has read it
                 self.origin.check_read(linear, name, self.prefix, NAMES[self.method].quantized)
-            return read(linear, name, self.method, algorithm_of(self.config, self.prefix + name))
+            if self.method != "modelopt":
+                return read(linear, name, self.method)
+            found = read(linear, name, self.method, algorithm_of(self.config, self.outer + name))
+            check_stated(self.config, self.outer + name, found)
+            return found
         if self.method == "fp8" and isinstance(getattr(linear, "weight_scale_inv", None), Tensor):
             raise ArgumentError(
                 f"{name} has weight_scale_inv, but its weight is {linear.weight.dtype}: no longer codes",

@@ -306,7 +306,8 @@ def test_the_algorithm_of_a_layer() -> None:
     assert checkpoints.algorithm_of(config, "a") == "FP8"
     config.quantization_config = {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "NVFP4"}}}
     assert checkpoints.algorithm_of(config, "a") == "NVFP4"
-    assert checkpoints.algorithm_of(config, "b") is None
+    with pytest.raises(ArgumentError, match=r"b: .*quantized_layers does not have it, but its weight is codes"):
+        checkpoints.algorithm_of(config, "b")
     config.quantization_config = {"quant_algo": "MIXED_PRECISION"}
     with pytest.raises(ArgumentError, match=r"a: .*'MIXED_PRECISION', but the configuration has no quantized_layers"):
         checkpoints.algorithm_of(config, "a")
