@@ -69,6 +69,12 @@ class Calibration:
 
     amax: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.amax, dict):
+            raise ArgumentError(f"amax is a {type(self.amax).__name__}", hint="pass a dict of numbers by name")
+        for name, amax in self.amax.items():
+            _check(name, amax)
+
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """What ``collogue calibrate`` has written, in any convention: ``amax = divisor * 448`` or ``* (448 * 6)``, from ``1 / multiplier``.
@@ -79,7 +85,7 @@ class Calibration:
             path: a ``.json`` or ``.safetensors`` file.
         Raises:
             ArgumentError: no such file, or not one of ``collogue calibrate``. FormatError: a convention or format that is not known.
-            ScaleError: a scale that is none.
+            ScaleError: a scale that is none, or a file that says another suffix, direction or divisor than its convention has.
         """
         path = Path(path)
         if not path.is_file():
@@ -93,6 +99,12 @@ class Calibration:
                 hint="pass a .json or .safetensors file with format, convention and scales",
             ) from None
         suffix, direction = convention_of(format, convention)
+        for key, expected in _how(format, convention).items():
+            if data.get(key, expected) != expected:
+                raise ScaleError(
+                    f"{path} says {key} {data[key]!r}, where {format} in the convention {convention} has {expected!r}",
+                    hint=f"its scales may be inverted: calibrate again, or set {key} and the convention to what they are",
+                )
         amax = {}
         for name, scale in scales.items():
             if not name.endswith(f".{suffix}"):
@@ -144,6 +156,7 @@ class Calibration:
         found = {}
         hint = "calibrate with text that this part of the model sees"
         for name, amax in self.amax.items():
+            _check(name, amax)
             if not 0.0 < amax < torch.inf:
                 raise ScaleError(f"{name} has amax {amax}", hint=hint)
             divisor, multiplier = amax / LARGEST[format], LARGEST[format] / amax
@@ -152,6 +165,12 @@ class Calibration:
             scale = divisor if direction == "divisor" else multiplier
             found[f"{name}.{suffix}"] = float(torch.tensor(scale, dtype=torch.float32))
         return found
+
+
+def _check(name: str, amax: object) -> None:
+    """Raise :class:`ScaleError` where an amax is not a number."""
+    if not is_number(amax):
+        raise ScaleError(f"{name} has amax {amax!r}, a {type(amax).__name__}", hint="pass max(|x|) as a float: float(tensor)")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -175,16 +194,19 @@ def convention_of(format: str, convention: str) -> tuple[str, Direction]:
     return known[format]
 
 
+def _how(format: str, convention: str) -> dict[str, str]:
+    """What a file says of its scales, so that they are read right."""
+    suffix, direction = convention_of(format, convention)
+    return {"suffix": suffix, "direction": direction, "divisor": f"amax / {LARGEST[format]:g}"}
+
+
 def document(calibration: Calibration, format: str, convention: str, **about: Any) -> dict[str, Any]:
     """Scales with what is needed to read them right."""
-    suffix, direction = convention_of(format, convention)
     return {
         **about,
         "format": format,
         "convention": convention,
-        "suffix": suffix,
-        "direction": direction,
-        "divisor": f"amax / {LARGEST[format]:g}",
+        **_how(format, convention),
         "scales": calibration.scales(format, convention),
     }
 

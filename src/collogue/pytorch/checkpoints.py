@@ -19,6 +19,7 @@ from collogue.pytorch.schemes import (
     POWERS,
     block_size,
     check_algorithm,
+    check_known,
     check_scheme,
     of_algorithm,
     of_fine_grained,
@@ -117,17 +118,33 @@ def cache_of(config: Any) -> Any:
     return quantization_of(config).get("kv_cache_scheme") or quantization_of(config).get("kv_cache_quant_algo")
 
 
+def quantizes_cache_alone(config: Any) -> bool:
+    """Whether the configuration says how the key-value cache is quantized, and that no layer is."""
+    said = quantization_of(config)
+    return bool(cache_of(config)) and not any(said.get(key) for key in ("quant_algo", "config_groups", "quantized_layers"))
+
+
+def layer_of(said: dict[str, Any], name: str) -> dict[str, Any]:
+    """What ModelOpt's configuration says of the layer called ``name`` in the model, which has codes."""
+    if said.get("quant_algo") != "MIXED_PRECISION":
+        return said
+    if not isinstance(layers := said.get("quantized_layers"), dict):
+        raise ArgumentError(
+            f"{name}: quant_algo is 'MIXED_PRECISION', but the configuration has no quantized_layers",
+            hint="copy quantized_layers from hf_quant_config.json into config.quantization_config",
+        )
+    found = layers.get(name)
+    if not isinstance(found, dict) or not found.get("quant_algo"):
+        raise ArgumentError(
+            f"{name}: quant_algo is 'MIXED_PRECISION', and quantized_layers does not have it, but its weight is codes",
+            hint="load the checkpoint with its own config.json and hf_quant_config.json",
+        )
+    return found
+
+
 def algorithm_of(config: Any, name: str) -> str | None:
     """ModelOpt's ``quant_algo`` of the layer called ``name`` in the model; ``None`` where the configuration does not say it."""
-    said = quantization_of(config)
-    if said.get("quant_algo") == "MIXED_PRECISION":
-        if not isinstance(layers := said.get("quantized_layers"), dict):
-            raise ArgumentError(
-                f"{name}: quant_algo is 'MIXED_PRECISION', but the configuration has no quantized_layers",
-                hint="copy quantized_layers from hf_quant_config.json into config.quantization_config",
-            )
-        said = layers.get(name, {})
-    algorithm = said.get("quant_algo")
+    algorithm = layer_of(quantization_of(config), name).get("quant_algo")
     return None if algorithm is None else str(algorithm)
 
 
@@ -146,6 +163,21 @@ def check_loaded(model: nn.Module, method: str | None) -> None:
         "has loaded codes without their scales",
         hint=f"load the checkpoint {how}; where weights are not codes, delete config.quantization_config",
     )
+
+
+def check_compressed(module: nn.Module, name: str) -> None:
+    """Raise :class:`ArgumentError` where a weight that compressed-tensors quantizes is not codes, or not any more."""
+    scheme, weight = getattr(module, "quantization_scheme", None), module._parameters.get("weight")
+    if getattr(scheme, "weights", None) is None or weight is None or weight.element_size() == 1 or not weight.is_floating_point():
+        return
+    status = getattr(module, "quantization_status", None)
+    status = getattr(status, "value", status)
+    hint = (
+        "a forward pass of the model has decompressed it: load it again, and parallelize it before the first one"
+        if status == "decompressed"
+        else "where its file holds codes, set quantization_status in config.json to 'compressed' and load it again; else compress the model"
+    )
+    raise ArgumentError(f"{name}: quantization_status is {status!r}, so its weight is {weight.dtype}, not codes", hint=hint)
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -180,6 +212,8 @@ def read(linear: nn.Module, name: str, method: str | None, algorithm: str | None
     if method not in NAMES:
         raise ArgumentError(f"{name}: quantization method {method!r} is not known", hint=f"known are {', '.join(NAMES)}")
     names, tensors = NAMES[method], tensors_of(linear)
+    with naming(name):
+        check_known(getattr(getattr(linear, "quantization_scheme", None), "weights", None))
     more = sorted(set(tensors) - names.known) + [f"a module {child}" for child, _ in linear.named_children()]
     if more:
         raise ArgumentError(

@@ -19,6 +19,7 @@ from collogue.pytorch.checkpoints import (
     check_loaded,
     is_quantized,
     method_of,
+    quantizes_cache_alone,
     read,
     read_experts,
     shared_input,
@@ -28,10 +29,11 @@ from collogue.pytorch.cut import Cut, OnFirst, Section
 from collogue.pytorch.forms import FORMS, WHOLE, Counted, Cuts, Form
 from collogue.pytorch.layer_code import ACTIVATIONS, INTEGRATIONS, check_code, check_norm
 from collogue.pytorch.origin import Origin
-from collogue.pytorch.plain import check_linear, odd_parameter
+from collogue.pytorch.plain import check_dtype, check_linear, odd_parameter
 from collogue.pytorch.published import Published
 from collogue.pytorch.recipes import Recipe
 from collogue.pytorch.schemes import CACHE_SCALES, NAMES
+from collogue.pytorch.stated import check_stated, check_transforms
 from collogue.pytorch.untouched import check_attention
 
 
@@ -136,6 +138,7 @@ def plan(model: Any, world_size: int, *, fuse: bool, recipe: Recipe | None = Non
     if isinstance(getattr(whole, "comm", None), Communicator):
         raise ArgumentError("the model is parallel already", hint="load it again to cut it in another way")
     check_attention(base.config)
+    check_dtype(base.dtype)
     form, config = FORMS[base.config.model_type], base.config
     if getattr(whole, "_tp_size", None) is not None:
         raise ArgumentError("transformers has made the model tensor-parallel", hint="load it without tp_plan=, or use collogue.compile")
@@ -233,19 +236,26 @@ def _find(model: Any) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where quantized weights come from: the checkpoint's ``method``, or a ``recipe``; or from nowhere. ``prefix``: of the base model."""
+    """Where quantized weights come from: the checkpoint's ``method``, or a ``recipe``; or from nowhere. ``prefix``: of the base model.
+
+    ``outer``: the same in checkpoints, where the base model alone was passed too.
+    """
 
     method: str | None
     recipe: Recipe | None
     prefix: str
     config: Any
     origin: Origin
+    outer: str
 
     @classmethod
     def of(cls, model: Any, base: Any, recipe: Recipe | None) -> _Source:
         method = method_of(base.config)
-        check_loaded(model, method)
-        return cls(method, recipe, "" if model is base else f"{model.base_model_prefix}.", base.config, Origin(base.config))
+        outer, origin = f"{model.base_model_prefix}.", Origin(base.config)
+        check_transforms(base.config, origin)
+        if not quantizes_cache_alone(base.config) or origin.has_codes:
+            check_loaded(model, method)
+        return cls(method, recipe, "" if model is base else outer, base.config, origin, outer)
 
     def quantized(self, linear: nn.Module, name: str) -> QuantizedLinear | None:
         """The layer's weight and input format; ``None`` where it is not quantized: a checkpoint may have been dequantized on load."""
@@ -254,7 +264,11 @@ class _Source:
                 raise ArgumentError(f"{name} is quantized already ({self.method})", hint="leave quant= out")
             if self.method in ("fp8", "compressed-tensors"):  # transformers has read it
                 self.origin.check_read(linear, name, self.prefix, NAMES[self.method].quantized)
-            return read(linear, name, self.method, algorithm_of(self.config, self.prefix + name))
+            if self.method != "modelopt":
+                return read(linear, name, self.method)
+            found = read(linear, name, self.method, algorithm_of(self.config, self.outer + name))
+            check_stated(self.config, self.outer + name, found)
+            return found
         if self.method == "fp8" and isinstance(getattr(linear, "weight_scale_inv", None), Tensor):
             raise ArgumentError(
                 f"{name} has weight_scale_inv, but its weight is {linear.weight.dtype}: no longer codes",
@@ -262,6 +276,10 @@ class _Source:
             )
         if self.recipe is None:
             return None
+        if _is_lora(linear):
+            raise ArgumentError(
+                f"{name} has an adapter, and quant= quantizes plain weights alone", hint="merge it first: model = model.merge_and_unload()"
+            )
         check_linear(linear, name)
         assert isinstance(linear, nn.Linear)
         try:
@@ -308,7 +326,7 @@ def _linear(base: nn.Module, name: str, column: bool, counted: Counted, ranks: _
         source.check_part(quantized, cut, ranks.size, name)
         published = Published.of(linear, source.method if is_quantized(linear) else None, quantized)
         return LinearPlan(name, linear, column, cut, quantized, published)
-    lora = f"{type(linear).__module__}.{type(linear).__qualname__}" == "peft.tuners.lora.layer.Linear"
+    lora = _is_lora(linear)
     if lora:
         _check_lora(linear, name)
     plain: Any = getattr(linear, "base_layer", linear) if lora else linear
@@ -403,6 +421,11 @@ def _check_grouped(dtype: torch.dtype, cut: Cut | OnFirst, name: str, world_size
             f"{name}: {cut.size} features among {world_size} ranks are rows of {row} bytes, no multiple of 16, which grouped_mm needs",
             hint='use a smaller world size, or model.set_experts_implementation("batched_mm")',
         )
+
+
+def _is_lora(linear: nn.Module) -> bool:
+    """Whether it is peft's wrapper around a linear layer."""
+    return f"{type(linear).__module__}.{type(linear).__qualname__}" == "peft.tuners.lora.layer.Linear"
 
 
 def _check_lora(linear: Any, name: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from collogue.contract import reference
 from collogue.contract.spec import RMSNorm
 from collogue.errors import ArgumentError
-from collogue.pytorch.checkpoints import is_quantized
+from collogue.pytorch.checkpoints import check_compressed, is_quantized
 from collogue.pytorch.forms import Form
 from collogue.pytorch.plain import functions_of, home, own_ways, runs
 from collogue.pytorch.schemes import CACHE_HOOKS
@@ -56,6 +56,7 @@ def check_code(base: Any, layer: nn.Module, name: str, form: Form, fuse: bool) -
             and not type(module).__module__.startswith(CACHE_HOOKS)  # called by the hook alone, which is taken out
         ):
             _check_class(module, inner, homes if inner in ours else (*homes, "peft.tuners."))
+        check_compressed(module, inner)
         known = _LIBRARY if is_quantized(module) else (CACHE_HOOKS,) if inner == f"{name}.self_attn" else ()
         problem = "has a forward of its own" * ("forward" in vars(module)) if module is layer else own_ways(module, known)
         if problem:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from collogue.errors import ArgumentError
-from collogue.pytorch.checkpoints import quantization_of
+from collogue.pytorch.checkpoints import quantization_of, quantizes_cache_alone
 
 #: What transformers puts on each tensor that it has read from a file. A copy of a model has it no more.
 _READ = "_is_hf_initialized"
@@ -25,6 +25,8 @@ def dequantized(config: Any) -> str:
 
     transformers deletes what the configuration says when it dequantizes a model on load: then the file is read.
     """
+    if quantizes_cache_alone(config):
+        return ""
     said = quantization_of(config) or Origin(config).quantization
     inputs = str(said.get("activation_scheme", ""))
     for group in said.get("config_groups", {}).values():
@@ -72,6 +74,11 @@ class Origin:
                 layer, _, last = name.rpartition(".")
                 found.setdefault(layer, {})[last] = tensor.get("dtype", "")
         return found
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether any stored tensor may be codes."""
+        return any(dtype in _CODES for tensors in self.layers.values() for dtype in tensors.values())
 
     def check_read(self, layer: nn.Module, name: str, prefix: str, wanted: Iterable[str]) -> None:
         """Raise :class:`ArgumentError` where the files lack a tensor of a layer: transformers then leaves what lies in memory.

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from collogue.errors import ArgumentError
+from collogue.contract.spec import VALUE_DTYPES
+from collogue.errors import ArgumentError, DTypeError
 
 #: Modules of hooks that only watch, or choose an adapter, and that this package itself puts on modules.
 _HARMLESS = ("torch.utils.", "transformers.utils.output_capturing", "peft.tuners.lora.model", "collogue.")
@@ -59,6 +61,13 @@ def odd_parameter(parameter: Tensor, *, meta: bool = False) -> str:
         return f"of another type than Tensor ({type(parameter.data).__name__})"
     plain = parameter.is_floating_point() and parameter.element_size() > 1 and (meta or not parameter.is_meta)
     return "" if plain else f"of {parameter.dtype} on {parameter.device}"
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise :class:`DTypeError` for a model in a dtype that calls do not take."""
+    if dtype not in VALUE_DTYPES:
+        known = "bfloat16, float16 and float32"
+        raise DTypeError(f"the model is in {dtype}; known are {known}", hint="load it with dtype=torch.bfloat16, or convert it before")
 
 
 def check_linear(linear: object, name: str, *, meta: bool = False) -> None:

@@ -82,7 +82,7 @@ def weight_of(codes: Tensor, scales: Tensor, factor: Tensor | None, names: Names
     if codes.dtype == torch.float8_e4m3fn:
         powers = scales.dtype in POWERS
         if block is None and powers and scales.ndim == 2 and scales.shape[0] == codes.shape[0]:
-            return QuantizedWeight(codes, scales.view(torch.float8_e8m0fnu), MXFP8("floor", "linear"))
+            return QuantizedWeight(codes, scales.view(torch.float8_e8m0fnu), MXFP8("ceil", "linear"))
         exact = e8m0_decode(scales) if scales.dtype == torch.uint8 else scales.float()
         if exact.ndim == 4 and exact.shape[1] == exact.shape[3] == 1:  # ModelOpt's blocks
             exact = exact[:, 0, :, 0]
@@ -153,7 +153,7 @@ def of_fine_grained(linear: Any, format: WeightFormat, powers: bool, tensors: di
     if scheme != "dynamic":
         raise ArgumentError(f"activation_scheme {scheme!r} is not known", hint="known are 'static' and 'dynamic'")
     if isinstance(format, MXFP8):
-        return MXFP8("floor")
+        return MXFP8("ceil")
     if isinstance(format, FP8Block):
         return _groups(format.size, powers)
     return FP8PerToken()
@@ -191,7 +191,7 @@ def of_algorithm(algorithm: str | None, format: WeightFormat, tensors: dict[str,
         return NVFP4(_global(given, names.input_scale, names))
     if weights is FP8Static:
         return FP8Static(_one(given, names.input_scale))
-    return FP8PerToken() if weights is FP8PerToken else MXFP8("floor") if weights is MXFP8 else None
+    return FP8PerToken() if weights is FP8PerToken else MXFP8("ceil") if weights is MXFP8 else None
 
 
 #: What compressed-tensors may do with weights: type, bits, strategy and, of groups, their size.
@@ -210,20 +210,29 @@ def _kind(given: Any) -> tuple[str, int, str]:
     return str(getattr(given.type, "value", given.type)), given.num_bits, str(getattr(given.strategy, "value", given.strategy))
 
 
-def check_scheme(weights: Any, codes: Tensor, scales: Tensor) -> None:
-    """Raise :class:`ArgumentError` for weights that compressed-tensors quantizes in a way that is not known, or whose scales do not fit."""
+def check_known(weights: Any, more: str = "") -> None:
+    """Raise :class:`ArgumentError` for weights that compressed-tensors quantizes in a way that is not known, ``more`` of it or any."""
     if weights is None:
         return
     kind = _kind(weights)
     size = weights.group_size if "group" in kind[2] else None
-    if (*kind, size) in _SCHEMES and weights.symmetric and not (kind[2] == "group" and scales.element_size() > 1):
-        _check_shape(kind[2], size, codes, scales)
+    if (*kind, size) in _SCHEMES and weights.symmetric and not more:
         return
     groups = "" if size is None else f" of {size}"
+    more += "" if weights.symmetric else ", with zero points,"
     raise ArgumentError(
-        f"weights quantized to {kind[1]}-bit {kind[0]} per {kind[2]}{groups}, with scales of {scales.dtype}, are not known",
+        f"weights quantized to {kind[1]}-bit {kind[0]} per {kind[2]}{groups}{more} are not known",
         hint="known are FP8 (per tensor, channel, block), MXFP8, MXFP4 and NVFP4; else dequantize",
     )
+
+
+def check_scheme(weights: Any, codes: Tensor, scales: Tensor) -> None:
+    """Raise :class:`ArgumentError` for tensors that are not those of compressed-tensors' scheme for weights, :class:`ShapeError` too."""
+    if weights is None:
+        return
+    _, _, strategy = _kind(weights)
+    check_known(weights, f", with scales of {scales.dtype}," * (strategy == "group" and scales.element_size() > 1))
+    _check_shape(strategy, weights.group_size if strategy == "group" else None, codes, scales)
 
 
 def _check_shape(strategy: str, size: int | None, codes: Tensor, scales: Tensor) -> None:
@@ -263,7 +272,7 @@ def of_scheme(scheme: Any, format: WeightFormat, tensors: dict[str, Tensor], nam
     if kind == ("float", 8, "token") and given.dynamic:
         return FP8PerToken()
     if kind == ("float", 8, "group") and given.dynamic:
-        return MXFP8("floor") if powers and size == 32 else _groups(size, powers)
+        return MXFP8("ceil") if powers and size == 32 else _groups(size, powers)
     if kind == ("float", 4, "tensor_group") and size == 16:
         if factor is None:
             raise ArgumentError(f"there is no {names.input_global}", hint="calibrate it before it is saved")

@@ -177,3 +177,24 @@ def test_files_that_are_none(text: str | None, error: type[CollogueError], match
     with pytest.raises(error, match=match) as caught:
         Calibration.load(path)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+@pytest.mark.parametrize("change", [{"direction": "multiplier"}, {"suffix": "input_global_scale"}, {"divisor": "amax / 2688"}])
+def test_a_file_that_says_something_else_than_its_convention(change: dict[str, str], suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"scales{suffix}"
+    write(document(Calibration({"a": 3.0}), "fp8_static", "modelopt") | change, path)
+    [(key, value)] = change.items()
+    with pytest.raises(ScaleError, match=f"says {key} {value!r}, where fp8_static in the convention modelopt has") as caught:
+        Calibration.load(path)
+    assert caught.value.hint
+
+
+def test_an_amax_that_is_no_number() -> None:
+    later: Any = Calibration({"b": 1.0})
+    later.amax["a"] = "3.5"
+    for make in (lambda: Calibration({"a": "3.5"}), lambda: later.scales("fp8_static")):  # type: ignore[dict-item]
+        with pytest.raises(ScaleError, match=r"a has amax '3\.5', a str"):
+            make()
+    with pytest.raises(ArgumentError, match="amax is a list"):
+        Calibration([3.0])  # type: ignore[arg-type]

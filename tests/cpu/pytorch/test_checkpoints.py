@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -66,7 +67,7 @@ EXPECTED: dict[str, tuple[type, str]] = {
     "FP8_BLOCK": (FP8Block, "fp8_group128/float32/column"),
     "NVFP4": (collogue.NVFP4, "nvfp4/128x4"),
     "NVFP4A16": (collogue.NVFP4, "none"),
-    "MXFP8": (collogue.MXFP8, "mxfp8/floor/128x4"),
+    "MXFP8": (collogue.MXFP8, "mxfp8/ceil/128x4"),
     "MXFP4": (collogue.MXFP4, "mxfp4/floor/128x4"),
 }
 
@@ -269,7 +270,7 @@ def _static() -> dict[str, torch.Tensor]:
         ("FP8_PB_WO", {"weight": _CODES, "weight_scale": torch.ones(1, 1, 2, 1)}, "none"),
         ("NVFP4", _NVFP4 | {"input_scale": torch.tensor(1.0)}, "nvfp4/128x4"),
         (None, _NVFP4, "none"),
-        ("MXFP8", {"weight": _CODES, "weight_scale": torch.ones(OUT, IN // 32, dtype=torch.uint8)}, "mxfp8/floor/128x4"),
+        ("MXFP8", {"weight": _CODES, "weight_scale": torch.ones(OUT, IN // 32, dtype=torch.uint8)}, "mxfp8/ceil/128x4"),
     ],
 )
 def test_modelopts_algorithms(algorithm: str | None, tensors: dict[str, torch.Tensor], expected: str) -> None:
@@ -305,7 +306,8 @@ def test_the_algorithm_of_a_layer() -> None:
     assert checkpoints.algorithm_of(config, "a") == "FP8"
     config.quantization_config = {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "NVFP4"}}}
     assert checkpoints.algorithm_of(config, "a") == "NVFP4"
-    assert checkpoints.algorithm_of(config, "b") is None
+    with pytest.raises(ArgumentError, match=r"b: .*quantized_layers does not have it, but its weight is codes"):
+        checkpoints.algorithm_of(config, "b")
     config.quantization_config = {"quant_algo": "MIXED_PRECISION"}
     with pytest.raises(ArgumentError, match=r"a: .*'MIXED_PRECISION', but the configuration has no quantized_layers"):
         checkpoints.algorithm_of(config, "a")
@@ -421,6 +423,29 @@ def test_weight_schemes_that_are_not_known_are_named(weights: dict[str, Any], co
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("weights", "tensors", "match"),
+    [
+        (
+            {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128},
+            {"weight_packed": torch.zeros(OUT, IN // 8, dtype=torch.int32), "weight_shape": torch.tensor([OUT, IN])},
+            "4-bit int per group of 128 are",
+        ),
+        (
+            {"type": "int", "strategy": "channel", "symmetric": False},
+            {"weight": torch.zeros(OUT, IN, dtype=torch.int8), "weight_zero_point": torch.zeros(OUT, 1, dtype=torch.int8)},
+            "8-bit int per channel, with zero points, are",
+        ),
+    ],
+)
+def test_schemes_are_named_before_tensors_are_looked_at(weights: dict[str, Any], tensors: dict[str, torch.Tensor], match: str) -> None:
+    layer: Any = _layer(**tensors)
+    layer.quantization_scheme = _scheme(weights, None)
+    with pytest.raises(ArgumentError, match=f"layer: weights quantized to {match} not known") as caught:
+        read(layer, "layer", "compressed-tensors")
+    assert "known are FP8" in caught.value.hint
+
+
 def test_the_method_of_a_configuration() -> None:
     class Config:
         quantization_config: Any = None
@@ -471,3 +496,21 @@ def test_a_layer_with_a_transform_is_rejected() -> None:
 )
 def test_what_a_quantized_layer_is(name: str, tensor: torch.Tensor, quantized: bool) -> None:
     assert checkpoints.is_quantized(_layer(**{name: tensor})) == quantized
+
+
+def test_mxfp8_inputs_are_rounded_as_compressed_tensors_does() -> None:
+    """But for rows whose amax is 448 times a power of two, where its scale is twice as large: here amax fits without clipping."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    helpers = pytest.importorskip("compressed_tensors.quantization.utils.helpers")
+    arguments = quantization.QuantizationArgs(
+        num_bits=8, type="float", strategy="group", group_size=32, dynamic=True, scale_dtype=torch.uint8, symmetric=True
+    )
+    amax = torch.cat([torch.linspace(1.0, 1.74, 50), torch.linspace(1.76, 1.99, 50)]) * 2.0 ** torch.arange(-50, 50)
+    theirs, _ = helpers.calculate_qparams(-amax, amax, arguments)
+    layer: Any = _layer(weight=_CODES, weight_scale=_BYTES)
+    given = {"strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}
+    layer.quantization_scheme = _scheme(given, given | {"dynamic": True})
+    activation = read(layer, "layer", "compressed-tensors").activation
+    assert activation is not None
+    _, ours = collogue.quantize(amax[:, None].expand(-1, 32).contiguous(), dataclasses.replace(activation, layout="linear"))
+    assert torch.equal(ours.float().flatten(), theirs.float().flatten())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from quantized_models import BOUND, error, exact_logits, linears, logits, modelopt, save
+from models import small_model
+from quantized_models import BOUND, SIZES, error, exact_logits, linears, logits, modelopt, save
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from collogue.errors import ArgumentError, CollogueError, ShapeError
 from collogue.pytorch.modelopt import load
@@ -36,6 +39,26 @@ def test_the_file_beside_the_configuration(tmp_path: Path) -> None:
     assert model.model.norm.weight.dtype == torch.bfloat16
     assert linears(model)["model.layers.0.mlp.up_proj"].weight_scale.dtype == torch.float32
     assert torch.isfinite(logits(model, 1)).all()
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_a_checkpoint_that_quantizes_the_cache_alone(codes: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """``codes``: the files hold some after all, which transformers takes for weights."""
+    plain = small_model("llama", **SIZES)
+    save(modelopt(fp4=False) if codes else plain, tmp_path, {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"})
+    scales = {f"model__layers__{index}__self_attn__{each}_proj__{each}_scale": torch.tensor(0.1) for index in (0, 1) for each in "kv"}
+    _tensors(tmp_path, **scales)
+    for make in (load, AutoModelForCausalLM.from_pretrained):
+        model: Any = make(tmp_path, dtype=torch.float32)
+        if codes:
+            with pytest.raises(ArgumentError, match="says quant_algo None; the tensors" if make is load else "no layer is quantized"):
+                logits(model, 1)
+            continue
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "collogue"):
+            assert torch.equal(logits(model, 2), logits(plain, 2))
+        said = {record.message for record in caplog.records if "cache" in record.message or "codes" in record.message}
+        assert said == {"the configuration says that the key-value cache is FP8, which is not done: the cache is not quantized"}
 
 
 def test_a_tied_head_needs_no_tensor_of_its_own(tmp_path: Path) -> None:

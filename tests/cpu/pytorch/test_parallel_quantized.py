@@ -495,6 +495,34 @@ def test_weights_without_a_scale_are_named(value: float, quant: str) -> None:
         run_virtual(1, lambda group: collogue.parallelize(model, group, max_tokens=8, quant=quant, calibration=seen))
 
 
+@pytest.mark.parametrize("status", ["decompressed", "frozen"])
+def test_compressed_tensors_whose_weights_are_not_codes(status: str, tmp_path: Path) -> None:
+    """A forward pass of the model has decompressed it; or its configuration says that it was never compressed."""
+    compressed_checkpoint("FP8_DYNAMIC", tmp_path)
+    path = tmp_path / "config.json"
+    if status == "frozen":
+        path.write_text(path.read_text().replace('"quantization_status": "compressed"', '"quantization_status": "frozen"'))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    if status == "decompressed":
+        model(TOKENS)
+    match = rf"q_proj: quantization_status is '{status}', so its weight is torch.float32, not codes"
+    with pytest.raises(ArgumentError, match=match) as caught:
+        run_virtual(1, lambda group: collogue.parallelize(model, group, max_tokens=8))
+    assert ("parallelize it before the first one" if status == "decompressed" else "to 'compressed' and load it again") in caught.value.hint
+
+
+def test_models_that_quant_does_not_take() -> None:
+    peft: Any = pytest.importorskip("peft")
+    model = peft.get_peft_model(small_model("llama", **SIZES), peft.LoraConfig(target_modules=["v_proj"]))
+    for match, given, arguments in (
+        ("v_proj has an adapter, and quant= quantizes plain weights alone", model, {"quant": "fp8_per_token"}),
+        ("the model is in torch.float64; known are bfloat16, float16 and float32", small_model("llama").double(), {}),
+    ):
+        with pytest.raises(CollogueError, match=match) as caught:
+            run_virtual(1, lambda group, given=given, arguments=arguments: collogue.parallelize(given, group, max_tokens=8, **arguments))
+        assert caught.value.hint
+
+
 def test_a_forward_that_was_replaced_is_found() -> None:
     model = compressed("FP8_DYNAMIC")
     layer = _layer(model)
