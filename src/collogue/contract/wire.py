@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -18,16 +17,10 @@ def row_bytes(wire: Quant, hidden_size: int) -> int:
     return hidden_size + scales_per_row(wire, hidden_size) * wire.scale_dtype.itemsize
 
 
-#: ``quantize(values, format) -> (codes, scales)``.
-Quantize = Callable[[torch.Tensor, Quant], tuple[torch.Tensor, torch.Tensor | None]]
-
-
-def pack(term: torch.Tensor, wire: Quant, quantize: Quantize = reference.quantize) -> torch.Tensor:
-    """``quantize(term)`` [T, H] as bytes ``[T, row_bytes]``: no padding of a layout."""
-    codes, scales = quantize(term, wire)
-    assert scales is not None
-    rows = read_scales(scales, wire, *term.shape).contiguous().view(torch.uint8)
-    return torch.cat([codes.view(torch.uint8), rows.view(len(term), -1)], dim=1)
+def pack(codes: torch.Tensor, scales: torch.Tensor, wire: Quant) -> torch.Tensor:
+    """Codes and scales of a term [T, H] as bytes ``[T, row_bytes]``: no padding of a layout."""
+    rows = read_scales(scales, wire, *codes.shape).contiguous().view(torch.uint8)
+    return torch.cat([codes.view(torch.uint8), rows.view(len(codes), -1)], dim=1)
 
 
 def unpack(packed: torch.Tensor, wire: Quant, hidden_size: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from collogue.contract.formats import place_scales, read_scales, scale_storage
 from collogue.contract.prologue import PROLOGUES, ExpertCombine, Prologue
 from collogue.contract.quant import Quant, describe
 from collogue.contract.spec import Output, owned_rows
+from collogue.contract.wire import pack
 from collogue.errors import CollectiveError
 from collogue.gpu.exclusive import Exclusive
 from collogue.gpu.journal import Journal
@@ -40,7 +41,7 @@ class HostEngine:
         self.group, self.topology, self._wire = group, topology, wire
         self._link = group.connect(timeout) if isinstance(group, TorchGroup) else None
         self._number = _carried[group] = _carried.get(group, 0) + 1
-        self._rows, self._steps = Rows(group, topology, wire, self._quantized), Steps(topology, group.device)
+        self._rows, self._steps = Rows(group, topology, wire), Steps(topology, group.device)
         self._descriptions: dict[object, str] = {}
         self.timeout = timeout
         self._finisher: Finisher = self.make_finisher()
@@ -97,11 +98,11 @@ class HostEngine:
         whole = call.operation == "all_reduce"
         epilogue = {"norm": call.norm, "quant": call.quant, "keep_norm": call.wanted.norm and call.quant is not None}
         if whole and by_gather(self.topology, request):
-            terms = self._rows.everywhere(term, what)
+            terms = self._rows.everywhere(self._packed(term), what)
             step = self._steps.add(terms, term.dtype, residual=call.residual, branch_norm=call.branch_norm, **epilogue)  # type: ignore[arg-type]
             self._finisher.run(step, out)
             return
-        terms = self._rows.to_owners(term, blocks, what, self._total)
+        terms = self._rows.to_owners(self._packed(term), blocks, what, self._total)
         if whole:
             self._add_and_return(terms, call, out, blocks, what)
             if call.norm is not None or call.quant is not None:
@@ -144,13 +145,17 @@ class HostEngine:
             return call.partial  # type: ignore[return-value]
         return self._run_alone(call.partial, call.signature.request.dtype)
 
-    def _quantized(self, term: torch.Tensor, wire: Quant) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Codes and scales of ``term``, as it travels."""
-        step = self._steps.finish(term, None, wire, keep_norm=False)
+    def _packed(self, term: torch.Tensor) -> torch.Tensor:
+        """``term`` as it travels: its rows, or those of its codes and scales. This rank's own too, so that no bit depends on the owner."""
+        self._rows.width = term.shape[1]
+        if self._wire is None:
+            return term
+        step = self._steps.finish(term, None, self._wire, keep_norm=False)
         out = step.signature.empty()
         self._finisher.run(step, out)
         assert out.codes is not None
-        return out.codes, out.scales
+        assert out.scales is not None
+        return pack(out.codes, out.scales, self._wire)
 
     def _total(self, terms: Terms) -> torch.Tensor:
         """The float32 sum of an island's terms."""

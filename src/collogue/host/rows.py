@@ -8,7 +8,7 @@ import torch
 
 from collogue.calls.terms import Terms
 from collogue.contract.quant import Quant
-from collogue.contract.wire import Quantize, pack, unpack
+from collogue.contract.wire import unpack
 from collogue.group import Group
 from collogue.planning.host import Places, gathered, owned
 from collogue.planning.islands import adder
@@ -16,18 +16,17 @@ from collogue.planning.topology import Topology
 
 
 class Rows:
-    """Moves the rows of one communicator, terms as ``wire`` if there is one. ``what``: the call of which a step is part, which ranks
-    compare.
+    """Moves the rows of one communicator; terms are packed where there is a ``wire``. ``what``: the call of which a step is part, which
+    ranks compare. ``width``: H of the call.
     """
 
-    def __init__(self, group: Group, topology: Topology, wire: Quant | None, quantize: Quantize) -> None:
-        self._group, self._rank, self._size, self._quantize = group, group.rank, group.size, quantize
-        self._sums, self._wire, self._width = topology.sums, wire, 0
+    def __init__(self, group: Group, topology: Topology, wire: Quant | None = None) -> None:
+        self._group, self._rank, self._size = group, group.rank, group.size
+        self._sums, self._wire, self.width = topology.sums, wire, 0
         self._gathered, self._owned = gathered(topology), owned(topology, group.rank)
 
     def everywhere(self, term: torch.Tensor, what: str) -> Terms:
         """Every rank's ``term`` [T, H], of which this rank's stays where it is."""
-        term = self._packed(term)
         every = [term if rank == self._rank else torch.empty_like(term) for rank in range(self._size)]
         self._swap(what, [term] * self._size, every)
         return self._terms(self._gathered, every)
@@ -39,7 +38,6 @@ class Rows:
 
     def to_owners(self, term: torch.Tensor, blocks: Sequence[range], what: str, total: Callable[[Terms], torch.Tensor]) -> Terms:
         """The terms of the rows that this rank owns, ``blocks[rank]`` of [T, H]. ``total`` adds those of an island."""
-        term = self._packed(term)
         parts = [term[block.start : block.stop] for block in blocks]
         if self._sums is None:
             mine = parts[self._rank]
@@ -70,7 +68,7 @@ class Rows:
         mine = parts[self._rank]
         for rank, is_sum in zip(self._owned.ranks, self._owned.wide, strict=True):
             if rank not in near:
-                take[rank] = mine.new_empty(len(mine), self._width, dtype=torch.float32) if is_sum else torch.empty_like(mine)
+                take[rank] = mine.new_empty(len(mine), self.width, dtype=torch.float32) if is_sum else torch.empty_like(mine)
         self._swap(f"{what}, between islands", give, take)
         return self._terms(self._owned, [near.get(rank, each) for rank, each in enumerate(take)])
 
@@ -78,13 +76,8 @@ class Rows:
         if self._size > 1:
             self._group.swap(what, give, take)
 
-    def _packed(self, term: torch.Tensor) -> torch.Tensor:
-        """``term`` as it travels: its rows, or those of its codes and scales. This rank's own too, so that no bit depends on the owner."""
-        self._width = term.shape[1]
-        return term if self._wire is None else pack(term, self._wire, self._quantize)
-
     def _decoded(self, value: torch.Tensor) -> torch.Tensor:
-        return value if self._wire is None or value.dtype != torch.uint8 else unpack(value, self._wire, self._width)
+        return value if self._wire is None or value.dtype != torch.uint8 else unpack(value, self._wire, self.width)
 
     def _terms(self, places: Places, every: Sequence[torch.Tensor]) -> Terms:
         return Terms(tuple(self._decoded(every[rank]) for rank in places.ranks), places.islands)

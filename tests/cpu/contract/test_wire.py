@@ -60,7 +60,9 @@ def test_every_term_is_quantized_and_decoded(wire: Quant, dtype: torch.dtype, is
 @by_wire
 def test_bytes_are_codes_and_scales_and_nothing_else(wire: Quant) -> None:
     term = wild(5, 128)
-    packed = pack(term, wire)
+    codes, scales = collogue.quantize(term, wire)
+    assert scales is not None
+    packed = pack(codes, scales, wire)
     assert packed.shape == (5, row_bytes(wire, 128))
     assert packed.dtype == torch.uint8
     assert same(unpack(packed, wire, 128), collogue.dequantize(*collogue.quantize(term, wire), wire, hidden_size=128))
