@@ -246,6 +246,12 @@ def _unfused(group: dist.ProcessGroup, tokens: torch.Tensor, peft_folder: str | 
         options = {"residual_multiplier": 0.22} if kind == "granite" else {}
         model, whole = collogue.parallelize(small_model(kind, **options), group, max_tokens=16, fuse=False), small_model(kind, **options)
         right &= torch.allclose(model(tokens).logits, whole(tokens).logits, rtol=1e-5, atol=1e-5)
+    shared = [small_model("mixtral") for _ in range(2)]
+    for each in shared:
+        each.model.layers[1].mlp = each.model.layers[0].mlp
+    right &= torch.allclose(
+        collogue.parallelize(shared[0], group, max_tokens=16, fuse=False)(tokens).logits, shared[1](tokens).logits, rtol=1e-5, atol=1e-5
+    )
     if peft_folder is None:
         return right
     sys.path.insert(0, peft_folder)

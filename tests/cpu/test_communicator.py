@@ -17,13 +17,24 @@ from samples import every_format, formats_by_label, same
 from collogue import Communicator
 from collogue.contract.quant import MXFP4, NVFP4, FP8Group, FP8PerToken, FP8Static, Quant
 from collogue.contract.spec import Output, RMSNorm
-from collogue.errors import ArgumentError, CapacityError, ClosedError, FormatError, MismatchedCall, ShapeError
+from collogue.errors import ArgumentError, CapacityError, ClosedError, FormatError, GradError, MismatchedCall, ShapeError
 from collogue.formats import empty_scales, scale_storage
 from collogue.testing import VirtualGroup, run_virtual
 from collogue.testing.compare import compare, differing
 from collogue.testing.processes import run_processes
 
 # Outputs
+
+
+def test_an_output_that_requires_grad_is_found_before_anything_is_sent() -> None:
+    def rank(group: VirtualGroup) -> None:
+        comm, given = communicator(group), arguments(group.rank, 2)
+        fresh = comm.all_reduce(**given)
+        with torch.enable_grad(), pytest.raises(GradError, match=r"out\.residual requires grad"):
+            comm.all_reduce(**given, out=dataclasses.replace(fresh, residual=torch.nn.Parameter(torch.empty_like(fresh.residual))))  # type: ignore[arg-type]
+        comm.all_reduce(**given)
+
+    run_virtual(2, rank)
 
 
 @pytest.mark.parametrize("world_size", range(1, 9))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from collogue.calls.call import Call, check_alignment, check_device, check_ordinary, check_rows
+from collogue.calls.call import Call, check_alignment, check_device, check_no_grad, check_ordinary, check_rows
 from collogue.calls.request import Form
 from collogue.contract.formats import scale_elements, scale_storage
 from collogue.contract.spec import Output
@@ -20,6 +20,8 @@ def check_out(call: Call, out: Output) -> None:
     forms = call.signature.forms
     given = _held_by(out, forms)
     check_forms("out", given, forms, call.signature.device, hint=_HINT)
+    if torch.is_grad_enabled():
+        check_no_grad(*((f"out.{name}", tensor) for name, tensor in given.items()))
     _check_overlap(call, given)
 
 

@@ -175,6 +175,7 @@ def plan(model: Any, world_size: int, *, fuse: bool, recipe: Recipe | None = Non
         _check_all_planned(layer, prefix, {each.name for each in linears} | {each.name for each in tensors})
         for name in form.norms if fuse else ():
             norms[prefix + name] = check_norm(getattr(layer, name), prefix + name)
+    _check_adapters(linears)
     if fuse:
         norms["norm"] = check_norm(base.norm, "norm")
     heads = queries // world_size, max(1, keys // world_size)
@@ -303,6 +304,14 @@ def _share(columns: dict[str, LinearPlan | None], readers: list[str], prefix: st
         if name in readers and each is not None and each.quantized is not None:
             columns[name] = replace(each, quantized=replace(each.quantized, activation=format))
     return format
+
+
+def _check_adapters(linears: list[LinearPlan]) -> None:
+    """Raise :class:`ArgumentError` where layers share a linear layer with adapters: its factors would be cut twice."""
+    seen: dict[int, str] = {}
+    for each in linears:
+        if each.lora and (other := seen.setdefault(id(each.linear), each.name)) != each.name:
+            raise ArgumentError(f"{other} and {each.name} are one layer with adapters", hint="merge the adapters first")
 
 
 def _check_all_planned(layer: nn.Module, prefix: str, planned: set[str]) -> None:

@@ -219,8 +219,8 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, 
             _cut(each, base.get_submodule(owner), name, comm, factor, summed, undo)
         else:
             undo.set(base.get_submodule(owner), name, _quantized_part(each, each.quantized, comm, base.dtype, factor, summed, keep_packed))
-    for name in decoder.sums if not fuse else ():
-        undo.hooks.append(base.get_submodule(name).register_forward_hook(_summing(comm)))
+    for module in dict.fromkeys(base.get_submodule(name) for name in decoder.sums if not fuse):  # layers may share one
+        undo.hooks.append(module.register_forward_hook(_summing(comm)))
     if decoder.head is not None:
         _cut_head(decoder, decoder.head, comm, undo)
     if fuse:

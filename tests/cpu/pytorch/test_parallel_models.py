@@ -524,6 +524,13 @@ def test_an_adapter_for_each_row() -> None:
 
 
 @with_peft
+def test_layers_that_share_an_adapter_are_refused() -> None:
+    model = small_model("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    parallel_checks.check_refused(with_lora(model, target_modules=list(MLP)), "are one layer with adapters")
+
+
+@with_peft
 @pytest.mark.parametrize("targets", ["all-linear", list(MLP), ["o_proj"], ["q_proj", "v_proj"], [*ATTENTION, "lm_head"]])
 def test_lora(targets: Any) -> None:
     model = with_lora(small_model("llama", attention_bias=True, mlp_bias=True), target_modules=targets)
