@@ -197,6 +197,7 @@ def _checkpoints(group: dist.ProcessGroup, folder: str, tied: bool, tokens: torc
         refused = [mine.state_dict, mine.model.state_dict, lambda: mine.save_pretrained(folder)]
         refused += [] if tied else [mine.lm_head.state_dict]  # a tied one is whole
         told["refused"] = all("hint: call collogue.full_state_dict" in _error(call) for call in refused)
+        told["refused"] &= not Path(folder).exists()
     else:
         told["refused"] = True
     found = collogue.full_state_dict(mine)

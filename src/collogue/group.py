@@ -238,7 +238,7 @@ class TorchGroup:
         elif self.link is not None:
             rows = list(out.view(self.size, -1).unbind(0))
             rows[self.rank].copy_(inp)
-            self.swap(f"an exchange of {inp.numel()} bytes", [inp] * self.size, rows)
+            self.swap(f"an all-gather of {inp.numel()} bytes from each rank", [inp] * self.size, rows)
         else:
             dist.all_gather(list(out.view(self.size, -1).unbind(0)), inp, group=self.process_group)
 

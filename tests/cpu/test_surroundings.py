@@ -162,6 +162,39 @@ def test_tensors_that_are_not_their_memory_are_refused() -> None:
     refused(lambda comm, x: comm.all_reduce(_freed(x)), LayoutError, "partial has no memory: its storage was freed")
 
 
+def test_tensors_that_are_spread_over_ranks_are_refused_everywhere() -> None:
+    class DTensor(torch.Tensor):
+        def to_local(self) -> None: ...
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        return x.as_subclass(DTensor)
+
+    x, weight, scale = torch.ones(T, H, dtype=BF16), torch.ones(H, dtype=BF16), torch.ones(1)
+    index = torch.zeros(T, 1, dtype=torch.int32)
+    codes, scales = collogue.quantize(x, collogue.FP8PerToken())
+    for attempt in (
+        lambda: collogue.FP8Static(spread(scale)),
+        lambda: collogue.NVFP4(spread(scale)),
+        lambda: RMSNorm(spread(weight)),
+        lambda: collogue.Calibration().observe("x", spread(x)),
+        lambda: collogue.quantize(spread(x), collogue.FP8PerToken()),
+        lambda: collogue.dequantize(spread(codes), scales, collogue.FP8PerToken(), hidden_size=H),
+        lambda: collogue.dequantize(codes, spread(scales), collogue.FP8PerToken(), hidden_size=H),  # type: ignore[arg-type]
+        lambda: collogue.reference.quantize(spread(x), collogue.FP8PerToken()),
+        lambda: collogue.reference.rms_norm(spread(x), RMSNorm(weight)),
+        lambda: collogue.reference.all_reduce([x, spread(x)]),
+        lambda: collogue.ExpertCombine(spread(x), index),
+        lambda: collogue.ExpertCombine(x, spread(index)),
+        lambda: collogue.ExpertCombine(x, index, spread(torch.ones(T, 1))),
+        lambda: collogue.ExpertCombine(x, index, None, spread(x)),
+        lambda: collogue.ExpertReduce(spread(x[None]), torch.ones(1, T), x),
+        lambda: collogue.Gated(spread(x), x),
+        lambda: collogue.nn.QuantizedWeight.of(spread(x), collogue.FP8PerToken()),
+    ):
+        with pytest.raises(ArgumentError, match=r"is a DTensor, which is spread over ranks(?s:.)*to_local"):
+            attempt()
+
+
 def _freed(x: torch.Tensor) -> torch.Tensor:
     x = x.clone()
     x.untyped_storage().resize_(0)

@@ -12,6 +12,7 @@ from collogue.calls.capacity import Capacity, check_hidden_size, check_kinds, ch
 from collogue.calls.product import ScaledProduct
 from collogue.calls.request import Signature, make_request
 from collogue.calls.terms import Terms
+from collogue.contract.number import check_local
 from collogue.contract.prologue import PROLOGUES, ExpertCombine, Gated, Prologue
 from collogue.contract.quant import Quant
 from collogue.contract.spec import OWNING, Operation, Output, RMSNorm, Wanted, check_split, owned_rows
@@ -249,10 +250,12 @@ def check_rows(name: str, tensor: torch.Tensor, device: torch.device) -> None:
 
 def check_ordinary(name: str, tensor: torch.Tensor) -> None:
     """Raise unless ``tensor`` is its memory: strided, and no wrapper whose values lie elsewhere or are yet to be computed."""
+    check_local(name, tensor)
     kind = type(tensor)
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        hint = "pass the local tensor: x.to_local()" if hasattr(tensor, "to_local") else "pass an ordinary tensor that holds the values"
-        raise ArgumentError(f"{name} is a {kind.__name__}, which is a wrapper around other tensors", hint=hint)
+        raise ArgumentError(
+            f"{name} is a {kind.__name__}, which is a wrapper around other tensors", hint="pass an ordinary tensor that holds the values"
+        )
     if torch._C._functorch.maybe_current_level() is not None:
         raise ArgumentError(f"{name} is inside torch.func.vmap, jvp or grad", hint="make the call outside of the transform")
     if torch._C._get_tracing_state() is not None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from collogue.contract.number import is_number, is_scale
+from collogue.contract.number import check_local, is_number, is_scale
 from collogue.contract.quant import E2M1_MAX, E4M3_MAX, GLOBAL_SCALE_BITS
 from collogue.errors import ArgumentError, FormatError, ScaleError
 
@@ -116,6 +116,7 @@ class Calibration:
 
     def observe(self, name: str, tensor: torch.Tensor) -> None:
         """Take ``tensor`` (any shape and dtype) into account. NaN is ignored, as amax ignores it everywhere. Synchronizes: reads it."""
+        check_local(name, tensor)
         largest = float(tensor.float().abs().nan_to_num(nan=0.0, posinf=torch.inf).amax()) if tensor.numel() else 0.0
         self.amax[name] = max(self.amax.get(name, 0.0), largest)
 

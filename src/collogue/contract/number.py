@@ -1,4 +1,4 @@
-"""Which arguments are numbers: a bool is none."""
+"""Which arguments are numbers (a bool is none), and which tensors are one rank's own."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ def is_scale(value: float, most: int = 128) -> bool:
     Then neither it nor its inverse in float32 is 0 or infinite: the inverse of ``2**-128`` is infinite.
     """
     return 2.0**-128 + 2.0**-150 < value < 2.0**most * (1.0 - 2.0**-25)
+
+
+def check_local(name: str, tensor: object) -> None:
+    """Raise :class:`ArgumentError` for a DTensor: what it holds here may be a part, or a term of a sum that is still to be made."""
+    if hasattr(tensor, "to_local"):
+        raise ArgumentError(f"{name} is a {type(tensor).__name__}, which is spread over ranks", hint="pass the local tensor: x.to_local()")
 
 
 def check_seconds(name: str, value: float, most: float) -> None:

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 
-from collogue.contract.number import is_finite, is_number
+from collogue.contract.number import check_local, is_finite, is_number
 from collogue.contract.spec import VALUE_DTYPES
 from collogue.errors import ArgumentError, DTypeError, LayoutError, ScaleError, ShapeError
 
@@ -119,6 +119,7 @@ class ExpertCombine:
             raise ShapeError(f"ExpertCombine.index must be a tensor of shape [T, K], got {_shown(index)}", hint="one row for each token")
         if index.dtype != torch.int32:
             raise DTypeError(f"ExpertCombine.index has dtype {index.dtype}; expected torch.int32", hint="pass index.int()")
+        check_local("ExpertCombine.index", index)
         tokens, slots = index.shape
         if not 1 <= slots <= MAX_TOP_K:
             raise ShapeError(f"ExpertCombine.index has {slots} slots for each token", hint=f"K is 1 to {MAX_TOP_K}")
@@ -358,6 +359,7 @@ def _shown(tensor: object) -> str:
 
 
 def _check_values(name: str, tensor: torch.Tensor, shape: str, hint: str) -> None:
+    check_local(name, tensor)
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != shape.count(",") + 1:
         raise ShapeError(f"{name} must be a tensor of shape {shape}, got {_shown(tensor)}", hint=hint)
     if tensor.dtype not in VALUE_DTYPES:
@@ -365,6 +367,7 @@ def _check_values(name: str, tensor: torch.Tensor, shape: str, hint: str) -> Non
 
 
 def _check_weights(name: str, weights: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, like: str) -> None:
+    check_local(name, weights)
     if not isinstance(weights, torch.Tensor) or tuple(weights.shape) != shape:
         raise ShapeError(f"{name} has shape {_shown(weights)}; expected {list(shape)}", hint=f"one weight for each entry of {like}")
     if weights.dtype not in (dtype, torch.float32):
@@ -376,6 +379,7 @@ def _check_weights(name: str, weights: torch.Tensor, shape: tuple[int, int], dty
 
 
 def _check_shared(name: str, tensor: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    check_local(name, tensor)
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape:
         raise ShapeError(f"{name} has shape {_shown(tensor)}; expected {list(shape)}", hint="give one row of H elements for each token")
     if tensor.dtype != dtype:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_origin, get_
 
 import torch
 
-from collogue.contract.number import is_number, is_scale, is_whole
+from collogue.contract.number import check_local, is_number, is_scale, is_whole
 from collogue.errors import FormatError, ScaleError
 
 ScaleLayout = Literal["128x4", "8x4", "linear"]
@@ -36,6 +36,7 @@ def _check_choice(kind: str, name: str, value: object, choices: tuple[str, ...])
 def _check_scale(kind: str, name: str, value: object, *, validate: bool) -> None:
     """A scale is a Python number or a float32 tensor of one element; numbers and CPU tensors are read, CUDA tensors on request."""
     if isinstance(value, torch.Tensor):
+        check_local(f"{kind}.{name}", value)
         if value.dtype != torch.float32 or value.numel() != 1:
             raise ScaleError(
                 f"{kind}.{name} is a tensor of dtype {value.dtype} with {value.numel()} elements",

@@ -36,6 +36,7 @@ from collogue.contract.formats import (
     scales_per_row,
     unpack_nibbles,
 )
+from collogue.contract.number import check_local
 from collogue.contract.prologue import ExpertCombine, ExpertReduce, Gated, Prologue
 from collogue.contract.quant import (
     E2M1_MAX,
@@ -241,6 +242,7 @@ def rms_norm(y: Tensor, norm: RMSNorm) -> Tensor:
         >>> collogue.reference.rms_norm(partial, collogue.RMSNorm(weight, eps=0.0))[0, :2]
         tensor([1., 1.], dtype=torch.bfloat16)
     """
+    _check_values([("y", y)], norm)
     rstd = _scalar(1.0, y.device) / _sqrt(mean_square(y) + _scalar(norm.eps, y.device))
     weight = norm.weight.float() + _scalar(norm.weight_offset, y.device)
     return round_value((y.float() * rstd[:, None]).mul_(weight), y.dtype)
@@ -332,6 +334,7 @@ def _check_rows(n: Tensor) -> None:
     if not isinstance(n, Tensor) or n.ndim != 2:
         found = list(n.shape) if isinstance(n, Tensor) else type(n).__name__
         raise ShapeError(f"n must be a tensor of shape [T, H], got {found}", hint="flatten leading dimensions: x.view(-1, H)")
+    check_local("n", n)
     if n.dtype not in VALUE_DTYPES:
         raise DTypeError(
             f"n has dtype {n.dtype}; expected bfloat16, float16 or float32",
@@ -358,6 +361,7 @@ def dequantize(codes: Tensor, scales: Tensor | None, quant: Quant, *, hidden_siz
     for name, tensor in (("codes", codes), ("scales", scales)):
         if not isinstance(tensor, Tensor) and (name == "codes" or tensor is not None):
             raise ShapeError(f"{name} are a {type(tensor).__name__}; expected a tensor", hint=f"pass out.{name}")
+        check_local(name, tensor)
     if codes.ndim == 0:
         raise ShapeError("codes have no dimensions; expected [T, H]", hint="pass the codes as they were returned")
     tokens = codes.shape[0]
@@ -426,6 +430,7 @@ def _check_values(named: Sequence[tuple[str, Tensor | None]], norm: RMSNorm | No
     for each, tensor in named:
         if tensor is not None and not isinstance(tensor, Tensor):
             raise ShapeError(f"{each} is a {type(tensor).__name__}; expected a tensor of shape [T, H]", hint="pass a tensor")
+        check_local(each, tensor)
     if first.ndim != 2 or first.dtype not in VALUE_DTYPES:
         raise DTypeError(f"{name} is {first.dtype} {list(first.shape)}", hint="pass [T, H] in bfloat16, float16 or float32")
     for other, tensor in named[1:]:

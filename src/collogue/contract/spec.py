@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 from typing_extensions import TypeVar
 
-from collogue.contract.number import FLOAT32_END, is_finite, is_number, is_whole
+from collogue.contract.number import FLOAT32_END, check_local, is_finite, is_number, is_whole
 from collogue.contract.quant import FP8Static, Quant
 from collogue.errors import ArgumentError, DTypeError, FormatError, ScaleError, ShapeError
 
@@ -48,6 +48,7 @@ class RMSNorm:
     def __post_init__(self) -> None:
         if not isinstance(self.weight, torch.Tensor) or self.weight.ndim != 1:
             raise ShapeError("RMSNorm.weight must be a tensor of shape [H]", hint="pass the layer's weight vector")
+        check_local("RMSNorm.weight", self.weight)
         if self.weight.dtype not in VALUE_DTYPES:
             raise DTypeError(f"RMSNorm.weight has dtype {self.weight.dtype}", hint="use the communicator's dtype or torch.float32")
         if not isinstance(self.prefetch, bool):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from collogue.contract.formats import canonical_nan, code_spec, e4m3_decode, e4m3_encode
-from collogue.contract.number import is_whole
+from collogue.contract.number import check_local, is_whole
 from collogue.contract.quant import E4M3_MAX, MXFP4, MXFP8, NVFP4, SMALLEST_SCALE, FP8PerToken, FP8Static
 from collogue.contract.reference import dequantize, quantize
 from collogue.contract.spec import VALUE_DTYPES
@@ -255,6 +255,7 @@ def _check_matrix(weight: object) -> None:
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.numel():
         found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ShapeError(f"a weight must be a tensor of shape [O, I], got {found}", hint="pass two dimensions, a layer's weight")
+    check_local("a weight", weight)
     if weight.dtype not in VALUE_DTYPES:
         raise DTypeError(f"a weight has dtype {weight.dtype}; expected bfloat16, float16 or float32", hint="pass values, not codes")
     odd = 0 if weight.is_meta else weight.numel() - int(weight.isfinite().sum())

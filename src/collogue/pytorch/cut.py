@@ -176,6 +176,13 @@ def _refuse(module: nn.Module, prefix: str, keep_vars: bool) -> None:
         )
 
 
+def save_pretrained(model: Any, directory: Any, is_main_process: bool = True, state_dict: Any = None, **rest: Any) -> None:
+    """``save_pretrained`` of the model's class; where ``state_dict()`` raises, nothing is written, the configuration neither."""
+    if state_dict is None:
+        model.state_dict()
+    type(model).save_pretrained(model, directory, is_main_process, state_dict, **rest)
+
+
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dictionary of the unsharded model, from one that :func:`collogue.parallelize` has cut.
 

@@ -175,7 +175,7 @@ def plan(model: Any, world_size: int, *, fuse: bool, recipe: Recipe | None = Non
         _check_all_planned(layer, prefix, {each.name for each in linears} | {each.name for each in tensors})
         for name in form.norms if fuse else ():
             norms[prefix + name] = check_norm(getattr(layer, name), prefix + name)
-    _check_adapters(linears)
+    _check_shared(linears)
     if fuse:
         norms["norm"] = check_norm(base.norm, "norm")
     heads = queries // world_size, max(1, keys // world_size)
@@ -227,8 +227,11 @@ def _find(model: Any) -> tuple[Any, Any]:
             f"models of type {kind!r} are not known to parallelize",
             hint=f"use one of {', '.join(FORMS)}, or collogue.compile on a model that is tensor-parallel already",
         )
-    if not isinstance(getattr(base, "layers", None), nn.ModuleList) or not isinstance(getattr(base, "norm", None), nn.Module):
+    layers = getattr(base, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not isinstance(getattr(base, "norm", None), nn.Module):
         raise ArgumentError(f"{type(base).__qualname__} of type {kind!r} has no layers and norm", hint="pass a transformers model")
+    if not len(layers):
+        raise ArgumentError(f"{type(base).__qualname__} has no decoder layers", hint="pass a model with num_hidden_layers of 1 or more")
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ArgumentError(f"{name} is not loaded (it is on the meta device)", hint="load the model without offloading")
@@ -306,12 +309,15 @@ def _share(columns: dict[str, LinearPlan | None], readers: list[str], prefix: st
     return format
 
 
-def _check_adapters(linears: list[LinearPlan]) -> None:
-    """Raise :class:`ArgumentError` where layers share a linear layer with adapters: its factors would be cut twice."""
+def _check_shared(linears: list[LinearPlan]) -> None:
+    """Raise :class:`ArgumentError` where layers share a linear layer with adapters, whose factors would be cut twice, or one that is
+    quantized, whose inputs come from the norm of one layer.
+    """
     seen: dict[int, str] = {}
     for each in linears:
-        if each.lora and (other := seen.setdefault(id(each.linear), each.name)) != each.name:
-            raise ArgumentError(f"{other} and {each.name} are one layer with adapters", hint="merge the adapters first")
+        if (each.lora or each.quantized is not None) and (other := seen.setdefault(id(each.linear), each.name)) != each.name:
+            how, hint = ("with adapters", "merge the adapters first") if each.lora else ("that is quantized", "give each its own copy")
+            raise ArgumentError(f"{other} and {each.name} are one layer {how}", hint=hint)
 
 
 def _check_all_planned(layer: nn.Module, prefix: str, planned: set[str]) -> None:

@@ -13,6 +13,8 @@ from collogue.communicator import Communicator
 from collogue.errors import ArgumentError, CollectiveError
 
 _running = threading.local()
+#: What transformers' ``generate`` takes by place; more follow.
+_POSITIONAL = ("inputs", "generation_config", "logits_processor", "stopping_criteria")
 
 
 def generate(model: Any, comm: Communicator, *args: Any, **kwargs: Any) -> Any:
@@ -22,11 +24,12 @@ def generate(model: Any, comm: Communicator, *args: Any, **kwargs: Any) -> Any:
     Collective.
 
     Raises:
-        ArgumentError: ranks have different tensors among the arguments. CollectiveError: ranks chose different tokens, which takes a
-        source of random numbers other than PyTorch's default generators.
+        ArgumentError: ranks have different tensors among the arguments, or a limit of time is given. CollectiveError: ranks chose
+        different tokens, which takes a source of random numbers other than PyTorch's default generators.
     """
     if getattr(_running, "now", False):
         return type(model).generate(model, *args, **kwargs)
+    _check_clock(model, {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs})
     state = _random_state(comm.device) if comm.rank == 0 else None
     every = comm._group.all_gather_object((state, _digest(*args, *kwargs.values())))
     _compare(every, ArgumentError, "ranks 0 and {} call generate with different tensors", "pass the same tokens on every rank")
@@ -44,6 +47,18 @@ def generate(model: Any, comm: Communicator, *args: Any, **kwargs: Any) -> Any:
     hint = "use PyTorch's default generators for everything that samples, and one process for each rank"
     _compare(every, CollectiveError, "ranks 0 and {} chose different tokens", hint)
     return chosen
+
+
+def _check_clock(model: Any, given: dict[str, Any]) -> None:
+    """Raise :class:`ArgumentError` for what would end the text of each rank by its own clock."""
+    config = given.get("generation_config") or getattr(model, "generation_config", None)
+    limit = given["max_time"] if "max_time" in given else getattr(config, "max_time", None)
+    timed = [type(each).__name__ for each in given.get("stopping_criteria") or () if hasattr(each, "max_time")]
+    if limit is not None or timed:
+        raise ArgumentError(
+            f"generate of a parallel model with {timed[0] if timed else f'max_time={limit}'}: each rank would stop by its own clock",
+            hint="use max_new_tokens=, or stop where all ranks agree to",
+        )
 
 
 def _compare(every: list[Any], error: type[ArgumentError | CollectiveError], message: str, hint: str) -> None:

@@ -24,7 +24,7 @@ from collogue.group import Group, TorchGroup, as_group
 from collogue.planning.topology import Order, Transport
 from collogue.pytorch.boundaries import Boundaries, FewerHeads, GatedMLP, WholeNorm, partial_of
 from collogue.pytorch.checkpoints import QuantizedLinear, cache_of, is_quantized
-from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, check_first, no_checkpoint
+from collogue.pytorch.cut import Checkpoint, Cut, OnFirst, check_first, no_checkpoint, save_pretrained
 from collogue.pytorch.decoder import Decoder, LinearPlan, TensorPlan, plan
 from collogue.pytorch.generation import generate
 from collogue.pytorch.nn import ColumnParallelLinear, FusedRMSNorm, RowParallelLinear
@@ -251,6 +251,8 @@ def _apply(decoder: Decoder, comm: Communicator, fuse: bool, keep_packed: bool, 
         undo.hooks.append(base.register_forward_pre_hook(check_owner))
     if callable(getattr(decoder.model, "generate", None)):
         undo.set(decoder.model, "generate", functools.partial(generate, decoder.model, comm))
+    if callable(getattr(decoder.model, "save_pretrained", None)):
+        undo.set(decoder.model, "save_pretrained", functools.partial(save_pretrained, decoder.model))
     for name, (why, instead) in REFUSED.items():
         if hasattr(decoder.model, name) and not (name == "resize_token_embeddings" and decoder.head is None):
             undo.set(decoder.model, name, functools.partial(refuse, name, why, instead))

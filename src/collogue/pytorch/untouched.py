@@ -139,15 +139,16 @@ def check_use(
 
 
 def check_owner(base: nn.Module, args: tuple[Any, ...]) -> None:
-    """A hook: raise :class:`ArgumentError` where a model that is not parallel generates text with its parallel ``base``."""
+    """A hook: raise :class:`ArgumentError` where a model that is not parallel samples text with its parallel ``base``."""
     frame = None if torch.compiler.is_compiling() else sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils":
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, nn.Module) and any(module is base for module in owner.modules()):
+            owner, config = frame.f_locals.get("self"), frame.f_locals.get("generation_config")
+            samples = getattr(config, "do_sample", True)  # without it, the same logits give the same tokens
+            if samples and isinstance(owner, nn.Module) and any(module is base for module in owner.modules()):
                 raise ArgumentError(
-                    f"generate of a {type(owner).__name__} whose base model alone is parallel: ranks may choose different tokens",
-                    hint="pass parallelize the whole model, whose generate follows rank 0",
+                    f"generate of a {type(owner).__name__} whose base model alone is parallel: ranks may sample different tokens",
+                    hint="pass do_sample=False, or parallelize the whole model, whose generate follows rank 0",
                 )
         frame = frame.f_back
 

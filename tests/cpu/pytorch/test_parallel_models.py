@@ -530,6 +530,17 @@ def test_layers_that_share_an_adapter_are_refused() -> None:
     parallel_checks.check_refused(with_lora(model, target_modules=list(MLP)), "are one layer with adapters")
 
 
+def test_layers_that_share_what_is_quantized_are_refused() -> None:
+    model = small_model("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    check_refused(model, "layers.0.mlp.gate_proj and layers.1.mlp.gate_proj are one layer that is quantized", quant="fp8_per_token")
+    check_right(model)
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    check_refused(small_model("llama", num_hidden_layers=0), "LlamaModel has no decoder layers")
+
+
 @with_peft
 @pytest.mark.parametrize("targets", ["all-linear", list(MLP), ["o_proj"], ["q_proj", "v_proj"], [*ATTENTION, "lm_head"]])
 def test_lora(targets: Any) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import small_model
 from parallel_checks import TOKENS, check_same, parallel
 from torch import nn
 from torch.nn.utils import parametrizations
+from transformers.generation.stopping_criteria import MaxTimeCriteria
 from transformers.models.llama import modeling_llama
 
 import collogue
@@ -152,6 +155,31 @@ def test_generate_of_a_model_whose_base_alone_is_parallel() -> None:
         collogue.parallelize(model.model, group, max_tokens=TOKENS.numel())
         model(TOKENS)
         with pytest.raises(ArgumentError, match="generate of a LlamaForCausalLM whose base model alone is parallel"):
-            model.generate(TOKENS, max_new_tokens=1)
+            model.generate(TOKENS, max_new_tokens=2, do_sample=True)
+        assert torch.equal(model.generate(TOKENS, max_new_tokens=2, do_sample=False), expected)
 
+    expected = small_model("llama").generate(TOKENS, max_new_tokens=2, do_sample=False)
     run_virtual(2, rank)
+
+
+def test_a_text_that_the_clock_ends() -> None:
+    def then(mine: Any) -> None:
+        limited = transformers.GenerationConfig(max_time=9.0)
+        criteria = [MaxTimeCriteria(9.0)]  # type: ignore[no-untyped-call]
+        for given in ({"max_time": 9.0}, {"generation_config": limited}, {"stopping_criteria": criteria}):
+            with pytest.raises(ArgumentError, match=r"with (max_time=9\.0|MaxTimeCriteria): each rank would stop by its own clock"):
+                mine.generate(TOKENS, **given)
+        with pytest.raises(ArgumentError, match="by its own clock"):
+            mine.generate(TOKENS, limited)
+        mine.generate(TOKENS, generation_config=limited, max_time=None, max_new_tokens=1)
+
+    parallel(small_model("llama"), then)
+
+
+def test_saving_without_a_state_writes_nothing(tmp_path: Path) -> None:
+    def then(mine: Any) -> None:
+        with pytest.raises(ArgumentError, match="each rank holds a part"):
+            mine.save_pretrained(tmp_path)
+
+    parallel(small_model("llama"), then)
+    assert not any(tmp_path.iterdir())
